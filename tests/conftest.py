@@ -1,0 +1,9 @@
+"""Seeds and thread counts shared by all tests."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
