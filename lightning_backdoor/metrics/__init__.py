@@ -1,0 +1,6 @@
+"""torchmetrics classes that need the ground truth: for evidence, examples and the monitor, never for a defence."""
+
+from lightning_backdoor.metrics.attack import AttackSuccessRate, RecoveredAccuracy
+from lightning_backdoor.metrics.detection import DetectionRates
+
+__all__ = ["AttackSuccessRate", "DetectionRates", "RecoveredAccuracy"]
