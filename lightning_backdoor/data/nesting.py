@@ -1,0 +1,86 @@
+"""Datasets inside datasets, and the image transforms on the way to the raw data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+__all__ = ["Chain", "attributes_of", "chains_of", "image_transform", "is_standard", "transforms_of"]
+
+_NO_DATASETS = {"builtins", "collections", "numpy", "pandas", "pyarrow", "h5py", "PIL", "torch"}
+_MAX_DEPTH = 12
+
+
+def attributes_of(node: Any) -> dict[str, Any]:
+    """Return the instance dictionary itself; empty for objects without one."""
+    return getattr(node, "__dict__", {})
+
+
+def _is_dataset(value: Any) -> bool:
+    if isinstance(value, Dataset):
+        return True
+    if isinstance(value, type | nn.Module | str | bytes | list | tuple | Mapping):
+        return False
+    library = type(value).__module__.partition(".")[0]
+    return library not in _NO_DATASETS and hasattr(value, "__getitem__") and hasattr(value, "__len__")
+
+
+def _inner_datasets(node: Any) -> list[Any]:
+    found = []
+    for value in attributes_of(node).values():
+        if _is_dataset(value):
+            found.append(value)
+        elif isinstance(value, list | tuple | dict):
+            several = value.values() if isinstance(value, dict) else value
+            if _is_dataset(next(iter(several), None)):  # one look: a list of a million file names is not searched
+                found += [item for item in several if _is_dataset(item)]
+    return found
+
+
+def image_transform(node: Any) -> Callable[..., Any] | None:
+    """Return what turns the node's raw image into its item, or None when it hands images on as they are."""
+    transform = attributes_of(node).get("transform")
+    joint = attributes_of(node).get("transforms")
+    if callable(transform):
+        return transform  # type: ignore[no-any-return]
+    if is_standard(joint):
+        return joint.transform  # type: ignore[no-any-return, union-attr]
+    return joint if callable(joint) else None
+
+
+def is_standard(value: Any) -> bool:
+    """Whether ``value`` is torchvision's pair of an image and a target transform, as one callable."""
+    return callable(value) and hasattr(value, "transform") and hasattr(value, "target_transform")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The nodes with an image transform on the way to one leaf, outermost first."""
+
+    leaf: type
+    nodes: tuple[Any, ...]
+
+
+def chains_of(node: Any, above: tuple[Any, ...] = (), path: tuple[int, ...] = ()) -> Iterator[Chain]:
+    """Yield the chain of every leaf under ``node``; datasets are attributes, or lists or dicts of datasets."""
+    nodes = (*above, node) if image_transform(node) is not None else above
+    path = (*path, id(node))
+    inner = [child for child in _inner_datasets(node) if id(child) not in path] if len(path) < _MAX_DEPTH else []
+    if not inner:
+        yield Chain(type(node), nodes)
+    for child in inner:
+        yield from chains_of(child, nodes, path)
+
+
+def transforms_of(dataset: Any) -> list[Callable[..., Any]]:
+    """Return the image transforms of a dataset as they stand, in the order in which they are applied to an image.
+
+    Wrappers (``Subset``, ``ConcatDataset``, the user's own) are looked through; of several leaves the first counts.
+    """
+    chain = next(chains_of(dataset))
+    found = [image_transform(node) for node in reversed(chain.nodes)]
+    return [transform for transform in found if transform is not None]

@@ -1,0 +1,198 @@
+"""Train-time augmentation off: choose a deterministic transform and lend it to the user's dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_backdoor.data.nesting import attributes_of, chains_of, image_transform, is_standard
+from lightning_backdoor.data.views import check_dataset, read_items
+from lightning_backdoor.errors import ArgumentError
+
+__all__ = ["EvalTransform", "choose_transform", "transforms_swapped"]
+
+_SLOTS = ("transform", "transforms")
+
+
+class _Joint:
+    """A transform of images in the place of one that is called with (image, target), or with the image alone."""
+
+    def __init__(self, transform: Callable[[Any], Any]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Any, *targets: Any) -> Any:
+        return (self.transform(image), *targets) if targets else self.transform(image)
+
+
+def _identity(image: Any) -> Any:
+    return image
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Which transform the scan reads the training images with.
+
+    Attributes:
+        source: ``"argument"`` (the user's ``eval_transform``), ``"validation"`` (the validation dataset's),
+            ``"training"`` (nothing better is known: it stays, seeded per index) or ``"none"`` (there is none).
+        description: One sentence for the user.
+        given: The user's transform.
+        by_leaf: For each class of raw dataset the validation transforms, outermost first.
+    """
+
+    source: Literal["argument", "validation", "training", "none"]
+    description: str
+    given: Callable[[Any], Any] | None = None
+    by_leaf: Mapping[type, tuple[Callable[..., Any], ...]] = field(default_factory=dict)
+
+    def plan(self, dataset: Any) -> list[tuple[Any, Callable[..., Any]]] | None:
+        """Return (node, new image transform) pairs for ``dataset``; None when a transform has no counterpart."""
+        pairs: dict[int, tuple[Any, Callable[..., Any]]] = {}
+        for chain in chains_of(dataset) if self.source in ("argument", "validation") else ():
+            new = (self.given,) if self.given is not None else self.by_leaf.get(chain.leaf)
+            nodes = chain.nodes[:1] if self.given is not None else chain.nodes
+            if new == () and len(nodes) == 1:
+                new = (_identity,)
+            if nodes and (new is None or len(new) != len(nodes)):
+                return None
+            pairs.update((id(node), (node, transform)) for node, transform in zip(nodes, new or (), strict=False))
+        return list(pairs.values())
+
+
+def _replacements(node: Any, new: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (attribute, value) for every attribute of ``node`` that holds its image transform."""
+    for name in _SLOTS:
+        old: Any = attributes_of(node).get(name)
+        if is_standard(old):
+            yield name, type(old)(new, old.target_transform)
+        elif callable(old):
+            yield name, _Joint(new) if name == "transforms" else new
+
+
+@contextmanager
+def transforms_swapped(dataset: Any, choice: EvalTransform | None) -> Iterator[None]:
+    """Lend ``choice`` to ``dataset`` and the datasets inside it; each attribute is put back at the end.
+
+    Only instance attributes ``transform`` and ``transforms`` that hold a callable are replaced, on the outermost dataset
+    that has one. Worker processes started inside see the new transform, those already running keep theirs.
+    """
+    pairs = choice.plan(dataset) if choice is not None else []
+    old = []
+    try:
+        for node, new in pairs or []:
+            for name, value in list(_replacements(node, new)):
+                old.append((node, name, attributes_of(node)[name]))
+                attributes_of(node)[name] = value
+        yield
+    finally:
+        for node, name, value in reversed(old):
+            attributes_of(node)[name] = value
+
+
+def _signature(item: Any) -> Any:
+    """Return structure, shapes and dtypes of an item."""
+    if isinstance(item, Tensor | np.ndarray):
+        return tuple(item.shape), str(item.dtype)
+    if isinstance(item, Mapping):
+        return {key: _signature(value) for key, value in item.items()}
+    if isinstance(item, Sequence) and not isinstance(item, str | bytes):
+        return [_signature(value) for value in item]
+    return "number" if isinstance(item, int | float | np.number) else type(item)
+
+
+def _probe(train: Any) -> Any:
+    last = check_dataset(_dataset_of(train)) - 1
+    return [_signature(item) for item in read_items(train, sorted({0, last}))]
+
+
+def _dataset_of(train: Any) -> Any:
+    return train.dataset if isinstance(train, DataLoader) else train
+
+
+def choose_transform(
+    train: Any, val_dataset: Any = None, eval_transform: Callable[[Any], Any] | None = None
+) -> EvalTransform:
+    """Choose the transform that the scan reads the training images with.
+
+    In this order: the user's ``eval_transform``; the transform of the validation dataset, if both are built on the same
+    class of raw dataset and give items of the same shape and dtype; the training transform, made repeatable by a seed
+    per index. Nothing is changed; two training items are read.
+
+    Args:
+        train: The training loader (preferred: its workers read the items) or its dataset.
+        val_dataset: The validation dataset, if there is one.
+        eval_transform: From what the training dataset gives to its transform to what the model takes.
+
+    Returns:
+        The choice, for :func:`transforms_swapped`; ``description`` says it in words.
+
+    Raises:
+        ArgumentError: ``eval_transform`` cannot be put in place, or fails on a training image.
+        DataError: The training dataset is empty or not map-style.
+    """
+    dataset = _dataset_of(train)
+    check_dataset(dataset)
+    if eval_transform is not None:
+        return _checked_argument(train, eval_transform)
+    if not any(chain.nodes for chain in chains_of(dataset)):
+        return EvalTransform("none", f"{type(dataset).__name__} has no `transform`: its items are read as they are.")
+    found = "there is no validation dataset" if val_dataset is None else _from_validation(train, val_dataset)
+    if isinstance(found, EvalTransform):
+        return found
+    return EvalTransform(
+        "training",
+        f"Training images are read with the training transform, seeded per image, because {found}. "
+        "Pass `eval_transform` for a transform without augmentation.",
+    )
+
+
+def _from_validation(train: Any, val_dataset: Any) -> EvalTransform | str:
+    """Return the choice of the validation dataset's transform, or why it cannot be."""
+    dataset = _dataset_of(train)
+    by_leaf: dict[type, tuple[Callable[..., Any], ...]] = {}
+    for chain in chains_of(val_dataset):
+        found = [image_transform(node) for node in chain.nodes]
+        by_leaf.setdefault(chain.leaf, tuple(transform for transform in found if transform is not None))
+    words = "Training images are read with the transform of the validation dataset."
+    choice = EvalTransform("validation", words, by_leaf=by_leaf)
+    pairs = choice.plan(dataset)
+    if pairs is None:
+        return "the validation dataset is built differently"
+    if all(new is image_transform(node) for node, new in pairs):
+        return "the validation dataset shares it"
+    before = _probe(train)
+    try:
+        with transforms_swapped(dataset, choice):
+            after = _probe(train)
+    except Exception as error:
+        return f"the validation transform fails on training images with {type(error).__name__}"
+    return choice if before == after else "the validation transform gives another shape or dtype"
+
+
+def _checked_argument(train: Any, eval_transform: Any) -> EvalTransform:
+    if not callable(eval_transform):
+        raise ArgumentError(f"`eval_transform` must be callable, got {type(eval_transform).__name__}.")
+    choice = EvalTransform("argument", "Training images are read with `eval_transform`.", given=eval_transform)
+    dataset = _dataset_of(train)
+    if not choice.plan(dataset):
+        raise ArgumentError(
+            f"`eval_transform` was given, but {type(dataset).__name__} and the datasets in it have no `transform` or "
+            "`transforms` attribute that holds a callable. Leave `eval_transform` out, or let the dataset apply "
+            "`self.transform`."
+        )
+    _probe(train)
+    try:
+        with transforms_swapped(dataset, choice):
+            _probe(train)
+    except Exception as error:
+        raise ArgumentError(
+            f"`eval_transform` fails on a training image: {type(error).__name__}: {error}. It must accept what "
+            f"{type(dataset).__name__} passes to its own transform."
+        ) from error
+    return choice

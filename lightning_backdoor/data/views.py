@@ -1,0 +1,257 @@
+"""The user's training data in index order, the same on every reading."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+from lightning_backdoor.data.batches import holds_images
+from lightning_backdoor.data.structure import leaves_of
+from lightning_backdoor.errors import DataError
+
+__all__ = ["IndexedView", "ScanLoader", "check_dataset", "read_items", "scan_loader"]
+
+_MASK = 2**64 - 1
+_DEFAULT_BATCH_SIZE = 128
+
+
+def check_dataset(dataset: Any) -> int:
+    """Return the length of a map-style dataset.
+
+    Raises:
+        DataError: It is iterable-style, has no length or no random access, or is empty.
+    """
+    name = type(dataset).__name__
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            f"the training dataset must be map-style (`__getitem__` and `__len__`), got {name}: samples are kept or "
+            "dropped by their index. Load it into a map-style dataset first."
+        )
+    try:
+        length = len(dataset)
+    except (TypeError, NotImplementedError) as error:
+        raise DataError(f"the training dataset must have a length, {name} has none. Give it a `__len__`.") from error
+    if length == 0:
+        raise DataError(f"the training dataset is empty: {name} has length 0. Check its path, split or filter.")
+    return length
+
+
+def _mix(seed: int, index: int) -> int:
+    """Return 64 well-mixed bits for one index (the finaliser of splitmix64, Steele et al., 2014)."""
+    z = (seed * 0xD1342543DE82EF95 + index * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def _seed_all(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+class IndexedView(Dataset[tuple[int, Any]]):
+    """Some positions of a dataset as ``(index, item)``, each item read under its own seed.
+
+    torch, NumPy and ``random`` are seeded from ``(seed, index)`` for each item and put back afterwards, so a random
+    transform gives the same item whatever the order, batch size, number of workers or rank. Generators that the dataset
+    holds itself, and CUDA generators, are not seeded.
+
+    Args:
+        dataset: Map-style dataset, not necessarily a torch ``Dataset``.
+        indices: Dataset positions to read.
+        seed: Any integer.
+    """
+
+    def __init__(self, dataset: Any, indices: Sequence[int] | Tensor, seed: int) -> None:
+        self.dataset = dataset
+        self.indices = torch.as_tensor(indices, dtype=torch.long).reshape(-1)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, Any]:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[tuple[int, Any]]:
+        """Read one batch; the random state is saved once for all of it."""
+        indices = self.indices[list(positions)].tolist()
+        items = []
+        with _random_state_kept():
+            for index in indices:
+                _seed_all(_mix(self.seed, index))
+                items.append((index, self.dataset[index]))
+        return items
+
+
+class _Collate:
+    """The user's ``collate_fn`` between taking the indices off and putting them beside the batch."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any], seed: int) -> None:
+        self.collate_fn = collate_fn
+        self.seed = seed
+
+    def __call__(self, pairs: list[tuple[int, Any]]) -> tuple[Tensor, Any, bool]:
+        indices = torch.tensor([index for index, _ in pairs])
+        items = [item for _, item in pairs]
+        if self.collate_fn is default_collate:
+            return indices, default_collate(items), False
+        with _random_state_kept():
+            _seed_all(_mix(self.seed, int(indices[0])))
+            batch = self.collate_fn(items)
+        plain = _unmixed(batch, items)
+        batch = batch if plain is None else plain
+        sizes = holds_images(batch)
+        if batch is None or (sizes and len(items) not in sizes):
+            returned = "None" if batch is None else f"{sizes[0]} images"
+            raise DataError(
+                f"`collate_fn` returned {returned} for {len(items)} samples (items {indices[:8].tolist()}…), so "
+                "images cannot be told apart by index. Drop bad samples from the dataset instead of in the collate_fn."
+            )
+        return indices, batch, plain is not None
+
+
+def _soft_labels(batch: Any, size: int) -> int:
+    """Count the floating ``(B, K)`` tensors of a batch."""
+    found = [leaf.tensor for leaf in leaves_of(batch) if leaf.tensor.ndim == 2 and leaf.tensor.is_floating_point()]
+    return sum(tensor.shape[0] == size for tensor in found)
+
+
+def _unmixed(batch: Any, items: list[Any]) -> Any | None:
+    """Return the default batch of ``items`` if the user's ``batch`` has mixed labels (CutMix, MixUp), else None."""
+    if not _soft_labels(batch, len(items)):
+        return None
+    try:
+        plain = default_collate(items)
+    except (TypeError, RuntimeError, ValueError):
+        return None
+    return plain if _soft_labels(plain, len(items)) < _soft_labels(batch, len(items)) else None
+
+
+class _WorkerInit:
+    """Shows the user's ``worker_init_fn`` and dataset the dataset that they know as ``get_worker_info().dataset``."""
+
+    def __init__(self, worker_init_fn: Callable[[int], None] | None) -> None:
+        self.worker_init_fn = worker_init_fn
+
+    def __call__(self, worker_id: int) -> None:
+        info = get_worker_info()
+        if info is not None and isinstance(info.dataset, IndexedView):
+            object.__setattr__(info, "dataset", info.dataset.dataset)
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker_id)
+
+
+class ScanLoader(DataLoader[Any]):
+    """A DataLoader over an :class:`IndexedView`: yields ``(indices, batch)``, int64 ``(B,)`` and the user's batch."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:  # type: ignore[override]
+        told = False
+        for indices, batch, unmixed in super().__iter__():
+            if unmixed and not told:
+                told = True
+                warnings.warn(
+                    "the training loader's `collate_fn` mixes labels (CutMix or MixUp); the scan reads the images with "
+                    "torch's default_collate instead. Training is not affected.",
+                    stacklevel=2,
+                )
+            yield indices, batch
+
+
+def _batch_size(loader: Any) -> int:
+    holders = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
+    sizes = [getattr(holder, "batch_size", None) for holder in holders]
+    return next((size for size in sizes if isinstance(size, int) and size > 0), _DEFAULT_BATCH_SIZE)
+
+
+def scan_loader(
+    loader: DataLoader[Any],
+    indices: Sequence[int] | Tensor,
+    *,
+    seed: int,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+) -> ScanLoader:
+    """Return a loader that reads ``loader.dataset`` at ``indices``, in order and without randomness.
+
+    The user's ``collate_fn``, ``worker_init_fn``, ``timeout``, pinning and multiprocessing context are taken over; a
+    loader without batches (``batch_size=None``) is collated by torch's default. Iterating draws nothing from the global
+    random streams. A ``collate_fn`` that draws random numbers does so from a seed of its batch; one that mixes labels
+    (floating ``(B, K)`` where the samples have none) is replaced by torch's default, with one warning per pass.
+
+    Args:
+        loader: The user's training loader; it is only read.
+        indices: Dataset positions; may be empty (a rank without work).
+        seed: Seed of random transforms, see :class:`IndexedView`.
+        batch_size: Images per batch; the loader's, or its batch sampler's, or 128 by default.
+        num_workers: Worker processes; the loader's by default.
+
+    Raises:
+        DataError: The dataset is empty or not map-style; while iterating: the ``collate_fn`` drops samples.
+    """
+    check_dataset(loader.dataset)
+    workers = loader.num_workers if num_workers is None else num_workers
+    unbatched = loader.batch_size is None and loader.batch_sampler is None
+    collate_fn = default_collate if unbatched or loader.collate_fn is None else loader.collate_fn
+    return ScanLoader(
+        IndexedView(loader.dataset, indices, seed),
+        batch_size=_batch_size(loader) if batch_size is None else batch_size,
+        shuffle=False,
+        collate_fn=_Collate(collate_fn, seed),
+        pin_memory=loader.pin_memory and torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed & 0x7FFFFFFF),
+        **_worker_settings(loader, workers),
+    )
+
+
+def _worker_settings(loader: DataLoader[Any], workers: int) -> dict[str, Any]:
+    if workers == 0:
+        return {"num_workers": 0}
+    return {
+        "num_workers": workers,
+        "timeout": loader.timeout,
+        "prefetch_factor": loader.prefetch_factor,
+        "worker_init_fn": _WorkerInit(loader.worker_init_fn),
+        "multiprocessing_context": loader.multiprocessing_context,
+    }
+
+
+def _as_is(items: list[Any]) -> list[Any]:
+    return items
+
+
+def read_items(source: Any, indices: Sequence[int], *, seed: int = 0) -> list[Any]:
+    """Return the items of a dataset, or of a loader's dataset, uncollated and read as the scan reads them.
+
+    A loader with workers reads them in one worker: a dataset that opens its files there is not opened here.
+    """
+    if not isinstance(source, DataLoader):
+        return [item for _, item in IndexedView(source, indices, seed).__getitems__(range(len(indices)))]
+    items = DataLoader(
+        IndexedView(source.dataset, indices, seed),
+        batch_size=len(indices),
+        collate_fn=_as_is,
+        generator=torch.Generator().manual_seed(0),
+        **_worker_settings(source, min(source.num_workers, 1)),
+    )
+    return [item for pairs in items for _, item in pairs]
