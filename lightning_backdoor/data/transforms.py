@@ -79,8 +79,8 @@ def _replacements(node: Any, new: Callable[..., Any]) -> Iterator[tuple[str, Any
 def transforms_swapped(dataset: Any, choice: EvalTransform | None) -> Iterator[None]:
     """Lend ``choice`` to ``dataset`` and the datasets inside it; each attribute is put back at the end.
 
-    Only instance attributes ``transform`` and ``transforms`` that hold a callable are replaced, on the outermost dataset
-    that has one. Worker processes started inside see the new transform, those already running keep theirs.
+    Only instance attributes ``transform`` and ``transforms`` that hold a callable are replaced. Worker processes that
+    start inside see the new transform, those already running keep theirs.
     """
     pairs = choice.plan(dataset) if choice is not None else []
     old = []
