@@ -1,0 +1,46 @@
+"""What a report may show beside the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = ["Evidence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Pictures, names and facts that turn a verdict into something to read. Everything is optional.
+
+    Args:
+        classes: Class names, indexed by label. Labels without a name appear as ``class 7``.
+        images: Function from dataset positions to their pixels, uint8, shape ``(n, C, H, W)``. Called once, with at
+            most 24 positions.
+        denoised: Function from dataset positions to the denoised variants of these images, each uint8,
+            shape ``(n, C, H, W)``; one tensor for each name in ``variants``.
+        variants: Names of the denoised variants.
+        facts: Rows for the table of facts, as name and value: epoch, seconds, gate statistic...
+        score_meaning: One sentence that says what the score measures.
+        wanted: Images that the rule pointed at before ``max_removed`` limited it; ``None`` if there was no limit.
+        max_removed: The limit that the user set, as a fraction of the training set.
+        rewound: ``True`` if training started again from its first weights, ``False`` if it went on with the weights
+            it had, ``None`` if this is not known.
+    """
+
+    classes: Sequence[str] | None = None
+    images: Callable[[Sequence[int]], Tensor] | None = None
+    denoised: Callable[[Sequence[int]], Sequence[Tensor]] | None = None
+    variants: Sequence[str] = ("local median", "non-local means")
+    facts: Mapping[str, str | int | float] = field(default_factory=dict)
+    score_meaning: str = ""
+    wanted: int | None = None
+    max_removed: float | None = None
+    rewound: bool | None = None
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a label; ``class 7`` where no name is known."""
+        if self.classes is not None and 0 <= label < len(self.classes):
+            return str(self.classes[label])
+        return f"class {label}"

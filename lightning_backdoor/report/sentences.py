@@ -1,0 +1,147 @@
+"""The verdict in plain sentences."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from lightning_backdoor.report.evidence import Evidence
+from lightning_backdoor.report.table import ClassRow
+from lightning_backdoor.verdict import Verdict
+
+__all__ = ["Summary", "count", "number", "percent", "score", "summarise"]
+
+
+class Summary(NamedTuple):
+    """What a person needs to know, in the order in which they ask."""
+
+    headline: str
+    looked: str
+    found: str
+    done: str
+    then: str
+
+
+def count(amount: int, noun: str = "") -> str:
+    """Write a count with its noun: ``1 image``, ``20,000 images``."""
+    plural = {"class": "classes"}.get(noun, f"{noun}s") if amount != 1 else noun
+    return f"{amount:,} {plural}" if noun else f"{amount:,}"
+
+
+def number(value: str | int | float) -> str:
+    """Write a fact: whole numbers with separators, other numbers with four digits, text as it is."""
+    if isinstance(value, (str, bool)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:.4g}".replace("-", "−")
+
+
+def score(value: float) -> str:
+    """Write a score with four digits, so that a column of them lines up."""
+    return f"{value:#.4g}".rstrip(".").replace("-", "−").replace("inf", "∞")
+
+
+def percent(part: float, whole: float = 1) -> str:
+    """Write a share: ``5.1 %``, ``< 0.1 %``."""
+    share = 100 * part / whole if whole else 0.0
+    if 0 < share < 0.1:
+        return "< 0.1 %"
+    return f"{share:.0f} %" if share >= 99.95 or share == round(share) else f"{share:.1f} %"
+
+
+def _were(amount: int) -> str:
+    return "was" if amount == 1 else "were"
+
+
+def _where(rows: list[ClassRow], evidence: Evidence) -> str:
+    """Say whether the removed images share a label."""
+    removed, total = sum(row.removed for row in rows), sum(row.images for row in rows)
+    if len(rows) < 2 or removed < 2:
+        return ""
+    top = rows[0]
+    if top.removed > removed / 2 and top.removed / removed > 2 * top.images / total:
+        name = evidence.class_name(top.label)
+        share = "All of them carry" if top.removed == removed else f"{count(top.removed)} of them carry"
+        return f" {share} one label, “{name}”: most backdoors aim at a single class."
+    labels = sum(row.removed > 0 for row in rows)
+    spread = f"all {labels:,}" if labels == len(rows) else f"{labels:,} of {len(rows):,}"
+    return f" They are spread over {spread} classes."
+
+
+def _done(removed: int, kept: int, evidence: Evidence) -> str:
+    rest = f"on the {count(kept, 'image')} that {_were(kept)} kept"
+    taken = "It was" if removed == 1 else "They were"
+    if evidence.rewound:
+        return f"{taken} taken out, and training started again from its first weights {rest}."
+    if evidence.rewound is False:
+        return f"{taken} taken out, and training went on, with the weights it had, {rest}."
+    return f"{taken} taken out; from then on the model was trained {rest}."
+
+
+def _looked(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evidence) -> str:
+    amount = count(len(verdict), "training image")
+    scope = f" of {count(len(rows), 'class')}" if rows else ""
+    meaning = f" {evidence.score_meaning}" if evidence.score_meaning else ""
+    return f"{method} looked at {amount}{scope} and gave each a score; larger is more suspicious.{meaning}"
+
+
+def _nothing(looked: str, total: int) -> Summary:
+    return Summary(
+        headline="Nothing suspicious was found",
+        looked=looked,
+        found="No image stands out enough to be removed: the scores look like those of ordinary data.",
+        done=f"Nothing was removed: training has the full set of {count(total, 'image')}, "
+        "as if this check had not been there.",
+        then="There is nothing that you must do. This is no proof that the data is clean: a weak backdoor can show "
+        "itself later. A scan at a later epoch, or another defence, looks at the data from another side.",
+    )
+
+
+def _capped(looked: str, where: str, *, removed: int, total: int, evidence: Evidence) -> Summary:
+    wanted, max_removed = evidence.wanted or 0, evidence.max_removed
+    limit = "`max_removed`" if max_removed is None else f"`max_removed={max_removed:g}`"
+    only = f"only the {removed:,} most suspicious {_were(removed)}" if removed else "none was"
+    left = wanted - removed
+    return Summary(
+        headline=f"{removed:,} of {total:,} training images {_were(removed)} removed, then the limit was reached",
+        looked=looked,
+        found=f"{count(wanted, 'image')} ({percent(wanted, total)}) stood out, more than {limit} allows.",
+        done=f"The limit cut the removal short: {only} taken out.{where} "
+        f"The other {count(left, 'image')} that stood out {'is' if left == 1 else 'are'} still in the training set.",
+        then="Compare the images on both sides of the line. If the kept ones show the same mark, raise `max_removed` "
+        "and train again. If they look ordinary, the rule was misled: lower `max_removed`, or choose another rule.",
+    )
+
+
+def summarise(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evidence) -> Summary:
+    """Say what was looked at, what was found, what was done and what to do next.
+
+    Args:
+        verdict: The verdict, ``N`` samples.
+        method: Name of the defence.
+        rows: The table of classes, from :func:`~lightning_backdoor.report.table.class_rows`.
+        evidence: Names, the limit and what happened to the training.
+
+    Returns:
+        Five short texts. A run that found nothing and a run that ``max_removed`` cut short have their own.
+    """
+    total, removed = len(verdict), int((~verdict.keep).sum())
+    looked = _looked(verdict, method, rows, evidence)
+    where = _where(rows, evidence)
+    if evidence.wanted is not None and evidence.wanted > removed:
+        return _capped(looked, where, removed=removed, total=total, evidence=evidence)
+    if removed == 0:
+        return _nothing(looked, total)
+    stands = "One image stands" if removed == 1 else f"{count(removed, 'image')} stand"
+    return Summary(
+        headline=f"{removed:,} of {total:,} training images {_were(removed)} removed",
+        looked=looked,
+        found=f"{stands} out from the rest ({percent(removed, total)} of the training set).{where}",
+        done=_done(removed, total - removed, evidence),
+        then="Look at the removed images. A patch, a pattern or a wrong label that many of them share means that "
+        "somebody has touched the data: ask where they came from. If they look ordinary, little is lost; "
+        "a smaller `max_removed` or a stricter rule keeps more of them.",
+    )
