@@ -1,4 +1,4 @@
-"""A model with every trap for a careless scan, data with random augmentation, and a callback that scans from any hook."""
+"""A model with every trap for a careless scan, randomly augmented data, and a callback that scans from any hook."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import random
 from typing import Any
 
 import numpy as np
+import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_backdoor.data.views import scan_loader
 from lightning_backdoor.trainer.etiquette import prepare_batch
 from lightning_backdoor.trainer.outputs import call_model
 from lightning_backdoor.trainer.scan import scan, shard
+
+LIGHTNING_WARNS = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+]
 
 
 class NoisyData(Dataset[tuple[Tensor, Tensor]]):
@@ -29,26 +37,6 @@ class NoisyData(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         noise = torch.randn(()) + float(np.random.rand()) + random.random()
         return self.images[i] + 0.1 * noise, self.labels[i]
-
-
-class Still(Dataset[tuple[Tensor, Any]]):
-    """Index beside the item, without the augmentation."""
-
-    def __init__(self, data: NoisyData, indices: list[int]) -> None:
-        self.data, self.indices = data, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> tuple[int, tuple[Tensor, Tensor]]:
-        index = self.indices[i]
-        return index, (self.data.images[index], self.data.labels[index])
-
-
-def still_loader(data: NoisyData, indices: list[int], batch_size: int = 10, num_workers: int = 0) -> DataLoader[Any]:
-    return DataLoader(
-        Still(data, indices), batch_size=batch_size, num_workers=num_workers, generator=torch.Generator()
-    )
 
 
 class Trap(pl.LightningModule):
@@ -112,7 +100,9 @@ class Scanner(pl.Callback):
 def scan_logits(
     trainer: Any, module: Any, data: NoisyData, batch_size: int = 10, num_workers: int = 0
 ) -> dict[str, Tensor]:
-    loader = still_loader(data, shard(len(data), trainer), batch_size, num_workers)
+    loader = scan_loader(
+        train_loader(data), shard(len(data), trainer), seed=5, batch_size=batch_size, num_workers=num_workers
+    )
 
     def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
         images, labels = prepare_batch(trainer, module, batch)
