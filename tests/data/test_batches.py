@@ -1,0 +1,250 @@
+"""Images and labels are found in any batch, and never guessed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_backdoor.data import find_layout
+from lightning_backdoor.errors import ArgumentError, DataError
+
+Pair = namedtuple("Pair", ["img", "cat"])
+
+
+@dataclass(frozen=True)
+class Record:
+    picture: torch.Tensor
+    kind: torch.Tensor
+    note: str = "kept"
+
+
+@dataclass(frozen=True, slots=True)
+class SlimRecord:
+    picture: torch.Tensor
+    kind: torch.Tensor
+
+
+class Encoding(UserDict):
+    """Like the batches of tokenizers and image processors: a UserDict with extra state."""
+
+    def __init__(self, data: Any, kind: str = "?") -> None:
+        super().__init__(data)
+        self.kind = kind
+
+
+class Shelf(Mapping):
+    """A mapping that shares its dictionary when copied shallowly."""
+
+    def __init__(self, data: Mapping) -> None:
+        self._data = dict(data)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._data[key]
+
+    def __iter__(self):
+        return iter(self._data)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+
+X = torch.rand(4, 3, 8, 8)
+Y = torch.tensor([0, 2, 1, 2])
+
+BATCHES = {
+    "tuple": (X, Y),
+    "list": [X, Y],
+    "labels first": (Y, X),
+    "nested": [(X, {"deep": Y}), "text"],
+    "dict": {"picture": X, "klass": Y},
+    "int32": {"a": X, "b": Y.int()},
+    "uint8 labels": (X, Y.to(torch.uint8)),
+    "uint8 images": ((X * 255).byte(), Y),
+    "half": (X.half(), Y),
+    "grey": (X[:, 0], Y),
+    "namedtuple": Pair(X, Y),
+    "dataclass": Record(X, Y),
+    "slots": SlimRecord(X, Y),
+    "ordered": OrderedDict(a=X, b=Y),
+    "encoding": Encoding({"pixel_values": X, "labels": Y, "attention_mask": torch.ones(4, 5).long()}, "vision"),
+    "mapping": Shelf({"x": X, "y": Y}),
+    "index named": {"image": X, "label": Y, "index": torch.arange(4)},
+    "index unnamed label": {"image": X, "species": Y, "idx": torch.arange(4)},
+    "mask beside": {"image": X, "mask": torch.rand(4, 1, 8, 8), "y": Y},
+    "trailing box": (X, Y, torch.rand(4, 2)),
+    "poison flag": (X, Y, torch.ones(4, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_images_and_labels_are_found_and_replaced(name: str) -> None:
+    batch = BATCHES[name]
+    before = repr(batch)
+    layout = find_layout(batch)
+    images = layout.images(batch)
+    assert images.shape[0] == 4
+    assert layout.labels(batch).dtype == torch.int64
+    assert layout.labels(batch).tolist() == Y.tolist()
+    new = torch.zeros_like(images)
+    changed = layout.with_images(batch, new)
+    assert type(changed) is type(batch)
+    assert layout.images(changed) is new
+    assert layout.labels(changed).tolist() == Y.tolist()
+    assert layout.images(batch) is images
+    assert repr(batch) == before, "the user's batch is not changed"
+
+
+def test_extra_state_of_containers_survives() -> None:
+    layout = find_layout(BATCHES["encoding"])
+    assert layout.with_images(BATCHES["encoding"], X).kind == "vision"
+    assert find_layout(BATCHES["dataclass"]).with_images(BATCHES["dataclass"], X).note == "kept"
+
+
+def test_the_given_names_win_over_order() -> None:
+    batch = {"index": torch.arange(4), "image": X, "target": Y}
+    assert find_layout(batch).label_path == ("target",)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (X, Y, torch.arange(4)),
+        {"image": X, "fine_label": Y, "coarse_label": Y},
+        {"image": X, "a": Y, "b": Y},
+        (X, X.clone(), Y),
+        (torch.arange(4), Y),
+        (X, torch.rand(4, 3), Y),
+        ["text", 3],
+        None,
+    ],
+    ids=["index", "fine and coarse", "two keys", "two views", "no image", "soft then index", "nothing", "none"],
+)
+def test_ambiguity_is_an_error_that_names_batch_fn(batch: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"`batch_fn`.*\(images, labels\).*batch_fn=lambda batch"):
+        find_layout(batch)
+
+
+def test_the_message_lists_what_arrived() -> None:
+    with pytest.raises(ArgumentError, match=r"\['a'\]: int64 \(4,\); \['b'\]: int64 \(4,\)"):
+        find_layout({"image": X, "a": Y, "b": Y})
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (torch.rand(4, 3), r"float32 \(4, 3\)"),
+        (torch.rand(4), r"float32 \(4,\)"),
+        (torch.ones(4, 3).long(), r"int64 \(4, 3\)"),
+        (Y - 1, "smallest is -1"),
+    ],
+    ids=["one-hot", "floating", "multi-label", "negative"],
+)
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_labels_that_are_not_class_indices(labels: torch.Tensor, words: str, form: str) -> None:
+    batch = (X, labels) if form == "tuple" else {"image": X, "label": labels, "index": torch.arange(4)}
+    layout = find_layout(batch)
+    with pytest.raises(DataError, match=f"labels that are not class indices: .*{words}"):
+        layout.labels(batch)
+
+
+def test_a_batch_without_labels_still_has_images() -> None:
+    layout = find_layout([X])
+    assert layout.images([X]) is X
+    with pytest.raises(ArgumentError, match="no labels.*`batch_fn`"):
+        layout.labels([X])
+
+
+def test_channels_last_arrays_are_explained() -> None:
+    batch = (X.permute(0, 2, 3, 1).contiguous(), Y)
+    with pytest.raises(ArgumentError, match=r"\(B, H, W, C\).*permute\(0, 3, 1, 2\)"):
+        find_layout(batch)
+
+
+class TestBatchFn:
+    def test_picks_and_replaces_by_identity(self) -> None:
+        other = torch.rand(4, 3, 8, 8)
+        batch = {"views": [other, X], "t": {"y": Y, "i": torch.arange(4)}}
+        layout = find_layout(batch, lambda b: (b["views"][1], b["t"]["y"]))
+        new = torch.zeros_like(X)
+        changed = layout.with_images(batch, new)
+        assert changed["views"][0] is other
+        assert changed["views"][1] is new
+        assert batch["views"][1] is X
+        assert layout.labels(batch).tolist() == Y.tolist()
+
+    def test_works_on_the_next_batch(self) -> None:
+        layout = find_layout((X, X + 1, Y), lambda b: (b[1], b[2]))
+        second = (X * 2, X * 3, Y)
+        assert torch.equal(layout.with_images(second, X)[1], X)
+        assert torch.equal(layout.images(second), X * 3)
+
+    @pytest.mark.parametrize("form", ["permuted", "sliced"])
+    def test_writes_through_views(self, form: str) -> None:
+        if form == "permuted":
+            whole, view = X.permute(0, 2, 3, 1).contiguous(), lambda t: t.permute(0, 3, 1, 2)
+        else:
+            whole, view = torch.rand(4, 2, 3, 8, 8), lambda t: t[:, 1]
+        before = whole.clone()
+        layout = find_layout((whole, Y), lambda b: (view(b[0]), b[1]))
+        new = torch.rand(4, 3, 8, 8)
+        changed = layout.with_images((whole, Y), new)
+        assert torch.equal(view(changed[0]), new)
+        assert torch.equal(whole, before)
+        assert changed[0].shape == whole.shape
+        if form == "sliced":
+            assert torch.equal(changed[0][:, 0], whole[:, 0])
+
+    def test_computed_images_cannot_be_replaced(self) -> None:
+        layout = find_layout((X, Y), lambda b: (b[0] * 2, b[1]))
+        assert torch.equal(layout.images((X, Y)), X * 2)
+        with pytest.raises(ArgumentError, match="`batch_fn` must return images that are a tensor of the batch"):
+            layout.with_images((X, Y), X)
+
+    def test_must_return_a_pair_of_images_and_labels(self) -> None:
+        with pytest.raises(ArgumentError, match="`batch_fn` must return a pair"):
+            find_layout((X, Y), lambda b: b[0])
+        with pytest.raises(ArgumentError, match=r"`batch_fn` must return .*int64 \(4,\)"):
+            find_layout((X, Y), lambda b: (b[1], b[0]))
+
+    def test_can_repair_labels(self) -> None:
+        hot = torch.eye(3)[Y]
+        assert find_layout((X, hot), lambda b: (b[0], b[1].argmax(1))).labels((X, hot)).tolist() == Y.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    form=st.recursive(
+        st.just("pair"), lambda inner: st.tuples(st.sampled_from(["tuple", "list", "dict"]), inner), max_leaves=4
+    ),
+    size=st.integers(1, 5),
+    channels=st.integers(1, 5),
+    grey=st.booleans(),
+    swap=st.booleans(),
+    keyed=st.booleans(),
+)
+def test_any_nesting(form: Any, size: int, channels: int, grey: bool, swap: bool, keyed: bool) -> None:
+    images = torch.rand(size, 6, 7) if grey else torch.rand(size, channels, 6, 7)
+    labels = torch.arange(size)
+
+    def build(shape: Any) -> Any:
+        if shape == "pair":
+            pair = [labels, images] if swap else [images, labels]
+            return {"p": pair[0], "q": pair[1]} if keyed else tuple(pair)
+        inner = build(shape[1])
+        return {"tuple": (inner, "meta"), "list": [inner, 3.0], "dict": {"k": inner, "n": None}}[shape[0]]
+
+    batch = build(form)
+    layout = find_layout(batch)
+    assert layout.images(batch) is images
+    assert torch.equal(layout.labels(batch), labels)
+    twin = layout.with_images(batch, images + 1)
+    assert torch.equal(layout.images(twin), images + 1)
+    assert torch.equal(layout.labels(twin), labels)
+    assert layout.images(batch) is images
