@@ -60,8 +60,7 @@ def test_head_and_features_of_timm_models(name: str) -> None:
     check_timm(name, 160, TINY[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "vgg11" else ()) for n in FAMILIES])
 def test_head_and_features_of_more_families(name: str) -> None:
     check_timm(name, *FAMILIES[name])
 
