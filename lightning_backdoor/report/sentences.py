@@ -24,8 +24,8 @@ class Summary(NamedTuple):
 
 def count(amount: int, noun: str = "") -> str:
     """Write a count with its noun: ``1 image``, ``20,000 images``."""
-    plural = {"class": "classes"}.get(noun, f"{noun}s") if amount != 1 else noun
-    return f"{amount:,} {plural}" if noun else f"{amount:,}"
+    ending = "" if amount == 1 else "es" if noun.endswith("s") else "s"
+    return f"{amount:,} {noun}{ending}" if noun else f"{amount:,}"
 
 
 def number(value: str | int | float) -> str:
@@ -45,11 +45,13 @@ def score(value: float) -> str:
 
 
 def percent(part: float, whole: float = 1) -> str:
-    """Write a share: ``5.1 %``, ``< 0.1 %``."""
+    """Write a share: ``5.1 %``, ``< 0.1 %``, ``> 99.9 %``."""
     share = 100 * part / whole if whole else 0.0
     if 0 < share < 0.1:
         return "< 0.1 %"
-    return f"{share:.0f} %" if share >= 99.95 or share == round(share) else f"{share:.1f} %"
+    if 99.9 < share < 100:
+        return "> 99.9 %"
+    return f"{share:.0f} %" if share == round(share) else f"{share:.1f} %"
 
 
 def _were(amount: int) -> str:
