@@ -157,7 +157,7 @@ def test_labels_that_are_not_class_indices(labels: torch.Tensor, words: str, for
 def test_a_batch_without_labels_still_has_images() -> None:
     layout = find_layout([X])
     assert layout.images([X]) is X
-    with pytest.raises(ArgumentError, match="no labels.*`batch_fn`"):
+    with pytest.raises(ArgumentError, match=r"no labels.*`batch_fn`"):
         layout.labels([X])
 
 
@@ -229,7 +229,7 @@ class TestBatchFn:
     swap=st.booleans(),
     keyed=st.booleans(),
 )
-def test_any_nesting(form: Any, size: int, channels: int, grey: bool, swap: bool, keyed: bool) -> None:
+def test_any_nesting(*, form: Any, size: int, channels: int, grey: bool, swap: bool, keyed: bool) -> None:
     images = torch.rand(size, 6, 7) if grey else torch.rand(size, channels, 6, 7)
     labels = torch.arange(size)
 
