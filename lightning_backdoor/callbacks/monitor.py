@@ -1,0 +1,260 @@
+"""Watch a known attack while a model trains: for evidence and examples, where the ground truth is at hand."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_backdoor.attacks import poisoned_mask
+from lightning_backdoor.attacks import triggered as make_triggered
+from lightning_backdoor.data.batches import find_layout
+from lightning_backdoor.data.pixels import PixelSpace
+from lightning_backdoor.data.views import scan_loader
+from lightning_backdoor.errors import ArgumentError, DataError
+from lightning_backdoor.metrics import AttackSuccessRate, DetectionRates, RecoveredAccuracy
+from lightning_backdoor.trainer.compat import CallbackBase
+from lightning_backdoor.trainer.etiquette import isolated_rng, prepare_batch
+from lightning_backdoor.trainer.outputs import call_model
+from lightning_backdoor.trainer.scan import scan, shard
+from lightning_backdoor.verdict import Verdict
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["BackdoorMonitor"]
+
+
+class BackdoorMonitor(CallbackBase):
+    """Log how well the model resists a known attack, at every validation.
+
+    At the end of each validation epoch (not of the sanity check) it logs
+
+    * ``backdoor/clean_accuracy``, on the first validation loader,
+    * ``backdoor/attack_success_rate`` and ``backdoor/recovered_accuracy``, on the triggered images,
+    * ``backdoor/tpr``, ``fpr``, ``precision`` and ``auroc``, when the training dataset carries ``poisoned`` (see
+      :func:`lightning_backdoor.attacks.poison`) and a defence has a verdict; ``backdoor/<method>/tpr`` and so on with
+      several defences. A verdict of this epoch's end is seen by the next validation.
+
+    Values that are undefined, such as the TPR on clean data, are left out. Training stays bit-identical.
+
+    Costs two evaluation passes over the validation set. ``limit_val_batches`` and ``fast_dev_run`` shorten them to a
+    random part, the same each time.
+
+    Args:
+        triggered: Dataset of (triggered image, attack label) whose items look like those of the validation set. The
+            recovered accuracy needs its ``true_labels``, which :func:`lightning_backdoor.attacks.triggered` provides.
+        trigger: Or a trigger, painted on the raw images of the validation set, before their transform.
+        target: Attacked class, with ``trigger``; its own images are left out.
+        labels: Kind of attack, with ``trigger``: ``"all_to_all"`` aims at ``(y + 1) mod K`` and uses all images.
+        batch_size: Images per forward pass; ``None`` takes the validation loader's.
+        num_workers: Worker processes of the two passes.
+        forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``, for models that cannot be called with
+            the images alone.
+        batch_fn: ``batch_fn(batch)`` returns images and labels, for batches in which they cannot be found.
+        mean: With ``std``, one number per channel: the validation images are already normalised, pixel =
+            255 (image * std + mean), and the trigger is painted on the batches.
+        std: See ``mean``.
+        name: Inserted into the logged names (``backdoor/<name>/...``), to tell two monitors apart.
+
+    Raises:
+        ArgumentError: If the arguments contradict each other.
+        DataError: At the first validation, if the validation set cannot be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        triggered: Dataset[Any] | None = None,
+        trigger: Callable[..., Any] | None = None,
+        target: int = 0,
+        labels: Literal["dirty", "clean", "all_to_all"] = "dirty",
+        batch_size: int | None = None,
+        num_workers: int = 0,
+        forward_fn: Callable[..., Any] | None = None,
+        batch_fn: Callable[..., Any] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if (triggered is None) == (trigger is None):
+            raise ArgumentError(
+                "Pass either `triggered`, a dataset of triggered test images, or `trigger`, to paint the validation "
+                f"images, got {'neither' if trigger is None else 'both'}."
+            )
+        if (mean is None) != (std is None) or (mean is not None and trigger is None):
+            raise ArgumentError("`mean`, `std` and `trigger` go together: pass all three, or neither `mean` nor `std`.")
+        if labels not in ("dirty", "clean", "all_to_all"):
+            raise ArgumentError(f"`labels` must be 'dirty', 'clean' or 'all_to_all', got {labels!r}.")
+        self.triggered = triggered
+        self.trigger = trigger
+        self.target = target
+        self.labels = labels
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.forward_fn = forward_fn
+        self.batch_fn = batch_fn
+        self.space = None if mean is None or std is None else PixelSpace(tuple(mean), tuple(std))
+        self.name = name
+        self._built: tuple[Any, Any] = (None, None)  # a validation set and its triggered twin
+        self._has_logged = False
+
+    @property
+    def state_key(self) -> str:
+        """Tell monitors of different names apart."""
+        return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the triggered test set: what cannot be read is reported by the sanity check."""
+        dataset = _first_loader(trainer.val_dataloaders).dataset
+        if self.trigger is not None and self.space is None and self._built[0] is not dataset:
+            try:
+                with isolated_rng():
+                    self._built = dataset, make_triggered(dataset, self.trigger, self.target, self.labels)
+            except DataError as error:
+                raise DataError(
+                    f"BackdoorMonitor cannot paint the validation set. {error} Or pass `mean` and `std`, and the "
+                    "monitor paints the batches, or a `triggered` dataset."
+                ) from error
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure and log."""
+        if trainer.sanity_checking:
+            return
+        prefix = "backdoor" if self.name is None else f"backdoor/{self.name}"
+        values = {**self._attack(trainer, pl_module), **_detection(trainer)}
+        defined = {f"{prefix}/{key}": value for key, value in values.items() if not math.isnan(value)}
+        pl_module.log_dict(defined, batch_size=1, sync_dist=True)
+        self._has_logged = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so when there was nothing to do."""
+        if not self._has_logged and trainer.is_global_zero:
+            warnings.warn(
+                "BackdoorMonitor logged nothing, because no validation ran. Give the Trainer a validation loader, and "
+                "check `limit_val_batches` and `check_val_every_n_epoch`.",
+                stacklevel=2,
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the validation set."""
+        self._built = (None, None)
+
+    def _attack(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Return clean accuracy, attack success rate and recovered accuracy."""
+        val_loader = _first_loader(trainer.val_dataloaders)
+        clean, _ = self._scan(trainer, pl_module, val_loader, "clean accuracy", painted=self.space is not None)
+        true_labels: Tensor | None
+        if self.space is None:
+            predictions, aims, true_labels = self._on_triggered(trainer, pl_module, val_loader)
+        else:
+            used = (clean["label"] != self.target) | (self.labels == "all_to_all")
+            predictions, aims, true_labels = (clean[key][used] for key in ("triggered", "aim", "label"))
+        values = {"clean_accuracy": (clean["prediction"] == clean["label"]).double().mean().item()}
+        success = AttackSuccessRate(sync_on_compute=False)  # every process has all samples
+        success.update(predictions, aims)
+        values["attack_success_rate"] = success.compute().item()
+        if true_labels is not None:
+            recovered = RecoveredAccuracy(sync_on_compute=False)
+            recovered.update(predictions, true_labels)
+            values["recovered_accuracy"] = recovered.compute().item()
+        return values
+
+    def _on_triggered(
+        self, trainer: Trainer, pl_module: LightningModule, val_loader: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return predictions, attack labels and, if known, true labels of the triggered dataset."""
+        dataset = self._built[1] if self.triggered is None else self.triggered
+        loader = DataLoader(dataset, batch_size=_batch_size(val_loader), collate_fn=val_loader.collate_fn)
+        result, positions = self._scan(trainer, pl_module, loader, "attack success rate")
+        truth = getattr(dataset, "true_labels", None)
+        return result["prediction"], result["label"], None if truth is None else torch.as_tensor(truth)[positions]
+
+    def _scan(
+        self, trainer: Trainer, pl_module: LightningModule, loader: Any, description: str, *, painted: bool = False
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """Return predictions and labels in the order of the dataset, and the positions that they belong to."""
+
+        def logits_of(batch: Any) -> Tensor:
+            batch = prepare_batch(trainer, pl_module, batch)
+            return call_model(pl_module, find_layout(batch, self.batch_fn).images(batch), self.forward_fn, batch)
+
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            layout = find_layout(batch, self.batch_fn)
+            labels = layout.labels(batch).clone()
+            with_trigger = layout.with_images(batch, self._paint(layout.images(batch))) if painted else None
+            logits = logits_of(batch)
+            columns = {"prediction": logits.argmax(1), "label": labels}
+            if painted:
+                aims = (labels + 1) % logits.shape[1] if self.labels == "all_to_all" else self.target
+                columns["triggered"] = logits_of(with_trigger).argmax(1)
+                columns["aim"] = torch.zeros_like(labels) + aims
+            return columns
+
+        positions = _positions(trainer, loader)
+        mine = [positions[index] for index in shard(len(positions), trainer)]
+        own = scan_loader(loader, mine, seed=0, batch_size=self.batch_size, num_workers=self.num_workers)
+        return scan(trainer, pl_module, own, step, description=description), positions
+
+    def _paint(self, images: Tensor) -> Tensor:
+        assert self.space is not None
+        assert self.trigger is not None
+        trigger = self.trigger.at_test() if hasattr(self.trigger, "at_test") else self.trigger
+        return self.space.to_model(trigger(self.space.to_pixels(images)), images)
+
+
+def _detection(trainer: Any) -> dict[str, float]:
+    """Return the detection rates of every defence that has a verdict, against the ground truth if there is one."""
+    masks = [poisoned_mask(loader.dataset) for loader in _loaders(trainer.train_dataloader)]
+    judges = [each for each in trainer.callbacks if isinstance(getattr(each, "verdict", None), Verdict)]
+    values: dict[str, float] = {}
+    for judge in judges:
+        verdict: Verdict = judge.verdict
+        poisoned = next((mask for mask in masks if mask is not None and len(mask) == len(verdict)), None)
+        if poisoned is None:
+            continue
+        rates = DetectionRates(sync_on_compute=False)
+        rates.update(verdict.scores, verdict.keep, poisoned)
+        parts = (getattr(judge, "method", type(judge).__name__), getattr(judge, "name", None))
+        prefix = "/".join([part for part in parts if part] + [""]) if len(judges) > 1 else ""
+        values.update({prefix + key: value.item() for key, value in rates.compute().items()})
+    return values
+
+
+def _loaders(structure: Any) -> list[Any]:
+    """Return the loaders in whatever nest of lists and dicts the user gave."""
+    structure = getattr(structure, "iterables", structure)
+    if isinstance(structure, dict):
+        structure = list(structure.values())
+    if isinstance(structure, (list, tuple)):
+        return [loader for part in structure for loader in _loaders(part)]
+    return [structure] if hasattr(structure, "dataset") else []
+
+
+def _first_loader(structure: Any) -> Any:
+    loaders = _loaders(structure)
+    if not loaders or not hasattr(loaders[0].dataset, "__len__"):
+        raise DataError(
+            "BackdoorMonitor needs a map-style validation set in a DataLoader, got "
+            f"{type(loaders[0].dataset if loaders else structure).__name__}. Change the validation loader."
+        )
+    return loaders[0]
+
+
+def _batch_size(loader: Any) -> int:
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
+
+
+def _positions(trainer: Trainer, loader: Any) -> list[int]:
+    """Return all positions of the dataset, or as many as ``limit_val_batches`` allows, drawn once."""
+    size, limit = len(loader.dataset), trainer.limit_val_batches
+    whole = isinstance(limit, int)
+    wanted = limit * _batch_size(loader) * trainer.world_size if whole else math.ceil(limit * size)
+    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(0))[: int(wanted)]
+    positions: list[int] = drawn.sort().values.tolist()
+    return positions
