@@ -1,0 +1,184 @@
+"""Non-local means over many images at once: the arithmetic behind ``functional.nl_means``.
+
+Layout: images lie in the last dimension, ``(planes, rows, columns, lanes)``, so every shift is a view and every
+operation runs over long contiguous stretches whatever the image size. Large images are cut into tiles that carry their
+own border; a tile is a lane.
+
+Cost: the patch distances of an offset serve the opposite offset as well, so a 13×13 search needs 84 maps instead of 169.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_backdoor.functional.native import LANES, native_kernel
+
+__all__ = ["images_per_block", "smooth_planes"]
+
+TILE = 64  # longest side of a tile, pixels
+CPU_VALUES = 2**17  # values per map on a CPU: half a megabyte stays in the second-level cache
+DEVICE_VALUES = 2**24  # values per map on an accelerator, where launches cost more than memory traffic
+SMALLEST_WEIGHT = 0.001  # OpenCV sets smaller weights to zero
+CUBIC = (-0.135227, 0.492199, -0.999429)  # exp(-16 y) ≈ (((a y + b) y + c) y + 1)^16 within 0.02 % down to 0.001
+
+
+def smooth_planes(
+    planes: Tensor, groups: Sequence[tuple[int, float]], template: int, search: int, *, native: bool = False
+) -> Tensor:
+    """Replace each pixel by the mean over its search window, weighted by the likeness of the patches around.
+
+    Weights as in OpenCV's ``fastNlMeansDenoising`` (8 bit, squared differences): the patch distance is floored to a
+    multiple of a power of two, the weight is ``exp(-distance / (h² · planes))`` and zero below 0.001. The border is a
+    reflection without the edge pixel.
+
+    Args:
+        planes: Whole numbers 0 to 255, shape ``(N, P, H, W)``, a block of at most :func:`images_per_block` images.
+        groups: ``(number of planes, h)`` in plane order. The planes of a group share their weights.
+        template: Side of the patches, odd.
+        search: Side of the search window, odd.
+        native: Use the C kernel, which must exist and needs CPU tensors and one or two planes in a group.
+
+    Returns:
+        Whole numbers 0 to 255, float32, shape ``(N, P, H, W)``.
+    """
+    reach = search // 2
+    tiles = _cut(planes, reach + template // 2, LANES if native else 1)
+    smooth = smooth_tiles_natively if native else smooth_tiles
+    parts = tiles.split([count for count, _ in groups])
+    return _join(torch.cat([smooth(part, h, template, reach) for part, (_, h) in zip(parts, groups, strict=True)]), planes.shape)
+
+
+def images_per_block(height: int, width: int, margin: int, device: torch.device, native: bool = False) -> int:
+    """Return how many images to smooth at once: maps stay in the cache and memory does not grow with their number."""
+    (n_rows, tall), (n_columns, wide) = _tiles(height), _tiles(width)
+    values = CPU_VALUES if device.type == "cpu" else DEVICE_VALUES
+    lanes = LANES if native else values // ((tall + 2 * margin) * (wide + 2 * margin))
+    return max(1, lanes // (n_rows * n_columns))
+
+
+def smooth_tiles(tiles: Tensor, h: float, template: int, reach: int) -> Tensor:
+    """Return the weighted means inside the margin ``m = reach + template // 2`` of tiles whose planes share weights.
+
+    Args:
+        tiles: Whole numbers 0 to 255, float32, shape ``(p, H + 2m, W + 2m, L)``.
+        h: Strength.
+        template: Side of the patches, odd.
+        reach: Half the side of the search window.
+
+    Returns:
+        Whole numbers 0 to 255, float32, shape ``(p, H, W, L)``.
+    """
+    margin = reach + template // 2
+    height, width = tiles.shape[1] - 2 * margin, tiles.shape[2] - 2 * margin
+    unit, table = _weight_table(h, template, len(tiles), tiles.device)
+
+    def window(row: int, column: int, more_rows: int = 0, more_columns: int = 0) -> Tensor:
+        row, column = row + margin, column + margin
+        return tiles[:, row : row + height + more_rows, column : column + width + more_columns]
+
+    weighted = window(0, 0).clone()
+    total = torch.ones_like(weighted[0])  # a pixel has weight 1 for itself
+    for dy, dx in product(range(reach + 1), range(-reach, reach + 1)):
+        if (dy, dx) <= (0, 0):
+            continue  # the opposite offset brings it
+        # The map covers the image and the image moved by the opposite offset; patches reach beyond it on all sides.
+        left, half = max(dx, 0), template // 2
+        more = (dy + template - 1, abs(dx) + template - 1)
+        here, there = window(-dy - half, -left - half, *more), window(-half, dx - left - half, *more)
+        squares = [(a - b).square_() for a, b in zip(here, there, strict=True)]
+        distance = sum(squares[1:], squares[0])
+        distance = _box(_box(distance, 0, template), 1, template)  # exact: whole numbers below 2^24
+        steps = distance.mul_(unit).clamp_(max=len(table) - 1).to(torch.int32)
+        weights = table.index_select(0, steps.flatten()).view_as(steps)
+        behind = weights[:height, left - dx : left - dx + width]
+        ahead = weights[dy:, left : left + width]
+        total.add_(behind).add_(ahead)
+        weighted.add_(behind * window(-dy, -dx)).add_(ahead * window(dy, dx))
+    return weighted.div_(total).add_(0.5).floor_()
+
+
+def smooth_tiles_natively(tiles: Tensor, h: float, template: int, reach: int) -> Tensor:
+    """Do the same as :func:`smooth_tiles` with the C kernel, for ``L`` equal to ``LANES``."""
+    kernel = native_kernel(template)
+    assert kernel is not None
+    tiles = tiles.contiguous()
+    planes, tall, wide, lanes = tiles.shape
+    margin = reach + template // 2
+    height, width = tall - 2 * margin, wide - 2 * margin
+    means = tiles.new_empty(planes, height, width, lanes)
+    scratch = tiles.new_empty(height * width + 2 * wide, lanes)
+    fall = torch.tensor(_fall(h, template, planes), dtype=torch.float32)
+    pointers = (tiles.data_ptr(), means.data_ptr(), scratch.data_ptr())
+    kernel(*pointers, planes, height, width, reach, fall.data_ptr())
+    return means
+
+
+def _fall(h: float, template: int, planes: int) -> tuple[float, ...]:
+    """Return how weights fall: unit of the distance, last step that counts, factors of the polynomial in steps."""
+    shift = (template**2 - 1).bit_length()
+    rate = 2**shift / template**2 / (h * h * planes)  # fall of the logarithm per step
+    last = int(-math.log(SMALLEST_WEIGHT) / rate)
+    return 0.5**shift, last, *(factor * (rate / 16) ** power for factor, power in zip(CUBIC, (3, 2, 1), strict=True))
+
+
+def _weight_table(h: float, template: int, planes: int, device: torch.device) -> tuple[float, Tensor]:
+    """Return the unit of the distance and the weights of 0, 1, 2 … units; the last weight is zero."""
+    unit, last, a, b, c = _fall(h, template, planes)
+    steps = torch.arange(int(last) + 2, dtype=torch.float32, device=device)
+    weights = (((steps * a + b) * steps + c) * steps + 1.0).pow(2).pow(2).pow(2).pow(2)
+    weights[-1] = 0.0
+    return unit, weights
+
+
+def _box(values: Tensor, dim: int, size: int) -> Tensor:
+    """Sum over windows of ``size`` along ``dim``; the length shrinks by ``size - 1``. Doubling: 4 additions for 7."""
+    length = values.shape[dim] - size + 1
+    parts, start, span = [], 0, 1
+    while span <= size:
+        if size & span:
+            parts.append(values.narrow(dim, start, length))
+            start += span
+        if 2 * span <= size:
+            shorter = values.shape[dim] - span
+            values = values.narrow(dim, 0, shorter) + values.narrow(dim, span, shorter)
+        span *= 2
+    return sum(parts[1:], parts[0])
+
+
+def _tiles(length: int) -> tuple[int, int]:
+    """Return number and length of the equal tiles that cover ``length``."""
+    count = -(-length // TILE)
+    return count, -(-length // count)
+
+
+def _cut(planes: Tensor, margin: int, multiple: int) -> Tensor:
+    """Cut ``(N, P, H, W)`` into float32 tiles with a reflected margin, ``(P, h + 2m, w + 2m, lanes)``.
+
+    Lanes of zeros fill up to a ``multiple``.
+    """
+    tiles = planes.permute(1, 2, 3, 0).to(torch.float32, memory_format=torch.contiguous_format)
+    for dim in (1, 2):
+        length = tiles.shape[dim]
+        count, size = _tiles(length)
+        position = torch.arange(count).unsqueeze(1) * size + torch.arange(-margin, size + margin)
+        period = max(2 * length - 2, 1)
+        position = position.remainder(period)
+        position = torch.minimum(position, period - position).clamp_(max=length - 1)
+        tiles = tiles.index_select(dim, position.flatten().to(tiles.device)).unflatten(dim, position.shape)
+        tiles = tiles.movedim(dim, -2)  # (P, h, W, rows, N), then (P, h, w, rows, columns, N)
+    tiles = tiles.flatten(3)
+    return pad(tiles, (0, -tiles.shape[-1] % multiple)).contiguous()
+
+
+def _join(tiles: Tensor, shape: torch.Size) -> Tensor:
+    """Put smoothed tiles ``(P, h, w, lanes)`` together again, ``(N, P, H, W)``; lanes beyond the last image are dropped."""
+    number, _, height, width = shape
+    n_rows, n_columns = _tiles(height)[0], _tiles(width)[0]
+    tiles = tiles[..., : n_rows * n_columns * number].unflatten(3, (n_rows, n_columns, number))
+    return tiles.permute(5, 0, 3, 1, 4, 2).flatten(4).flatten(2, 3)[..., :height, :width]
