@@ -107,7 +107,7 @@ class BackdoorMonitor(CallbackBase):
     @property
     def state_key(self) -> str:
         """Tell monitors of different names apart."""
-        return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
+        return ".".join(filter(None, ("lightning_backdoor", "monitor", self.name)))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the triggered test set: what cannot be read is reported by the sanity check."""
