@@ -14,7 +14,7 @@ __all__ = ["map_blocks"]
 def map_blocks(function: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> Tensor:
     """Apply ``function`` to ``size`` images at a time; the result has the shape, dtype and device of ``batch``.
 
-    On a CPU, blocks run side by side in as many threads as torch may use and each block on one of them. Single operations
+    On a CPU, blocks run side by side in as many threads as torch may use, each block on one of them. Single operations
     on maps of a few hundred kilobytes gain little from several cores and wait for all of them after every step.
     """
     result = torch.empty_like(batch, memory_format=torch.contiguous_format)
@@ -25,12 +25,12 @@ def map_blocks(function: Callable[[Tensor], Tensor], batch: Tensor, size: int) -
             target.copy_(function(source))
 
     if threads == 1:
-        for source, target in zip(batch.split(size), result.split(size), strict=True):
+        for source, target in zip(torch.split(batch, size), torch.split(result, size), strict=True):
             work(source, target)
         return result
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(work, batch.split(size), result.split(size)):
+            for _ in pool.map(work, torch.split(batch, size), torch.split(result, size)):
                 pass  # raises what a block raised
     finally:
         torch.set_num_threads(threads)

@@ -1,8 +1,8 @@
 """The inner loop of non-local means in C, compiled at first use where a C compiler is at hand.
 
 PyTorch's single operations go through memory some twenty times per offset; this goes through it once. It does the same
-additions and multiplications in the same order as ``nlm.smooth_tiles``, so the results are equal bit for bit and nothing but
-speed depends on the compiler.
+additions and multiplications in the same order as ``nlm.smooth_tiles``, so the results are equal bit for bit and
+nothing but speed depends on the compiler.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["LANES", "native_kernel"]
 
 LANES = 16  # images that the kernel treats at once
 
-# tiles [planes][height + 2m][width + 2m], means [planes][height][width], scratch [height * width + 2 (width + 2m)]; all in
-# vectors of LANES floats. An offset and its opposite share a map of weights that begins dy rows above the image. `column`
-# holds the squared differences summed over the rows of a patch, exact because they are whole numbers below 2^24.
+# tiles [planes][height + 2m][width + 2m], means [planes][height][width], scratch [height * width + 2 (width + 2m)]; all
+# in vectors of LANES floats. An offset and its opposite share a map of weights that begins dy rows above the image.
+# `column` holds squared differences summed over the rows of a patch, exact because they are whole numbers below 2^24.
 SOURCE = """
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int mask __attribute__((vector_size(4 * LANES)));
@@ -112,7 +112,11 @@ def native_kernel(template: int) -> Callable[..., None] | None:
         macros = [f"-DTEMPLATE={template}", f"-DLANES={LANES}"]
         try:
             subprocess.run(
-                [*command, *macros, "-", "-o", str(library)], input=SOURCE.encode(), check=True, capture_output=True, timeout=60
+                [*command, *macros, "-", "-o", str(library)],
+                input=SOURCE.encode(),
+                check=True,
+                capture_output=True,
+                timeout=60,
             )
             kernel: Callable[..., None] = ctypes.CDLL(str(library)).smooth
         except (OSError, subprocess.SubprocessError, AttributeError):

@@ -4,7 +4,7 @@ Layout: images lie in the last dimension, ``(planes, rows, columns, lanes)``, so
 operation runs over long contiguous stretches whatever the image size. Large images are cut into tiles that carry their
 own border; a tile is a lane.
 
-Cost: the patch distances of an offset serve the opposite offset as well, so a 13×13 search needs 84 maps instead of 169.
+Cost: the patch distances of an offset serve the opposite offset as well, so a 13×13 search needs 84 maps, not 169.
 """
 
 from __future__ import annotations
@@ -50,16 +50,20 @@ def smooth_planes(
     reach = search // 2
     tiles = _cut(planes, reach + template // 2, LANES if native else 1)
     smooth = smooth_tiles_natively if native else smooth_tiles
-    parts = tiles.split([count for count, _ in groups])
-    return _join(torch.cat([smooth(part, h, template, reach) for part, (_, h) in zip(parts, groups, strict=True)]), planes.shape)
+    parts = torch.split(tiles, [count for count, _ in groups])
+    return _join(
+        torch.cat([smooth(part, h, template, reach) for part, (_, h) in zip(parts, groups, strict=True)]), planes.shape
+    )
 
 
 def images_per_block(height: int, width: int, margin: int, device: torch.device, native: bool = False) -> int:
     """Return how many images to smooth at once: maps stay in the cache and memory does not grow with their number."""
     (n_rows, tall), (n_columns, wide) = _tiles(height), _tiles(width)
+    per_image = n_rows * n_columns
+    if native:  # whole vectors of lanes, unless a single image nearly fills its last one anyway
+        return LANES // math.gcd(LANES, per_image) if per_image < 4 * LANES else 1
     values = CPU_VALUES if device.type == "cpu" else DEVICE_VALUES
-    lanes = LANES if native else values // ((tall + 2 * margin) * (wide + 2 * margin))
-    return max(1, lanes // (n_rows * n_columns))
+    return max(1, values // ((tall + 2 * margin) * (wide + 2 * margin) * per_image))
 
 
 def smooth_tiles(tiles: Tensor, h: float, template: int, reach: int) -> Tensor:
@@ -104,26 +108,29 @@ def smooth_tiles(tiles: Tensor, h: float, template: int, reach: int) -> Tensor:
 
 
 def smooth_tiles_natively(tiles: Tensor, h: float, template: int, reach: int) -> Tensor:
-    """Do the same as :func:`smooth_tiles` with the C kernel, for ``L`` equal to ``LANES``."""
+    """Do the same as :func:`smooth_tiles` in C, for one or two planes and ``L`` a multiple of ``LANES``."""
     kernel = native_kernel(template)
     assert kernel is not None
-    tiles = tiles.contiguous()
-    planes, tall, wide, lanes = tiles.shape
+    assert len(tiles) in (1, 2)
+    planes, tall, wide, _ = tiles.shape
     margin = reach + template // 2
     height, width = tall - 2 * margin, wide - 2 * margin
-    means = tiles.new_empty(planes, height, width, lanes)
-    scratch = tiles.new_empty(height * width + 2 * wide, lanes)
-    fall = torch.tensor(_fall(h, template, planes), dtype=torch.float32)
-    pointers = (tiles.data_ptr(), means.data_ptr(), scratch.data_ptr())
-    kernel(*pointers, planes, height, width, reach, fall.data_ptr())
-    return means
+    scratch = tiles.new_empty(height * width + 2 * wide, LANES)
+    fall = torch.tensor(_fall(h, template, planes), dtype=torch.float32, device="cpu")
+    means = []
+    for part in torch.split(tiles, LANES, dim=-1):
+        source, mean = part.contiguous(), tiles.new_empty(planes, height, width, LANES)
+        pointers = (source.data_ptr(), mean.data_ptr(), scratch.data_ptr())
+        kernel(*pointers, planes, height, width, reach, fall.data_ptr())
+        means.append(mean)
+    return torch.cat(means, dim=-1)
 
 
 def _fall(h: float, template: int, planes: int) -> tuple[float, ...]:
     """Return how weights fall: unit of the distance, last step that counts, factors of the polynomial in steps."""
     shift = (template**2 - 1).bit_length()
     rate = 2**shift / template**2 / (h * h * planes)  # fall of the logarithm per step
-    last = int(-math.log(SMALLEST_WEIGHT) / rate)
+    last = min(int(-math.log(SMALLEST_WEIGHT) / rate), 255**2 * planes * template**2 >> shift)
     return 0.5**shift, last, *(factor * (rate / 16) ** power for factor, power in zip(CUBIC, (3, 2, 1), strict=True))
 
 
@@ -170,15 +177,16 @@ def _cut(planes: Tensor, margin: int, multiple: int) -> Tensor:
         period = max(2 * length - 2, 1)
         position = position.remainder(period)
         position = torch.minimum(position, period - position).clamp_(max=length - 1)
-        tiles = tiles.index_select(dim, position.flatten().to(tiles.device)).unflatten(dim, position.shape)
+        tiles = tiles.index_select(dim, position.flatten().to(tiles.device))
+        tiles = tiles.reshape(*tiles.shape[:dim], count, -1, *tiles.shape[dim + 1 :])
         tiles = tiles.movedim(dim, -2)  # (P, h, W, rows, N), then (P, h, w, rows, columns, N)
     tiles = tiles.flatten(3)
     return pad(tiles, (0, -tiles.shape[-1] % multiple)).contiguous()
 
 
 def _join(tiles: Tensor, shape: torch.Size) -> Tensor:
-    """Put smoothed tiles ``(P, h, w, lanes)`` together again, ``(N, P, H, W)``; lanes beyond the last image are dropped."""
+    """Put smoothed tiles ``(P, h, w, lanes)`` together, ``(N, P, H, W)``; lanes beyond the last image are dropped."""
     number, _, height, width = shape
     n_rows, n_columns = _tiles(height)[0], _tiles(width)[0]
-    tiles = tiles[..., : n_rows * n_columns * number].unflatten(3, (n_rows, n_columns, number))
+    tiles = tiles[..., : n_rows * n_columns * number].reshape(*tiles.shape[:3], n_rows, n_columns, number)
     return tiles.permute(5, 0, 3, 1, 4, 2).flatten(4).flatten(2, 3)[..., :height, :width]
