@@ -28,14 +28,14 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int mask __attribute__((vector_size(4 * LANES)));
 #define ROUND_DOWN(x) __builtin_convertvector(__builtin_convertvector(x, mask), vec)
 
-static inline __attribute__((always_inline)) void add_squares(
-    vec *column, const vec *here, long apart, long plane, const int planes, int count, float sign)
+static inline __attribute__((always_inline)) vec squares(const vec *here, long apart, long plane, const int planes)
 {
-    for (int x = 0; x < count; x++)
-        for (int p = 0; p < planes; p++) {
-            vec d = here[p * plane + x] - here[p * plane + x + apart];
-            column[x] += sign * (d * d);
-        }
+    vec sum = {};
+    for (int p = 0; p < planes; p++) {
+        vec d = here[p * plane] - here[p * plane + apart];
+        sum += d * d;
+    }
+    return sum;
 }
 
 static inline __attribute__((always_inline)) void gather(
@@ -69,8 +69,12 @@ static inline __attribute__((always_inline)) void run(
             for (int r = 0; r < height + dy + TEMPLATE - 1; r++) {
                 const int y = r - (TEMPLATE - 1) - dy;
                 const vec *patch = centre + (r - dy - half) * stride - left - half;
-                add_squares(column, patch, apart, plane, planes, sums, 1.0f);
-                if (r >= TEMPLATE) add_squares(column, patch - TEMPLATE * stride, apart, plane, planes, sums, -1.0f);
+                const vec *gone = patch - TEMPLATE * stride;
+                if (r < TEMPLATE)
+                    for (int x = 0; x < sums; x++) column[x] += squares(patch + x, apart, plane, planes);
+                else
+                    for (int x = 0; x < sums; x++)
+                        column[x] += squares(patch + x, apart, plane, planes) - squares(gone + x, apart, plane, planes);
                 if (r < TEMPLATE - 1) continue;
                 for (int x = 0; x < columns; x++) {
                     vec distance = column[x];

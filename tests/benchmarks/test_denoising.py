@@ -1,4 +1,4 @@
-"""How much faster than the authors' per-image loops? Ratios, measured in turns in one run; nothing is asserted about time.
+"""How much faster than the authors' per-image loops? Ratios, measured in turns in one run, without a timed assertion.
 
 Run on two threads: ``OMP_NUM_THREADS=2 pytest -m benchmark tests/benchmarks/test_denoising.py -s``.
 """
