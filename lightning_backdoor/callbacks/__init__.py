@@ -1,0 +1,6 @@
+"""Lightning callbacks: the defences, and a monitor for evidence."""
+
+from lightning_backdoor.callbacks.monitor import BackdoorMonitor
+from lightning_backdoor.callbacks.ultraclean import UltraCleanCallback
+
+__all__ = ["BackdoorMonitor", "UltraCleanCallback"]

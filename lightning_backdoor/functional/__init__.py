@@ -1,0 +1,22 @@
+"""Plain functions on tensors: denoise, score, decide. They know nothing of trainers, files or ground truth."""
+
+from lightning_backdoor.functional.decisions import limit_removed, natural_break, select_fraction
+from lightning_backdoor.functional.denoising import local_median, nl_means
+from lightning_backdoor.functional.evidence import Decision, decide
+from lightning_backdoor.functional.modes import Mode, find_modes, mode_scores, split_units
+from lightning_backdoor.functional.susceptibility import susceptibility_scores
+
+__all__ = [
+    "Decision",
+    "Mode",
+    "decide",
+    "find_modes",
+    "limit_removed",
+    "local_median",
+    "mode_scores",
+    "natural_break",
+    "nl_means",
+    "select_fraction",
+    "split_units",
+    "susceptibility_scores",
+]

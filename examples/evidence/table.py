@@ -1,0 +1,30 @@
+"""The result rows as a Markdown table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+DEFENCES = ("none", "ultraclean", "perfect", "random", "ultraclean-paper")
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """One line per cell, attacks together; in per cent."""
+    lines = [
+        "| attack | poisons | defence | clean accuracy | ASR | removed | TPR | FPR | AUROC | seconds |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    for row in sorted(rows, key=lambda r: (attacks.index(r["attack"]), DEFENCES.index(r["defence"]), r["seed"])):
+        rates = [_percent(row.get(name)) for name in ("tpr", "fpr")]
+        auroc = row.get("auroc")
+        lines.append(
+            f"| {row['attack']} | {row['poisons']:,} | {row['defence']} | {100 * row['clean_accuracy']:.1f} "
+            f"| {100 * row['asr']:.1f} | {row['removed']:,} | {' | '.join(rates)} "
+            f"| {'–' if auroc is None or math.isnan(auroc) else f'{auroc:.3f}'} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.2f}"

@@ -1,0 +1,149 @@
+"""What all defences share: a name in logs and checkpoints, a place at the training loader, a verdict."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from lightning_backdoor.errors import ArgumentError, DataError, TrainerError
+from lightning_backdoor.trainer.compat import CallbackBase
+from lightning_backdoor.trainer.curation import Curation, curation_of
+from lightning_backdoor.trainer.etiquette import require_unsharded
+from lightning_backdoor.trainer.training_set import Reading, TrainingSet, open_training_set
+from lightning_backdoor.verdict import Verdict
+
+__all__ = ["Defense", "require_fraction", "require_positive"]
+
+SCHEMA = 1
+
+
+def require_fraction(name: str, value: float) -> float:
+    """Return ``value`` if it lies strictly between 0 and 1, else explain the unit."""
+    if not 0 < value < 1:
+        hint = f" For {value:g} per cent, pass {value / 100:g}." if 1 <= value < 100 else ""
+        raise ArgumentError(f"`{name}` must be a fraction between 0 and 1, got {value}.{hint}")
+    return value
+
+
+def require_positive(name: str, value: int | None) -> int | None:
+    """Return ``value`` if it is None or a whole number of at least one."""
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ArgumentError(f"`{name}` must be a whole number of at least 1, or None, got {value!r}.")
+    return value
+
+
+class Defense(CallbackBase):
+    """Base of the defences.
+
+    Subclasses set :attr:`method` and act in Lightning's hooks; this class joins and leaves the curation of the
+    training loader, opens the training set at the start, and keeps the verdict in checkpoints.
+
+    Attributes:
+        method: Name of the defence in logs, reports and checkpoints.
+        verdict: The latest verdict, ``None`` while the defence has not acted.
+    """
+
+    method: ClassVar[str]
+
+    def __init__(self, *, max_removed: float, reading: Reading, report_dir: str | Path | None, name: str | None) -> None:
+        super().__init__()
+        self.max_removed = require_fraction("max_removed", max_removed)
+        self.reading = reading
+        self.report_dir = None if report_dir is None else str(report_dir)
+        self.name = name
+        self.verdict: Verdict | None = None
+        self._curation: Curation | None = None
+        self._training_set: TrainingSet | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in checkpoints: the defence and the user's ``name``."""
+        return ".".join(filter(None, ("lightning_backdoor", self.method, self.name)))
+
+    def __repr__(self) -> str:
+        """Return a call that makes an equal callback."""
+        values = {}
+        for argument, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, argument, getattr(self.reading, argument, None))
+            if value != parameter.default:
+                values[argument] = value
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in values.items())})"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the curation of the training loader."""
+        if stage != "fit":
+            return
+        require_unsharded(trainer)
+        self._curation = curation_of(trainer)
+        self._curation.join(self.state_key)
+        if self.verdict is not None:
+            self._curation.set_keep(self.state_key, self.verdict.keep)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Look at a few training images, so that whatever cannot work is said before anything is trained."""
+        loader = None if self._curation is None else self._curation.loader
+        if loader is None:
+            raise TrainerError(f"{type(self).__name__} found no training loader. Pass one map-style loader to `fit`.")
+        self._training_set = open_training_set(
+            trainer, pl_module, loader, self.reading, _validation_dataset(trainer)
+        )
+        if self.verdict is not None and len(self.verdict) != len(self._training_set):
+            raise DataError(
+                f"The checkpoint holds a verdict on {len(self.verdict)} training samples, but the training dataset has "
+                f"{len(self._training_set)}. Resume with the dataset of the interrupted run, or start without `ckpt_path`."
+            )
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Give the training loader back."""
+        self._leave()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give the training loader back; Lightning does not tear down after an error."""
+        self._leave()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values only."""
+        return {"schema": SCHEMA, "verdict": None if self.verdict is None else self.verdict.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the verdict from a checkpoint; it is in force before the first batch is drawn."""
+        if not state_dict:
+            return
+        if state_dict["schema"] > SCHEMA:
+            raise ArgumentError(
+                f"The checkpoint was written by a newer lightning_backdoor (state {state_dict['schema']}, known: "
+                f"{SCHEMA}). Update the package to resume from it."
+            )
+        self.verdict = None if state_dict["verdict"] is None else Verdict(**state_dict["verdict"])
+        if self._curation is not None:
+            self._curation.set_keep(self.state_key, None if self.verdict is None else self.verdict.keep)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running Trainer."""
+        return {**self.__dict__, "_curation": None, "_training_set": None}
+
+    def _leave(self) -> None:
+        if self._curation is not None:
+            self._curation.leave(self.state_key)
+        self._curation = None
+        self._training_set = None
+
+    def _report_folder(self, trainer: Any) -> Path | None:
+        """Where the report goes: the user's folder, else one beside the logs. Call it on every rank."""
+        logs = trainer.log_dir  # a broadcast
+        if self.report_dir is not None:
+            return Path(self.report_dir)
+        if logs is None or not trainer.loggers:
+            return None
+        return Path(logs) / "lightning_backdoor" / self.state_key.removeprefix("lightning_backdoor.")
+
+
+def _validation_dataset(trainer: Any) -> Any:
+    """Dataset of the first validation loader, if there is one."""
+    loaders = trainer.val_dataloaders
+    while isinstance(loaders, (list, tuple, dict)) and loaders:
+        loaders = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders[0]
+    return loaders.dataset if isinstance(loaders, torch.utils.data.DataLoader) else None

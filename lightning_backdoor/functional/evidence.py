@@ -1,0 +1,80 @@
+"""From what a scan measured to a verdict: scores, a gate for clean data, a cut, a cap."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.functional.decisions import limit_removed, select_fraction
+from lightning_backdoor.functional.modes import MIN_SEPARATION, Mode, find_modes, mode_scores
+
+__all__ = ["Decision", "decide"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Scores and cut, with what led to them.
+
+    Attributes:
+        scores: Float ``(N,)``; larger is more suspicious.
+        keep: Bool ``(N,)``.
+        threshold: Samples with a score above it are removed.
+        rule: How the threshold was chosen, in words.
+        modes: Second modes that passed the gate (``rule="auto"``).
+        wanted: Samples that the rule pointed at before ``max_removed`` limited it.
+    """
+
+    scores: Tensor
+    keep: Tensor
+    threshold: float
+    rule: str
+    modes: tuple[Mode, ...]
+    wanted: int
+
+
+def decide(
+    values: Tensor,
+    ranking: Tensor,
+    labels: Tensor,
+    *,
+    considered: Tensor | None = None,
+    fraction: float | None = None,
+    by_ranking: bool = False,
+    max_removed: float = 0.3,
+) -> Decision:
+    """Judge every sample.
+
+    Args:
+        values: Response of every unit to every sample, float, shape ``(N, U)``; second modes are looked for here.
+        ranking: One general suspicion per sample, float, shape ``(N,)``; orders the samples outside such modes.
+        labels: Labels as given, long, shape ``(N,)``.
+        considered: Samples that may be removed, bool, shape ``(N,)``; all by default.
+        fraction: Remove this share of the considered samples, whatever the data look like; ``None`` removes the second
+            modes that pass the gate, if there are any.
+        by_ranking: With ``fraction``: cut ``ranking`` itself instead of the mode scores.
+        max_removed: Largest share of all samples that may be removed, in ``(0, 1)``.
+
+    Returns:
+        The decision. When nothing stands out and ``fraction`` is ``None``, ``keep`` is all true and the threshold
+        infinite.
+    """
+    considered = torch.ones(len(labels), dtype=torch.bool) if considered is None else considered
+    modes = [] if by_ranking else [mode for mode in find_modes(values, labels) if bool(considered[labels == mode.label].any())]
+    scores = ranking.float().clone() if by_ranking else mode_scores(values, labels, modes, ranking)
+    if fraction is not None:
+        inside = considered.nonzero().squeeze(1)
+        keep = torch.ones(len(labels), dtype=torch.bool)
+        keep[inside], threshold = select_fraction(scores[inside], fraction)
+        rule = f"fraction({fraction:g})"
+    else:
+        keep, threshold = ~(considered & (scores > 0.5)), 0.5 if modes else math.inf
+        rule = f"second_mode(separation>={MIN_SEPARATION:g})"
+    wanted = int((~keep).sum())
+    limited = limit_removed(scores, keep, max_removed)
+    if int((~limited).sum()) < wanted:
+        keep, rule = limited, f"{rule}, max_removed({max_removed:g})"
+        threshold = float(scores[keep & considered].max())
+    return Decision(scores, keep, threshold, rule, tuple(modes), wanted)

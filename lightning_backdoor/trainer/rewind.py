@@ -1,0 +1,142 @@
+"""Going back to the start of fit: weights, optimizer, schedulers, averages and the Trainer's own counters."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["LoopHold", "restore", "snapshot"]
+
+_UNREACHABLE = 10**9
+
+
+def snapshot(trainer: Any, pl_module: Any) -> dict[str, Any]:
+    """Copy everything that training changes, as tensors and plain values that load with ``weights_only=True``.
+
+    Holds the module's state, optimizers, schedulers, the precision plugin, and of every other callback its own state
+    and its modules (averaged weights). Costs one copy of the model and of its optimizer state on the CPU.
+
+    Args:
+        trainer: The running Trainer, with optimizers already set up.
+        pl_module: The LightningModule under training.
+    """
+    return {
+        "module": _cpu(pl_module.state_dict()),
+        "optimizers": [_cpu(optimizer.state_dict()) for optimizer in trainer.optimizers],
+        "schedulers": [_cpu(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
+        "precision": _cpu(trainer.precision_plugin.state_dict()),
+        "callbacks": {callback.state_key: _cpu(callback.state_dict()) for callback in _others(trainer)},
+        "averages": {
+            callback.state_key: {name: _cpu(module.state_dict()) for name, module in _modules(callback).items()}
+            for callback in _others(trainer)
+        },
+    }
+
+
+def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
+    """Put a :func:`snapshot` back and let the Trainer count epochs and steps from zero again.
+
+    Call in ``on_train_epoch_start``. The logger's step axis goes on, so that curves do not overlap. Random streams go
+    on, too: the second run draws fresh batches.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule under training.
+        state: What :func:`snapshot` returned, perhaps read back from a checkpoint.
+    """
+    state = copy.deepcopy(state)
+    pl_module.load_state_dict(state["module"])
+    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
+        config.scheduler.load_state_dict(saved)
+    trainer.precision_plugin.load_state_dict(state["precision"])
+    for callback in _others(trainer):
+        callback.load_state_dict(state["callbacks"].get(callback.state_key, {}))
+        for name, module in _modules(callback).items():
+            if name in state["averages"].get(callback.state_key, {}):
+                module.load_state_dict(state["averages"][callback.state_key][name])
+        if hasattr(callback, "_last_global_step_saved"):  # ModelCheckpoint skips a step number that it has seen
+            callback._last_global_step_saved = 0
+    _count_from_zero(trainer)
+
+
+class LoopHold:
+    """Keeps the fit loop from ending between the decision to rewind and the next epoch, where the rewind happens."""
+
+    def __init__(self) -> None:
+        self._held: tuple[int | None, int | None, int] | None = None
+
+    def close(self, trainer: Any) -> None:
+        """Lift the limits on epochs and steps; calling it twice changes nothing."""
+        if self._held is None:
+            loop = trainer.fit_loop
+            self._held = (loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps)
+            loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = _UNREACHABLE, -1, -1
+
+    def release(self, trainer: Any) -> None:
+        """Put the user's limits back and forget a stop that was asked for during the warm-up."""
+        if self._held is not None:
+            loop = trainer.fit_loop
+            loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = self._held
+            self._held = None
+            trainer.should_stop = False
+
+
+def about_to_end(trainer: Any) -> bool:
+    """Whether the fit loop would stop after the epoch that is just ending."""
+    loop = trainer.fit_loop
+    epochs_done = loop.max_epochs not in (None, -1) and loop.epoch_progress.current.processed >= loop.max_epochs
+    steps_done = loop.epoch_loop.max_steps != -1 and trainer.global_step >= loop.epoch_loop.max_steps
+    return bool(epochs_done or steps_done or trainer.should_stop)
+
+
+def _count_from_zero(trainer: Any) -> None:
+    """Reset the Trainer's progress to that of a first epoch that has just been announced."""
+    loop = trainer.fit_loop
+    for tracker in (loop.epoch_progress.current, loop.epoch_progress.total):
+        done = tracker.processed
+        for field in dataclasses.fields(tracker):
+            setattr(tracker, field.name, getattr(tracker, field.name) - done)
+    epoch_loop = loop.epoch_loop
+    for progress in (
+        epoch_loop.batch_progress,
+        epoch_loop.scheduler_progress,
+        epoch_loop.automatic_optimization.optim_progress,
+        epoch_loop.manual_optimization.optim_step_progress,
+    ):
+        _zero(progress)
+
+
+def _zero(progress: Any) -> None:
+    for field in dataclasses.fields(progress):
+        value = getattr(progress, field.name)
+        if dataclasses.is_dataclass(value):
+            _zero(value)
+        else:
+            setattr(progress, field.name, type(value)(0))
+
+
+def _others(trainer: Any) -> list[Any]:
+    """Callbacks that do not belong to this library: a rewind of one defence must not undo another."""
+    return [c for c in trainer.callbacks if not type(c).__module__.startswith("lightning_backdoor.")]
+
+
+def _modules(callback: Any) -> dict[str, nn.Module]:
+    """Averaged models that a callback keeps beside the trained one."""
+    return {name: value for name, value in vars(callback).items() if isinstance(value, nn.Module)}
+
+
+def _cpu(value: Any) -> Any:
+    """Copy nested containers with every tensor cloned to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cpu(item) for item in value)
+    return copy.deepcopy(value)

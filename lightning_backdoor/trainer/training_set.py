@@ -1,0 +1,165 @@
+"""The user's training images as a defence reads them: indexed, deterministic, with known pixels, labels and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_backdoor.data.batches import BatchLayout, find_layout
+from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
+from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
+from lightning_backdoor.data.views import check_dataset, scan_loader
+from lightning_backdoor.errors import DataError
+from lightning_backdoor.surgery.heads import Head, find_head
+from lightning_backdoor.surgery.taps import Taps
+from lightning_backdoor.trainer.etiquette import prepare_batch, unobtrusive
+from lightning_backdoor.trainer.outputs import call_model
+from lightning_backdoor.trainer.scan import scan, shard
+
+__all__ = ["Reading", "TrainingSet", "open_training_set"]
+
+_PROBE = 16
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the user wants the training images to be read; every ``None`` is found out.
+
+    Attributes:
+        forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``.
+        batch_fn: ``batch_fn(batch)`` returns images and labels.
+        feature_layer: Name of the layer whose output are the features.
+        eval_transform: Transform without augmentation.
+        mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units.
+        std: Standard deviation of the pixel normalisation, as ``mean``.
+        batch_size: Images per forward pass.
+        num_workers: Worker processes of the reading loader.
+        seed: Seed of whatever is random in the training transform.
+    """
+
+    forward_fn: Callable[[Any, Any], Any] | None = None
+    batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None = None
+    feature_layer: str | None = None
+    eval_transform: Callable[[Any], Any] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    batch_size: int | None = None
+    num_workers: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Everything that is known about the training set after looking at a few images of it."""
+
+    loader: DataLoader[Any]
+    reading: Reading
+    transform: EvalTransform
+    layout: BatchLayout
+    pixels: PixelSpace
+    head: Head
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.loader.dataset)  # type: ignore[arg-type]
+
+    def scan(
+        self, trainer: Any, pl_module: Any, step: Callable[[Tensor, Any], dict[str, Tensor]], *, description: str
+    ) -> dict[str, Tensor]:
+        """Run ``step(indices, batch)`` over all samples; see :func:`lightning_backdoor.trainer.scan.scan`."""
+        with self._view(shard(len(self), trainer)) as view:
+            return scan(trainer, pl_module, view, step, description=description)
+
+    def labels(self, batch: Any) -> Tensor:
+        """Class indices of a batch, long ``(B,)``, checked against the number of logits."""
+        labels = self.layout.labels(batch)
+        if len(labels) and int(labels.max()) >= self.num_classes:
+            raise DataError(
+                f"Labels must be class indices below {self.num_classes} (the number of logits), got "
+                f"{int(labels.max())}. Give the model more outputs or number the classes from 0."
+            )
+        return labels
+
+    def outputs(self, trainer: Any, pl_module: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, K)`` and penultimate features ``(B, D)`` of a batch as the loader gave it, float32."""
+        with Taps(pl_module, [self.head.name], place=self.head.place) as taps:
+            logits = _logits(trainer, pl_module, self.layout, self.reading, batch)
+            return logits, taps.read()[self.head.name]
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """Images at some dataset positions as 8-bit pixels, uint8 ``(n, C, H, W)``."""
+        with self._view(indices, num_workers=0) as view:
+            return torch.cat([self.pixels.to_pixels(self.layout.images(batch)) for _, batch in view])
+
+    @contextmanager
+    def _view(self, indices: Sequence[int], num_workers: int | None = None) -> Iterator[DataLoader[Any]]:
+        workers = self.reading.num_workers if num_workers is None else num_workers
+        with transforms_swapped(self.loader.dataset, self.transform):
+            yield scan_loader(
+                self.loader,
+                indices,
+                seed=self.reading.seed,
+                batch_size=self.reading.batch_size,
+                num_workers=workers,
+            )
+
+
+def open_training_set(
+    trainer: Any, pl_module: Any, loader: DataLoader[Any], reading: Reading, val_dataset: Any = None
+) -> TrainingSet:
+    """Look at a few training images and find out how to read all of them, or say what is missing.
+
+    Reads ``16`` images through one forward pass; the training does not notice.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule under training.
+        loader: The training loader as Lightning prepared it.
+        reading: The user's settings.
+        val_dataset: Dataset of the first validation loader, whose transform is preferred for reading.
+
+    Raises:
+        ArgumentError: If images, labels or the pixel space cannot be told, naming the argument that helps.
+        DataError: If the dataset is empty or iterable, an image is not finite, or labels are not class indices.
+        ModelError: If no logits come out of the model.
+    """
+    size = check_dataset(loader.dataset)
+    transform = choose_transform(loader, val_dataset, reading.eval_transform)
+    probe = [i * size // min(size, _PROBE) for i in range(min(size, _PROBE))]
+    with unobtrusive(trainer, pl_module):
+        with transforms_swapped(loader.dataset, transform):
+            view = scan_loader(loader, probe, seed=reading.seed, batch_size=len(probe), num_workers=0)
+            indices, batch = next(iter(view))
+        layout = find_layout(batch, reading.batch_fn)
+        images = layout.images(batch)
+        check_finite(images, indices)
+        found: list[Tensor] = []
+
+        def run() -> Tensor:
+            found.append(_logits(trainer, pl_module, layout, reading, batch))
+            return found[-1]
+
+        head = find_head(pl_module, run, reading.feature_layer)
+        logits = found[-1] if found else run()
+    pixels = infer_pixel_space(
+        images,
+        transform=transform.given or getattr(loader.dataset, "transform", None),
+        model=pl_module,
+        mean=reading.mean,
+        std=reading.std,
+    )
+    training_set = TrainingSet(loader, reading, transform, layout, pixels, head, logits.shape[1])
+    training_set.labels(batch)
+    return training_set
+
+
+def _logits(trainer: Any, pl_module: Any, layout: BatchLayout, reading: Reading, batch: Any) -> Tensor:
+    prepared = prepare_batch(trainer, pl_module, batch)
+    images = layout.images(prepared) if reading.forward_fn is None else prepared
+    return call_model(pl_module, images, reading.forward_fn, prepared)
