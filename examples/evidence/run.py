@@ -54,7 +54,11 @@ def run_cell(
         "asr": _accuracy(network, recipe.test(test)),
         "removed": len(train) - len(dataset) if callback is None else int((~callback.verdict.keep).sum()),
         "seconds": round(seconds, 1),
-        "versions": {"lightning_backdoor": __version__, "torch": torch.__version__, "pytorch_lightning": pl.__version__},
+        "versions": {
+            "lightning_backdoor": __version__,
+            "torch": torch.__version__,
+            "pytorch_lightning": pl.__version__,
+        },
         "hardware": f"{torch.get_num_threads()} CPU threads, {platform.machine()}",
     }
     if callback is not None:

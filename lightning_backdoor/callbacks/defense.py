@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from lightning_backdoor.errors import ArgumentError, DataError, TrainerError
-from lightning_backdoor.trainer.compat import CallbackBase
+from lightning_backdoor.report.evidence import Evidence
+from lightning_backdoor.report.writer import write_report
+from lightning_backdoor.trainer.compat import CallbackBase, rank_zero_warn
 from lightning_backdoor.trainer.curation import Curation, curation_of
-from lightning_backdoor.trainer.etiquette import require_unsharded
+from lightning_backdoor.trainer.etiquette import isolated_rng, require_unsharded
 from lightning_backdoor.trainer.training_set import Reading, TrainingSet, open_training_set
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["Defense", "require_fraction", "require_positive"]
+__all__ = ["Defense", "require_fraction", "require_one_of", "require_positive"]
 
 SCHEMA = 1
 
@@ -35,6 +38,13 @@ def require_positive(name: str, value: int | None) -> int | None:
     return value
 
 
+def require_one_of(name: str, value: Any, options: tuple[str, ...]) -> Any:
+    """Return ``value`` if it is one of the options."""
+    if value not in options:
+        raise ArgumentError(f"`{name}` must be one of {', '.join(map(repr, options))}, got {value!r}.")
+    return value
+
+
 class Defense(CallbackBase):
     """Base of the defences.
 
@@ -48,7 +58,9 @@ class Defense(CallbackBase):
 
     method: ClassVar[str]
 
-    def __init__(self, *, max_removed: float, reading: Reading, report_dir: str | Path | None, name: str | None) -> None:
+    def __init__(
+        self, *, max_removed: float, reading: Reading, report_dir: str | Path | None, name: str | None
+    ) -> None:
         super().__init__()
         self.max_removed = require_fraction("max_removed", max_removed)
         self.reading = reading
@@ -87,9 +99,7 @@ class Defense(CallbackBase):
         loader = None if self._curation is None else self._curation.loader
         if loader is None:
             raise TrainerError(f"{type(self).__name__} found no training loader. Pass one map-style loader to `fit`.")
-        self._training_set = open_training_set(
-            trainer, pl_module, loader, self.reading, _validation_dataset(trainer)
-        )
+        self._training_set = open_training_set(trainer, pl_module, loader, self.reading, _validation_dataset(trainer))
         if self.verdict is not None and len(self.verdict) != len(self._training_set):
             raise DataError(
                 f"The checkpoint holds a verdict on {len(self.verdict)} training samples, but the training dataset has "
@@ -131,14 +141,21 @@ class Defense(CallbackBase):
         self._curation = None
         self._training_set = None
 
-    def _report_folder(self, trainer: Any) -> Path | None:
-        """Where the report goes: the user's folder, else one beside the logs. Call it on every rank."""
+    def _write_report(self, trainer: Any, evidence: Evidence) -> None:
+        """Write the report of the verdict: into the user's folder, else beside the logs. Every rank must call it."""
         logs = trainer.log_dir  # a broadcast
-        if self.report_dir is not None:
-            return Path(self.report_dir)
-        if logs is None or not trainer.loggers:
-            return None
-        return Path(logs) / "lightning_backdoor" / self.state_key.removeprefix("lightning_backdoor.")
+        if self.report_dir is None and (logs is None or not trainer.loggers):
+            return
+        if not trainer.is_global_zero or self.verdict is None or self._training_set is None:
+            return
+        default = Path(logs or ".") / "lightning_backdoor" / self.state_key.removeprefix("lightning_backdoor.")
+        folder = default if self.report_dir is None else Path(self.report_dir)
+        named = replace(evidence, classes=getattr(self._training_set.loader.dataset, "classes", None))
+        with isolated_rng():
+            try:
+                write_report(folder, self.verdict, method=self.method, evidence=named)
+            except Exception as error:  # a picture must never end somebody's training
+                rank_zero_warn(f"The report in {folder} is incomplete: {type(error).__name__}: {error}")
 
 
 def _validation_dataset(trainer: Any) -> Any:

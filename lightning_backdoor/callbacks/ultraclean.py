@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,25 +11,20 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_backdoor.callbacks.defense import Defense, require_fraction, require_positive
-from lightning_backdoor.data.pixels import check_finite
-from lightning_backdoor.data.store import RowStore
-from lightning_backdoor.errors import ArgumentError, TrainerError
-from lightning_backdoor.functional.denoising import local_median, nl_means
-from lightning_backdoor.functional.evidence import Decision, decide
-from lightning_backdoor.functional.susceptibility import susceptibility_scores
+from lightning_backdoor.callbacks.defense import Defense, require_fraction, require_one_of, require_positive
+from lightning_backdoor.errors import TrainerError
+from lightning_backdoor.functional.evidence import Decision, add_removed, decide
+from lightning_backdoor.functional.modes import Mode
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.report.writer import write_report
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.etiquette import isolated_rng
-from lightning_backdoor.trainer.rewind import LoopHold, about_to_end, restore, snapshot
+from lightning_backdoor.trainer.denoised_scan import DENOISERS, DenoisedScan
+from lightning_backdoor.trainer.rewind import Rewind, about_to_end
 from lightning_backdoor.trainer.training_set import Reading
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["UltraCleanCallback"]
 
 DEFAULT_WARMUP = 10
-DENOISERS = (local_median, nl_means)
 MEANINGS = {
     "auto": "It measures whether the image belongs to a second population inside its class, by what the model sees in it "
     "and how that moves when the image is gently denoised.",
@@ -120,25 +114,20 @@ class UltraCleanCallback(Defense):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        reading = Reading(
-            forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed
-        )
+        reading = Reading(forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed)
         super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
         self.warmup_epochs = require_positive("warmup_epochs", warmup_epochs)
-        self.score = _one_of("score", score, ("auto", "paper"))
-        self.output = _one_of("output", output, ("logits", "softmax"))
-        self.rule = _one_of("rule", rule, ("auto", "fraction"))
+        self.score = require_one_of("score", score, ("auto", "paper"))
+        self.output = require_one_of("output", output, ("logits", "softmax"))
+        self.rule = require_one_of("rule", rule, ("auto", "fraction"))
         self.fraction = require_fraction("fraction", fraction)
         self.target_class = target_class
         self.rewind = rewind
         self.rescore_every = require_positive("rescore_every", rescore_every)
         self.cache_bytes = cache_bytes
         self._last_scan: int | None = None  # epochs trained before the latest scan, counted from the last rewind
-        self._start: dict[str, Any] | None = None  # what a rewind goes back to
-        self._fresh_module: dict[str, Tensor] | None = None
-        self._rewind_is_due = False
-        self._hold = LoopHold()
-        self._denoised: list[RowStore] = []
+        self._rewind = Rewind()
+        self._scanner: DenoisedScan | None = None
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> UltraCleanCallback:
@@ -156,37 +145,29 @@ class UltraCleanCallback(Defense):
                 "the run that follows it. Limit the run by `max_epochs` or `max_steps`, or pass `rewind=False`."
             )
         if self.rewind and self.verdict is None and trainer.ckpt_path is not None:
-            self._fresh_module = {key: value.detach().to("cpu", copy=True) for key, value in pl_module.state_dict().items()}
+            self._rewind.before_checkpoint(pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Keep the loop open if the run was interrupted between the decision and the rewind."""
-        if self._rewind_is_due:
-            self._hold.close(trainer)
+        """Continue a run that was interrupted between the decision and the rewind."""
+        self._rewind.at_fit_start(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the training set can be read, and note where a rewind goes back to."""
         super().on_train_start(trainer, pl_module)
-        if self.rewind and self._start is None and (self.verdict is None or self.rescore_every is not None):
-            self._start = snapshot(trainer, pl_module)
-            if self._fresh_module is not None:
-                self._start["module"] = self._fresh_module
-        self._fresh_module = None
+        if self.rewind and (self.verdict is None or self.rescore_every is not None):
+            self._rewind.at_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Go back to the start of fit if the epoch before removed samples."""
-        if not self._rewind_is_due or self._start is None or self._curation is None:
-            return
-        restore(trainer, pl_module, self._start)
-        self._hold.release(trainer)
-        self._curation.restart_iterator()
-        self._rewind_is_due = False
-        self._last_scan = 0
-        if self.rescore_every is None:
-            self._start = None
+        if self._rewind.carry_out(trainer, pl_module) and self._curation is not None:
+            self._curation.restart_iterator()
+            self._last_scan = 0
+            if self.rescore_every is None:
+                self._rewind.forget()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Scan, decide and prune when it is time."""
-        if self._rewind_is_due or not self._is_due(trainer):
+        if self._rewind.is_due or not self._is_due(trainer):
             return
         if trainer.fast_dev_run:
             rank_zero_info("UltraClean: fast_dev_run trains too little for a verdict; no scan.")
@@ -197,13 +178,12 @@ class UltraCleanCallback(Defense):
         removes = self._adopt(decision, found["labels"])
         self._last_scan = trainer.current_epoch + 1
         if removes and self.rewind:
-            self._rewind_is_due = True
-            self._hold.close(trainer)
+            self._rewind.ask(trainer)
         self._tell(trainer, pl_module, decision, time.monotonic() - began)
         if self.rescore_every is None:
             self._forget_images()
-            if not self._rewind_is_due:
-                self._start = None
+            if not self._rewind.is_due:
+                self._rewind.forget()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say so if training ended before the scan."""
@@ -218,20 +198,19 @@ class UltraCleanCallback(Defense):
         return {
             **super().state_dict(),
             "last_scan": self._last_scan,
-            "rewind_is_due": self._rewind_is_due,
-            "start": self._start,
+            "rewind": self._rewind.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue an interrupted run."""
         super().load_state_dict(state_dict)
-        self._last_scan = state_dict.get("last_scan")
-        self._rewind_is_due = state_dict.get("rewind_is_due", False)
-        self._start = state_dict.get("start")
+        if state_dict:
+            self._last_scan = state_dict["last_scan"]
+            self._rewind.load_state_dict(state_dict["rewind"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
-        return {**super().__getstate__(), "_denoised": []}
+        return {**super().__getstate__(), "_scanner": None}
 
     def _leave(self) -> None:
         super()._leave()
@@ -239,7 +218,7 @@ class UltraCleanCallback(Defense):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give the loader and the Trainer's limits back."""
-        self._hold.release(trainer)
+        self._rewind.release(trainer)
         super().on_exception(trainer, pl_module, exception)
 
     def _is_due(self, trainer: Any) -> bool:
@@ -256,49 +235,22 @@ class UltraCleanCallback(Defense):
         return max(1, math.ceil(planned / 2)) if planned is not None and planned > 0 else DEFAULT_WARMUP
 
     def _scan(self, trainer: Any, pl_module: Any) -> dict[str, Tensor]:
-        """One pass over all training images: labels, the paper's score and how far each feature moved."""
-        data = self._training_set
-        assert data is not None
-        if not self._denoised:
-            rows = math.ceil(len(data) / trainer.world_size)
-            self._denoised = [RowStore(rows, self.cache_bytes // len(DENOISERS)) for _ in DENOISERS]
-
-        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
-            images = data.layout.images(batch)
-            check_finite(images, indices)
-            versions = [
-                data.layout.with_images(batch, data.pixels.to_model(pixels, like=images))
-                for pixels in self._denoise(indices // trainer.world_size, images, pl_module.device)
-            ]
-            labels = data.labels(batch)
-            logits, features = data.outputs(trainer, pl_module, batch)
-            moved = [data.outputs(trainer, pl_module, version) for version in versions]
-            outputs = [logits, *(version for version, _ in moved)]
-            if self.output == "softmax":
-                outputs = [output.softmax(dim=1) for output in outputs]
-            shift = len(moved) * features - torch.stack([version for _, version in moved]).sum(dim=0)
-            return {
-                "labels": labels,
-                "susceptibility": susceptibility_scores(outputs[0], outputs[1:]),
-                "movement": shift.square().mean(dim=1),
-                "responses": torch.cat([features, shift], dim=1).half(),
-            }
-
-        return data.scan(trainer, pl_module, step, description="UltraClean scan")
-
-    def _denoise(self, rows: Tensor, images: Tensor, device: torch.device) -> list[Tensor]:
-        """The denoised versions of a batch, uint8, computed on the device at the first scan and remembered."""
         assert self._training_set is not None
-        if not all(store.has(rows) for store in self._denoised):
-            pixels = self._training_set.pixels.to_pixels(images).to(device)
-            for store, denoiser in zip(self._denoised, DENOISERS, strict=True):
-                store.write(rows, denoiser(pixels))
-        return [store.read(rows) for store in self._denoised]
+        if self._scanner is None:
+            self._scanner = DenoisedScan(
+                self._training_set,
+                world_size=trainer.world_size,
+                cache_bytes=self.cache_bytes,
+                softmax=self.output == "softmax",
+            )
+        return self._scanner.run(trainer, pl_module)
 
     def _decide(self, found: dict[str, Tensor]) -> Decision:
         labels, paper = found["labels"], self.score == "paper"
         removed = None if self.verdict is None else ~self.verdict.keep
-        considered = torch.ones_like(labels, dtype=torch.bool) if self.target_class is None else labels == self.target_class
+        considered = (
+            torch.ones_like(labels, dtype=torch.bool) if self.target_class is None else labels == self.target_class
+        )
         decision = decide(
             found["susceptibility"][:, None] if paper else found["responses"],
             found["susceptibility"] if paper else found["movement"],
@@ -308,7 +260,7 @@ class UltraCleanCallback(Defense):
             by_ranking=paper and self.rule == "fraction",
             max_removed=self.max_removed,
         )
-        return decision if removed is None else _joined(decision, removed, self.max_removed)
+        return decision if removed is None else add_removed(decision, removed, self.max_removed)
 
     def _adopt(self, decision: Decision, labels: Tensor) -> bool:
         """Make the decision the verdict and curate by it; True if it removes samples that were still in training."""
@@ -334,57 +286,30 @@ class UltraCleanCallback(Defense):
             }
         )
         done = "nothing stands out, all are kept" if removed == 0 else f"{removed:,} removed"
-        then = "; training starts again on the rest" if self._rewind_is_due else ""
+        then = "; training starts again on the rest" if self._rewind.is_due else ""
         rank_zero_info(f"UltraClean looked at {total:,} training images: {done}{then}.")
-        folder = self._report_folder(trainer)
-        if folder is None or not trainer.is_global_zero:
-            return
-        facts: dict[str, str | int | float] = {
-            "scan after epoch": trainer.current_epoch + 1,
-            "seconds": round(seconds, 1),
-            "images read with": self._training_set.transform.description,
-            "classes with a second mode": ", ".join(
-                f"{mode.label} (separation {mode.separation:.1f})" for mode in decision.modes
-            )
-            or "none",
-        }
+        data = self._training_set
         evidence = Evidence(
-            classes=getattr(self._training_set.loader.dataset, "classes", None),
-            images=self._training_set.images,
-            denoised=lambda indices: [denoise(self._images(indices)) for denoise in DENOISERS],
-            facts=facts,
+            images=data.images,
+            denoised=lambda indices: [denoise(data.images(indices)) for denoise in DENOISERS],
+            facts={
+                "scan after epoch": trainer.current_epoch + 1,
+                "seconds": round(seconds, 1),
+                "images read with": data.transform.description,
+                "classes with a second mode": _listing(decision.modes),
+            },
             score_meaning=MEANINGS[self.score],
             wanted=decision.wanted,
             max_removed=self.max_removed,
             rewound=self.rewind if removed else None,
         )
-        with isolated_rng():
-            try:
-                write_report(folder, self.verdict, method=self.method, evidence=evidence)
-            except Exception as error:  # a picture must never end somebody's training
-                rank_zero_warn(f"UltraClean: the report in {folder} is incomplete: {type(error).__name__}: {error}")
-
-    def _images(self, indices: Sequence[int]) -> Tensor:
-        assert self._training_set is not None
-        return self._training_set.images(indices)
+        self._write_report(trainer, evidence)
 
     def _forget_images(self) -> None:
-        for store in self._denoised:
-            store.close()
-        self._denoised = []
+        if self._scanner is not None:
+            self._scanner.close()
+            self._scanner = None
 
 
-def _joined(decision: Decision, removed: Tensor, max_removed: float) -> Decision:
-    """A later decision with the samples that an earlier one removed; these stay removed, within the same cap."""
-    budget = max(int(max_removed * len(removed)) - int(removed.sum()), 0)
-    new = (~decision.keep & ~removed).nonzero().squeeze(1)
-    new = new[decision.scores[new].argsort(descending=True, stable=True)[:budget]]
-    keep = ~removed
-    keep[new] = False
-    return replace(decision, keep=keep, threshold=decision.threshold if len(new) else math.inf)
-
-
-def _one_of(name: str, value: Any, options: tuple[str, ...]) -> Any:
-    if value not in options:
-        raise ArgumentError(f"`{name}` must be one of {', '.join(map(repr, options))}, got {value!r}.")
-    return value
+def _listing(modes: tuple[Mode, ...]) -> str:
+    return ", ".join(f"{mode.label} (separation {mode.separation:.1f})" for mode in modes) or "none"

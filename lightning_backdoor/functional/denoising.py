@@ -20,7 +20,7 @@ from lightning_backdoor.functional.selection import select
 __all__ = ["local_median", "nl_means"]
 
 COLOUR_WINDOW = (2, 2, 3)
-NATIVE_FROM = 2**18  # pixels from which compiling a kernel repays its half second
+NATIVE_FROM = 2**16  # pixels from which compiling a kernel, half a second once, repays itself over a scan
 MEDIAN_VALUES = 2**16  # values per comparison on a CPU: a dozen such rows of bytes stay in the second-level cache
 DEVICE_MEDIAN_VALUES = 2**24  # values per comparison on an accelerator
 

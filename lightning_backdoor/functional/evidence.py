@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_backdoor.functional.decisions import limit_removed, select_fraction
 from lightning_backdoor.functional.modes import MIN_SEPARATION, Mode, find_modes, mode_scores
 
-__all__ = ["Decision", "decide"]
+__all__ = ["Decision", "add_removed", "decide"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ def decide(
         infinite.
     """
     considered = torch.ones(len(labels), dtype=torch.bool) if considered is None else considered
-    modes = [] if by_ranking else [mode for mode in find_modes(values, labels) if bool(considered[labels == mode.label].any())]
+    modes = (
+        []
+        if by_ranking
+        else [mode for mode in find_modes(values, labels) if bool(considered[labels == mode.label].any())]
+    )
     scores = ranking.float().clone() if by_ranking else mode_scores(values, labels, modes, ranking)
     if fraction is not None:
         inside = considered.nonzero().squeeze(1)
@@ -78,3 +82,19 @@ def decide(
         keep, rule = limited, f"{rule}, max_removed({max_removed:g})"
         threshold = float(scores[keep & considered].max())
     return Decision(scores, keep, threshold, rule, tuple(modes), wanted)
+
+
+def add_removed(decision: Decision, removed: Tensor, max_removed: float) -> Decision:
+    """Join a later decision with the samples that an earlier one removed: these stay removed, within the same cap.
+
+    Args:
+        decision: The later decision on all N samples.
+        removed: Samples that are gone already, bool, shape ``(N,)``.
+        max_removed: Largest share of all samples that may be removed in all, in ``(0, 1)``.
+    """
+    budget = max(int(max_removed * len(removed)) - int(removed.sum()), 0)
+    new = (~decision.keep & ~removed).nonzero().squeeze(1)
+    new = new[decision.scores[new].argsort(descending=True, stable=True)[:budget]]
+    keep = ~removed
+    keep[new] = False
+    return replace(decision, keep=keep, threshold=decision.threshold if len(new) else math.inf)

@@ -91,6 +91,7 @@ def split_units(values: Tensor, min_members: int = MIN_MEMBERS) -> _Split:
     threshold = (ordered.gather(0, at) + ordered.gather(0, at + 1)).squeeze(0) / 2
     return _Split(threshold, low, high, (high - low) / spread, n_high.long())
 
+
 def find_modes(
     values: Tensor,
     labels: Tensor,

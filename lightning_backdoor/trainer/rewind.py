@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["LoopHold", "restore", "snapshot"]
+__all__ = ["Rewind", "about_to_end", "restore", "snapshot"]
 
 _UNREACHABLE = 10**9
 
@@ -65,26 +65,77 @@ def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
     _count_from_zero(trainer)
 
 
-class LoopHold:
-    """Keeps the fit loop from ending between the decision to rewind and the next epoch, where the rewind happens."""
+class Rewind:
+    """A return to the start of fit: asked for at the end of an epoch, carried out at the start of the next.
+
+    In between, the fit loop is kept from ending, and a checkpoint holds everything that is needed to carry it out later.
+
+    Attributes:
+        is_due: Whether a return was asked for and is not yet carried out.
+    """
 
     def __init__(self) -> None:
-        self._held: tuple[int | None, int | None, int] | None = None
+        self.is_due = False
+        self._start: dict[str, Any] | None = None
+        self._weights_before_checkpoint: dict[str, Any] | None = None
+        self._limits: tuple[int | None, int | None, int] | None = None
 
-    def close(self, trainer: Any) -> None:
-        """Lift the limits on epochs and steps; calling it twice changes nothing."""
-        if self._held is None:
-            loop = trainer.fit_loop
-            self._held = (loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps)
-            loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = _UNREACHABLE, -1, -1
+    def before_checkpoint(self, pl_module: Any) -> None:
+        """Keep the weights that the user started from; call in ``setup``, before a checkpoint replaces them."""
+        self._weights_before_checkpoint = _cpu(pl_module.state_dict())
+
+    def at_fit_start(self, trainer: Any) -> None:
+        """Continue a run that was interrupted between asking and returning; call in ``on_fit_start``."""
+        if self.is_due:
+            self._hold_open(trainer)
+
+    def at_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Note where to return to, unless a checkpoint has brought it; call in ``on_train_start``."""
+        if self._start is None:
+            self._start = snapshot(trainer, pl_module)
+            if self._weights_before_checkpoint is not None:
+                self._start["module"] = self._weights_before_checkpoint
+        self._weights_before_checkpoint = None
+
+    def ask(self, trainer: Any) -> None:
+        """Ask for the return; call in ``on_train_epoch_end``."""
+        self.is_due = True
+        self._hold_open(trainer)
+
+    def carry_out(self, trainer: Any, pl_module: Any) -> bool:
+        """Return if asked to, and say whether; call in ``on_train_epoch_start``, then draw new batches."""
+        if not self.is_due or self._start is None:
+            return False
+        restore(trainer, pl_module, self._start)
+        self.release(trainer)
+        trainer.should_stop = False  # a stop that was asked for during the warm-up
+        self.is_due = False
+        return True
 
     def release(self, trainer: Any) -> None:
-        """Put the user's limits back and forget a stop that was asked for during the warm-up."""
-        if self._held is not None:
+        """Put the user's limits on epochs and steps back."""
+        if self._limits is not None:
             loop = trainer.fit_loop
-            loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = self._held
-            self._held = None
-            trainer.should_stop = False
+            loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = self._limits
+            self._limits = None
+
+    def forget(self) -> None:
+        """Drop the snapshot: no further return will be asked for."""
+        self._start = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only."""
+        return {"is_due": self.is_due, "start": self._start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint was written."""
+        self.is_due, self._start = state_dict["is_due"], state_dict["start"]
+
+    def _hold_open(self, trainer: Any) -> None:
+        if self._limits is None:
+            loop = trainer.fit_loop
+            self._limits = (loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps)
+            loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = _UNREACHABLE, -1, -1
 
 
 def about_to_end(trainer: Any) -> bool:
