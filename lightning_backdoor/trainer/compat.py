@@ -1,4 +1,4 @@
-"""Both Lightning packages and every private name that this library leans on, in one place."""
+"""Both Lightning packages, and every private name of Lightning and torch that this library leans on, in one place."""
 
 from __future__ import annotations
 
@@ -6,24 +6,43 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DistributedSampler
 
-__all__ = ["CallbackBase", "call_limits", "rank_zero_info", "rank_zero_warn", "restart_fetcher"]
+__all__ = [
+    "LEDGER",
+    "CallbackBase",
+    "combined_length",
+    "combined_loader",
+    "limited",
+    "rank_zero_info",
+    "rank_zero_warn",
+    "restart_fetcher",
+    "set_limits",
+    "wrapped_sampler",
+]
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
-# Instance attributes of Lightning and torch that are not documented, and what happens without them.
 LEDGER = {
     "trainer.fit_loop.setup_data": "the training loader cannot be told from others: no curation",
+    "trainer.strategy.process_dataloader": "the training loader cannot be replaced by its filtering clone: no curation",
     "trainer.fit_loop.max_batches": "epoch lengths stay as they were before pruning",
-    "trainer.fit_loop._combined_loader": "float `limit_train_batches` keeps the old length",
-    "trainer.fit_loop._data_fetcher": "the first epoch after a rewind may draw removed samples",
+    "trainer.val_check_batch": "validation stops after pruning",
+    "trainer.fit_loop._combined_loader": "float `limit_train_batches` and a mask that is lifted keep the old length",
+    "trainer.fit_loop._combined_loader._iterator": "the same",
+    "trainer.fit_loop._data_fetcher": "the first epoch after a rewind or a late scan may draw removed samples",
     "trainer.fit_loop.epoch_progress": "no rewind",
     "trainer.fit_loop.epoch_loop.batch_progress": "no rewind",
     "trainer.fit_loop.epoch_loop.scheduler_progress": "no rewind",
     "trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress": "no rewind",
     "trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress": "no rewind",
 }
+"""Attributes of a running Trainer that are not promised by Lightning, and what is lost without each of them.
+
+Beyond these: ``DataLoader._iterator`` and that a loader's attributes live in its ``__dict__`` (torch), and
+``DistributedSamplerWrapper.dataset._sampler`` (Lightning; see :func:`wrapped_sampler`).
+"""
 
 
 def _callback_classes() -> tuple[type, ...]:
@@ -36,7 +55,9 @@ def _callback_classes() -> tuple[type, ...]:
         except Exception as error:  # one broken package must not take the other one down
             warnings.warn(f"`import {package}` failed ({error}); its Trainer cannot use these callbacks.", stacklevel=2)
     if not found:
-        raise ImportError("lightning_backdoor needs Lightning: pip install pytorch-lightning")
+        raise ImportError(
+            "lightning_backdoor needs Lightning: pip install pytorch-lightning (or: pip install lightning)"
+        )
     return tuple(dict.fromkeys(found))
 
 
@@ -46,11 +67,11 @@ if TYPE_CHECKING:
         """A Lightning callback, as far as the type checker is concerned."""
 
         def __init__(self) -> None: ...
-        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None: ...
-        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None: ...
-        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None: ...
-        def state_dict(self) -> dict[str, Any]: ...
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None: ...  # noqa: D102
+        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None: ...  # noqa: D102
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None: ...  # noqa: D102
+        def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...  # noqa: D102
 
 else:
     CallbackBase = type(
@@ -60,12 +81,34 @@ else:
     )
 
 
-def call_limits(trainer: Any, lengths: list[int]) -> list[int | float]:
-    """Batches per loader after ``limit_train_batches``, by Lightning's rule, at least one."""
-    limit = trainer.limit_train_batches
+def combined_loader(trainer: Any) -> Any | None:
+    """The CombinedLoader that the fit loop draws from; ``None`` before it exists."""
+    return getattr(trainer.fit_loop, "_combined_loader", None)
+
+
+def combined_length(combined: Any, otherwise: int | float) -> int | float:
+    """Batches per epoch of a CombinedLoader, infinite for endless loaders; ``otherwise`` while it is not iterated."""
+    try:
+        return len(combined)
+    except RuntimeError:
+        return otherwise
+    except (TypeError, OverflowError):
+        return float("inf")
+
+
+def limited(length: int | float, limit: int | float) -> int | float:
+    """Batches of a loader after ``limit_train_batches``, by Lightning's rule: int counts batches, float is a share."""
     if isinstance(limit, int):
-        return [min(length, limit) for length in lengths]
-    return [max(1, int(length * limit)) for length in lengths]
+        return min(length, limit)
+    return length if length == float("inf") else int(length * limit)
+
+
+def set_limits(combined: Any, limits: list[int | float]) -> None:
+    """Replace the batches per loader of a CombinedLoader, also in the iterator that its length is read from."""
+    combined.limits = limits
+    iterator = getattr(combined, "_iterator", None)
+    if iterator is not None:
+        iterator.limits = limits
 
 
 def restart_fetcher(trainer: Any) -> None:
@@ -73,3 +116,13 @@ def restart_fetcher(trainer: Any) -> None:
     fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
     if fetcher is not None:
         iter(fetcher)
+
+
+def wrapped_sampler(sampler: DistributedSampler[Any]) -> Any | None:
+    """The user's sampler inside Lightning's ``DistributedSamplerWrapper``, which shards it by position.
+
+    ``None`` for other samplers, and where the private name is gone: curation then treats the wrapper like any sampler.
+    """
+    if type(sampler).__name__ != "DistributedSamplerWrapper":
+        return None
+    return getattr(sampler.dataset, "_sampler", None)

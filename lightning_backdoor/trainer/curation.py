@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
-from lightning_backdoor.errors import DataError
-from lightning_backdoor.trainer.compat import call_limits, rank_zero_warn, restart_fetcher
-from lightning_backdoor.trainer.samplers import Keep, KeptBatches, wrap_sampler
+from lightning_backdoor.errors import ArgumentError, DataError
+from lightning_backdoor.trainer.compat import (
+    combined_length,
+    combined_loader,
+    limited,
+    rank_zero_warn,
+    restart_fetcher,
+    set_limits,
+)
+from lightning_backdoor.trainer.draws import Kept
+from lightning_backdoor.trainer.loaders import (
+    batch_count,
+    clone,
+    describe,
+    is_map_style,
+    origin,
+    require_curable,
+    require_enough,
+    require_same_size,
+)
+from lightning_backdoor.trainer.samplers import KeepState
 
 __all__ = ["Curation", "curation_of"]
 
@@ -23,180 +42,250 @@ def curation_of(trainer: Any) -> Curation:
     """The one controller of a Trainer, shared by all defences on it."""
     if trainer not in _CONTROLLERS:
         _CONTROLLERS[trainer] = Curation(trainer)
-    controller = _CONTROLLERS[trainer]
-    controller.trainer = trainer
-    return controller
+    return _CONTROLLERS[trainer]
 
 
 class Curation:
     """Decides which samples the training loader draws, without touching the user's loader.
 
-    While somebody is joined, Lightning prepares the training loader through a wrapper that returns a shallow clone of it
-    with filtering samplers. They pass everything through until a mask is set. Masks of several defences are AND-ed.
+    While somebody has joined, Lightning prepares the training loader through a wrapper that hands it a shallow clone
+    with filtering samplers. They pass everything through until a mask is set: until then training is bit-identical to a
+    run without them. Masks of several defences are AND-ed.
+
+    Order of calls: :meth:`join` in ``setup(stage="fit")``; :meth:`set_keep` there or in ``load_state_dict`` (a known
+    mask is in force from the first batch), or in ``on_train_epoch_end`` followed by :meth:`refresh`; in
+    ``on_train_start`` follow it by :meth:`refresh` and :meth:`restart_iterator`; :meth:`leave` in ``teardown`` and
+    ``on_exception``. With several processes, all of them call :meth:`set_keep` with the same mask.
     """
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.loader: DataLoader[Any] | None = None
-        self._clone: DataLoader[Any] | None = None
-        self._masks: dict[str, Tensor] = {}
+        self._trainer_ref = ref(trainer)
         self._users: set[str] = set()
-        self._shared = Keep()
-        self._preparing = False
-        self._seen = 0
+        self._masks: dict[str, Tensor] = {}
+        self._state = KeepState(agree=self._agree)
+        self._loader: DataLoader[Any] | None = None
+        self._clone: DataLoader[Any] | None = None
+        self._unhook: list[Callable[[Any], None]] = []
+        self._prepared: list[Any] | None = None  # what one pass of `setup_data` went through; None outside of it
 
     @property
     def keep(self) -> Tensor | None:
-        """Samples that all defences keep, bool ``(N,)``; ``None`` while nobody removed any."""
-        return self._shared.mask
+        """Samples that all defences keep, bool ``(N,)``; ``None`` while nothing is removed."""
+        return None if self._state.kept is None else self._state.kept.mask.clone()
+
+    @property
+    def loader(self) -> DataLoader[Any] | None:
+        """The training loader as Lightning prepared it, with all samples; ``None`` before and after the fit."""
+        return self._loader
 
     def join(self, key: str) -> None:
-        """Begin to look after the training loader on behalf of ``key``; joining twice changes nothing."""
+        """Begin to look after the training loader on behalf of ``key``; joining twice changes nothing.
+
+        A mask that ``key`` left behind in an earlier fit of this Trainer is in force again.
+        """
         if not self._users:
-            self._install()
+            self._hook()
         self._users.add(key)
+        self._apply(self._combined(self._masks))
 
     def leave(self, key: str) -> None:
-        """Stop looking after the loader on behalf of ``key``; the last one out puts the Trainer back as it was."""
+        """Stop looking after the loader on behalf of ``key``; the last one out leaves the Trainer as it was.
+
+        The masks stay for a second fit.
+        """
         self._users.discard(key)
-        self._masks.pop(key, None)
-        if not self._users:
-            for owner, name in ((self.trainer.fit_loop, "setup_data"), (self.trainer.strategy, "process_dataloader")):
-                vars(owner).pop(name, None)
-            self.loader = self._clone = None
-            self._masks.clear()
-            self._shared.set(None)
+        if self._users:
+            return
+        combined = combined_loader(self._trainer)
+        if combined is not None:
+            combined.flattened = [origin(loader) for loader in combined.flattened]
+        while self._unhook:
+            self._unhook.pop()(self._trainer)
+        self._loader = self._clone = None
 
     def set_keep(self, key: str, keep: Tensor | None) -> None:
-        """Set the mask of one defence; it is in force from the next epoch on (call :meth:`refresh` in between).
+        """Set the mask of one defence. It is in force from the next iterator of the loader on.
 
         Args:
-            key: Who removes.
-            keep: Samples that stay, bool ``(N,)``, or ``None`` for all.
+            key: Whose mask it is.
+            keep: Samples that stay, bool ``(N,)``, indexed by dataset position; ``None`` lifts the mask.
 
         Raises:
-            DataError: If the length is not that of the dataset, or less than one batch would be left.
+            ArgumentError: If ``keep`` is not a boolean vector.
+            DataError: If its length is not that of the dataset, or less than one batch would be left.
+            TrainerError: If ``limit_train_batches`` would round what is left down to nothing.
+                After an error the masks are as they were.
         """
-        masks = {**self._masks}
-        masks.pop(key, None)
-        if keep is not None and not bool(keep.all()):
-            masks[key] = keep
-        combined = torch.stack(list(masks.values())).all(dim=0) if len(_lengths(masks)) == 1 else None
-        if masks and combined is None:
-            raise DataError(f"Masks of several defences must have one length, got {sorted(_lengths(masks))}.")
-        if combined is not None and self.loader is not None:
-            self._check(self.loader, combined)
+        masks = {other: mask for other, mask in self._masks.items() if other != key}
+        if keep is not None:
+            if keep.dtype != torch.bool or keep.ndim != 1:
+                raise ArgumentError(
+                    f"`keep` must be a bool tensor of shape (N,), got {keep.dtype} {tuple(keep.shape)}."
+                )
+            masks[key] = keep.detach().cpu().clone()
+        self._apply(self._combined(masks, key))
         self._masks = masks
-        self._shared.set(combined)
 
     def refresh(self) -> None:
-        """Tell Lightning the new number of batches; call after :meth:`set_keep` in ``on_train_epoch_end``."""
+        """Tell Lightning the new number of batches, after :meth:`set_keep` during a fit."""
+        trainer, combined = self._trainer, combined_loader(self._trainer)
         if self._clone is None:
             return
-        trainer, loop = self.trainer, self.trainer.fit_loop
-        limits = call_limits(trainer, [len(self._clone)])
-        combined = getattr(loop, "_combined_loader", None)
+        batches = limited(batch_count(self._clone), trainer.limit_train_batches)
         if combined is not None:
-            combined.limits = limits
-            if getattr(combined, "_iterator", None) is not None:
-                combined._iterator.limits = limits
-        loop.max_batches = limits[0]
+            set_limits(combined, [self._limit(loader) for loader in combined.flattened])
+            batches = combined_length(combined, batches)
+        trainer.fit_loop.max_batches = batches
+        if getattr(trainer, "_val_check_time_interval", None) is not None or batches == float("inf"):
+            return
         interval = trainer.val_check_interval
         if isinstance(interval, float):
-            trainer.val_check_batch = max(1, int(loop.max_batches * interval))
-        elif isinstance(interval, int) and trainer.check_val_every_n_epoch is not None:
-            if interval > loop.max_batches:
-                rank_zero_warn(
-                    f"`val_check_interval={interval}` is longer than an epoch after pruning ({loop.max_batches} batches): "
-                    "validation now runs once per epoch."
-                )
-            trainer.val_check_batch = min(interval, loop.max_batches)
+            trainer.val_check_batch = max(1, int(batches * interval))
+        elif isinstance(interval, int):
+            trainer.val_check_batch = self._clamped(interval, batches)
 
     def restart_iterator(self) -> None:
-        """Throw prefetched batches away; for a mask that changed when an epoch's iterator already existed."""
-        combined = getattr(self.trainer.fit_loop, "_combined_loader", None)
-        for loader in combined.flattened if combined is not None else []:
-            for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
-                if hasattr(sampler, "set_epoch"):
-                    sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
-        restart_fetcher(self.trainer)
+        """Start the epoch's iterator anew, for a mask or an epoch number that changed after it was made.
 
-    def _install(self) -> None:
-        loop, strategy = self.trainer.fit_loop, self.trainer.strategy
-        setup_data, process = loop.setup_data, strategy.process_dataloader
+        Between epochs Lightning does so by itself; ``on_train_start`` and the epoch after a rewind are too late for
+        that, and workers have fetched removed samples by then.
+        """
+        combined = combined_loader(self._trainer)
+        if combined is None:
+            return
+        for loader in combined.flattened:
+            batches = getattr(loader, "batch_sampler", None)
+            for sampler in (getattr(loader, "sampler", None), getattr(batches, "sampler", None)):
+                set_epoch = getattr(sampler, "set_epoch", None)
+                if callable(set_epoch):
+                    set_epoch(self._trainer.fit_loop.epoch_progress.current.processed)
+        restart_fetcher(self._trainer)
 
-        def setup_train_data() -> None:
-            self._preparing, self._seen = True, 0
-            try:
-                setup_data()
-            finally:
-                self._preparing = False
+    @property
+    def _trainer(self) -> Any:
+        trainer = self._trainer_ref()
+        assert trainer is not None, "a Curation is used while its Trainer lives"
+        return trainer
+
+    def _hook(self) -> None:
+        fit_loop, strategy = self._trainer.fit_loop, self._trainer.strategy
+        setup_data, process = fit_loop.setup_data, strategy.process_dataloader
 
         def process_dataloader(loader: Any) -> Any:
             processed = process(loader)
-            return self._prepare(processed) if self._preparing else processed
+            return processed if self._prepared is None else self._prepare(processed)
 
-        loop.setup_data, strategy.process_dataloader = setup_train_data, process_dataloader
+        self._replace(lambda trainer: trainer.fit_loop, "setup_data", lambda: self._setup_data(setup_data))
+        self._replace(lambda trainer: trainer.strategy, "process_dataloader", process_dataloader)
+
+    def _replace(self, owner_of: Callable[[Any], Any], name: str, method: Callable[..., Any]) -> None:
+        before = {name: vars(owner_of(self._trainer))[name]} if name in vars(owner_of(self._trainer)) else {}
+        setattr(owner_of(self._trainer), name, method)
+
+        def undo(trainer: Any) -> None:
+            vars(owner_of(trainer)).pop(name, None)
+            vars(owner_of(trainer)).update(before)
+
+        self._unhook.append(undo)
+
+    def _setup_data(self, original: Callable[[], None]) -> None:
+        """Lightning's preparation of the training loaders, which returns at once if they are prepared already."""
+        trainer, combined = self._trainer, combined_loader(self._trainer)
+        clones = None if combined is None else combined.flattened
+        if combined is not None and clones is not None:  # Lightning reloads from the loaders that it made itself
+            combined.flattened = [origin(loader) for loader in clones]
+        interval, self._prepared = trainer.val_check_interval, []
+        try:
+            original()
+            prepared = self._prepared
+        finally:
+            trainer.val_check_interval, self._prepared = interval, None
+        if not prepared and combined is not None:
+            combined.flattened = clones
+        if prepared and not any(is_map_style(loader) for loader in prepared):
+            raise DataError(
+                "The training loader must be a torch DataLoader over a map-style dataset (`__getitem__`, `__len__`), got "
+                f"{', '.join(map(describe, prepared))}: samples are kept or removed by their position. Load the data "
+                "into a map-style Dataset behind a torch DataLoader."
+            )
 
     def _prepare(self, loader: Any) -> Any:
-        """Return the filtering clone of a training loader."""
-        self._seen += 1
-        if self._seen > 1:
-            raise DataError("Curation needs exactly one training loader, got several. Pass one map-style DataLoader to `fit`.")
-        if getattr(loader, "_lightning_backdoor_origin", None) is not None:
-            loader = loader._lightning_backdoor_origin
-        _require_map_style(loader)
-        if self._shared.mask is not None:
-            self._check(loader, self._shared.mask)
-        self.loader, self._clone = loader, _clone(loader, self._shared)
-        return self._clone
-
-    def _check(self, loader: DataLoader[Any], keep: Tensor) -> None:
-        size = len(loader.dataset)  # type: ignore[arg-type]
-        if len(keep) != size:
+        """The clone of a map-style training loader; any other loader as it is."""
+        assert self._prepared is not None
+        another = any(is_map_style(before) for before in self._prepared)
+        self._prepared.append(loader)
+        if not is_map_style(loader):
+            return loader
+        if another:
             raise DataError(
-                f"The removed samples were found in a training dataset of {len(keep)} samples, but this one has {size}. "
-                "Resume with the same dataset, or start without the old verdict."
+                "The training data comes from several map-style DataLoaders, so positions are ambiguous. Pass one: "
+                "join the datasets by torch.utils.data.ConcatDataset."
             )
-        kept, world = int(keep.sum()), self.trainer.world_size
-        batch = getattr(loader.batch_sampler, "batch_size", None) or 1
-        needed = batch * world if getattr(loader.batch_sampler, "drop_last", False) else world
-        if kept < needed:
+        loader = origin(loader)
+        require_curable(loader)
+        module = self._trainer.lightning_module
+        self._state.drop_single = module is not None and any(isinstance(m, _BatchNorm) for m in module.modules())
+        twin = clone(loader, self._state)
+        keep = self._combined(self._masks)
+        if keep is not None:
+            self._check(keep, loader, twin)
+        if self._state.kept is not None:
+            interval = self._trainer.val_check_interval
+            if isinstance(interval, int):  # put back by `_setup_data`; Lightning refuses more than the epoch has
+                self._trainer.val_check_interval = self._clamped(interval, self._limit(twin))
+        self._loader, self._clone = loader, twin
+        return twin
+
+    def _combined(self, masks: dict[str, Tensor], key: str | None = None) -> Tensor | None:
+        active = [mask for user, mask in masks.items() if user in self._users or user == key]
+        lengths = {len(mask) for mask in active}
+        if len(lengths) > 1:
             raise DataError(
-                f"Removing {size - kept} of {size} samples would leave {kept}, less than one batch ({needed}). "
-                "Lower `max_removed` or the batch size."
+                f"Masks of one Trainer must be about one training dataset, got lengths {sorted(lengths)}. Resume with "
+                "the dataset of the interrupted run, or use a new Trainer for another one."
             )
+        return torch.stack(active).all(dim=0) if active else None
 
+    def _apply(self, keep: Tensor | None) -> None:
+        """Put a mask in force, or leave all as it was if it cannot be."""
+        before = self._state.kept
+        self._state.kept = None if keep is None or bool(keep.all()) else Kept(keep)
+        if keep is None or self._loader is None or self._clone is None:
+            return
+        try:
+            self._check(keep, self._loader, self._clone)
+        except Exception:
+            self._state.kept = before
+            raise
 
-def _lengths(masks: dict[str, Tensor]) -> set[int]:
-    return {len(mask) for mask in masks.values()}
+    def _check(self, keep: Tensor, loader: DataLoader[Any], twin: DataLoader[Any]) -> None:
+        require_same_size(keep, loader)
+        if self._state.kept is not None:
+            require_enough(keep, loader, twin, self._trainer.limit_train_batches)
 
+    def _limit(self, loader: Any) -> int | float:
+        length: int | float
+        try:
+            length = len(loader) if origin(loader) is loader else batch_count(loader)
+        except (TypeError, NotImplementedError):
+            length = float("inf")
+        return limited(length, self._trainer.limit_train_batches)
 
-def _require_map_style(loader: Any) -> None:
-    if not isinstance(loader, DataLoader):
-        raise DataError(
-            f"The training loader must be a torch DataLoader, got {type(loader).__name__}: samples are kept or dropped by "
-            "their index. Wrap the data in a map-style Dataset and a DataLoader."
-        )
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        raise DataError(
-            f"The training dataset must be map-style (`__getitem__` and `__len__`), got {type(loader.dataset).__name__}: an "
-            "IterableDataset has no positions to remove. Load it into a map-style dataset."
-        )
+    def _clamped(self, interval: int, batches: int | float) -> int | float:
+        trainer = self._trainer
+        if trainer.check_val_every_n_epoch is None or interval <= batches:
+            return interval
+        if trainer.limit_val_batches:
+            rank_zero_warn(
+                f"`val_check_interval={interval}` is more than the {batches} batches of an epoch without removed "
+                "samples: validation now runs at the end of each epoch."
+            )
+        return max(1, batches)
 
-
-def _clone(loader: DataLoader[Any], keep: Keep) -> DataLoader[Any]:
-    """A shallow copy of a loader with filtering samplers; no constructor runs, so every subclass works."""
-    clone = copy.copy(loader)
-    inner = getattr(loader.batch_sampler, "sampler", None)
-    if loader.batch_sampler is None:
-        changes: dict[str, Any] = {"sampler": wrap_sampler(loader.sampler, keep, None)}
-    elif type(loader.batch_sampler).__iter__ is BatchSampler.__iter__ and inner is not None:
-        size = None if loader.batch_sampler.drop_last else loader.batch_sampler.batch_size
-        batches = copy.copy(loader.batch_sampler)
-        batches.sampler = wrap_sampler(inner, keep, size)
-        changes = {"sampler": batches.sampler, "batch_sampler": batches}
-    else:
-        changes = {"batch_sampler": KeptBatches(loader.batch_sampler, keep)}
-    clone.__dict__.update(changes, _iterator=None, _lightning_backdoor_origin=loader)
-    return clone
+    def _agree(self, count: int) -> int:
+        """The largest count of all processes, so that they draw equally often; zero if one of them has nothing."""
+        trainer = self._trainer
+        if trainer.world_size == 1:
+            return count
+        counts = trainer.strategy.all_gather(torch.tensor(count, device=trainer.strategy.root_device))
+        return int(counts.max()) if int(counts.min()) else 0

@@ -1,0 +1,138 @@
+"""A training loader's clone with filtering samplers, and which loaders cannot have one."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from lightning_backdoor.errors import DataError, TrainerError
+from lightning_backdoor.trainer.compat import limited
+from lightning_backdoor.trainer.samplers import KeepState, filtered
+
+__all__ = [
+    "batch_count",
+    "clone",
+    "describe",
+    "is_map_style",
+    "origin",
+    "require_curable",
+    "require_enough",
+    "require_same_size",
+]
+
+_ORIGIN = "_lightning_backdoor_origin"
+
+
+def is_map_style(loader: Any) -> TypeGuard[DataLoader[Any]]:
+    """Whether a loader is a torch DataLoader over a dataset with positions."""
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def require_curable(loader: DataLoader[Any]) -> None:
+    """Check what can be checked before anything is drawn.
+
+    Raises:
+        DataError: If the dataset has no length, or the loader keeps an iterator of its own.
+    """
+    try:
+        len(loader.dataset)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError) as error:
+        raise DataError(
+            f"The training dataset must have a length, got {type(loader.dataset).__name__} without `__len__`: samples "
+            "are kept or removed by their position. Add `__len__`."
+        ) from error
+    for name, value in vars(loader).items():
+        if name != "_iterator" and isinstance(value, _BaseDataLoaderIter):
+            raise DataError(
+                f"{type(loader).__name__} keeps a running iterator in `{name}`, which would go on drawing removed "
+                "samples. Use DataLoader(..., persistent_workers=True) instead."
+            )
+
+
+def require_same_size(keep: Tensor, loader: DataLoader[Any]) -> None:
+    """Check that a mask is about this dataset.
+
+    Raises:
+        DataError: If the lengths differ.
+    """
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    if len(keep) != size:
+        raise DataError(
+            f"The removed samples were found in a training dataset of {len(keep)} samples, but this one has {size}. "
+            "Resume with the dataset of the interrupted run, or start afresh with a new Trainer and no `ckpt_path`."
+        )
+
+
+def require_enough(keep: Tensor, loader: DataLoader[Any], twin: DataLoader[Any], limit: int | float) -> None:
+    """Check that a mask leaves something to train on; Lightning would stop training without a word.
+
+    Args:
+        keep: Samples that stay, bool ``(N,)``, already in force in ``twin``.
+        loader: The loader with all samples.
+        twin: Its clone.
+        limit: The Trainer's ``limit_train_batches``.
+
+    Raises:
+        DataError: If no sample or less than one batch stays.
+        TrainerError: If the limit makes less than one batch of what stays.
+    """
+    kept, size = int(keep.sum()), len(keep)
+    if not kept:
+        raise DataError(f"All {size} training samples would be removed. Lower `max_removed`.")
+    batches = batch_count(twin)
+    if batches < 1:
+        raise DataError(
+            f"{kept} of {size} training samples would be kept, less than one batch on every process. Lower "
+            "`max_removed` or the batch size, or use `drop_last=False`."
+        )
+    if limited(batches, limit) < 1 <= limited(batch_count(loader), limit):
+        raise TrainerError(
+            f"`limit_train_batches={limit}` of the {batches} batches that would be kept is less than one batch. Raise "
+            f"it to at least {1 / batches:.3g}, or pass a number of batches (an int)."
+        )
+
+
+def clone(loader: DataLoader[Any], state: KeepState) -> DataLoader[Any]:
+    """A shallow copy with filtering samplers over the same dataset; the loader itself stays as it is.
+
+    No constructor runs, so every subclass works, whatever its arguments.
+
+    Args:
+        loader: A map-style loader.
+        state: Read by the samplers at the start of each epoch.
+
+    Raises:
+        DataError: If a sampler has no length.
+    """
+    twin: DataLoader[Any] = object.__new__(type(loader))
+    twin.__dict__.update(vars(loader))
+    changes: dict[str, Any] = {"_iterator": None, _ORIGIN: loader}
+    if loader.batch_sampler is not None:
+        batches = filtered(loader.batch_sampler, state, loader.dataset)
+        changes["batch_sampler"] = batches
+        if getattr(loader.batch_sampler, "sampler", None) is loader.sampler:
+            changes["sampler"] = batches.sampler
+    else:
+        changes["sampler"] = filtered(loader.sampler, state, loader.dataset)
+    twin.__dict__.update(changes)
+    return twin
+
+
+def origin(loader: Any) -> Any:
+    """The loader that a clone was made of; anything else is its own origin."""
+    return getattr(loader, "__dict__", {}).get(_ORIGIN, loader)
+
+
+def batch_count(loader: DataLoader[Any]) -> int:
+    """Batches per epoch, by the samplers, whatever a subclass says its length is."""
+    return len(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)  # type: ignore[arg-type]
+
+
+def describe(loader: Any) -> str:
+    """Name a loader in a message."""
+    if not isinstance(loader, DataLoader):
+        return type(loader).__name__
+    return f"{type(loader).__name__} over the {type(loader.dataset).__name__}"
