@@ -64,7 +64,7 @@ def run_cell(
     if callback is not None:
         rates = metrics.DetectionRates()
         rates.update(callback.verdict.scores, callback.verdict.keep, poisoned)
-        row |= {name: float(value) for name, value in rates.compute().items()}
+        row |= {name: None if value.isnan() else float(value) for name, value in rates.compute().items()}
         row["rule"] = callback.verdict.rule
     return row
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 DEFENCES = ("none", "ultraclean", "perfect", "random", "ultraclean-paper")
@@ -21,10 +20,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['attack']} | {row['poisons']:,} | {row['defence']} | {100 * row['clean_accuracy']:.1f} "
             f"| {100 * row['asr']:.1f} | {row['removed']:,} | {' | '.join(rates)} "
-            f"| {'–' if auroc is None or math.isnan(auroc) else f'{auroc:.3f}'} | {row['seconds']:.0f} |"
+            f"| {'–' if auroc is None else f'{auroc:.3f}'} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.2f}"
+    return "–" if value is None else f"{100 * value:.2f}"

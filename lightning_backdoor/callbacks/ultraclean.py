@@ -25,11 +25,27 @@ from lightning_backdoor.verdict import Verdict
 __all__ = ["UltraCleanCallback"]
 
 DEFAULT_WARMUP = 10
+MAX_REWINDS = 2
 MEANINGS = {
     "auto": "It measures whether the image belongs to a second population inside its class, by what the model sees in it "
     "and how that moves when the image is gently denoised.",
     "paper": "It measures how much the answer of the model changes when the image is gently denoised.",
 }
+
+
+def is_due(epochs: int, *, last_scan: int | None, warmup: int, every: int | None, ends: bool) -> bool:
+    """Whether to scan now.
+
+    Args:
+        epochs: Epochs trained so far, counted from the last rewind.
+        last_scan: The same count at the latest scan, 0 after a rewind; ``None`` before the first scan.
+        warmup: Epochs before the first scan.
+        every: Epochs between later scans, ``None`` for no periodic scans.
+        ends: Whether training is about to end and a last look is wanted.
+    """
+    if last_scan is None:
+        return ends or epochs >= warmup
+    return (ends and epochs > last_scan) or (every is not None and epochs - last_scan >= every)
 
 
 class UltraCleanCallback(Defense):
@@ -39,12 +55,14 @@ class UltraCleanCallback(Defense):
     every training image goes through the network three times: as it is, after a local median and after non-local means.
     What moves when the image is denoised is the evidence. If samples are removed, weights, optimizer, schedulers and
     averages go back to the start of fit and the Trainer trains its full number of epochs on the kept images (the paper
-    trains a fresh model, too: a network that has learned a backdoor does not forget it by itself). If nothing stands
-    out, nothing changes.
+    trains a fresh model, too: a network that has learned a backdoor does not forget it by itself). Because weak backdoors
+    are learned late, there is a last look at the end of training, which may rewind as well (at most twice in all). If
+    nothing stands out, nothing changes.
 
-    Assumes nothing: no clean data, no poison rate, no target class. Costs the warm-up epochs once more when it rewinds,
-    three forward passes, the denoising (once), two uint8 copies of the training images (in memory up to
-    ``cache_bytes``, else in a temporary file) and two bytes per image and feature.
+    Assumes nothing: no clean data, no poison rate, no target class. Costs the epochs before a rewind once more; three
+    forward passes per scan; the denoising, once; two uint8 copies of the training images (in memory up to
+    ``cache_bytes``, else in a temporary file); four bytes per image and feature during a scan; one copy of the initial
+    weights in memory and in checkpoints.
 
     Differs from the paper: the default score looks at the features class by class instead of adding up the outputs; the
     cut is estimated behind a no-poison gate instead of given; images are denoised as the network sees them.
@@ -60,7 +78,8 @@ class UltraCleanCallback(Defense):
         fraction: Share of the looked-at samples that ``rule="fraction"`` removes, in ``(0, 1)``.
         max_removed: Largest share of the training set that may be removed, in ``(0, 1)``.
         target_class: Look only at samples with this label (the paper's known-class scenario).
-        rewind: Go back to the start of fit after samples were removed; ``False`` trains on from there.
+        rewind: Go back to the start of fit after samples were removed; ``False`` trains on from there, without a last
+            look.
         rescore_every: Scan again every so many epochs after the first scan; removed samples stay removed.
         report_dir: Folder for the report. ``None``: beside the logger's files; without a logger there is no report.
         forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``, for models that cannot be called with the
@@ -154,7 +173,7 @@ class UltraCleanCallback(Defense):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the training set can be read, and note where a rewind goes back to."""
         super().on_train_start(trainer, pl_module)
-        if self.rewind and (self.verdict is None or self.rescore_every is not None):
+        if self.rewind and self._looks_again():
             self._rewind.at_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -162,7 +181,7 @@ class UltraCleanCallback(Defense):
         if self._rewind.carry_out(trainer, pl_module) and self._curation is not None:
             self._curation.restart_iterator()
             self._last_scan = 0
-            if self.rescore_every is None:
+            if not self._looks_again():
                 self._rewind.forget()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -177,13 +196,11 @@ class UltraCleanCallback(Defense):
         decision = self._decide(found)
         removes = self._adopt(decision, found["labels"])
         self._last_scan = trainer.current_epoch + 1
-        if removes and self.rewind:
+        if removes and self.rewind and self._rewind.count < MAX_REWINDS:
             self._rewind.ask(trainer)
         self._tell(trainer, pl_module, decision, time.monotonic() - began)
-        if self.rescore_every is None:
+        if not self._looks_again():
             self._forget_images()
-            if not self._rewind.is_due:
-                self._rewind.forget()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say so if training ended before the scan."""
@@ -222,11 +239,19 @@ class UltraCleanCallback(Defense):
         super().on_exception(trainer, pl_module, exception)
 
     def _is_due(self, trainer: Any) -> bool:
-        epochs = trainer.current_epoch + 1
-        if self.verdict is None:
-            ends = self.rewind and about_to_end(trainer)
-            return ends or epochs >= self._warmup(trainer)
-        return self.rescore_every is not None and epochs - (self._last_scan or 0) >= self.rescore_every
+        ends = self.rewind and self._looks_again() and about_to_end(trainer)
+        return is_due(
+            trainer.current_epoch + 1,
+            last_scan=self._last_scan,
+            warmup=self._warmup(trainer),
+            every=self.rescore_every,
+            ends=ends,
+        )
+
+    def _looks_again(self) -> bool:
+        """Whether another scan may follow: the first one, a periodic one, or the last look at the end."""
+        last_look = self.rewind and self.rule == "auto" and self._rewind.count < MAX_REWINDS
+        return self._last_scan is None or self.rescore_every is not None or last_look
 
     def _warmup(self, trainer: Any) -> int:
         if self.warmup_epochs is not None:
@@ -247,7 +272,6 @@ class UltraCleanCallback(Defense):
 
     def _decide(self, found: dict[str, Tensor]) -> Decision:
         labels, paper = found["labels"], self.score == "paper"
-        removed = None if self.verdict is None else ~self.verdict.keep
         considered = (
             torch.ones_like(labels, dtype=torch.bool) if self.target_class is None else labels == self.target_class
         )
@@ -260,7 +284,12 @@ class UltraCleanCallback(Defense):
             by_ranking=paper and self.rule == "fraction",
             max_removed=self.max_removed,
         )
-        return decision if removed is None else add_removed(decision, removed, self.max_removed)
+        before = self.verdict
+        if before is None:
+            return decision
+        return add_removed(
+            decision, scores=before.scores, keep=before.keep, threshold=before.threshold, max_removed=self.max_removed
+        )
 
     def _adopt(self, decision: Decision, labels: Tensor) -> bool:
         """Make the decision the verdict and curate by it; True if it removes samples that were still in training."""

@@ -84,17 +84,28 @@ def decide(
     return Decision(scores, keep, threshold, rule, tuple(modes), wanted)
 
 
-def add_removed(decision: Decision, removed: Tensor, max_removed: float) -> Decision:
-    """Join a later decision with the samples that an earlier one removed: these stay removed, within the same cap.
+def add_removed(decision: Decision, *, scores: Tensor, keep: Tensor, threshold: float, max_removed: float) -> Decision:
+    """Join a later decision with an earlier verdict: what was removed stays removed, with its score, within one cap.
+
+    The later model was trained without the removed samples, so it no longer finds anything wrong with them.
 
     Args:
         decision: The later decision on all N samples.
-        removed: Samples that are gone already, bool, shape ``(N,)``.
+        scores: Scores of the earlier verdict, float, shape ``(N,)``.
+        keep: Samples that the earlier verdict kept, bool, shape ``(N,)``.
+        threshold: Threshold of the earlier verdict.
         max_removed: Largest share of all samples that may be removed in all, in ``(0, 1)``.
     """
+    removed = ~keep
     budget = max(int(max_removed * len(removed)) - int(removed.sum()), 0)
     new = (~decision.keep & ~removed).nonzero().squeeze(1)
     new = new[decision.scores[new].argsort(descending=True, stable=True)[:budget]]
-    keep = ~removed
-    keep[new] = False
-    return replace(decision, keep=keep, threshold=decision.threshold if len(new) else math.inf)
+    still = keep.clone()
+    still[new] = False
+    return replace(
+        decision,
+        scores=torch.where(removed, scores, decision.scores),
+        keep=still,
+        threshold=min(decision.threshold, threshold),
+        wanted=decision.wanted + int((removed & decision.keep).sum()),
+    )

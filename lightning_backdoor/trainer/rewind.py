@@ -72,10 +72,12 @@ class Rewind:
 
     Attributes:
         is_due: Whether a return was asked for and is not yet carried out.
+        count: Returns carried out so far.
     """
 
     def __init__(self) -> None:
         self.is_due = False
+        self.count = 0
         self._start: dict[str, Any] | None = None
         self._weights_before_checkpoint: dict[str, Any] | None = None
         self._limits: tuple[int | None, int | None, int] | None = None
@@ -110,6 +112,7 @@ class Rewind:
         self.release(trainer)
         trainer.should_stop = False  # a stop that was asked for during the warm-up
         self.is_due = False
+        self.count += 1
         return True
 
     def release(self, trainer: Any) -> None:
@@ -125,11 +128,11 @@ class Rewind:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
-        return {"is_due": self.is_due, "start": self._start}
+        return {"is_due": self.is_due, "count": self.count, "start": self._start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
-        self.is_due, self._start = state_dict["is_due"], state_dict["start"]
+        self.is_due, self.count, self._start = state_dict["is_due"], state_dict["count"], state_dict["start"]
 
     def _hold_open(self, trainer: Any) -> None:
         if self._limits is None:
