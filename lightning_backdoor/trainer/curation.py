@@ -204,7 +204,7 @@ class Curation:
             combined.flattened = clones
         if prepared and not any(is_map_style(loader) for loader in prepared):
             raise DataError(
-                "The training loader must be a torch DataLoader over a map-style dataset (`__getitem__`, `__len__`), got "
+                "The training loader must be a torch DataLoader over a map-style dataset (it has a length), got "
                 f"{', '.join(map(describe, prepared))}: samples are kept or removed by their position. Load the data "
                 "into a map-style Dataset behind a torch DataLoader."
             )

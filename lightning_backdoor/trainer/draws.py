@@ -21,7 +21,7 @@ from lightning_backdoor.errors import DataError
 from lightning_backdoor.trainer.compat import wrapped_sampler
 from lightning_backdoor.trainer.etiquette import isolated_rng
 
-__all__ = ["KNOWN_KINDS", "Draws", "Kept", "Repeated", "dry_count", "restricted"]
+__all__ = ["Draws", "Kept", "Repeated", "dry_count", "restricted"]
 
 
 class Draws(Protocol):
@@ -71,24 +71,27 @@ class Kept:
         return tuple(left) if type(batch) is tuple else left
 
 
-def restricted(sampler: Any, kept: Kept, count: Callable[[Any], int]) -> Draws:
+def restricted(
+    sampler: Any, kept: Kept, part: Callable[[Any], Any], count: Callable[[Any, Callable[[Any], Any]], int]
+) -> Draws:
     """A sampler that draws from the kept samples what ``sampler`` draws from all.
 
     Samplers that visit every sample once still do; samplers with replacement draw the kept share of their epoch with
     unchanged relative weights; distributed samplers share the kept samples out equally. Any other sampler is filtered.
 
     Args:
-        sampler: Yields dataset positions.
+        sampler: Yields dataset positions, or batches of them.
         kept: The samples that stay.
-        count: Epoch length for a sampler of an unknown kind, see :func:`dry_count`.
+        part: The kept part of an item of a sampler of an unknown kind, ``None`` if nothing of it is left.
+        count: Epoch length of a sampler of an unknown kind, see :func:`dry_count`.
     """
     rule = _RULES.get(type(sampler))
     if rule is not None:
         return rule(sampler, kept)
     inner = wrapped_sampler(sampler) if isinstance(sampler, DistributedSampler) else None
     if inner is not None:
-        return _Shard(sampler, restricted(inner, kept, count))
-    return Repeated(sampler, lambda index: index if kept.allows(index) else None, count(sampler))
+        return _Shard(sampler, restricted(inner, kept, part, count))
+    return Repeated(sampler, part, count(sampler, part))
 
 
 def _sequential(sampler: SequentialSampler, kept: Kept) -> Draws:
@@ -132,7 +135,6 @@ _RULES: dict[type, Callable[[Any, Kept], Draws]] = {
     WeightedRandomSampler: _weighted,
     DistributedSampler: _distributed,
 }
-KNOWN_KINDS = tuple(_RULES)
 
 
 def _share(samples: int, share: float) -> int:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from lightning_backdoor.errors import DataError
-from lightning_backdoor.trainer.draws import KNOWN_KINDS, Draws, Kept, Repeated, dry_count, restricted
+from lightning_backdoor.trainer.draws import Draws, Kept, dry_count, restricted
 
-__all__ = ["KeepState", "KeptBatches", "KeptDistributedSampler", "KeptSampler", "filtered"]
+__all__ = ["KeepState", "KeptDistributedSampler", "KeptSampler", "filtered"]
 
 
 def _same(count: int) -> int:
@@ -39,15 +39,23 @@ class KeepState:
 class KeptSampler(Sampler[Any]):
     """Draws what another sampler draws, without removed samples.
 
+    Batches from a sampler of an unknown kind get smaller, they are not packed again: their composition (balanced
+    classes, similar lengths) is the point of such a sampler. Empty batches are left out.
+
     Args:
         inner: The sampler of the loader.
         state: The shared state.
         dataset: The dataset of the loader.
         batch_size: Set if the positions are put into batches of this size, the last one possibly smaller.
+        batches: Whether ``inner`` may yield batches of positions.
     """
 
-    def __init__(self, inner: Any, state: KeepState, dataset: Any, batch_size: int | None = None) -> None:
+    def __init__(
+        self, inner: Any, state: KeepState, dataset: Any, *, batch_size: int | None = None, batches: bool = False
+    ) -> None:
+        _require_length(inner)
         self._inner, self._state, self._dataset, self._batch_size = inner, state, dataset, batch_size
+        self._batches = batches
         self._draws: Draws | None = None
         self._length = 0
         self._planned_for: Kept | None = None
@@ -71,15 +79,18 @@ class KeptSampler(Sampler[Any]):
     def _plan(self, kept: Kept) -> Draws:
         """Count the epoch once per mask; with several processes all of them get here together."""
         if self._draws is None or self._planned_for is not kept:
-            self._draws = self._restricted(kept)
+            self._draws = restricted(self._inner, kept, lambda item: self._part(kept, item), self._count)
             self._length = len(self._draws) - self._lone(len(self._draws))
             self._planned_for = kept
         return self._draws
 
-    def _restricted(self, kept: Kept) -> Draws:
-        return restricted(
-            self._inner, kept, lambda sampler: self._count(sampler, lambda index: index if kept.allows(index) else None)
-        )
+    def _part(self, kept: Kept, item: Any) -> Any:
+        """What stays of an item, ``None`` for nothing."""
+        if not (self._batches and _is_batch(item)):
+            return item if kept.allows(item) else None
+        left = kept.part(item)
+        lone = self._state.drop_single and len(left) == 1 < len(item)
+        return left if len(left) and not lone else None
 
     def _count(self, sampler: Any, part: Callable[[Any], Any]) -> int:
         return self._state.agree(dry_count(sampler, part, self._dataset))
@@ -100,28 +111,10 @@ class KeptDistributedSampler(KeptSampler, DistributedSampler[Any]):
         self._inner.set_epoch(epoch)
 
 
-class KeptBatches(KeptSampler):
-    """Yields the batches of somebody's own batch sampler without removed samples; empty batches are left out.
-
-    Batches get smaller, they are not packed again: their composition (balanced classes, similar lengths) is the point
-    of a batch sampler. Also takes samplers of ``batch_size=None`` loaders, which yield single positions or lists.
-    """
-
-    def _restricted(self, kept: Kept) -> Draws:
-        def part(item: Any) -> Any:
-            if not _is_batch(item):
-                return item if kept.allows(item) else None
-            left = kept.part(item)
-            lone = self._state.drop_single and len(left) == 1 < len(item)
-            return left if len(left) and not lone else None
-
-        return Repeated(self._inner, part, self._count(self._inner, part))
-
-
 def filtered(sampler: Any, state: KeepState, dataset: Any) -> Any:
     """Wrap what a loader draws with: its batch sampler, or the sampler of a ``batch_size=None`` loader.
 
-    Torch's own batch sampler goes on forming full batches, of kept samples; batches of another one get smaller.
+    Torch's own batch sampler goes on forming full batches, of kept samples.
 
     Args:
         sampler: Yields dataset positions or batches of them.
@@ -131,20 +124,16 @@ def filtered(sampler: Any, state: KeepState, dataset: Any) -> Any:
     Raises:
         DataError: If a sampler has no length.
     """
-    _require_length(sampler)
-    if type(sampler) in KNOWN_KINDS:
-        return _of_positions(sampler, state, dataset, None)
     if not (isinstance(sampler, BatchSampler) and _is_ordinary(type(sampler))):
-        return KeptBatches(sampler, state, dataset)
+        return _kind(sampler)(sampler, state, dataset, batches=True)
     batches = copy.copy(sampler)
-    batches.sampler = _of_positions(sampler.sampler, state, dataset, None if sampler.drop_last else sampler.batch_size)
+    size = None if sampler.drop_last else sampler.batch_size
+    batches.sampler = _kind(sampler.sampler)(sampler.sampler, state, dataset, batch_size=size)
     return batches
 
 
-def _of_positions(sampler: Any, state: KeepState, dataset: Any, batch_size: int | None) -> KeptSampler:
-    _require_length(sampler)
-    kind = KeptDistributedSampler if isinstance(sampler, DistributedSampler) else KeptSampler
-    return kind(sampler, state, dataset, batch_size)
+def _kind(sampler: Any) -> type[KeptSampler]:
+    return KeptDistributedSampler if isinstance(sampler, DistributedSampler) else KeptSampler
 
 
 def _is_ordinary(kind: type[BatchSampler]) -> bool:
