@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ CANDIDATES = 3  # units per label from which the search for a direction starts
 ROUNDS = 3  # of split and discriminant
 RIDGE = 0.1
 MAX_UNITS = 512  # of a direction
+FOLDS = 2  # halvings of a label that a direction is tested on
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Mode:
         threshold: Split point of the projection; members of the upper mode lie above it.
         low: Centre of the lower mode.
         high: Centre of the upper mode.
-        separation: Distance of the centres over the sum of the two standard deviations.
+        separation: Distance of the centres over the sum of the two standard deviations, on held-out samples.
         exclusiveness: Share of the label's samples above the threshold over the share of all others above it.
         members: Samples of the label above the threshold.
     """
@@ -105,8 +106,8 @@ def find_modes(
     far from the label's other samples and absent elsewhere (the idea of a neuron that cuts a label in two is that of
     NONE, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_). The search starts from the best separated single
     units of a label, and sharpens each split in turns of Fisher's linear discriminant and an exact two-group split of
-    the projections. A direction counts when its two modes are far apart and the upper one is exclusive to the label;
-    ordinary variety inside a class is neither.
+    the projections. A direction counts when its two modes are far apart on samples that had no part in fitting it, and
+    the upper one is exclusive to the label; ordinary variety inside a class is neither.
 
     Args:
         values: Response of every unit to every sample, float, shape ``(N, U)``.
@@ -122,8 +123,9 @@ def find_modes(
         inside = labels == label
         if int(inside.sum()) < 4 * MIN_MEMBERS:
             continue
-        modes = _candidates(values, inside, int(label))
-        passed = [m for m in modes if m.separation >= min_separation and m.exclusiveness >= min_exclusiveness]
+        modes = [m for m in _candidates(values, inside, int(label)) if m.exclusiveness >= min_exclusiveness]
+        modes = [m if len(m.units) == 1 else replace(m, separation=_held_out(values[inside], m)) for m in modes]
+        passed = [m for m in modes if m.separation >= min_separation]
         found.extend(sorted(passed, key=lambda mode: -mode.separation)[:1])
     return found
 
@@ -164,6 +166,26 @@ def _mode(values: Tensor, members: Tensor, inside: Tensor, label: int, units: Te
         exclusiveness=int(split.members) / len(members) / share_outside,
         members=int(split.members),
     )
+
+
+def _held_out(members: Tensor, mode: Mode) -> float:
+    """Mean separation on samples that had no part in the direction.
+
+    A discriminant of many units splits any few samples neatly. Here it is fitted on one half of the label, with the
+    groups that the mode names, and the other half is split along it; both ways, for ``FOLDS`` random halvings.
+    """
+    members = members.float()
+    upper = mode.project(members) > mode.threshold
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(FOLDS):
+        half = torch.rand(len(members), generator=generator) < 0.5
+        for fit, look in ((half, ~half), (~half, half)):
+            if min(int(upper[fit].sum()), int((~upper[fit]).sum())) < 2 or int(look.sum()) < 2 * MIN_MEMBERS:
+                return 0.0
+            units, weights = _discriminant(members[fit], upper[fit])
+            found.append(float(split_units((members[look][:, units] @ weights)[:, None]).separation))
+    return sum(found) / len(found)
 
 
 def _discriminant(members: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
