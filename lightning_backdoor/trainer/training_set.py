@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_backdoor.data.batches import BatchLayout, find_layout
+from lightning_backdoor.data.nesting import transforms_of
 from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
 from lightning_backdoor.data.views import check_dataset, scan_loader
@@ -24,7 +25,8 @@ from lightning_backdoor.trainer.scan import scan, shard
 
 __all__ = ["Reading", "TrainingSet", "open_training_set"]
 
-_PROBE = 16
+_PROBE = 64  # images that the pixel space is inferred from
+_PROBE_FORWARD = 4  # of them that go through the model, with all activations kept
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def open_training_set(
 ) -> TrainingSet:
     """Look at a few training images and find out how to read all of them, or say what is missing.
 
-    Reads ``16`` images through one forward pass; the training does not notice.
+    Reads 64 images and takes a few of them through the model; the training does not notice.
 
     Args:
         trainer: The running Trainer.
@@ -134,22 +136,25 @@ def open_training_set(
     probe = [i * size // min(size, _PROBE) for i in range(min(size, _PROBE))]
     with unobtrusive(trainer, pl_module):
         with transforms_swapped(loader.dataset, transform):
-            view = scan_loader(loader, probe, seed=reading.seed, batch_size=len(probe), num_workers=0)
-            indices, batch = next(iter(view))
+            (indices, batch), (_, few) = (
+                next(iter(scan_loader(loader, some, seed=reading.seed, batch_size=len(some), num_workers=0)))
+                for some in (probe, probe[:_PROBE_FORWARD])
+            )
+            transforms = transforms_of(loader.dataset)
         layout = find_layout(batch, reading.batch_fn)
         images = layout.images(batch)
         check_finite(images, indices)
         found: list[Tensor] = []
 
         def run() -> Tensor:
-            found.append(_logits(trainer, pl_module, layout, reading, batch))
+            found.append(_logits(trainer, pl_module, layout, reading, few))
             return found[-1]
 
         head = find_head(pl_module, run, reading.feature_layer)
         logits = found[-1] if found else run()
     pixels = infer_pixel_space(
         images,
-        transform=transform.given or getattr(loader.dataset, "transform", None),
+        transform=transforms,
         model=pl_module,
         mean=reading.mean,
         std=reading.std,
