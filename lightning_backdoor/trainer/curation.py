@@ -275,7 +275,7 @@ class Curation:
         trainer = self._trainer
         if trainer.check_val_every_n_epoch is None or interval <= batches:
             return interval
-        if trainer.limit_val_batches:
+        if trainer.enable_validation:
             rank_zero_warn(
                 f"`val_check_interval={interval}` is more than the {batches} batches of an epoch without removed "
                 "samples: validation now runs at the end of each epoch."
