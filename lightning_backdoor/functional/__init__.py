@@ -3,7 +3,8 @@
 from lightning_backdoor.functional.decisions import limit_removed, natural_break, select_fraction
 from lightning_backdoor.functional.denoising import local_median, nl_means
 from lightning_backdoor.functional.evidence import Decision, decide
-from lightning_backdoor.functional.modes import Mode, find_modes, mode_scores, split_units
+from lightning_backdoor.functional.modes import Mode, find_modes, mode_scores
+from lightning_backdoor.functional.splits import split_units
 from lightning_backdoor.functional.susceptibility import susceptibility_scores
 
 __all__ = [

@@ -22,7 +22,7 @@ def natural_break(values: Tensor) -> float:
         values: Float, shape ``(N,)`` with N ≥ 2.
 
     Raises:
-        ArgumentError: If there are fewer than two values or all are equal.
+        ArgumentError: If there are fewer than two values, one is not finite, or all are equal.
 
     Example:
         >>> import torch
@@ -31,6 +31,8 @@ def natural_break(values: Tensor) -> float:
     """
     if values.ndim != 1 or len(values) < 2:
         raise ArgumentError(f"`values` must have shape (N,) with N >= 2, got {tuple(values.shape)}.")
+    if not bool(values.isfinite().all()):
+        raise ArgumentError("`values` must be finite, got NaN or infinity. Leave these samples out first.")
     ordered = values.sort().values
     if ordered[0] == ordered[-1]:
         raise ArgumentError("`values` are all equal: there is no break. Test for a spread before asking for a split.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.decisions import limit_removed, select_fraction
 from lightning_backdoor.functional.modes import MIN_SEPARATION, Mode, find_modes, mode_scores
 
@@ -60,7 +61,12 @@ def decide(
     Returns:
         The decision. When nothing stands out and ``fraction`` is ``None``, ``keep`` is all true and the threshold
         infinite.
+
+    Raises:
+        ArgumentError: If ``by_ranking`` comes without a ``fraction``.
     """
+    if by_ranking and fraction is None:
+        raise ArgumentError("`by_ranking` cuts a share of the ranking: pass `fraction`, the share, with it.")
     considered = torch.ones(len(labels), dtype=torch.bool) if considered is None else considered
     modes = (
         []

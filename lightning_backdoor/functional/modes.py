@@ -1,24 +1,27 @@
-"""A second population inside one label, absent from all others: what a backdoor looks like to the units of a network."""
+"""A second population inside one label, absent from all others: what a backdoor looks like to a network's units."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.functional.splits import BLOCK, MIN_MEMBERS, Split, split_units
 
-__all__ = ["MIN_EXCLUSIVENESS", "MIN_SEPARATION", "Mode", "find_modes", "mode_scores", "split_units"]
+__all__ = ["MIN_EXCLUSIVENESS", "MIN_SEPARATION", "Mode", "find_modes", "mode_scores"]
 
 MIN_SEPARATION = 2.5  # one Gaussian cut at its mean has 1.32; clean CIFAR-10 classes stay below 1.8
 MIN_EXCLUSIVENESS = 20.0
-MIN_MEMBERS = 5
+MIN_SHARE = 0.01  # of the label, for the same reason
 CANDIDATES = 3  # units per label from which the search for a direction starts
 ROUNDS = 3  # of split and discriminant
+ERRORS = 2.0  # standard errors by which the spread of a small group may be larger than it looks
 RIDGE = 0.1
 MAX_UNITS = 512  # of a direction
-FOLDS = 2  # halvings of a label that a direction is tested on
+MIN_OWN = 0.75  # AUROC by which the lower mode is told from all other labels; wrong labels have 0.5
+MAX_OTHERS = 2**14  # samples of other labels that it is compared with
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Mode:
         threshold: Split point of the projection; members of the upper mode lie above it.
         low: Centre of the lower mode.
         high: Centre of the upper mode.
-        separation: Distance of the centres over the sum of the two standard deviations, on held-out samples.
+        separation: Distance of the centres over the sum of the two standard deviations, of samples held out one by one,
+            with an allowance for the sampling error of small modes.
         exclusiveness: Share of the label's samples above the threshold over the share of all others above it.
         members: Samples of the label above the threshold.
     """
@@ -52,47 +56,6 @@ class Mode:
         return values[:, self.units].float() @ self.weights
 
 
-@dataclass(frozen=True)
-class _Split:
-    threshold: Tensor
-    low: Tensor
-    high: Tensor
-    separation: Tensor
-    members: Tensor
-
-
-def split_units(values: Tensor, min_members: int = MIN_MEMBERS) -> _Split:
-    """Split every column into the two groups with the smallest squared deviations (exact, vectorised over units).
-
-    Args:
-        values: Float, shape ``(N, U)``.
-        min_members: Smallest size of a group.
-
-    Returns:
-        Threshold, centre of the lower and of the upper group, separation and size of the upper group, each ``(U,)``.
-    """
-    n = len(values)
-    if n < 2 * min_members:
-        raise ArgumentError(f"`values` must have at least {2 * min_members} rows, got {n}.")
-    ordered = values.double().sort(dim=0).values
-    sums, squares = ordered.cumsum(0), ordered.square().cumsum(0)
-    count = torch.arange(1, n, dtype=torch.float64)[:, None]
-    lower, total = sums[:-1], sums[-1:]
-    explained = lower.square() / count + (total - lower).square() / (n - count)
-    explained[: min_members - 1] = -torch.inf
-    explained[n - min_members :] = -torch.inf
-    at = explained.argmax(dim=0, keepdim=True)
-    n_low = at.squeeze(0) + 1.0
-    n_high = n - n_low
-    sum_low, square_low = sums.gather(0, at).squeeze(0), squares.gather(0, at).squeeze(0)
-    low, high = sum_low / n_low, (sums[-1] - sum_low) / n_high
-    var_low = (square_low / n_low - low.square()).clamp(min=0)
-    var_high = ((squares[-1] - square_low) / n_high - high.square()).clamp(min=0)
-    spread = (var_low.sqrt() + var_high.sqrt()).clamp(min=1e-6)
-    threshold = (ordered.gather(0, at) + ordered.gather(0, at + 1)).squeeze(0) / 2
-    return _Split(threshold, low, high, (high - low) / spread, n_high.long())
-
-
 def find_modes(
     values: Tensor,
     labels: Tensor,
@@ -106,11 +69,17 @@ def find_modes(
     far from the label's other samples and absent elsewhere (the idea of a neuron that cuts a label in two is that of
     NONE, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_). The search starts from the best separated single
     units of a label, and sharpens each split in turns of Fisher's linear discriminant and an exact two-group split of
-    the projections. A direction counts when its two modes are far apart on samples that had no part in fitting it, and
-    the upper one is exclusive to the label; ordinary variety inside a class is neither.
+    the projections. Every sample is projected with a discriminant that was fitted without it, so that many units and
+    few samples do not feign a separation. A direction counts when its two modes are far apart and the upper one is
+    exclusive to the label; ordinary variety inside a class is neither. The lower mode must be the class itself, told
+    from all other labels by its own features: where some labels are wrong, the class is the *upper* mode, and the lower
+    one is a mixture of other classes that must not cost it its samples (not asked of a single unit).
+
+    Labels with fewer than 20 samples are not looked at. With one label only nothing can be exclusive to it, and
+    nothing is found.
 
     Args:
-        values: Response of every unit to every sample, float, shape ``(N, U)``.
+        values: Response of every unit to every sample, float and finite, shape ``(N, U)``.
         labels: Labels as given, long, shape ``(N,)``.
         min_separation: Smallest distance of the two centres in sums of the two standard deviations.
         min_exclusiveness: Smallest ratio of the share above the threshold inside and outside the label.
@@ -118,94 +87,138 @@ def find_modes(
     Returns:
         At most one mode per label, the best separated one that passes both bounds. Empty when nothing stands out.
     """
+    present = torch.unique(labels).tolist()
+    if len(present) < 2:
+        return []
     found = []
-    for label in labels.unique().tolist():
+    for label in present:
         inside = labels == label
-        if int(inside.sum()) < 4 * MIN_MEMBERS:
+        if int(inside.sum()) < 2 * MIN_MEMBERS:
             continue
-        modes = [m for m in _candidates(values, inside, int(label)) if m.exclusiveness >= min_exclusiveness]
-        modes = [m if len(m.units) == 1 else replace(m, separation=_held_out(values[inside], m)) for m in modes]
-        passed = [m for m in modes if m.separation >= min_separation]
-        found.extend(sorted(passed, key=lambda mode: -mode.separation)[:1])
+        directions, units = _directions(values[inside].float())
+        apart = [one for one in directions if one.separation >= min_separation]
+        for direction in sorted(apart, key=lambda one: -one.separation):
+            mode = _mode(values, inside, int(label), direction)
+            if mode.exclusiveness >= min_exclusiveness and _own(values, inside, mode, units) >= MIN_OWN:
+                found.append(mode)
+                break
     return found
 
 
-def _candidates(values: Tensor, inside: Tensor, label: int) -> list[Mode]:
-    """The sharpened directions that start from the best separated units of one label."""
-    members = values[inside].float()
-    split = split_units(members)
-    modes = []
-    for unit in split.separation.topk(min(CANDIDATES, members.shape[1])).indices.tolist():
-        upper = members[:, unit] > split.threshold[unit]
-        mode = _mode(values, members, inside, label, torch.tensor([unit]), torch.ones(1))
-        modes.append(mode)
-        for _ in range(ROUNDS if members.shape[1] > 1 else 0):
-            units, weights = _discriminant(members, upper)
-            sharper = _mode(values, members, inside, label, units, weights)
-            if sharper.separation <= modes[-1].separation:
+@dataclass(frozen=True)
+class _Direction:
+    units: Tensor
+    weights: Tensor
+    split: Split
+    n: int
+
+    @property
+    def separation(self) -> float:
+        """Separation if the spread is as large as the sampling error of the smaller group allows, ``1 / sqrt(2 m)``.
+
+        Among many units some few samples always lie close together by chance, above all on units with heavy tails.
+        """
+        members = int(self.split.members)
+        smaller = max(min(members, self.n - members), 1)
+        return float(self.split.separation) / (1 + ERRORS / math.sqrt(2 * smaller))
+
+
+def _directions(members: Tensor) -> tuple[list[_Direction], Tensor]:
+    """Sharpened directions that start from the best separated units of one label, for its values ``(n, U)``.
+
+    Returns:
+        The directions, and the units ``(M,)`` on which discriminants are fitted.
+    """
+    smallest = max(MIN_MEMBERS, math.ceil(MIN_SHARE * len(members)))
+    single = split_units(members, smallest)
+    ranked = single.separation.argsort(descending=True, stable=True)
+    units = ranked[:MAX_UNITS]
+    directions = []
+    for unit in ranked[:CANDIDATES]:
+        positions, best = members[:, unit], -1.0
+        weights, chosen = torch.ones(1), unit[None]
+        for _ in range(ROUNDS + 1):
+            split = split_units(positions[:, None], smallest)
+            if float(split.separation) <= best:
                 break
-            modes.append(sharper)
-            upper = sharper.project(members) > sharper.threshold
-    return modes
+            best = float(split.separation)
+            directions.append(_Direction(chosen, weights, split, len(members)))
+            weights, positions = _discriminant(members[:, units], positions > split.threshold)
+            chosen = units
+    return directions, units
 
 
-def _mode(values: Tensor, members: Tensor, inside: Tensor, label: int, units: Tensor, weights: Tensor) -> Mode:
-    """Split the projections of one label and count who else lies above the threshold."""
-    split = split_units((members[:, units] @ weights)[:, None])
-    threshold = float(split.threshold)
-    outside = torch.cat([part[:, units].float() @ weights for part in values.split(2**14)])[~inside] > threshold
-    share_outside = max(int(outside.sum()), 0.5) / max(len(outside), 1)
+def _mode(values: Tensor, inside: Tensor, label: int, direction: _Direction) -> Mode:
+    """Count who else lies above the threshold."""
+    units, weights, split = direction.units, direction.weights, direction.split
+    rows = torch.split(values, max(BLOCK // len(units), 1))
+    above = torch.cat([part[:, units].float() @ weights for part in rows]) > split.threshold
+    outside = ~inside
+    share_outside = max(int((above & outside).sum()), 0.5) / int(outside.sum())
     return Mode(
         label=label,
         units=units,
         weights=weights,
-        threshold=threshold,
+        threshold=float(split.threshold),
         low=float(split.low),
         high=float(split.high),
-        separation=float(split.separation),
-        exclusiveness=int(split.members) / len(members) / share_outside,
+        separation=direction.separation,
+        exclusiveness=int(split.members) / int(inside.sum()) / share_outside,
         members=int(split.members),
     )
 
 
-def _held_out(members: Tensor, mode: Mode) -> float:
-    """Mean separation on samples that had no part in the direction.
-
-    A discriminant of many units splits any few samples neatly. Here it is fitted on one half of the label, with the
-    groups that the mode names, and the other half is split along it; both ways, for ``FOLDS`` random halvings.
-    """
-    members = members.float()
-    upper = mode.project(members) > mode.threshold
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(FOLDS):
-        half = torch.rand(len(members), generator=generator) < 0.5
-        for fit, look in ((half, ~half), (~half, half)):
-            if min(int(upper[fit].sum()), int((~upper[fit]).sum())) < 2 or int(look.sum()) < 2 * MIN_MEMBERS:
-                return 0.0
-            units, weights = _discriminant(members[fit], upper[fit])
-            found.append(float(split_units((members[look][:, units] @ weights)[:, None]).separation))
-    return sum(found) / len(found)
+def _own(values: Tensor, inside: Tensor, mode: Mode, units: Tensor) -> float:
+    """How well the lower mode is told from the samples of all other labels, as AUROC of a held-out discriminant."""
+    if values.shape[1] == 1:
+        return 1.0  # one number per sample, such as a susceptibility, does not describe classes
+    lower = inside.nonzero().squeeze(1)
+    lower = lower[mode.project(values[lower]) <= mode.threshold]
+    others = (~inside).nonzero().squeeze(1)
+    others = others[:: math.ceil(len(others) / MAX_OTHERS)]
+    if min(len(lower), len(others)) < 2:
+        return 0.0
+    is_lower = torch.arange(len(lower) + len(others)) < len(lower)
+    _, positions = _discriminant(values[torch.cat([lower, others])][:, units].float(), is_lower)
+    rank = torch.empty(len(positions))
+    rank[positions.argsort()] = torch.arange(len(positions), dtype=torch.float32)
+    return float((rank[is_lower].mean() - (len(lower) - 1) / 2) / len(others))
 
 
 def _discriminant(members: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Fisher's linear discriminant between two groups, with a ridge, on the units that differ most."""
-    high, low = members[upper], members[~upper]
-    gap = high.mean(dim=0) - low.mean(dim=0)
-    scale = members.std(dim=0).clamp(min=1e-6)
-    units = (gap / scale).abs().topk(min(MAX_UNITS, members.shape[1])).indices.sort().values
-    centred = torch.cat([high - high.mean(dim=0), low - low.mean(dim=0)])[:, units] / scale[units]
-    within = centred.T @ centred / len(members)
-    ridge = RIDGE * within.diagonal().mean() * torch.eye(len(units))
-    weights = torch.linalg.solve(within + ridge, gap[units] / scale[units])
-    return units, weights / scale[units] / weights.norm()
+    """Fisher's linear discriminant between two groups, with a ridge.
+
+    Returns:
+        Weights ``(M,)``, and the position ``(n,)`` of every sample along the weights that were fitted without it (leave
+        one out, in closed form by the Sherman-Morrison identity).
+    """
+    n, sizes = len(members), torch.stack([(~upper).sum(), upper.sum()]).float()
+    centre, scale = members.mean(dim=0), members.std(dim=0).clamp(min=1e-12)
+    scaled = (members - centre) / scale
+    means = torch.stack([scaled[~upper].mean(dim=0), scaled[upper].mean(dim=0)])
+    gap, deviations = means[1] - means[0], scaled - means[upper.long()]
+    within = deviations.T @ deviations / n
+    ridge = RIDGE * within.diagonal().mean().clamp(min=1e-6)
+    factor = torch.linalg.cholesky(within + ridge * torch.eye(len(gap)))
+    weights = torch.cholesky_solve(gap[:, None], factor).squeeze(1)
+    # Without sample i, whose deviation is d, the scatter loses c d d' and the gap moves by s d.
+    size = sizes[upper.long()]
+    c = size / (size - 1) / n
+    s = torch.where(upper, -1.0, 1.0) / (size - 1)
+    solved = torch.cholesky_solve(deviations.T, factor).T
+    h = (deviations * solved).sum(dim=1)
+    plain = scaled @ weights + s * (scaled * solved).sum(dim=1)
+    returned = c * (scaled * solved).sum(dim=1) * (solved @ gap + s * h) / (1 - c * h)
+    norm = weights.norm()
+    weights = weights / scale / norm
+    return weights, (plain + returned) / norm + centre @ weights
 
 
 def mode_scores(values: Tensor, labels: Tensor, modes: list[Mode], ranking: Tensor) -> Tensor:
     """Turn modes into one score per sample; above 0.5 lies the second mode of the sample's own label.
 
-    Samples of a label with a mode score by their position between its centres: 0 at the centre of the lower mode, 0.5 at
-    the threshold, 1 at the centre of the upper one. All others score half of their rank in ``ranking``, so that they
+    Samples of a label with a mode score by their position between its centres: 0 at the centre of the lower mode, 0.5
+    at the threshold, 1 at the centre of the upper one. All others score half of their rank in ``ranking``, so that they
     stay below 0.5 and remain ordered.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from lightning_backdoor.trainer.training_set import TrainingSet
 
 __all__ = ["DENOISERS", "DenoisedScan"]
 
-DENOISERS = (local_median, nl_means)
+DENOISERS: tuple[Callable[[Tensor], Tensor], ...] = (local_median, nl_means)
+_HALF = torch.finfo(torch.half).max
 
 
 class DenoisedScan:
@@ -64,7 +66,7 @@ class DenoisedScan:
                 "labels": labels,
                 "susceptibility": susceptibility_scores(outputs[0], outputs[1:]),
                 "movement": shift.square().mean(dim=1),
-                "responses": torch.cat([features, shift], dim=1).half(),
+                "responses": torch.cat([features, shift], dim=1).clamp(-_HALF, _HALF).half(),
             }
 
         return self.data.scan(trainer, pl_module, step, description="UltraClean scan")
