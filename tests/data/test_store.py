@@ -1,0 +1,117 @@
+"""Rows in memory and on disk behave alike."""
+
+from __future__ import annotations
+
+import tempfile
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_backdoor.data.store import RowStore
+from lightning_backdoor.errors import DataError
+
+SHAPE = (3, 4, 5)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary files go during the test."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def draw(n: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (n, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("limit", [0, 20 * 60 - 1, 20 * 60, 2**31], ids=["disk", "just-disk", "just-memory", "memory"])
+def test_reads_what_was_written(folder: Path, limit: int) -> None:
+    values, order = draw(20), torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    store = RowStore(20, limit)
+    for positions in order.split(7):
+        assert not store.has(positions)
+        store.write(positions, values[positions])
+        assert store.has(positions)
+    assert store.on_disk == (limit < 20 * 60)
+    assert any(folder.iterdir()) == store.on_disk
+    found = store.read(torch.tensor([4, 19, 4, 0]))
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, values[[4, 19, 4, 0]])
+    store.close()
+
+
+@pytest.mark.parametrize("limit", [0, 2**31])
+def test_what_was_read_is_a_copy(folder: Path, limit: int) -> None:
+    store, one = RowStore(3, limit), torch.tensor([1])
+    store.write(one, draw(1))
+    store.read(one).zero_()
+    assert torch.equal(store.read(one), draw(1))
+    store.close()
+
+
+@pytest.mark.parametrize("limit", [0, 2**31])
+def test_rows_can_be_written_again(folder: Path, limit: int) -> None:
+    store, one = RowStore(3, limit), torch.tensor([2])
+    store.write(one, draw(1))
+    store.write(one, draw(1, seed=5))
+    assert torch.equal(store.read(one), draw(1, seed=5))
+    store.close()
+
+
+@pytest.mark.parametrize("limit", [0, 2**31])
+def test_unwritten_rows_are_no_zeros(folder: Path, limit: int) -> None:
+    store = RowStore(3, limit)
+    with pytest.raises(KeyError, match="never written"):
+        store.read(torch.tensor([0]))
+    store.write(torch.tensor([0]), draw(1))
+    with pytest.raises(KeyError, match="never written"):
+        store.read(torch.tensor([0, 1]))
+    store.close()
+
+
+def test_close_deletes_the_file_and_the_store_can_be_used_again(folder: Path) -> None:
+    store = RowStore(3, 0)
+    store.write(torch.tensor([0]), draw(1))
+    assert len(list(folder.iterdir())) == 1
+    store.close()
+    assert not list(folder.iterdir())
+    assert not store.has(torch.tensor([0]))
+    store.close()
+    store.write(torch.tensor([0]), torch.zeros(1, 2, dtype=torch.uint8))
+    assert torch.equal(store.read(torch.tensor([0])), torch.zeros(1, 2, dtype=torch.uint8))
+    store.close()
+
+
+def test_a_forgotten_store_leaves_no_file(folder: Path) -> None:
+    store = RowStore(3, 0)
+    store.write(torch.tensor([0]), draw(1))
+    with pytest.warns(ResourceWarning, match="Implicitly cleaning up"):
+        del store
+    assert not list(folder.iterdir())
+
+
+def test_images_of_another_size_name_the_remedy(folder: Path) -> None:
+    store = RowStore(3)
+    store.write(torch.tensor([0]), draw(1))
+    with pytest.raises(DataError, match=r"one size, got \(3, 9, 9\) after \(3, 4, 5\).*resize.*`eval_transform`"):
+        store.write(torch.tensor([1]), torch.zeros(1, 3, 9, 9, dtype=torch.uint8))
+    assert not store.has(torch.tensor([1]))
+
+
+def test_memory_does_not_grow_with_the_rows_on_disk(folder: Path) -> None:
+    def peak(rows: int) -> int:
+        tracemalloc.start()
+        store = RowStore(rows, 0)
+        for start in range(0, rows, 50):
+            store.write(torch.arange(start, start + 50), draw(50))
+            store.read(torch.arange(start, start + 50))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        store.close()
+        return found
+
+    peak(50)
+    assert peak(4000) < peak(200) + 20_000  # 4,000 rows are 240 kB

@@ -1,0 +1,100 @@
+"""The record that every defence leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_backdoor import Verdict
+from lightning_backdoor.errors import ArgumentError
+
+
+def verdict(**changes: Any) -> Verdict:
+    fields: dict[str, Any] = {
+        "scores": torch.tensor([0.1, 3.0, 2.0, 5.0, 3.0]),
+        "keep": torch.tensor([True, False, True, False, False]),
+        "threshold": 2.0,
+        "rule": "fraction(0.6)",
+    }
+    return Verdict(**{**fields, **changes})
+
+
+def test_removed_are_positions_by_suspicion_and_ties_by_position() -> None:
+    assert verdict().removed.tolist() == [3, 1, 4]
+    assert verdict(keep=torch.ones(5, dtype=torch.bool), threshold=math.inf).removed.shape == (0,)
+    assert len(verdict()) == 5
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        verdict().threshold = 1.0  # type: ignore[misc]
+
+
+def test_to_frame_has_one_row_per_sample() -> None:
+    frame = verdict(labels=torch.tensor([4, 3, 2, 1, 0])).to_frame()
+    assert list(frame.columns) == ["index", "label", "score", "keep"]
+    assert frame["index"].tolist() == [0, 1, 2, 3, 4]
+    assert frame["label"].tolist() == [4, 3, 2, 1, 0]
+    assert frame.loc[frame.score > 2.0, "keep"].tolist() == [False, False, False]
+
+
+def test_to_frame_without_labels_and_with_masks() -> None:
+    suspect = torch.tensor([False, True, False, True, False])
+    frame = verdict(trusted=~suspect, suspect=suspect).to_frame()
+    assert frame["label"].tolist() == [-1] * 5
+    assert frame["suspect"].tolist() == suspect.tolist()
+    assert frame["trusted"].tolist() == (~suspect).tolist()
+
+
+@pytest.mark.parametrize("extra", [{}, {"labels": torch.arange(5)}, {"suspect": torch.zeros(5, dtype=torch.bool)}])
+@pytest.mark.parametrize("threshold", [2.0, math.inf])
+def test_comes_back_from_disk(tmp_path: Path, extra: dict[str, Any], threshold: float) -> None:
+    saved = verdict(threshold=threshold, **extra)
+    saved.save(tmp_path / "verdict.pt")
+    loaded = Verdict.load(tmp_path / "verdict.pt")
+    for field in dataclasses.fields(Verdict):
+        ours, theirs = getattr(saved, field.name), getattr(loaded, field.name)
+        if isinstance(ours, torch.Tensor):
+            assert torch.equal(ours, theirs)
+            assert ours.dtype == theirs.dtype
+        else:
+            assert ours == theirs
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path(self.path),)
+
+
+def test_load_runs_no_code(tmp_path: Path) -> None:
+    torch.save({"scores": Evil(str(tmp_path / "ran"))}, tmp_path / "verdict.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        Verdict.load(tmp_path / "verdict.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"keep": torch.ones(4, dtype=torch.bool)}, r"`keep` must have shape \(N,\).*\(5,\), got \(4,\)"),
+        ({"scores": torch.zeros(5, 1)}, r"`scores` must have shape \(N,\)"),
+        ({"keep": torch.ones(5)}, "`keep` must be a boolean mask, got dtype torch.float32"),
+        ({"suspect": torch.ones(5, dtype=torch.long)}, "`suspect` must be a boolean mask"),
+        ({"trusted": torch.ones(6, dtype=torch.bool)}, "`trusted` must have shape"),
+        ({"labels": torch.zeros(5, 2)}, "`labels` must have shape"),
+    ],
+)
+def test_refuses_what_does_not_fit(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        verdict(**changes)
