@@ -3,8 +3,8 @@
     python examples/timm_imagefolder.py --model resnet18 --data path/to/folder --attack badnets --rate 0.05
 
 ``--data`` is a folder with ``train/<class>/*`` and ``test/<class>/*``, the word ``cifar10`` (torchvision downloads it),
-or a folder with ``cifar10_train.npz`` and ``cifar10_test.npz`` (packed JPEG files). Needs the ``examples`` extra. Trains
-from random weights unless ``--pretrained`` is given; it shows the defence at work and reproduces no published number.
+or a folder with ``cifar10_train.npz`` and ``cifar10_test.npz`` (packed JPEG files). Needs the ``examples`` extra.
+Trains from random weights without ``--pretrained``; it shows the defence at work and reproduces no published number.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def packed(path: Path) -> Images:
     """All images of a file of packed JPEG images."""
     file = np.load(path)
     ends, jpeg = file["offsets"], file["jpeg"]
-    pixels = [np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes()))) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    pixels = [np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes()))) for a, b in pairwise(ends)]
     return Images(pixels, file["labels"].astype(int).tolist(), file["classes"].tolist())
 
 

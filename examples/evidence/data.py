@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,7 @@ def packed_cifar10(folder: Path, split: str) -> TensorDataset:
     """Images uint8 (N, 3, 32, 32) and labels (N,) of ``split`` ("train" or "test") from ``cifar10_<split>.npz``."""
     packed = np.load(folder / f"cifar10_{split}.npz")
     jpeg, offsets = packed["jpeg"], packed["offsets"]
-    pixels = [
-        np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes()))) for a, b in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
+    pixels = [np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes()))) for a, b in pairwise(offsets)]
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     return TensorDataset(images, torch.from_numpy(packed["labels"].astype(np.int64)))
 

@@ -103,7 +103,7 @@ class Defense(CallbackBase):
         if self.verdict is not None and len(self.verdict) != len(self._training_set):
             raise DataError(
                 f"The checkpoint holds a verdict on {len(self.verdict)} training samples, but the training dataset has "
-                f"{len(self._training_set)}. Resume with the dataset of the interrupted run, or start without `ckpt_path`."
+                f"{len(self._training_set)}. Resume with the dataset of the interrupted run, or without `ckpt_path`."
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -140,6 +140,16 @@ class Defense(CallbackBase):
             self._curation.leave(self.state_key)
         self._curation = None
         self._training_set = None
+
+    def _adopt(self, verdict: Verdict) -> bool:
+        """Curate by a new verdict; True if it removes samples that were still in training."""
+        before = None if self.verdict is None else self.verdict.keep
+        removes = bool((~verdict.keep if before is None else before & ~verdict.keep).any())
+        if removes and self._curation is not None:
+            self._curation.set_keep(self.state_key, verdict.keep)
+            self._curation.refresh()
+        self.verdict = verdict
+        return removes
 
     def _write_report(self, trainer: Any, evidence: Evidence) -> None:
         """Write the report of the verdict: into the user's folder, else beside the logs. Every rank must call it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,40 +11,24 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.callbacks.defense import Defense, require_fraction, require_one_of, require_positive
-from lightning_backdoor.errors import TrainerError
+from lightning_backdoor.callbacks.schedule import is_due, warmup_or_half
 from lightning_backdoor.functional.evidence import Decision, add_removed, decide
 from lightning_backdoor.functional.modes import Mode
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.denoised_scan import DENOISERS, DenoisedScan
-from lightning_backdoor.trainer.rewind import Rewind, about_to_end
+from lightning_backdoor.trainer.rewind import Rewind, about_to_end, require_no_time_limit
 from lightning_backdoor.trainer.training_set import Reading
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["UltraCleanCallback"]
 
-DEFAULT_WARMUP = 10
 MAX_REWINDS = 2
 MEANINGS = {
-    "auto": "It measures whether the image belongs to a second population inside its class, by what the model sees in it "
-    "and how that moves when the image is gently denoised.",
+    "auto": "It measures whether the image belongs to a second population inside its class, by what the model sees in "
+    "it and how that moves when the image is gently denoised.",
     "paper": "It measures how much the answer of the model changes when the image is gently denoised.",
 }
-
-
-def is_due(epochs: int, *, last_scan: int | None, warmup: int, every: int | None, ends: bool) -> bool:
-    """Whether to scan now.
-
-    Args:
-        epochs: Epochs trained so far, counted from the last rewind.
-        last_scan: The same count at the latest scan, 0 after a rewind; ``None`` before the first scan.
-        warmup: Epochs before the first scan.
-        every: Epochs between later scans, ``None`` for no periodic scans.
-        ends: Whether training is about to end and a last look is wanted.
-    """
-    if last_scan is None:
-        return ends or epochs >= warmup
-    return (ends and epochs > last_scan) or (every is not None and epochs - last_scan >= every)
 
 
 class UltraCleanCallback(Defense):
@@ -55,9 +38,8 @@ class UltraCleanCallback(Defense):
     every training image goes through the network three times: as it is, after a local median and after non-local means.
     What moves when the image is denoised is the evidence. If samples are removed, weights, optimizer, schedulers and
     averages go back to the start of fit and the Trainer trains its full number of epochs on the kept images (the paper
-    trains a fresh model, too: a network that has learned a backdoor does not forget it by itself). Because weak backdoors
-    are learned late, there is a last look at the end of training, which may rewind as well (at most twice in all). If
-    nothing stands out, nothing changes.
+    trains a fresh model, too: a network does not forget a backdoor by itself). Weak backdoors are learned late: there
+    is a last look at the end, which may rewind as well, twice at most. If nothing stands out, nothing changes.
 
     Assumes nothing: no clean data, no poison rate, no target class. Costs the epochs before a rewind once more; three
     forward passes per scan; the denoising, once; two uint8 copies of the training images (in memory up to
@@ -66,7 +48,7 @@ class UltraCleanCallback(Defense):
 
     Differs from the paper: the default score looks at the features class by class instead of adding up the outputs; the
     cut is estimated behind a no-poison gate instead of given; images are denoised as the network sees them.
-    ``UltraCleanCallback.from_paper()`` keeps to the paper.
+    ``UltraCleanCallback.from_paper()`` keeps to it.
 
     Args:
         warmup_epochs: Epochs of ordinary training before the scan. ``None``: half of ``max_epochs`` (10 if that is not
@@ -82,8 +64,8 @@ class UltraCleanCallback(Defense):
             look.
         rescore_every: Scan again every so many epochs after the first scan; removed samples stay removed.
         report_dir: Folder for the report. ``None``: beside the logger's files; without a logger there is no report.
-        forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``, for models that cannot be called with the
-            images alone.
+        forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``, for models that cannot be called with
+            the images alone.
         batch_fn: ``batch_fn(batch)`` returns images and labels, for batches in which they cannot be found.
         feature_layer: Name of the layer whose output are the features. ``None``: the input of the classifier head.
         eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
@@ -144,13 +126,13 @@ class UltraCleanCallback(Defense):
         self.rewind = rewind
         self.rescore_every = require_positive("rescore_every", rescore_every)
         self.cache_bytes = cache_bytes
-        self._last_scan: int | None = None  # epochs trained before the latest scan, counted from the last rewind
+        self._last_scan: int | None = None  # epochs before it, counted from the last rewind
         self._rewind = Rewind()
         self._scanner: DenoisedScan | None = None
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> UltraCleanCallback:
-        """The paper's score (L1 on softmax outputs) and cut (a fraction of 0.2), which removes images always."""
+        """Use the paper's score (L1 on softmax outputs) and cut (a fraction of 0.2), which always removes images."""
         return cls(**{"score": "paper", "output": "softmax", "rule": "fraction", **overrides})
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -158,11 +140,8 @@ class UltraCleanCallback(Defense):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if self.rewind and any(type(callback).__name__ == "Timer" for callback in trainer.callbacks):
-            raise TrainerError(
-                "`Trainer(max_time=...)` must be left out when `rewind=True`: the time of the warm-up would count against "
-                "the run that follows it. Limit the run by `max_epochs` or `max_steps`, or pass `rewind=False`."
-            )
+        if self.rewind:
+            require_no_time_limit(trainer)
         if self.rewind and self.verdict is None and trainer.ckpt_path is not None:
             self._rewind.before_checkpoint(pl_module)
 
@@ -194,7 +173,9 @@ class UltraCleanCallback(Defense):
         began = time.monotonic()
         found = self._scan(trainer, pl_module)
         decision = self._decide(found)
-        removes = self._adopt(decision, found["labels"])
+        removes = self._adopt(
+            Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, found["labels"])
+        )
         self._last_scan = trainer.current_epoch + 1
         if removes and self.rewind and self._rewind.count < MAX_REWINDS:
             self._rewind.ask(trainer)
@@ -243,7 +224,7 @@ class UltraCleanCallback(Defense):
         return is_due(
             trainer.current_epoch + 1,
             last_scan=self._last_scan,
-            warmup=self._warmup(trainer),
+            warmup=warmup_or_half(self.warmup_epochs, trainer.max_epochs),
             every=self.rescore_every,
             ends=ends,
         )
@@ -253,15 +234,9 @@ class UltraCleanCallback(Defense):
         last_look = self.rewind and self.rule == "auto" and self._rewind.count < MAX_REWINDS
         return self._last_scan is None or self.rescore_every is not None or last_look
 
-    def _warmup(self, trainer: Any) -> int:
-        if self.warmup_epochs is not None:
-            return self.warmup_epochs
-        planned = trainer.max_epochs
-        return max(1, math.ceil(planned / 2)) if planned is not None and planned > 0 else DEFAULT_WARMUP
-
     def _scan(self, trainer: Any, pl_module: Any) -> dict[str, Tensor]:
-        assert self._training_set is not None
         if self._scanner is None:
+            assert self._training_set is not None
             self._scanner = DenoisedScan(
                 self._training_set,
                 world_size=trainer.world_size,
@@ -284,39 +259,20 @@ class UltraCleanCallback(Defense):
             by_ranking=paper and self.rule == "fraction",
             max_removed=self.max_removed,
         )
-        before = self.verdict
-        if before is None:
+        if self.verdict is None:
             return decision
-        return add_removed(
-            decision, scores=before.scores, keep=before.keep, threshold=before.threshold, max_removed=self.max_removed
-        )
-
-    def _adopt(self, decision: Decision, labels: Tensor) -> bool:
-        """Make the decision the verdict and curate by it; True if it removes samples that were still in training."""
-        before = None if self.verdict is None else self.verdict.keep
-        verdict = Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, labels)
-        removes = bool((~decision.keep if before is None else before & ~decision.keep).any())
-        if removes and self._curation is not None:
-            self._curation.set_keep(self.state_key, decision.keep)
-            self._curation.refresh()
-        self.verdict = verdict
-        return removes
+        old = self.verdict
+        return add_removed(decision, old.scores, old.keep, threshold=old.threshold, max_removed=self.max_removed)
 
     def _tell(self, trainer: Any, pl_module: Any, decision: Decision, seconds: float) -> None:
         """Log, print one sentence, and write the report."""
-        assert self.verdict is not None and self._training_set is not None
-        total, removed = len(self.verdict), len(self.verdict.removed)
+        assert self.verdict is not None
+        assert self._training_set is not None
+        total, removed = len(self.verdict), float(len(self.verdict.removed))
         separation = max((mode.separation for mode in decision.modes), default=0.0)
-        pl_module.log_dict(
-            {
-                "backdoor/ultraclean/removed": float(removed),
-                "backdoor/ultraclean/removed_fraction": removed / total,
-                "backdoor/ultraclean/separation": separation,
-            }
-        )
-        done = "nothing stands out, all are kept" if removed == 0 else f"{removed:,} removed"
+        pl_module.log_dict({"backdoor/ultraclean/removed": removed, "backdoor/ultraclean/separation": separation})
         then = "; training starts again on the rest" if self._rewind.is_due else ""
-        rank_zero_info(f"UltraClean looked at {total:,} training images: {done}{then}.")
+        rank_zero_info(f"UltraClean looked at {total:,} training images: {removed:,.0f} removed{then}.")
         data = self._training_set
         evidence = Evidence(
             images=data.images,

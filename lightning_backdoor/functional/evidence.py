@@ -90,7 +90,7 @@ def decide(
     return Decision(scores, keep, threshold, rule, tuple(modes), wanted)
 
 
-def add_removed(decision: Decision, *, scores: Tensor, keep: Tensor, threshold: float, max_removed: float) -> Decision:
+def add_removed(decision: Decision, scores: Tensor, keep: Tensor, *, threshold: float, max_removed: float) -> Decision:
     """Join a later decision with an earlier verdict: what was removed stays removed, with its score, within one cap.
 
     The later model was trained without the removed samples, so it no longer finds anything wrong with them.

@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-__all__ = ["Rewind", "about_to_end", "restore", "snapshot"]
+from lightning_backdoor.errors import TrainerError
+
+__all__ = ["Rewind", "about_to_end", "require_no_time_limit", "restore", "snapshot"]
 
 _UNREACHABLE = 10**9
+_HELD: WeakKeyDictionary[Any, tuple[tuple[int | None, int | None, int], set[int]]] = WeakKeyDictionary()
+"""Trainers kept from ending: their own limits, and which :class:`Rewind` objects still want them open."""
 
 
 def snapshot(trainer: Any, pl_module: Any) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
 class Rewind:
     """A return to the start of fit: asked for at the end of an epoch, carried out at the start of the next.
 
-    In between, the fit loop is kept from ending, and a checkpoint holds everything that is needed to carry it out later.
+    In between, the fit loop is kept from ending, and a checkpoint holds all that is needed to carry it out later.
 
     Attributes:
         is_due: Whether a return was asked for and is not yet carried out.
@@ -80,7 +85,6 @@ class Rewind:
         self.count = 0
         self._start: dict[str, Any] | None = None
         self._weights_before_checkpoint: dict[str, Any] | None = None
-        self._limits: tuple[int | None, int | None, int] | None = None
 
     def before_checkpoint(self, pl_module: Any) -> None:
         """Keep the weights that the user started from; call in ``setup``, before a checkpoint replaces them."""
@@ -116,11 +120,15 @@ class Rewind:
         return True
 
     def release(self, trainer: Any) -> None:
-        """Put the user's limits on epochs and steps back."""
-        if self._limits is not None:
+        """Put the user's limits on epochs and steps back, once no other defence waits for its return."""
+        if trainer not in _HELD:
+            return
+        limits, holders = _HELD[trainer]
+        holders.discard(id(self))
+        if not holders:
             loop = trainer.fit_loop
-            loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = self._limits
-            self._limits = None
+            loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = limits
+            del _HELD[trainer]
 
     def forget(self) -> None:
         """Drop the snapshot: no further return will be asked for."""
@@ -135,10 +143,24 @@ class Rewind:
         self.is_due, self.count, self._start = state_dict["is_due"], state_dict["count"], state_dict["start"]
 
     def _hold_open(self, trainer: Any) -> None:
-        if self._limits is None:
-            loop = trainer.fit_loop
-            self._limits = (loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps)
+        loop = trainer.fit_loop
+        if trainer not in _HELD:
+            _HELD[trainer] = (loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps), set()
             loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = _UNREACHABLE, -1, -1
+        _HELD[trainer][1].add(id(self))
+
+
+def require_no_time_limit(trainer: Any) -> None:
+    """Raise if the Trainer stops by the clock.
+
+    Raises:
+        TrainerError: ``max_time`` is set.
+    """
+    if any(type(callback).__name__ == "Timer" for callback in trainer.callbacks):
+        raise TrainerError(
+            "`Trainer(max_time=...)` must be left out when `rewind=True`: the warm-up would use up the time of the run "
+            "that follows it. Limit the run by `max_epochs` or `max_steps`, or pass `rewind=False`."
+        )
 
 
 def about_to_end(trainer: Any) -> bool:
