@@ -1,0 +1,260 @@
+"""A rewind is a fresh start: counters, optimizer, schedule, other callbacks; on the kept images alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from timm.scheduler import CosineLRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lightning_backdoor import UltraCleanCallback
+from lightning_backdoor.errors import TrainerError
+from tests.callbacks.helpers import (
+    LIGHTNING_WARNS,
+    FirstBatches,
+    Net,
+    Pictures,
+    always,
+    fit,
+    loader_of,
+    make_trainer,
+    same_state,
+)
+
+pytestmark = LIGHTNING_WARNS
+
+
+def epochs_before_and_after(module: Net, warmup: int) -> tuple[list[Any], list[Any]]:
+    epochs = module.epochs()
+    return epochs[:warmup], epochs[warmup:]
+
+
+def assert_trained_anew(callback: UltraCleanCallback, module: Net, warmup: int, epochs: int) -> None:
+    """Every image in the warm-up; then each kept one exactly once in each of ``epochs`` epochs counted from 0."""
+    before, after = epochs_before_and_after(module, warmup)
+    kept = callback.verdict.keep.nonzero().flatten().tolist()
+    assert before == [(epoch, list(range(64))) for epoch in range(warmup)]
+    assert after == [(epoch, kept) for epoch in range(epochs)]
+
+
+def test_counts_epochs_and_steps_from_zero_and_trains_all_of_them_on_the_kept_images() -> None:
+    digest, callback = FirstBatches(), always()
+    trainer, module = fit([callback, digest], epochs=3, val=Pictures(seed=1))
+    assert_trained_anew(callback, module, warmup=2, epochs=3)
+    fresh, again = digest.seen
+    assert again["step"] == fresh["step"] == 0
+    assert again["momentum"] == fresh["momentum"] == 0
+    assert again["schedule"] == fresh["schedule"]
+    assert same_state(fresh["weights"], again["weights"])
+    assert trainer.current_epoch == 3
+    assert trainer.global_step == 3 * 3, "48 images in batches of 16"
+    assert trainer.max_epochs == 3
+    assert module.rates[-9:] == pytest.approx([0.05 * 0.7**epoch for epoch in range(3) for _ in range(3)])
+
+
+@pytest.mark.parametrize("warmup", [None, 2, 3, 99])
+def test_a_warmup_up_to_the_end_still_scans_and_starts_again(warmup: int | None) -> None:
+    callback = always(warmup_epochs=warmup)
+    _, module = fit([callback], epochs=3)
+    assert_trained_anew(callback, module, warmup=min(warmup or 2, 3), epochs=3)
+
+
+def test_a_single_epoch() -> None:
+    callback = always(warmup_epochs=None)
+    trainer, module = fit([callback], epochs=1)
+    assert_trained_anew(callback, module, warmup=1, epochs=1)
+    assert trainer.current_epoch == 1
+
+
+def test_max_steps_bound_the_second_run_too() -> None:
+    callback = always(warmup_epochs=None)
+    trainer, module = fit([callback], epochs=-1, max_steps=12)
+    assert trainer.global_step == trainer.max_steps == 12
+    assert_trained_anew(callback, module, warmup=3, epochs=4)
+
+
+def test_unbounded_training_is_bounded_by_the_user_again() -> None:
+    callback = always(warmup_epochs=1)
+    trainer, module = fit([callback], epochs=2, min_epochs=1, max_steps=100)
+    assert (trainer.min_epochs, trainer.max_epochs, trainer.max_steps) == (1, 2, 100)
+    assert_trained_anew(callback, module, warmup=1, epochs=2)
+
+
+class StopAt(pl.Callback):
+    """Asks the Trainer to stop in the given epoch of the first run."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch, self.done = epoch, False
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, i: int) -> None:
+        if trainer.current_epoch == self.epoch and not self.done:
+            trainer.should_stop = self.done = True
+
+
+def test_a_stop_during_the_warmup_brings_the_scan_forward() -> None:
+    callback = always(warmup_epochs=5)
+    trainer, module = fit([callback, StopAt(1)], epochs=6)
+    after = module.epochs()[2:]
+    assert callback.verdict is not None
+    assert [epoch for epoch, _ in after] == list(range(6))
+    assert trainer.current_epoch == 6
+
+
+@pytest.mark.parametrize("on_train_epoch_end", [True, False])
+def test_early_stopping_in_the_warmup_brings_the_scan_forward_and_is_forgotten(on_train_epoch_end: bool) -> None:
+    class Stuck(Net):
+        """A monitored value that never improves."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("stuck", 1.0, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("stuck_val", 1.0)
+
+    monitor = "stuck" if on_train_epoch_end else "stuck_val"
+    stopping = EarlyStopping(monitor, patience=2, check_on_train_epoch_end=on_train_epoch_end)
+    callback = always(warmup_epochs=8)
+    module, trainer = Stuck(), make_trainer([callback, stopping], 9)
+    trainer.fit(module, loader_of(Pictures()), loader_of(Pictures(seed=1)))
+    assert_trained_anew(callback, module, warmup=3, epochs=3)
+    assert stopping.stopped_epoch == 2
+    assert trainer.current_epoch == 3
+
+
+def test_checkpoints_of_the_warmup_are_forgotten(tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path, monitor="loss", save_top_k=1, save_last=True, filename="{epoch}")
+    callback = always()
+    _, module = fit([callback, keeper], epochs=3, enable_checkpointing=True)
+    best = torch.load(keeper.best_model_path, weights_only=True)
+    assert not bool(best["callbacks"][callback.state_key]["verdict"]["keep"].all())
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert same_state(last["state_dict"], module), "last.ckpt must be the model of the second run"
+    assert [path.name for path in tmp_path.glob("last*")] == ["last.ckpt"]
+
+
+class Average(pl.Callback):
+    """Exponential moving average as users write it: no state of its own in checkpoints."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.average = AveragedModel(pl_module, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+        self.counts: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        self.average.update_parameters(pl_module)
+        self.counts.append(int(self.average.n_averaged))
+
+
+def test_averaged_weights_start_again() -> None:
+    callback, average = always(), Average()
+    fit([average, callback], epochs=2)
+    assert average.counts == [*range(1, 9), *range(1, 7)]
+
+
+def test_lightnings_own_average_starts_again() -> None:
+    averaging = pytest.importorskip("pytorch_lightning.callbacks.weight_averaging")
+    average, callback = averaging.EMAWeightAveraging(decay=0.5), always(fraction=0.25)
+    fit([average, callback], epochs=2)
+    assert int(average._average_model.n_averaged) == 6
+
+
+def test_other_callbacks_see_the_new_epoch_numbers() -> None:
+    accumulation = GradientAccumulationScheduler({0: 1, 1: 2})
+    callback = always()
+    trainer, _ = fit([accumulation, callback], epochs=3)
+    assert trainer.global_step == 3 + 2 + 2, "epoch 0 steps on each of 3 batches, later ones on every second and last"
+
+
+def test_a_schedule_that_reads_the_epoch_number() -> None:
+    class Timm(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = CosineLRScheduler(optimizer, t_initial=4, warmup_t=1, warmup_lr_init=0.01)
+            return [optimizer], [{"scheduler": schedule, "interval": "epoch"}]
+
+        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+            scheduler.step(epoch=self.current_epoch + 1)
+
+    plain, cleansed = Timm(), Timm()
+    make_trainer([], 4).fit(plain, loader_of(Pictures()))
+    make_trainer([always()], 4).fit(cleansed, loader_of(Pictures()))
+    assert cleansed.rates[8::3] == pytest.approx(plain.rates[::4])
+
+
+def test_one_cycle_does_not_run_over() -> None:
+    class Cycle(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            steps = int(self.trainer.estimated_stepping_batches)
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+            return [optimizer], [{"scheduler": cycle, "interval": "step"}]
+
+    module = Cycle()
+    make_trainer([always(warmup_epochs=4)], 4).fit(module, loader_of(Pictures()))
+    assert module.rates[16:] == pytest.approx(module.rates[:12])
+
+
+def test_without_rewind_training_goes_on() -> None:
+    digest, callback = FirstBatches(), always(rewind=False)
+    trainer, module = fit([callback, digest], epochs=4)
+    kept = callback.verdict.keep.nonzero().flatten().tolist()
+    assert len(digest.seen) == 1
+    assert [epoch for epoch, _ in module.epochs()] == [0, 1, 2, 3]
+    assert [positions for _, positions in module.epochs()][2:] == [kept, kept]
+    assert trainer.global_step == 2 * 4 + 2 * 3
+
+
+def test_validation_goes_on_after_a_rewind() -> None:
+    class Counts(Net):
+        validated: list[int]
+
+        def on_validation_epoch_end(self) -> None:
+            self.validated.append(self.current_epoch)
+
+    module = Counts()
+    module.validated = []
+    make_trainer([always()], 3).fit(module, loader_of(Pictures()), loader_of(Pictures(seed=1)))
+    assert module.validated == [0, 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("workers", [1])
+def test_workers_that_fetched_ahead_draw_no_removed_image(workers: int) -> None:
+    callback, module = always(), Net()
+    loader = loader_of(Pictures(), num_workers=workers, persistent_workers=True, prefetch_factor=4)
+    make_trainer([callback], 2).fit(module, loader)
+    assert_trained_anew(callback, module, warmup=2, epochs=2)
+
+
+def test_a_time_limit_is_refused() -> None:
+    with pytest.raises(TrainerError, match=r"max_time.*must be left out.*rewind=False"):
+        fit([always()], max_time="00:01:00:00")
+    callback = always(rewind=False)
+    fit([callback], max_time="00:01:00:00")
+    assert callback.verdict is not None
+
+
+def test_an_interrupted_fit_leaves_the_limits_and_a_second_fit_starts_fresh() -> None:
+    class Fails(pl.Callback):
+        armed = True
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1 and self.armed:
+                self.armed = False
+                raise ValueError("the cable")
+
+    callback, fails = always(), Fails()
+    trainer, module = make_trainer([callback, fails], 3), Net()
+    with pytest.raises(ValueError, match="the cable"):
+        trainer.fit(module, loader_of(Pictures()))
+    assert trainer.max_epochs == 3
+    torch.manual_seed(7)
+    other, digest = Net(), FirstBatches()
+    trainer = make_trainer([callback, digest], 3)
+    trainer.fit(other, loader_of(Pictures()))
+    assert same_state(digest.seen[0]["weights"], digest.seen[1]["weights"]), "of the second model, not the first"
+    assert_trained_anew(callback, other, warmup=2, epochs=3)

@@ -1,0 +1,223 @@
+"""UltraClean in a Trainer: planted truth and its clean twin, silence until it acts, what it tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning_pytorch
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_backdoor import UltraCleanCallback, attacks
+from tests.callbacks.helpers import (
+    LIGHTNING_WARNS,
+    DigitNet,
+    Net,
+    Pairs,
+    Pictures,
+    always,
+    digits,
+    fit,
+    make_trainer,
+    same_state,
+    share_right,
+)
+
+pytestmark = LIGHTNING_WARNS
+
+
+def train_digits(dataset: Any, callbacks: list[Any]) -> tuple[Any, DigitNet]:
+    torch.manual_seed(0)
+    module, trainer = DigitNet(), make_trainer(callbacks, epochs=6)
+    trainer.fit(module, DataLoader(dataset, batch_size=64, shuffle=True))
+    return trainer, module
+
+
+def test_finds_planted_poisons_and_trains_a_model_without_the_backdoor() -> None:
+    train, test = digits()
+    trigger = attacks.BadNets()
+    poisoned = attacks.poison(train, trigger, target=0, rate=0.05)
+    attacked = attacks.triggered(test, trigger, target=0)
+    _, undefended = train_digits(poisoned, [])
+    assert share_right(undefended, attacked) > 0.8, "the attack must work for the defence to have something to do"
+
+    callback = UltraCleanCallback()
+    trainer, module = train_digits(poisoned, [callback])
+
+    truth, removed = poisoned.poisoned, ~callback.verdict.keep
+    assert (removed & truth).sum() >= 0.9 * truth.sum()
+    assert (removed & ~truth).sum() <= 0.01 * len(train)
+    assert share_right(module, attacked) < 0.05
+    assert share_right(module, test) > share_right(undefended, test) - 0.05
+    assert trainer.current_epoch == 6
+    assert trainer.callback_metrics["backdoor/ultraclean/removed"] == removed.sum()
+
+
+def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> None:
+    train, _ = digits()
+    _, alone = train_digits(train, [])
+    callback = UltraCleanCallback()
+    trainer, module = train_digits(train, [callback])
+    assert bool(callback.verdict.keep.all())
+    assert callback.verdict.threshold == float("inf")
+    assert same_state(alone, module)
+    assert alone.logged == module.logged
+    assert trainer.callback_metrics["backdoor/ultraclean/removed"] == 0
+
+
+class Noisy(Net):
+    """Dropout, a batch norm that was frozen by hand, and noise from the global stream in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.BatchNorm1d(32)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, images: Any) -> Any:
+        hidden = self.body(images.float() / 255).flatten(1)
+        return self.head(self.drop(self.frozen(hidden)))
+
+    def on_train_epoch_start(self) -> None:
+        self.frozen.eval()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_scan_that_removes_nothing_leaves_no_trace(workers: int, precision: str) -> None:
+    def run(callbacks: list[Any]) -> tuple[Any, Noisy]:
+        torch.manual_seed(0)
+        module = Noisy()
+        trainer = make_trainer(callbacks, epochs=4, precision=precision)
+        loader = DataLoader(
+            Pictures(), batch_size=16, shuffle=True, num_workers=workers, persistent_workers=bool(workers)
+        )
+        trainer.fit(module, loader, DataLoader(Pictures(seed=1), batch_size=16))
+        return trainer, module
+
+    before, alone = run([])
+    quiet = UltraCleanCallback(rule="fraction", fraction=1e-3, rescore_every=1, warmup_epochs=1)
+    after, module = run([quiet])
+    assert quiet.verdict is not None
+    assert len(quiet.verdict.removed) == 0
+    assert same_state(alone, module)
+    assert alone.logged == module.logged
+    assert alone.drawn == module.drawn
+    for name, value in before.callback_metrics.items():
+        assert torch.equal(value, after.callback_metrics[name]), name
+    assert [m.training for m in alone.modules()] == [m.training for m in module.modules()]
+
+
+@pytest.mark.parametrize("package", [pl, lightning_pytorch], ids=["pytorch_lightning", "lightning.pytorch"])
+def test_works_in_the_trainers_of_both_packages(package: Any) -> None:
+    class Module(package.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
+
+        def forward(self, images: Any) -> Any:
+            return self.net(images.float() / 255)
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    callback = always(warmup_epochs=1)
+    trainer = make_trainer([callback], epochs=2, package=package)
+    trainer.fit(Module(), DataLoader(Pairs(), batch_size=16, shuffle=True))
+    assert len(callback.verdict.removed) == 16
+    assert trainer.current_epoch == 2
+
+
+def test_the_paper_removes_its_fraction() -> None:
+    callback = UltraCleanCallback.from_paper(warmup_epochs=1)
+    fit([callback], epochs=2)
+    verdict = callback.verdict
+    assert len(verdict.removed) == int(0.2 * 64)
+    assert bool((verdict.scores[~verdict.keep] >= verdict.scores[verdict.keep].max()).all())
+    assert bool(((verdict.scores >= 0) & (verdict.scores <= 4)).all()), "L1 between probability vectors, twice"
+
+
+def test_target_class_looks_at_one_label_only() -> None:
+    callback = always(target_class=2, fraction=0.5, warmup_epochs=1)
+    _, module = fit([callback], epochs=2)
+    labels = Pictures().targets
+    assert set(labels[~callback.verdict.keep].tolist()) == {2}
+    assert len(callback.verdict.removed) == 8
+
+
+def test_max_removed_is_a_cap_on_all_scans_together() -> None:
+    callback = always(warmup_epochs=1, fraction=0.5, max_removed=0.25, rewind=False, rescore_every=1)
+    _, module = fit([callback], epochs=6)
+    assert len(callback.verdict.removed) == 16
+    sizes = [len(positions) for _, positions in module.epochs()]
+    assert sizes == sorted(sizes, reverse=True), "removed samples stay removed"
+
+
+def test_rescores_every_so_many_epochs() -> None:
+    class Counting(UltraCleanCallback):
+        scans: list[int] = []
+
+        def _scan(self, trainer: Any, pl_module: Any) -> Any:
+            self.scans.append(trainer.current_epoch)
+            return super()._scan(trainer, pl_module)
+
+    callback = Counting(warmup_epochs=2, rule="fraction", fraction=1e-3, rescore_every=2)
+    fit([callback], epochs=7)
+    assert callback.scans[:3] == [1, 3, 5]
+
+
+def test_logs_where_early_stopping_and_loggers_see_it_and_writes_the_report_beside_the_logs(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    fit([always(name="first")], logger=logger)
+    metrics = (Path(logger.log_dir) / "metrics.csv").read_text()
+    assert "backdoor/ultraclean/removed" in metrics
+    assert "16.0" in metrics
+    folder = Path(logger.log_dir) / "lightning_backdoor" / "UltraClean.first"
+    page = (folder / "report.html").read_text()
+    assert "16" in page
+    assert (folder / "verdict.csv").exists() or list(folder.glob("*.csv"))
+
+
+def test_report_beside_tensorboard(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    fit([always()], logger=logger)
+    assert (Path(logger.log_dir) / "lightning_backdoor" / "UltraClean" / "report.html").exists()
+
+
+def test_no_logger_no_files_unless_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit([always()])
+    assert list(tmp_path.iterdir()) == []
+    fit([always(report_dir="mine")])
+    assert (tmp_path / "mine" / "report.html").exists()
+
+
+def test_fast_dev_run_does_not_scan() -> None:
+    callback = UltraCleanCallback()
+    fit([callback], fast_dev_run=2)
+    assert callback.verdict is None
+
+
+def test_says_so_when_training_ends_before_the_scan() -> None:
+    callback = UltraCleanCallback(warmup_epochs=5, rewind=False)
+    with pytest.warns(UserWarning, match=r"before the scan.*smaller `warmup_epochs`"):
+        fit([callback], epochs=2)
+    assert callback.verdict is None
+
+
+def test_two_instances_by_name_cut_both() -> None:
+    first, second = always(name="a", target_class=0), always(name="b", target_class=1)
+    _, module = fit([first, second])
+    removed = set(first.verdict.removed.tolist()) | set(second.verdict.removed.tolist())
+    assert len(removed) == 8
+    assert removed.isdisjoint(module.epochs()[-1][1])
+    assert len(module.epochs()[-1][1]) == 56
+    with pytest.raises(RuntimeError, match="`callback.state_key` must be unique"):
+        make_trainer([always(), always()])
