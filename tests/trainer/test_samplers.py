@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import Tensor
@@ -30,7 +30,7 @@ from lightning_backdoor.trainer.draws import Kept, dry_count
 from lightning_backdoor.trainer.samplers import KeepState, filtered
 
 MASKS = st.lists(st.booleans(), min_size=1, max_size=40).filter(any)
-fuzz = settings(max_examples=60, deadline=None)
+fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Data:
@@ -400,6 +400,7 @@ def test_what_is_no_position_is_refused() -> None:
             len(filtered(sampler, KeepState(Kept(torch.tensor([True, False]))), Data(2)))
 
 
+@fuzz
 @given(MASKS)
 def test_masks_are_copied(mask: list[bool]) -> None:
     assume(not all(mask))
