@@ -38,7 +38,7 @@ TRIGGERS = {
 DEFENCES = {
     "none": lambda report: [],
     "ultraclean": lambda report: [UltraCleanCallback(report_dir=report)],
-    "ultraclean-paper": lambda report: [UltraCleanCallback.from_paper(report_dir=report)],
+    "ultraclean-paper": lambda report: [UltraCleanCallback.from_paper(output="logits", report_dir=report)],
 }
 
 

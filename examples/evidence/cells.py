@@ -46,7 +46,7 @@ ATTACKS: dict[str, Attack] = {
 
 CALLBACKS: dict[str, Callable[[], UltraCleanCallback]] = {
     "ultraclean": UltraCleanCallback,
-    "ultraclean-paper": lambda: UltraCleanCallback(score="paper", rule="fraction"),
+    "ultraclean-paper": lambda: UltraCleanCallback.from_paper(output="logits"),
 }
 
 

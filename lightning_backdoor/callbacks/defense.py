@@ -18,7 +18,7 @@ from lightning_backdoor.trainer.etiquette import isolated_rng, require_unsharded
 from lightning_backdoor.trainer.training_set import Reading, TrainingSet, open_training_set
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["Defense", "require_fraction", "require_one_of", "require_positive"]
+__all__ = ["Defense", "require_class", "require_fraction", "require_one_of", "require_positive"]
 
 SCHEMA = 1
 
@@ -35,6 +35,13 @@ def require_positive(name: str, value: int | None) -> int | None:
     """Return ``value`` if it is None or a whole number of at least one."""
     if value is not None and (not isinstance(value, int) or value < 1):
         raise ArgumentError(f"`{name}` must be a whole number of at least 1, or None, got {value!r}.")
+    return value
+
+
+def require_class(name: str, value: int | None) -> int | None:
+    """Return ``value`` if it is None or a class index."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ArgumentError(f"`{name}` must be a class index (0, 1, ...) or None, got {value!r}.")
     return value
 
 
@@ -100,11 +107,8 @@ class Defense(CallbackBase):
         if loader is None:
             raise TrainerError(f"{type(self).__name__} found no training loader. Pass one map-style loader to `fit`.")
         self._training_set = open_training_set(trainer, pl_module, loader, self.reading, _validation_dataset(trainer))
-        if self.verdict is not None and len(self.verdict) != len(self._training_set):
-            raise DataError(
-                f"The checkpoint holds a verdict on {len(self.verdict)} training samples, but the training dataset has "
-                f"{len(self._training_set)}. Resume with the dataset of the interrupted run, or without `ckpt_path`."
-            )
+        if self.verdict is not None:
+            _require_same_data(self.verdict, self._training_set)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the training loader back."""
@@ -144,11 +148,11 @@ class Defense(CallbackBase):
     def _adopt(self, verdict: Verdict) -> bool:
         """Curate by a new verdict; True if it removes samples that were still in training."""
         before = None if self.verdict is None else self.verdict.keep
+        self.verdict = verdict
         removes = bool((~verdict.keep if before is None else before & ~verdict.keep).any())
         if removes and self._curation is not None:
             self._curation.set_keep(self.state_key, verdict.keep)
             self._curation.refresh()
-        self.verdict = verdict
         return removes
 
     def _write_report(self, trainer: Any, evidence: Evidence) -> None:
@@ -166,6 +170,18 @@ class Defense(CallbackBase):
                 write_report(folder, self.verdict, method=self.method, evidence=named)
             except Exception as error:  # a picture must never end somebody's training
                 rank_zero_warn(f"The report in {folder} is incomplete: {type(error).__name__}: {error}")
+
+
+def _require_same_data(verdict: Verdict, data: TrainingSet) -> None:
+    """Raise if a verdict was passed on other samples than those that are about to be trained on."""
+    positions, labels = data.probe
+    if len(verdict) == len(data) and (verdict.labels is None or torch.equal(verdict.labels[positions], labels)):
+        return
+    differs = f"{len(data)} samples" if len(verdict) != len(data) else f"{len(data)} samples with other labels"
+    raise DataError(
+        f"The verdict is on another dataset: it knows {len(verdict)} samples, the training dataset has {differs}. "
+        "Resume with the dataset of the interrupted run, or use a new callback and no `ckpt_path`."
+    )
 
 
 def _validation_dataset(trainer: Any) -> Any:

@@ -7,17 +7,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from lightning_backdoor.callbacks.defense import Defense, require_fraction, require_one_of, require_positive
+from lightning_backdoor.callbacks.defense import (
+    Defense,
+    require_class,
+    require_fraction,
+    require_one_of,
+    require_positive,
+)
 from lightning_backdoor.callbacks.schedule import is_due, warmup_or_half
 from lightning_backdoor.functional.evidence import Decision, add_removed, decide
 from lightning_backdoor.functional.modes import Mode
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.denoised_scan import DENOISERS, DenoisedScan
-from lightning_backdoor.trainer.rewind import Rewind, about_to_end, require_no_time_limit
+from lightning_backdoor.trainer.rewind import Rewind, about_to_end, require_rewindable
 from lightning_backdoor.trainer.training_set import Reading
 from lightning_backdoor.verdict import Verdict
 
@@ -41,20 +46,17 @@ class UltraCleanCallback(Defense):
     trains a fresh model, too: a network does not forget a backdoor by itself). Weak backdoors are learned late: there
     is a last look at the end, which may rewind as well, twice at most. If nothing stands out, nothing changes.
 
-    Assumes nothing: no clean data, no poison rate, no target class. Costs the epochs before a rewind once more; three
-    forward passes per scan; the denoising, once; two uint8 copies of the training images (in memory up to
-    ``cache_bytes``, else in a temporary file); four bytes per image and feature during a scan; one copy of the initial
-    weights in memory and in checkpoints.
+    Assumes nothing: no clean data, no poison rate, no target class. Costs the epochs before a rewind once more;
+    three forward passes per scan; the denoising, once; two uint8 copies of the images (in memory up to ``cache_bytes``,
+    else in a temporary file); four bytes per image and feature in a scan; the initial weights in checkpoints.
 
-    Differs from the paper: the default score looks at the features class by class instead of adding up the outputs; the
-    cut is estimated behind a no-poison gate instead of given; images are denoised as the network sees them.
-    ``UltraCleanCallback.from_paper()`` keeps to it.
+    Differs from the paper: the score looks at the features class by class instead of adding up the outputs; the cut is
+    estimated behind a no-poison gate instead of given; images are denoised as the network sees them.
 
     Args:
         warmup_epochs: Epochs of ordinary training before the scan. ``None``: half of ``max_epochs`` (10 if that is not
             set). Strong backdoors show early, weak ones late. The scan never comes later than the last epoch.
-        score: ``"auto"`` looks for a second mode in how much each feature moves, label by label; ``"paper"`` is the
-            L1 susceptibility of the outputs.
+        score: ``"auto"`` looks for a second mode in the features and their movement; ``"paper"`` is L1 on the outputs.
         output: What ``score="paper"`` compares: ``"logits"`` or ``"softmax"`` (which saturates and ranks poorly).
         rule: ``"auto"`` removes second modes that pass the no-poison gate; ``"fraction"`` removes the top ``fraction``.
         fraction: Share of the looked-at samples that ``rule="fraction"`` removes, in ``(0, 1)``.
@@ -71,7 +73,7 @@ class UltraCleanCallback(Defense):
         eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
             transform under a fixed seed per image.
         mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units; ``None`` finds it out.
-        std: Standard deviation of the pixel normalisation, as ``mean``.
+        std: Its standard deviation.
         batch_size: Images per forward pass of the scan; ``None`` takes the loader's.
         num_workers: Worker processes of the scan; ``None`` takes the loader's.
         cache_bytes: Denoised images beyond this size are kept in a temporary file.
@@ -122,7 +124,7 @@ class UltraCleanCallback(Defense):
         self.output = require_one_of("output", output, ("logits", "softmax"))
         self.rule = require_one_of("rule", rule, ("auto", "fraction"))
         self.fraction = require_fraction("fraction", fraction)
-        self.target_class = target_class
+        self.target_class = require_class("target_class", target_class)
         self.rewind = rewind
         self.rescore_every = require_positive("rescore_every", rescore_every)
         self.cache_bytes = cache_bytes
@@ -140,23 +142,29 @@ class UltraCleanCallback(Defense):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self._rewind = Rewind()  # the start of an earlier fit is none of this one
+        self._last_scan = None if self.verdict is None else trainer.current_epoch
         if self.rewind:
-            require_no_time_limit(trainer)
-        if self.rewind and self.verdict is None and trainer.ckpt_path is not None:
-            self._rewind.before_checkpoint(pl_module)
+            require_rewindable(trainer)
+        if self.rewind and trainer.ckpt_path is not None:
+            self._rewind.before_checkpoint(trainer, pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Continue a run that was interrupted between the decision and the rewind."""
-        self._rewind.at_fit_start(trainer)
+        self._rewind.at_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the training set can be read, and note where a rewind goes back to."""
         super().on_train_start(trainer, pl_module)
+        assert self._training_set is not None
+        self._training_set.require_class("target_class", self.target_class)
         if self.rewind and self._looks_again():
             self._rewind.at_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Go back to the start of fit if the epoch before removed samples."""
+        if self._last_scan is not None and trainer.current_epoch < self._last_scan:
+            self._last_scan = 0  # another defence went back
         if self._rewind.carry_out(trainer, pl_module) and self._curation is not None:
             self._curation.restart_iterator()
             self._last_scan = 0
@@ -172,7 +180,7 @@ class UltraCleanCallback(Defense):
             return
         began = time.monotonic()
         found = self._scan(trainer, pl_module)
-        decision = self._decide(found)
+        decision = trainer.strategy.broadcast(self._decide(found), src=0)  # float ties must not tell ranks apart
         removes = self._adopt(
             Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, found["labels"])
         )
@@ -192,12 +200,8 @@ class UltraCleanCallback(Defense):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values only; during the warm-up they include what a rewind goes back to."""
-        return {
-            **super().state_dict(),
-            "last_scan": self._last_scan,
-            "rewind": self._rewind.state_dict(),
-        }
+        """Return tensors and plain values only; while a rewind may come, they include what it goes back to."""
+        return {**super().state_dict(), "last_scan": self._last_scan, "rewind": self._rewind.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue an interrupted run."""
@@ -220,7 +224,8 @@ class UltraCleanCallback(Defense):
         super().on_exception(trainer, pl_module, exception)
 
     def _is_due(self, trainer: Any) -> bool:
-        ends = self.rewind and self._looks_again() and about_to_end(trainer)
+        wanted = self._last_scan is None or (self.rewind and self._looks_again())
+        ends = wanted and about_to_end(trainer)
         return is_due(
             trainer.current_epoch + 1,
             last_scan=self._last_scan,
@@ -247,21 +252,17 @@ class UltraCleanCallback(Defense):
 
     def _decide(self, found: dict[str, Tensor]) -> Decision:
         labels, paper = found["labels"], self.score == "paper"
-        considered = (
-            torch.ones_like(labels, dtype=torch.bool) if self.target_class is None else labels == self.target_class
-        )
         decision = decide(
             found["susceptibility"][:, None] if paper else found["responses"],
             found["susceptibility"] if paper else found["movement"],
             labels,
-            considered=considered,
+            considered=None if self.target_class is None else labels == self.target_class,
             fraction=self.fraction if self.rule == "fraction" else None,
             by_ranking=paper and self.rule == "fraction",
             max_removed=self.max_removed,
         )
-        if self.verdict is None:
+        if (old := self.verdict) is None:
             return decision
-        old = self.verdict
         return add_removed(decision, old.scores, old.keep, threshold=old.threshold, max_removed=self.max_removed)
 
     def _tell(self, trainer: Any, pl_module: Any, decision: Decision, seconds: float) -> None:
@@ -286,7 +287,7 @@ class UltraCleanCallback(Defense):
             score_meaning=MEANINGS[self.score],
             wanted=decision.wanted,
             max_removed=self.max_removed,
-            rewound=self.rewind if removed else None,
+            rewound=self._rewind.is_due or self._rewind.count > 0 if removed else None,
         )
         self._write_report(trainer, evidence)
 

@@ -112,6 +112,6 @@ def add_removed(decision: Decision, scores: Tensor, keep: Tensor, *, threshold: 
         decision,
         scores=torch.where(removed, scores, decision.scores),
         keep=still,
-        threshold=min(decision.threshold, threshold),
+        threshold=float(decision.scores[still].max()) if 0 < len(new) == budget else min(decision.threshold, threshold),
         wanted=decision.wanted + int((removed & decision.keep).sum()),
     )

@@ -135,7 +135,7 @@ def _directions(members: Tensor) -> tuple[list[_Direction], Tensor]:
     units = ranked[:MAX_UNITS]
     directions = []
     for unit in ranked[:CANDIDATES]:
-        positions, best = members[:, unit], -1.0
+        positions, best = members[:, unit], 0.0
         weights, chosen = torch.ones(1), unit[None]
         for _ in range(ROUNDS + 1):
             split = split_units(positions[:, None], smallest)
@@ -193,7 +193,8 @@ def _discriminant(members: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         one out, in closed form by the Sherman-Morrison identity).
     """
     n, sizes = len(members), torch.stack([(~upper).sum(), upper.sum()]).float()
-    centre, scale = members.mean(dim=0), members.std(dim=0).clamp(min=1e-12)
+    centre, scale = members.mean(dim=0), members.std(dim=0)
+    scale[scale <= 1e-6 * members.abs().amax(dim=0)] = torch.inf  # constant but for rounding: no part in the direction
     scaled = (members - centre) / scale
     means = torch.stack([scaled[~upper].mean(dim=0), scaled[upper].mean(dim=0)])
     gap, deviations = means[1] - means[0], scaled - means[upper.long()]

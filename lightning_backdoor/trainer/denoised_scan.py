@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.data.store import RowStore
+from lightning_backdoor.errors import DataError
 from lightning_backdoor.functional.denoising import local_median, nl_means
 from lightning_backdoor.functional.susceptibility import susceptibility_scores
 from lightning_backdoor.trainer.training_set import TrainingSet
@@ -55,7 +56,7 @@ class DenoisedScan:
                 data.layout.with_images(batch, data.pixels.to_model(pixels, like=images))
                 for pixels in self._denoised(indices // self.world_size, images, pl_module.device)
             ]
-            labels = data.labels(batch)
+            labels = data.labels(batch).clone()  # transfer hooks may change a batch in place
             logits, features = data.outputs(trainer, pl_module, batch)
             moved = [data.outputs(trainer, pl_module, version) for version in versions]
             outputs = [logits, *(output for output, _ in moved)]
@@ -69,7 +70,13 @@ class DenoisedScan:
                 "responses": torch.cat([features, shift], dim=1).clamp(-_HALF, _HALF).half(),
             }
 
-        return self.data.scan(trainer, pl_module, step, description="UltraClean scan")
+        found = self.data.scan(trainer, pl_module, step, description="UltraClean scan")
+        if len(torch.unique(found["labels"])) < 2:
+            raise DataError(
+                "The training set must hold at least two classes to tell a poisoned one from the others, got "
+                f"{len(self.data)} samples of class {int(found['labels'][0])}. Train without this callback."
+            )
+        return found
 
     def close(self) -> None:
         """Forget the denoised images."""

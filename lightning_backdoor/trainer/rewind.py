@@ -11,12 +11,30 @@ import torch
 from torch import nn
 
 from lightning_backdoor.errors import TrainerError
+from lightning_backdoor.trainer.compat import CallbackBase
 
-__all__ = ["Rewind", "about_to_end", "require_no_time_limit", "restore", "snapshot"]
+__all__ = ["Rewind", "about_to_end", "require_rewindable", "restore", "snapshot"]
 
 _UNREACHABLE = 10**9
 _HELD: WeakKeyDictionary[Any, tuple[tuple[int | None, int | None, int], set[int]]] = WeakKeyDictionary()
 """Trainers kept from ending: their own limits, and which :class:`Rewind` objects still want them open."""
+
+
+_NOT_REWINDABLE = {
+    "Timer": (
+        "`Trainer(max_time=...)` must be left out when `rewind=True`: the warm-up would use up the time of the run "
+        "that follows it.",
+        "Limit the run by `max_epochs` or `max_steps`",
+    ),
+    "BaseFinetuning": (
+        "Callbacks that add parameter groups while training (BackboneFinetuning) cannot go back to the start.",
+        "Give all parameters to the optimizer and vary `requires_grad` or the learning rate",
+    ),
+    "StochasticWeightAveraging": (
+        "StochasticWeightAveraging replaces the scheduler and cannot go back to the start.",
+        "Use Lightning's WeightAveraging",
+    ),
+}
 
 
 def snapshot(trainer: Any, pl_module: Any) -> dict[str, Any]:
@@ -34,11 +52,7 @@ def snapshot(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "optimizers": [_cpu(optimizer.state_dict()) for optimizer in trainer.optimizers],
         "schedulers": [_cpu(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
         "precision": _cpu(trainer.precision_plugin.state_dict()),
-        "callbacks": {callback.state_key: _cpu(callback.state_dict()) for callback in _others(trainer)},
-        "averages": {
-            callback.state_key: {name: _cpu(module.state_dict()) for name, module in _modules(callback).items()}
-            for callback in _others(trainer)
-        },
+        **_of_callbacks(trainer),
     }
 
 
@@ -60,11 +74,12 @@ def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
     for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
         config.scheduler.load_state_dict(saved)
     trainer.precision_plugin.load_state_dict(state["precision"])
-    for callback in _others(trainer):
-        callback.load_state_dict(state["callbacks"].get(callback.state_key, {}))
+    for key, callback in _others(trainer):
+        if state["callbacks"].get(key):
+            callback.load_state_dict(_where_it_saves_now(callback, state["callbacks"][key]))
         for name, module in _modules(callback).items():
-            if name in state["averages"].get(callback.state_key, {}):
-                module.load_state_dict(state["averages"][callback.state_key][name])
+            if name in state["averages"].get(key, {}):
+                module.load_state_dict(state["averages"][key][name])
         if hasattr(callback, "_last_global_step_saved"):  # ModelCheckpoint skips a step number that it has seen
             callback._last_global_step_saved = 0
     _count_from_zero(trainer)
@@ -84,24 +99,38 @@ class Rewind:
         self.is_due = False
         self.count = 0
         self._start: dict[str, Any] | None = None
-        self._weights_before_checkpoint: dict[str, Any] | None = None
+        self._before_checkpoint: dict[str, Any] | None = None
 
-    def before_checkpoint(self, pl_module: Any) -> None:
-        """Keep the weights that the user started from; call in ``setup``, before a checkpoint replaces them."""
-        self._weights_before_checkpoint = _cpu(pl_module.state_dict())
+    def before_checkpoint(self, trainer: Any, pl_module: Any) -> None:
+        """Keep weights and callbacks as the user made them; call in ``setup``, before a checkpoint replaces them."""
+        weights = trainer.strategy.broadcast(_cpu(pl_module.state_dict()))  # only DDP's wrapper makes ranks agree
+        self._before_checkpoint = {"module": weights, **_of_callbacks(trainer)}
 
-    def at_fit_start(self, trainer: Any) -> None:
-        """Continue a run that was interrupted between asking and returning; call in ``on_fit_start``."""
+    def at_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Continue a run that was interrupted between asking and returning; call in ``on_fit_start``.
+
+        If the checkpoint knows nothing of this defence, the start is put together here, where optimizers and schedulers
+        are still new.
+
+        Raises:
+            TrainerError: The weights that the run started from cannot be known.
+        """
         if self.is_due:
             self._hold_open(trainer)
+        before, self._before_checkpoint = self._before_checkpoint, None
+        if before is None or self._start is not None:
+            return
+        if before["module"].keys() != pl_module.state_dict().keys():
+            raise TrainerError(
+                "`rewind=True` needs the weights that training started from, but the checkpoint was written without "
+                "this callback and the model is built in `configure_model`. Build it in `__init__`, or pass `rewind=False`."
+            )
+        self._start = {**snapshot(trainer, pl_module), **before}
 
     def at_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Note where to return to, unless a checkpoint has brought it; call in ``on_train_start``."""
+        """Note where to return to, unless it is known already; call in ``on_train_start``."""
         if self._start is None:
             self._start = snapshot(trainer, pl_module)
-            if self._weights_before_checkpoint is not None:
-                self._start["module"] = self._weights_before_checkpoint
-        self._weights_before_checkpoint = None
 
     def ask(self, trainer: Any) -> None:
         """Ask for the return; call in ``on_train_epoch_end``."""
@@ -117,6 +146,7 @@ class Rewind:
         trainer.should_stop = False  # a stop that was asked for during the warm-up
         self.is_due = False
         self.count += 1
+        _announce_again(trainer, self)
         return True
 
     def release(self, trainer: Any) -> None:
@@ -150,25 +180,41 @@ class Rewind:
         _HELD[trainer][1].add(id(self))
 
 
-def require_no_time_limit(trainer: Any) -> None:
-    """Raise if the Trainer stops by the clock.
+def require_rewindable(trainer: Any) -> None:
+    """Raise if a callback rules a return to the start out.
 
     Raises:
-        TrainerError: ``max_time`` is set.
+        TrainerError: ``max_time`` is set, or a callback changes parameter groups or schedulers on its way.
     """
-    if any(type(callback).__name__ == "Timer" for callback in trainer.callbacks):
-        raise TrainerError(
-            "`Trainer(max_time=...)` must be left out when `rewind=True`: the warm-up would use up the time of the run "
-            "that follows it. Limit the run by `max_epochs` or `max_steps`, or pass `rewind=False`."
-        )
+    classes = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
+    for name, (what, remedy) in _NOT_REWINDABLE.items():
+        if name in classes:
+            raise TrainerError(f"{what} {remedy}, or pass `rewind=False`.")
 
 
 def about_to_end(trainer: Any) -> bool:
-    """Whether the fit loop would stop after the epoch that is just ending."""
+    """Whether the fit loop would stop after the epoch that is just ending; call in ``on_train_epoch_end``."""
     loop = trainer.fit_loop
     epochs_done = loop.max_epochs not in (None, -1) and loop.epoch_progress.current.processed >= loop.max_epochs
     steps_done = loop.epoch_loop.max_steps != -1 and trainer.global_step >= loop.epoch_loop.max_steps
-    return bool(epochs_done or steps_done or trainer.should_stop)
+    asked_to = getattr(loop, "_can_stop_early", True) and (trainer.should_stop or _early_stopping_will_ask(trainer))
+    return bool(epochs_done or steps_done or asked_to)
+
+
+def _early_stopping_will_ask(trainer: Any) -> bool:
+    """Whether an EarlyStopping callback will ask for the end: its turn comes after all others, so ask a copy of it."""
+    should_stop = trainer.should_stop
+    try:
+        for callback in trainer.callbacks:
+            if hasattr(callback, "_run_early_stopping_check"):
+                twin = copy.copy(callback)
+                twin.verbose = False
+                twin.on_train_epoch_end(trainer, trainer.lightning_module)
+        return bool(trainer.should_stop)
+    except RuntimeError:  # its metric is logged later; the callback itself will say so if it is not
+        return bool(should_stop)
+    finally:
+        trainer.should_stop = should_stop
 
 
 def _count_from_zero(trainer: Any) -> None:
@@ -197,9 +243,38 @@ def _zero(progress: Any) -> None:
             setattr(progress, field.name, type(value)(0))
 
 
-def _others(trainer: Any) -> list[Any]:
-    """Callbacks that do not belong to this library: a rewind of one defence must not undo another."""
-    return [c for c in trainer.callbacks if not type(c).__module__.startswith("lightning_backdoor.")]
+def _announce_again(trainer: Any, rewind: Rewind) -> None:
+    """Tell callbacks that came before in the list that the epoch is another one than they were told."""
+    for callback in trainer.callbacks:
+        if rewind in vars(callback).values():
+            return
+        callback.on_train_epoch_start(trainer, trainer.lightning_module)
+
+
+def _of_callbacks(trainer: Any) -> dict[str, Any]:
+    others = _others(trainer)
+    return {
+        "callbacks": {key: _cpu(callback.state_dict()) for key, callback in others},
+        "averages": {
+            key: {name: _cpu(module.state_dict()) for name, module in _modules(callback).items()}
+            for key, callback in others
+        },
+    }
+
+
+def _where_it_saves_now(callback: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """State of a ModelCheckpoint for the folder that it writes to, where ``last.ckpt`` is to be overwritten."""
+    now = {name: getattr(callback, name) for name in ("dirpath", "last_model_path") if hasattr(callback, name)}
+    return {**state, **now} if "dirpath" in state else state
+
+
+def _others(trainer: Any) -> list[tuple[str, Any]]:
+    """Callbacks that are not of this library, under unique keys: a rewind of one defence must not undo another."""
+    found: dict[str, Any] = {}
+    for callback in trainer.callbacks:
+        if not isinstance(callback, CallbackBase):
+            found[f"{callback.state_key}#{sum(key.startswith(callback.state_key) for key in found)}"] = callback
+    return list(found.items())
 
 
 def _modules(callback: Any) -> dict[str, nn.Module]:
@@ -214,5 +289,6 @@ def _cpu(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _cpu(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_cpu(item) for item in value)
+        items = [_cpu(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return copy.deepcopy(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lightning_backdoor.data.nesting import transforms_of
 from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
 from lightning_backdoor.data.views import check_dataset, scan_loader
-from lightning_backdoor.errors import DataError
+from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.surgery.heads import Head, find_head
 from lightning_backdoor.surgery.taps import Taps
 from lightning_backdoor.trainer.etiquette import prepare_batch, unobtrusive
@@ -67,6 +67,8 @@ class TrainingSet:
     pixels: PixelSpace
     head: Head
     num_classes: int
+    probe: tuple[Tensor, Tensor]
+    """A few dataset positions and their labels, to know the dataset again."""
 
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
@@ -77,6 +79,11 @@ class TrainingSet:
         """Run ``step(indices, batch)`` over all samples; see :func:`lightning_backdoor.trainer.scan.scan`."""
         with self._view(shard(len(self), trainer)) as view:
             return scan(trainer, pl_module, view, step, description=description)
+
+    def require_class(self, name: str, label: int | None) -> None:
+        """Raise an ArgumentError unless ``label`` is None or a class of the model; ``name`` is the argument's."""
+        if label is not None and label >= self.num_classes:
+            raise ArgumentError(f"`{name}` must be a class index below {self.num_classes}, got {label}.")
 
     def labels(self, batch: Any) -> Tensor:
         """Class indices of a batch, long ``(B,)``, checked against the number of logits."""
@@ -96,7 +103,7 @@ class TrainingSet:
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """Images at some dataset positions as 8-bit pixels, uint8 ``(n, C, H, W)``."""
-        with self._view(indices, num_workers=0) as view:
+        with self._view(indices, num_workers=min(self.loader.num_workers, 1)) as view:
             return torch.cat([self.pixels.to_pixels(self.layout.images(batch)) for _, batch in view])
 
     @contextmanager
@@ -134,10 +141,11 @@ def open_training_set(
     size = check_dataset(loader.dataset)
     transform = choose_transform(loader, val_dataset, reading.eval_transform)
     probe = [i * size // min(size, _PROBE) for i in range(min(size, _PROBE))]
+    workers = min(loader.num_workers, 1)  # a dataset that opens its files in workers is not opened here
     with unobtrusive(trainer, pl_module):
         with transforms_swapped(loader.dataset, transform):
             (indices, batch), (_, few) = (
-                next(iter(scan_loader(loader, some, seed=reading.seed, batch_size=len(some), num_workers=0)))
+                next(iter(scan_loader(loader, some, seed=reading.seed, batch_size=len(some), num_workers=workers)))
                 for some in (probe, probe[:_PROBE_FORWARD])
             )
             transforms = transforms_of(loader.dataset)
@@ -159,9 +167,10 @@ def open_training_set(
         mean=reading.mean,
         std=reading.std,
     )
-    training_set = TrainingSet(loader, reading, transform, layout, pixels, head, logits.shape[1])
-    training_set.labels(batch)
-    return training_set
+    training_set = TrainingSet(loader, reading, transform, layout, pixels, head, logits.shape[1], (indices, indices))
+    with unobtrusive(trainer, pl_module):
+        training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now
+    return replace(training_set, probe=(indices, training_set.labels(batch)))
 
 
 def _logits(trainer: Any, pl_module: Any, layout: BatchLayout, reading: Reading, batch: Any) -> Tensor:
