@@ -1,0 +1,301 @@
+"""Second modes: planted ones are found, clean data has none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.functional import find_modes, mode_scores, split_units
+from lightning_backdoor.functional.modes import RIDGE, _directions, _discriminant
+
+
+def classes(n: int, k: int, units: int, seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
+    """Class centres of every sample ``(n, units)``, labels ``(n,)`` and the generator behind them."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, k, (n,), generator=generator)
+    return torch.randn(k, units, generator=generator)[labels], labels, generator
+
+
+def planted(n: int, k: int, units: int, share: float, seed: int, *, of_class: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples of class 0 of which some answer on three units as no others do: ``share`` of all, or of the class."""
+    centres, labels, generator = classes(n, k, units, seed)
+    first = (labels == 0).nonzero().squeeze(1)
+    poisoned = torch.zeros(n, dtype=torch.bool)
+    poisoned[first[: round(share * (len(first) if of_class else n))]] = True
+    values = centres + torch.randn(n, units, generator=generator)
+    values[:, :3] = torch.randn(n, 3, generator=generator) + 9 * poisoned[:, None]
+    return values, labels, poisoned
+
+
+def split_by_loops(column: list[float], smallest: int) -> tuple[float, float, int]:
+    """Smallest squared deviation, separation and size of the upper group, by trying every cut."""
+    ordered, best = sorted(column), (float("inf"), 0.0, 0)
+    for cut in range(smallest, len(ordered) - smallest + 1):
+        low, high = np.array(ordered[:cut]), np.array(ordered[cut:])
+        if low[-1] == high[0]:
+            continue
+        cost = float(len(low) * low.var() + len(high) * high.var())
+        if cost < best[0]:
+            best = (cost, float((high.mean() - low.mean()) / max(low.std() + high.std(), 1e-9)), len(high))
+    return best
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("smallest", [1, 4])
+def test_split_equals_brute_force(dtype: torch.dtype, smallest: int) -> None:
+    values = torch.randn(30, 12, generator=torch.Generator().manual_seed(0)).exp().to(dtype)
+    split = split_units(values, smallest)
+    for unit in range(12):
+        _, separation, members = split_by_loops(values[:, unit].double().tolist(), smallest)
+        assert int(split.members[unit]) == members == int((values[:, unit].double() > split.threshold[unit]).sum())
+        assert float(split.separation[unit]) == pytest.approx(separation, rel=1e-6)
+        upper = values[:, unit].double() > split.threshold[unit]
+        assert float(split.high[unit]) == pytest.approx(float(values[upper, unit].double().mean()))
+        assert float(split.low[unit]) == pytest.approx(float(values[~upper, unit].double().mean()))
+
+
+def test_split_agrees_with_kmeans() -> None:
+    vq = pytest.importorskip("scipy.cluster.vq")
+    column = torch.cat([torch.randn(60, generator=torch.Generator().manual_seed(0)), torch.full((12,), 7.0)])[:, None]
+    centres, _ = vq.kmeans(column.double().numpy(), np.array([[0.0], [6.0]]))
+    split = split_units(column)
+    assert sorted(centres[:, 0].tolist()) == pytest.approx([float(split.low), float(split.high)])
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e6, 1e9])
+def test_split_is_stable_far_from_zero(offset: float) -> None:
+    values = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-2
+    near, far = split_units(values), split_units(values + offset)
+    assert torch.equal(near.members, far.members)
+    torch.testing.assert_close(near.separation, far.separation, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e8])
+def test_separation_has_no_unit(factor: float) -> None:
+    values = torch.randn(60, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(split_units(values * factor).separation, split_units(values).separation)
+
+
+def test_equal_values_stay_together_and_silent_units_have_no_split() -> None:
+    silent, few, many = torch.zeros(50), torch.zeros(50), torch.zeros(50)
+    few[:9], many[:20] = 1.0, 1.0
+    split = split_units(torch.stack([silent, few, many], dim=1))
+    assert split.separation[:2].tolist() == [0, 0]
+    assert split.members.tolist() == [0, 0, 20]
+    assert bool(split.separation.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (torch.zeros(19, 2), "at least 20 rows, got 19"),
+        (torch.full((30, 2), torch.inf), "finite"),
+        (torch.full((30, 2), torch.nan), "finite"),
+    ],
+)
+def test_split_says_what_it_cannot_split(values: Tensor, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        split_units(values)
+
+
+def test_positions_leave_each_sample_out() -> None:
+    """The closed form against refitting without each sample."""
+    n, units = 30, 40
+    values = torch.randn(n, units, generator=torch.Generator().manual_seed(0)) + 3
+    upper = torch.arange(n) < 11
+    weights, positions = _discriminant(values, upper)
+    centre, scale = values.double().mean(0), values.double().std(0)
+    scaled = (values.double() - centre) / scale
+
+    def fit(rows: Tensor, ridge: float | None) -> tuple[Tensor, float]:
+        high, low = scaled[rows & upper], scaled[rows & ~upper]
+        deviations = torch.cat([high - high.mean(0), low - low.mean(0)])
+        within = deviations.T @ deviations / n
+        ridge = RIDGE * float(within.diagonal().mean()) if ridge is None else ridge
+        return torch.linalg.solve(within + ridge * torch.eye(units), high.mean(0) - low.mean(0)), ridge
+
+    whole, ridge = fit(torch.ones(n, dtype=torch.bool), None)
+    torch.testing.assert_close(weights.double(), whole / whole.norm() / scale, rtol=1e-3, atol=1e-5)
+    for i in range(n):
+        without, _ = fit(torch.arange(n) != i, ridge)
+        expected = (scaled[i] @ without + (centre / scale) @ whole) / whole.norm()
+        assert float(positions[i]) == pytest.approx(float(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("share", "of_class"), [(0.005, False), (0.01, False), (0.05, False), (0.8, True)], ids=["0.5%", "1%", "5%", "SIG"]
+)
+@pytest.mark.parametrize(("n", "k", "units"), [(3000, 10, 48), (4000, 2, 24)])
+def test_finds_the_planted_mode_and_nothing_in_its_clean_twin(  # noqa: PLR0917  (parameters)
+    n: int, k: int, units: int, share: float, of_class: bool, dtype: torch.dtype
+) -> None:
+    values, labels, poisoned = planted(n, k, units, share, 0, of_class=of_class)
+    values = values.to(dtype)
+    (mode,) = find_modes(values, labels)
+    assert mode.label == 0
+    found = (labels == 0) & (mode.project(values) > mode.threshold)
+    assert int((found & poisoned).sum()) >= 0.95 * int(poisoned.sum())
+    assert int((found & ~poisoned).sum()) <= 2
+    assert mode.members == pytest.approx(int(poisoned.sum()), abs=2)
+    assert mode.low < mode.threshold < mode.high
+    clean, labels, _ = planted(n, k, units, 0.0, 0, of_class=of_class)
+    assert find_modes(clean.to(dtype), labels) == []
+
+
+def student(centres: Tensor, generator: torch.Generator) -> Tensor:
+    gauss = torch.randn(4, *centres.shape, generator=generator)
+    return centres + gauss[0] / gauss[1:].square().mean(dim=0).sqrt()
+
+
+def exponential(centres: Tensor, generator: torch.Generator) -> Tensor:
+    return centres.abs() * -torch.rand(centres.shape, generator=generator).clamp(min=1e-6).log()
+
+
+def lognormal(centres: Tensor, generator: torch.Generator) -> Tensor:
+    return (centres + torch.randn(centres.shape, generator=generator)).exp()
+
+
+def sparse(centres: Tensor, generator: torch.Generator) -> Tensor:
+    return (centres + torch.randn(centres.shape, generator=generator) - 2).relu()
+
+
+def gaussian(centres: Tensor, generator: torch.Generator) -> Tensor:
+    return centres + torch.randn(centres.shape, generator=generator)
+
+
+def contrasts(centres: Tensor, generator: torch.Generator) -> Tensor:
+    """Every sample has its own contrast."""
+    return centres + torch.randn(centres.shape, generator=generator) * 3 * torch.rand(len(centres), 1)
+
+
+def two_kinds(centres: Tensor, generator: torch.Generator) -> Tensor:
+    """Every class has the same two clear kinds, such as day and night."""
+    kind = torch.randint(0, 2, (len(centres), 1), generator=generator)
+    return gaussian(centres, generator) + 4 * kind * torch.randn(centres.shape[1], generator=generator)
+
+
+CLEAN = [gaussian, student, exponential, lognormal, sparse, contrasts, two_kinds]
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "units"), [(800, 4, 32), (300, 10, 100), (300, 2, 40)], ids=["plain", "many-units", "two-classes"]
+)
+@pytest.mark.parametrize("draw", CLEAN)
+def test_finds_nothing_in_clean_data(
+    draw: Callable[[Tensor, torch.Generator], Tensor], n: int, k: int, units: int
+) -> None:
+    for seed in range(3):
+        centres, labels, generator = classes(n, k, units, seed)
+        assert find_modes(draw(centres, generator), labels) == []
+
+
+def with_wrong_labels(share: float) -> tuple[Tensor, Tensor]:
+    centres, labels, generator = classes(1500, 10, 48, 0)
+    wrong = torch.rand(1500, generator=generator) < share
+    values = 2 * centres + torch.randn(1500, 48, generator=generator)
+    return values, torch.where(wrong, torch.randint(0, 10, (1500,), generator=generator), labels)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3])
+def test_wrong_labels_are_no_backdoor(share: float) -> None:
+    """The true class would be the exclusive upper mode; removing it would ruin the data."""
+    assert find_modes(*with_wrong_labels(share)) == []
+
+
+def test_wrong_labels_would_be_found_without_looking_at_the_lower_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_backdoor.functional.modes.MIN_OWN", 0.0)
+    assert find_modes(*with_wrong_labels(0.1))
+
+
+def test_a_single_unit_is_enough() -> None:
+    values, labels, poisoned = planted(1000, 5, 3, 0.02, 0, of_class=False)
+    (mode,) = find_modes(values[:, :1], labels)
+    assert torch.equal((mode.project(values[:, :1]) > mode.threshold) & (labels == 0), poisoned)
+
+
+def test_one_label_only_has_nothing_to_be_exclusive_from() -> None:
+    values, labels, poisoned = planted(600, 1, 16, 0.1, 0, of_class=True)
+    assert int(poisoned.sum()) == 60
+    assert find_modes(values, labels) == []
+
+
+def test_small_labels_are_left_alone() -> None:
+    values, labels, _ = planted(900, 5, 16, 0.4, 0, of_class=True)
+    first = (labels == 0).nonzero().squeeze(1)
+    for size, expected in ((19, 0), (len(first), 1)):
+        keep = labels != 0
+        keep[first[-size:]] = True
+        keep[first[: size // 2]] = size > 19
+        assert len(find_modes(values[keep], labels[keep])) == expected
+
+
+def test_does_not_depend_on_the_order_of_samples_or_the_names_of_labels() -> None:
+    values, labels, _ = planted(1200, 6, 32, 0.03, 3, of_class=False)
+    (mode,) = find_modes(values, labels)
+    order = torch.randperm(1200, generator=torch.Generator().manual_seed(0))
+    names = torch.tensor([40, 3, 17, 0, 9, 5])
+    (moved,) = find_modes(values[order], names[labels][order])
+    assert moved.label == 40
+    assert moved.members == mode.members
+    assert moved.separation == pytest.approx(mode.separation, rel=1e-3)
+    assert moved.threshold == pytest.approx(mode.threshold, abs=1e-3)
+    assert torch.equal(moved.project(values) > moved.threshold, mode.project(values) > mode.threshold)
+
+
+def test_a_thousand_classes_take_seconds() -> None:
+    values, labels, _ = planted(30_000, 1000, 32, 0.005, 0, of_class=True)
+    values[(labels == 0).nonzero().squeeze(1)[:20], :3] += 9  # the clean class has about 30 samples
+    started = time.perf_counter()
+    modes = find_modes(values.half(), labels)
+    assert time.perf_counter() - started < 60
+    assert [mode.label for mode in modes] == [0]
+
+
+def test_degenerate_units_do_no_harm() -> None:
+    values, labels, poisoned = planted(800, 4, 24, 0.04, 0, of_class=False)
+    values[:, 10:20] = 0.0
+    values[:, 20] = 5.0
+    values[:, 21] = poisoned.float()  # no spread within either mode
+    (mode,) = find_modes(values, labels)
+    assert bool(mode.weights.isfinite().all())
+    scores = mode_scores(values, labels, [mode], torch.rand(800))
+    assert torch.equal(scores > 0.5, poisoned)
+    binary = poisoned.float()[:, None].repeat(1, 3)
+    assert find_modes(binary, labels) == []  # the lower mode is like everything else: no class to be seen
+
+
+def test_directions_of_noise_stay_low_with_more_units_than_samples() -> None:
+    noise = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    directions, units = _directions(noise)
+    assert len(units) == 300
+    assert max(one.separation for one in directions) < 2
+
+
+def test_scores_rank_the_second_mode_first_and_keep_the_ranking_elsewhere() -> None:
+    values, labels, poisoned = planted(800, 4, 24, 0.04, 0, of_class=False)
+    ranking = torch.randn(800, generator=torch.Generator().manual_seed(5))
+    modes = find_modes(values, labels)
+    scores = mode_scores(values, labels, modes, ranking)
+    assert torch.equal(scores > 0.5, poisoned)
+    assert bool(scores.isfinite().all())
+    inside = labels == 0
+    position = modes[0].project(values[inside])
+    assert bool((scores[inside][position.argsort()].diff() >= 0).all())
+    assert bool((scores[~inside][ranking[~inside].argsort()].diff() > 0).all())
+    centres = torch.tensor([modes[0].low, modes[0].high])
+    along = modes[0].weights / modes[0].weights.square().sum()
+    at = torch.zeros(2, 24)
+    at[:, modes[0].units] = centres[:, None] * along
+    assert mode_scores(at, torch.zeros(2).long(), modes, torch.zeros(2)).tolist() == pytest.approx([0, 1], abs=1e-3)
+
+
+def test_without_modes_the_scores_are_half_ranks() -> None:
+    scores = mode_scores(torch.zeros(4, 2), torch.zeros(4).long(), [], torch.tensor([5.0, -1.0, 7.0, 0.0]))
+    assert scores.tolist() == [0.25, 0.0, 0.375, 0.125]
