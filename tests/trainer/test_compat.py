@@ -137,6 +137,7 @@ def test_a_loader_lives_in_its_dict_and_its_iterator_has_the_name_we_reset() -> 
     assert vars(train)["_iterator"] is not None
     assert twin.dataset is train.dataset
     assert type(twin) is type(train)
+    assert twin.sampler is twin.batch_sampler.sampler is not train.sampler
 
 
 def test_the_sampler_inside_lightnings_wrapper_is_found() -> None:

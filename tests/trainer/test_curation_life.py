@@ -58,6 +58,14 @@ def test_user_objects_come_back_as_they_were() -> None:
     assert not hooked(module.trainer)
 
 
+def test_a_loader_whose_workers_run_already() -> None:
+    train = loader(shuffle=True, num_workers=1, persistent_workers=True)
+    running = iter(train)
+    expect_pruned(fit(train))
+    assert train._iterator is running
+    assert sorted(int(i) for batch in train for i in batch[2]) == list(range(N))
+
+
 def test_the_loader_is_shown_unfiltered_while_fitting_and_let_go_afterwards() -> None:
     class Looking(Pruner):
         seen: Any = None
@@ -208,6 +216,13 @@ def test_masks_of_two_datasets_are_refused() -> None:
     curation.leave("a")
     curation.leave("b")
     assert not hooked(trainer)
+
+
+def test_a_mask_that_keeps_all_is_no_mask() -> None:
+    pruner = Pruner({0: KEEP, 1: torch.ones(N, dtype=torch.bool)})
+    module = fit(pruner=pruner)
+    assert pruner.curation.keep is None
+    assert set(module.drawn(2)) == set(range(N))
 
 
 def test_the_mask_is_a_copy() -> None:

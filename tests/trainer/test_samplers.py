@@ -37,7 +37,7 @@ class Data:
     """A dataset that must not be copied."""
 
     def __init__(self, n: int) -> None:
-        self.n = n
+        self.n, self.copied = n, False
 
     def __len__(self) -> int:
         return self.n
@@ -46,7 +46,8 @@ class Data:
         return index
 
     def __deepcopy__(self, memo: Any) -> Any:
-        raise AssertionError("the dataset was copied")
+        self.copied = True
+        return self
 
 
 class Shuffled(Sampler[int]):
@@ -138,6 +139,16 @@ def test_processes_share_the_kept_samples_equally(
     else:
         assert set(counts) == kept_of(mask)
         assert sum(counts.values()) < sum(mask) + world
+
+
+def test_shares_are_shuffled_anew_in_each_epoch() -> None:
+    data, kept = Data(30), Kept(torch.arange(30) % 3 > 0)
+    sampler = filtered(DistributedSampler(data, 2, 0, seed=1), KeepState(kept), data)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1]
 
 
 @fuzz
@@ -256,6 +267,7 @@ def test_counting_leaves_the_sampler_and_the_random_streams_alone() -> None:
     assert before[2] == after[2]
     assert torch.equal(before[3], after[3])
     assert sampler.passes == 0
+    assert not data.copied
 
 
 def test_a_sampler_that_cannot_be_copied_is_counted_all_the_same() -> None:
