@@ -146,7 +146,6 @@ class UltraCleanCallback(Defense):
         self._last_scan = None if self.verdict is None else trainer.current_epoch
         if self.rewind:
             require_rewindable(trainer)
-        if self.rewind and trainer.ckpt_path is not None:
             self._rewind.before_checkpoint(trainer, pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:

@@ -102,7 +102,9 @@ class Rewind:
         self._before_checkpoint: dict[str, Any] | None = None
 
     def before_checkpoint(self, trainer: Any, pl_module: Any) -> None:
-        """Keep weights and callbacks as the user made them; call in ``setup``, before a checkpoint replaces them."""
+        """Keep weights and callbacks as the user made them, if a checkpoint will replace them; call in ``setup``."""
+        if trainer.ckpt_path is None:
+            return
         weights = trainer.strategy.broadcast(_cpu(pl_module.state_dict()))  # only DDP's wrapper makes ranks agree
         self._before_checkpoint = {"module": weights, **_of_callbacks(trainer)}
 
@@ -123,7 +125,8 @@ class Rewind:
         if before["module"].keys() != pl_module.state_dict().keys():
             raise TrainerError(
                 "`rewind=True` needs the weights that training started from, but the checkpoint was written without "
-                "this callback and the model is built in `configure_model`. Build it in `__init__`, or pass `rewind=False`."
+                "this callback and the model is built in `configure_model`. Build it in `__init__`, or pass "
+                "`rewind=False`."
             )
         self._start = {**snapshot(trainer, pl_module), **before}
 
@@ -246,7 +249,7 @@ def _zero(progress: Any) -> None:
 def _announce_again(trainer: Any, rewind: Rewind) -> None:
     """Tell callbacks that came before in the list that the epoch is another one than they were told."""
     for callback in trainer.callbacks:
-        if rewind in vars(callback).values():
+        if any(value is rewind for value in vars(callback).values()):
             return
         callback.on_train_epoch_start(trainer, trainer.lightning_module)
 

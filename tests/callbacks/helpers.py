@@ -86,7 +86,7 @@ class Net(pl.LightningModule):
         )
         self.head = nn.Linear(4 * width, classes)
         self.lr, self.schedule = lr, schedule
-        self.drawn: list[tuple[int, list[int]]] = []
+        self.drawn: list[tuple[int, int, list[int]]] = []
         self.logged: list[float] = []
         self.rates: list[float] = []
 
@@ -96,7 +96,7 @@ class Net(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = (batch["image"], batch["label"]) if isinstance(batch, dict) else (batch[0], batch[1])
         if isinstance(batch, dict):
-            self.drawn.append((self.current_epoch, batch["index"].tolist()))
+            self.drawn.append((self.current_epoch, batch_idx, batch["index"].tolist()))
         self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
         loss = nn.functional.cross_entropy(self(images), labels)
         self.log("loss", loss)
@@ -114,8 +114,8 @@ class Net(pl.LightningModule):
     def epochs(self) -> list[tuple[int, list[int]]]:
         """Epoch number and sorted positions of every epoch, in the order of training."""
         found: list[tuple[int, list[int]]] = []
-        for epoch, positions in self.drawn:
-            if not found or found[-1][0] != epoch:
+        for epoch, batch, positions in self.drawn:
+            if not found or batch == 0:
                 found.append((epoch, []))
             found[-1][1].extend(positions)
         return [(epoch, sorted(positions)) for epoch, positions in found]

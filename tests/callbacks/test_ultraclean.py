@@ -9,6 +9,7 @@ import lightning.pytorch as lightning_pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader
@@ -44,7 +45,7 @@ def test_finds_planted_poisons_and_trains_a_model_without_the_backdoor() -> None
     poisoned = attacks.poison(train, trigger, target=0, rate=0.05)
     attacked = attacks.triggered(test, trigger, target=0)
     _, undefended = train_digits(poisoned, [])
-    assert share_right(undefended, attacked) > 0.8, "the attack must work for the defence to have something to do"
+    assert share_right(undefended, attacked) > 0.6, "the attack must work for the defence to have something to do"
 
     callback = UltraCleanCallback()
     trainer, module = train_digits(poisoned, [callback])
@@ -146,7 +147,7 @@ def test_the_paper_removes_its_fraction() -> None:
 
 def test_target_class_looks_at_one_label_only() -> None:
     callback = always(target_class=2, fraction=0.5, warmup_epochs=1)
-    _, module = fit([callback], epochs=2)
+    fit([callback], epochs=2)
     labels = Pictures().targets
     assert set(labels[~callback.verdict.keep].tolist()) == {2}
     assert len(callback.verdict.removed) == 8
@@ -162,13 +163,12 @@ def test_max_removed_is_a_cap_on_all_scans_together() -> None:
 
 def test_rescores_every_so_many_epochs() -> None:
     class Counting(UltraCleanCallback):
-        scans: list[int] = []
-
         def _scan(self, trainer: Any, pl_module: Any) -> Any:
             self.scans.append(trainer.current_epoch)
             return super()._scan(trainer, pl_module)
 
     callback = Counting(warmup_epochs=2, rule="fraction", fraction=1e-3, rescore_every=2)
+    callback.scans = []
     fit([callback], epochs=7)
     assert callback.scans[:3] == [1, 3, 5]
 
@@ -206,9 +206,14 @@ def test_fast_dev_run_does_not_scan() -> None:
 
 
 def test_says_so_when_training_ends_before_the_scan() -> None:
-    callback = UltraCleanCallback(warmup_epochs=5, rewind=False)
+    class Late(Net):
+        def on_train_epoch_end(self) -> None:
+            self.log("late", 1.0)
+
+    callback, module = UltraCleanCallback(warmup_epochs=5), Late()
+    stopping = EarlyStopping("late", stopping_threshold=2.0, check_on_train_epoch_end=True)
     with pytest.warns(UserWarning, match=r"before the scan.*smaller `warmup_epochs`"):
-        fit([callback], epochs=2)
+        make_trainer([callback, stopping], 9).fit(module, DataLoader(Pictures(), batch_size=16))
     assert callback.verdict is None
 
 
@@ -219,5 +224,5 @@ def test_two_instances_by_name_cut_both() -> None:
     assert len(removed) == 8
     assert removed.isdisjoint(module.epochs()[-1][1])
     assert len(module.epochs()[-1][1]) == 56
-    with pytest.raises(RuntimeError, match="`callback.state_key` must be unique"):
+    with pytest.raises(RuntimeError, match=r"`callback.state_key` must be unique"):
         make_trainer([always(), always()])
