@@ -164,7 +164,10 @@ def test_a_later_decision_adds_and_never_brings_back(
         if bool(added.any()):
             assert float(new[added].min()) >= float(new[spared].max())
     assert torch.equal(joined.scores, torch.where(before, new, old))
-    assert joined.threshold == 0.5
+    if bool(added.any()) and int((~joined.keep).sum()) == budget:  # the cap decides, no longer the rule
+        assert bool((joined.scores[joined.keep] <= joined.threshold).all())
+    else:
+        assert joined.threshold == 0.5
 
 
 def test_a_later_decision_that_finds_nothing_changes_nothing() -> None:
