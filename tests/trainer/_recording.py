@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,11 @@ N, BATCH, EPOCHS = 64, 8, 4
 REMOVED = torch.arange(N) % 4 == 1
 KEEP = ~REMOVED
 KEPT = set(KEEP.nonzero().squeeze(1).tolist())
+
+SAFE_LOADING: dict[str, Any] = (
+    {"weights_only": True} if "weights_only" in inspect.signature(pl.Trainer.fit).parameters else {}
+)
+"""Further arguments of ``fit``, where Lightning knows them: callback states must load without unpickling code."""
 
 LIGHTNING_WARNS = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

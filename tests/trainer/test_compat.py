@@ -24,6 +24,7 @@ from tests.trainer._recording import (
     KEEP,
     KEPT,
     LIGHTNING_WARNS,
+    SAFE_LOADING,
     Points,
     Pruner,
     Recording,
@@ -51,7 +52,7 @@ def test_one_callback_class_serves_both_packages(package: str, single: bool, tmp
 
     again, resumed = Pruner(), module_class()
     trainer = make_trainer(again if single else [again], package=trainers, max_epochs=6)
-    trainer.fit(resumed, loader(shuffle=True), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    trainer.fit(resumed, loader(shuffle=True), ckpt_path=tmp_path / "last.ckpt", **SAFE_LOADING)
     assert torch.equal(again.mask, KEEP)
     assert [set(resumed.drawn(epoch)) for epoch in sorted(resumed.batches)] == [KEPT, KEPT]
 

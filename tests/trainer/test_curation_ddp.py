@@ -12,7 +12,18 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from tests.trainer._recording import KEEP, KEPT, LIGHTNING_WARNS, N, Points, Pruner, Recording, loader, make_trainer
+from tests.trainer._recording import (
+    KEEP,
+    KEPT,
+    LIGHTNING_WARNS,
+    SAFE_LOADING,
+    N,
+    Points,
+    Pruner,
+    Recording,
+    loader,
+    make_trainer,
+)
 from tests.trainer.ddp_curation import ODD, work
 from tests.trainer.ddp_scan import free_port
 
@@ -99,7 +110,7 @@ def test_resumed_in_two_processes(ranks: Any) -> None:
 def test_resumed_in_one_process(ranks: Any) -> None:
     module, pruner = Recording(), Pruner({0: KEEP})
     make_trainer([pruner], max_epochs=6).fit(
-        module, loader(shuffle=True), loader(Points(16)), ckpt_path=ranks[2] / "shuffle.ckpt", weights_only=True
+        module, loader(shuffle=True), loader(Points(16)), ckpt_path=ranks[2] / "shuffle.ckpt", **SAFE_LOADING
     )
     assert torch.equal(pruner.mask, KEEP)
     assert [set(module.drawn(epoch)) for epoch in (4, 5)] == [KEPT, KEPT]

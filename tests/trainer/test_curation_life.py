@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -266,10 +267,11 @@ def test_batch_size_finder(tmp_path: Any) -> None:
 
 def test_learning_rate_finder(tmp_path: Any) -> None:
     module = Fresh()
-    finder = LearningRateFinder(num_training_steps=6, update_attr=True)
+    finder = LearningRateFinder(num_training_steps=30, update_attr=True)
     trainer = make_trainer([Pruner(), finder], default_root_dir=tmp_path)
     trainer.fit(module, loader(shuffle=True))
-    expect_pruned(module)
+    expect_pruned(module, once=False)  # Lightning 2.2 shortens the epoch after its finder
+    assert module.drawn(2) == module.drawn(3) == Counter(KEPT)
     assert module.planned == [8, 8, 6, 6]
 
 

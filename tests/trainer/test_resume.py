@@ -15,6 +15,7 @@ from tests.trainer._recording import (
     KEEP,
     KEPT,
     LIGHTNING_WARNS,
+    SAFE_LOADING,
     N,
     Points,
     Pruner,
@@ -49,7 +50,7 @@ def resume(path: Path, pruner: Any = None, train: Any = None, **settings: Any) -
     torch.manual_seed(11)
     module, pruner = Recording(), pruner or Pruner()
     trainer = make_trainer([pruner], **settings)
-    trainer.fit(module, train or loader(shuffle=True), loader(Points(16)), ckpt_path=path, weights_only=True)
+    trainer.fit(module, train or loader(shuffle=True), loader(Points(16)), ckpt_path=path, **SAFE_LOADING)
     return module, pruner
 
 
