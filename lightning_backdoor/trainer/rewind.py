@@ -102,11 +102,11 @@ class Rewind:
         self._before_checkpoint: dict[str, Any] | None = None
 
     def before_checkpoint(self, trainer: Any, pl_module: Any) -> None:
-        """Keep weights and callbacks as the user made them, if a checkpoint will replace them; call in ``setup``."""
-        if trainer.ckpt_path is None:
-            return
-        weights = trainer.strategy.broadcast(_cpu(pl_module.state_dict()))  # only DDP's wrapper makes ranks agree
-        self._before_checkpoint = {"module": weights, **_of_callbacks(trainer)}
+        """Keep weights and callbacks as the user made them; call in ``setup``.
+
+        A checkpoint may replace them next. Lightning does not tell yet whether there is one.
+        """
+        self._before_checkpoint = {"module": _cpu(pl_module.state_dict()), **_of_callbacks(trainer)}
 
     def at_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Continue a run that was interrupted between asking and returning; call in ``on_fit_start``.
@@ -120,7 +120,7 @@ class Rewind:
         if self.is_due:
             self._hold_open(trainer)
         before, self._before_checkpoint = self._before_checkpoint, None
-        if before is None or self._start is not None:
+        if before is None or self._start is not None or trainer.ckpt_path is None:
             return
         if before["module"].keys() != pl_module.state_dict().keys():
             raise TrainerError(
@@ -128,6 +128,7 @@ class Rewind:
                 "this callback and the model is built in `configure_model`. Build it in `__init__`, or pass "
                 "`rewind=False`."
             )
+        before["module"] = trainer.strategy.broadcast(before["module"])  # a checkpoint was what made ranks agree
         self._start = {**snapshot(trainer, pl_module), **before}
 
     def at_train_start(self, trainer: Any, pl_module: Any) -> None:
