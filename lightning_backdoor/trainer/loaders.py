@@ -35,15 +35,20 @@ def require_curable(loader: DataLoader[Any]) -> None:
     """Check what can be checked before anything is drawn.
 
     Raises:
-        DataError: If the dataset has no length, or the loader keeps an iterator of its own.
+        DataError: If the dataset has no length or is empty, or the loader keeps an iterator of its own.
     """
     try:
-        len(loader.dataset)  # type: ignore[arg-type]
+        size = len(loader.dataset)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError) as error:
         raise DataError(
             f"The training dataset must have a length, got {type(loader.dataset).__name__} without `__len__`: samples "
             "are kept or removed by their position. Add `__len__`."
         ) from error
+    if size == 0:  # Lightning would return from `fit` without a word
+        raise DataError(
+            f"The training dataset is empty: {type(loader.dataset).__name__} has length 0. Check its path, split or "
+            "filter."
+        )
     for name, value in vars(loader).items():
         if name != "_iterator" and isinstance(value, _BaseDataLoaderIter):
             raise DataError(

@@ -175,5 +175,5 @@ def open_training_set(
 
 def _logits(trainer: Any, pl_module: Any, layout: BatchLayout, reading: Reading, batch: Any) -> Tensor:
     prepared = prepare_batch(trainer, pl_module, batch)
-    images = layout.images(prepared) if reading.forward_fn is None else prepared
+    images = layout.images(prepared if reading.forward_fn is None else batch)  # transfer hooks may rebuild the batch
     return call_model(pl_module, images, reading.forward_fn, prepared)
