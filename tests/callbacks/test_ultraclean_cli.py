@@ -55,6 +55,11 @@ class OtherData(lightning.pytorch.LightningDataModule):
         return DataLoader(Pictures(), batch_size=16)
 
 
+@pytest.fixture(autouse=True)
+def _no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fit"])
+
+
 def cli_of(package: Any, arguments: list[str], **kwargs: Any) -> Any:
     module, data = (Net, PlainData) if package is pytorch_lightning.cli else (OtherNet, OtherData)
     settings = {"save_config_callback": None, "seed_everything_default": 0, **kwargs}
