@@ -258,3 +258,10 @@ def test_an_interrupted_fit_leaves_the_limits_and_a_second_fit_starts_fresh() ->
     trainer.fit(other, loader_of(Pictures()))
     assert same_state(digest.seen[0]["weights"], digest.seen[1]["weights"]), "of the second model, not the first"
     assert_trained_anew(callback, other, warmup=2, epochs=3)
+
+
+def test_a_step_number_that_was_saved_in_the_warmup_is_saved_again(tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path, every_n_train_steps=12, save_top_k=-1)
+    _, module = fit([always(warmup_epochs=3), keeper], epochs=4, enable_checkpointing=True)
+    assert {path.name for path in tmp_path.glob("*")} == {"epoch=2-step=12.ckpt", "epoch=3-step=12.ckpt"}
+    assert same_state(torch.load(tmp_path / "epoch=3-step=12.ckpt", weights_only=True)["state_dict"], module)

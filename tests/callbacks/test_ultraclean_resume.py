@@ -69,7 +69,7 @@ def run(callbacks: list[Any], ckpt: Path | None = None, val: bool = True, epochs
 
 
 @pytest.mark.parametrize("val", [True, False], ids=["validation", "no validation"])
-@pytest.mark.parametrize("settings", [{}, {"rewind": False}, {"rescore_every": 1}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"warmup_epochs": 3}, {"rewind": False}, {"rescore_every": 1}], ids=str)
 def test_resumed_anywhere_it_ends_the_same(tmp_path: Path, settings: dict[str, Any], val: bool) -> None:
     whole, saver = always(**settings), SaveAll(tmp_path)
     trainer, expected = run([whole, saver], val=val)
