@@ -194,8 +194,7 @@ class UltraCleanCallback(Defense):
         """Say so if training ended before the scan."""
         if self.verdict is None and not trainer.fast_dev_run:
             rank_zero_warn(
-                "UltraClean: training was stopped before the scan, so there is no verdict and nothing was removed. "
-                "Let it train longer, or pass a smaller `warmup_epochs`."
+                "UltraClean: training ended before the scan. Train longer, or with a smaller `warmup_epochs`."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,30 +249,32 @@ class UltraCleanCallback(Defense):
         return self._scanner.run(trainer, pl_module)
 
     def _decide(self, found: dict[str, Tensor]) -> Decision:
-        labels, paper = found["labels"], self.score == "paper"
+        old, paper = self.verdict, self.score == "paper"
+        if old is not None and self.rule == "auto":  # beside what was removed, the clean rest of a class is a mode
+            found = {name: column[old.keep] for name, column in found.items()}
         decision = decide(
             found["susceptibility"][:, None] if paper else found["responses"],
             found["susceptibility"] if paper else found["movement"],
-            labels,
-            considered=None if self.target_class is None else labels == self.target_class,
+            found["labels"],
+            considered=None if self.target_class is None else found["labels"] == self.target_class,
             fraction=self.fraction if self.rule == "fraction" else None,
             by_ranking=paper and self.rule == "fraction",
             max_removed=self.max_removed,
         )
-        if (old := self.verdict) is None:
+        if old is None:
             return decision
         return add_removed(decision, old.scores, old.keep, threshold=old.threshold, max_removed=self.max_removed)
 
     def _tell(self, trainer: Any, pl_module: Any, decision: Decision, seconds: float) -> None:
         """Log, print one sentence, and write the report."""
         assert self.verdict is not None
-        assert self._training_set is not None
         total, removed = len(self.verdict), float(len(self.verdict.removed))
         separation = max((mode.separation for mode in decision.modes), default=0.0)
         pl_module.log_dict({"backdoor/ultraclean/removed": removed, "backdoor/ultraclean/separation": separation})
-        then = "; training starts again on the rest" if self._rewind.is_due else ""
-        rank_zero_info(f"UltraClean looked at {total:,} training images: {removed:,.0f} removed{then}.")
+        then = "removed; training starts again on the rest" if self._rewind.is_due else "removed"
+        rank_zero_info(f"UltraClean looked at {total:,} training images: {removed:,.0f} {then}.")
         data = self._training_set
+        assert data is not None
         evidence = Evidence(
             images=data.images,
             denoised=lambda indices: [denoise(data.images(indices)) for denoise in DENOISERS],

@@ -96,13 +96,19 @@ def add_removed(decision: Decision, scores: Tensor, keep: Tensor, *, threshold: 
     The later model was trained without the removed samples, so it no longer finds anything wrong with them.
 
     Args:
-        decision: The later decision on all N samples.
+        decision: The later decision, on all N samples or on those that were kept.
         scores: Scores of the earlier verdict, float, shape ``(N,)``.
         keep: Samples that the earlier verdict kept, bool, shape ``(N,)``.
         threshold: Threshold of the earlier verdict.
         max_removed: Largest share of all samples that may be removed in all, in ``(0, 1)``.
     """
     removed = ~keep
+    if len(decision.keep) < len(keep):
+        decision = replace(
+            decision,
+            scores=scores.masked_scatter(keep, decision.scores),
+            keep=torch.ones_like(keep).masked_scatter(keep, decision.keep),
+        )
     budget = max(int(max_removed * len(removed)) - int(removed.sum()), 0)
     new = (~decision.keep & ~removed).nonzero().squeeze(1)
     new = new[decision.scores[new].argsort(descending=True, stable=True)[:budget]]

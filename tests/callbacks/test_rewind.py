@@ -265,3 +265,14 @@ def test_a_step_number_that_was_saved_in_the_warmup_is_saved_again(tmp_path: Pat
     _, module = fit([always(warmup_epochs=3), keeper], epochs=4, enable_checkpointing=True)
     assert {path.name for path in tmp_path.glob("*")} == {"epoch=2-step=12.ckpt", "epoch=3-step=12.ckpt"}
     assert same_state(torch.load(tmp_path / "epoch=3-step=12.ckpt", weights_only=True)["state_dict"], module)
+
+
+def test_a_second_rewind_goes_back_to_the_same_start(tmp_path: Path) -> None:
+    keeper, digest = ModelCheckpoint(tmp_path, monitor="loss", save_top_k=-1), FirstBatches()
+    callback = always(rescore_every=1)
+    fit([callback, keeper, digest], epochs=3, enable_checkpointing=True)
+    assert 16 < len(callback.verdict.removed) <= 0.3 * 64, "a quarter, then more, but no more than `max_removed`"
+    assert len(digest.seen) == 3
+    assert all(same_state(digest.seen[0]["weights"], again["weights"]) for again in digest.seen)
+    assert all(again["momentum"] == 0 for again in digest.seen)
+    assert len(keeper.best_k_models) == 3, "of the last three epochs alone"

@@ -71,6 +71,16 @@ def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> 
     assert trainer.callback_metrics["backdoor/ultraclean/removed"] == 0
 
 
+def test_a_second_look_does_not_take_the_clean_rest_of_a_class_for_poisons() -> None:
+    train, _ = digits(1400)
+    poisoned = attacks.poison(train, attacks.BadNets(), target=0, rate=0.05)
+    callback = UltraCleanCallback(warmup_epochs=3, rescore_every=2)
+    train_digits(poisoned, [callback])
+    truth, removed = poisoned.poisoned, ~callback.verdict.keep
+    assert (removed & truth).sum() >= 0.9 * truth.sum()
+    assert (removed & ~truth).sum() <= 0.01 * len(train)
+
+
 class Noisy(Net):
     """Dropout, a batch norm that was frozen by hand, and noise from the global stream in training."""
 
