@@ -113,20 +113,24 @@ def test_scan_against_three_evaluation_passes(capsys: pytest.CaptureFixture[str]
 
 
 MEMORY = """
-import resource, sys, torch
+import gc, sys, torch
+from pathlib import Path
 torch.set_num_threads(1)
 from tests.benchmarks.test_ultraclean import prepared
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 def run(n):
     trainer, module, loader, scanner = prepared(n)
     found = scanner.run(trainer, module)
     held = sum(value.numel() * value.element_size() for value in found.values())
     return held + sum(store._values.nbytes for store in scanner._stores) + loader.dataset.pixels.nbytes
 run(256)
-before = peak()
+gc.collect()
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+before = status("VmRSS")
 held = run(int(sys.argv[1]))
-print(peak() - before, held)
+print(status("VmHWM") - before, held)
 """
 
 
