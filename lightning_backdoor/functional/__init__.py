@@ -3,13 +3,22 @@
 from lightning_backdoor.functional.decisions import limit_removed, natural_break, select_fraction
 from lightning_backdoor.functional.denoising import local_median, nl_means
 from lightning_backdoor.functional.evidence import Decision, decide
+from lightning_backdoor.functional.hyperplane import (
+    HyperplaneStatistics,
+    bias_scores,
+    compromise_scores,
+    strong_thresholds,
+)
 from lightning_backdoor.functional.modes import Mode, find_modes, mode_scores
 from lightning_backdoor.functional.splits import split_units
 from lightning_backdoor.functional.susceptibility import susceptibility_scores
 
 __all__ = [
     "Decision",
+    "HyperplaneStatistics",
     "Mode",
+    "bias_scores",
+    "compromise_scores",
     "decide",
     "find_modes",
     "limit_removed",
@@ -19,5 +28,6 @@ __all__ = [
     "nl_means",
     "select_fraction",
     "split_units",
+    "strong_thresholds",
     "susceptibility_scores",
 ]

@@ -92,8 +92,10 @@ def pool(values: Tensor, axis: int, pooling: Pooling = "mean") -> Tensor:
     """Reduce ``(B, ...)`` with channels at ``axis`` to float32 ``(B, C)``: largest value or mean over the positions."""
     if values.ndim <= 2:
         return values.float().reshape(len(values), -1)
-    flat = values.float().movedim(axis, 1).flatten(2)
-    return flat.amax(dim=2) if pooling == "max" else flat.mean(dim=2)
+    if pooling == "max":  # no copy in another layout or type: the pass over a network's units is bound by memory
+        positions = [dim for dim in range(1, values.ndim) if dim != axis % values.ndim]
+        return values.amax(dim=positions).float()
+    return values.float().movedim(axis, 1).flatten(2).mean(dim=2)
 
 
 def channel_axis(layer: nn.Module, values: Tensor) -> int:

@@ -1,0 +1,185 @@
+"""NONE's statistics: how far inputs of one class drive a unit out of the range that it has on all others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.errors import ArgumentError
+
+__all__ = ["HyperplaneStatistics", "bias_scores", "compromise_scores", "strong_thresholds"]
+
+SIGMAS = 3.0  # of the responses to inputs that are surely of another class: the usual range of a unit
+FALLBACK_SHARE = 0.01  # of a class's predictions that stand for the confident ones where none is confident
+FALLBACK_LEAST = 20
+
+
+class HyperplaneStatistics:
+    """The compromise score of every unit, from one pass over the data (NONE, `Wang et al., 2022`_, stage 2).
+
+    For a unit c and a class k, S_k are the inputs that the model assigns to k with a probability above ``strong``, W_k
+    those whose probability of k is below ``weak``. A unit that works as a hyperplane is driven by some input of S_k far
+    out of the range that it has on W_k: ``d[c, k] = max over S_k - (mean over W_k + 3 std over W_k)``. A class without
+    inputs in S_k or in W_k has d = 0. Memory is O(units x classes), whatever the number of samples; sums are held in
+    double precision.
+
+    .. _Wang et al., 2022: https://arxiv.org/abs/2202.06382
+
+    Args:
+        units: Number of units U.
+        classes: Number of classes K.
+        strong: Probability above which an input is confidently of a class, in ``(0, 1]``; a number, or one for each
+            class, float ``(K,)`` (see :func:`strong_thresholds`).
+        weak: Probability below which an input is confidently not of a class, in ``(0, 1)``.
+
+    Raises:
+        ArgumentError: A threshold is out of range.
+    """
+
+    def __init__(self, units: int, classes: int, *, strong: float | Tensor = 0.9, weak: float = 0.1) -> None:
+        self.strong = torch.as_tensor(strong, dtype=torch.float32).expand(classes)
+        self.weak = weak
+        if not bool(((self.strong > 0) & (self.strong <= 1)).all()) or not 0 < weak < 1:
+            raise ArgumentError(
+                f"`strong` and `weak` must be probabilities, got {strong} and {weak}. Pass for example 0.9 and 0.1."
+            )
+        self.largest = torch.full((classes, units), -math.inf, dtype=torch.float64)
+        self.sums = torch.zeros(classes, units, dtype=torch.float64)
+        self.squares = torch.zeros(classes, units, dtype=torch.float64)
+        self.confident = torch.zeros(classes, dtype=torch.float64)
+        self.others = torch.zeros(classes, dtype=torch.float64)
+
+    def update(self, activations: Tensor, probabilities: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            activations: Largest response of every unit, float ``(B, U)``, on any device.
+            probabilities: Softmax outputs, float ``(B, K)``.
+
+        Raises:
+            ArgumentError: The shapes do not fit.
+        """
+        classes, units = self.sums.shape
+        if activations.shape != (len(probabilities), units) or probabilities.shape[1:] != (classes,):
+            raise ArgumentError(
+                f"`activations` must have shape (B, {units}) and `probabilities` (B, {classes}), got "
+                f"{tuple(activations.shape)} and {tuple(probabilities.shape)}."
+            )
+        values, chances = activations.detach().double().cpu(), probabilities.detach().float().cpu()
+        rows, columns = (chances > self.strong).nonzero(as_tuple=True)
+        self.largest.scatter_reduce_(0, columns[:, None].expand(-1, units), values[rows], "amax")
+        self.confident += torch.bincount(columns, minlength=classes)
+        weak = (chances < self.weak).double()
+        self.sums += weak.T @ values
+        self.squares += weak.T @ values.square()
+        self.others += weak.sum(dim=0)
+
+    def state(self) -> Tensor:
+        """Everything counted so far as one tensor, double ``(K, 3 U + 2)``, to be sent to another process."""
+        return torch.cat([self.largest, self.sums, self.squares, self.confident[:, None], self.others[:, None]], dim=1)
+
+    def load(self, states: Sequence[Tensor]) -> None:
+        """Replace what was counted by that of several processes, from their :meth:`state`."""
+        units = self.sums.shape[1]
+        parts = torch.stack(list(states)).split([units, units, units, 1, 1], dim=2)
+        self.largest = parts[0].amax(dim=0)
+        self.sums, self.squares = parts[1].sum(dim=0), parts[2].sum(dim=0)
+        self.confident, self.others = parts[3].sum(dim=0).squeeze(1), parts[4].sum(dim=0).squeeze(1)
+
+    def usual(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation over W_k, double ``(K, U)`` each; zero and NaN-free where W_k is empty."""
+        count = self.others.clamp(min=1)[:, None]
+        mean = self.sums / count
+        return mean, (self.squares / count - mean.square()).clamp(min=0).sqrt()
+
+    def excess(self) -> Tensor:
+        """How far each class drives each unit out of its usual range, d, double ``(U, K)``."""
+        mean, std = self.usual()
+        scored = (self.confident > 0) & (self.others > 0)
+        return torch.where(scored[:, None], self.largest - (mean + SIGMAS * std), 0.0).T
+
+    def scores(self) -> Tensor:
+        """Compromise scores: the largest excess over the classes, double ``(U,)``."""
+        return self.excess().amax(dim=1)
+
+
+def compromise_scores(activations: Tensor, probabilities: Tensor, strong: float = 0.9, weak: float = 0.1) -> Tensor:
+    """Compromise score of every unit of one layer (NONE); see :class:`HyperplaneStatistics`.
+
+    Args:
+        activations: Largest response of every unit to every sample, float ``(N, C)``.
+        probabilities: Softmax outputs, float ``(N, K)``.
+        strong: Probability above which a sample is confidently of a class.
+        weak: Probability below which it is confidently not of a class.
+
+    Returns:
+        Scores, float ``(C,)``; larger is more suspicious. Zero for all where no sample is confident.
+
+    Example:
+        >>> import torch
+        >>> activations = torch.tensor([[9.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+        >>> compromise_scores(activations, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]))
+        tensor([8., 0.])
+    """
+    statistics = HyperplaneStatistics(activations.shape[1], probabilities.shape[1], strong=strong, weak=weak)
+    statistics.update(activations, probabilities)
+    return statistics.scores().to(activations)
+
+
+def strong_thresholds(
+    confidence: Tensor, predicted: Tensor, classes: int, strong: float = 0.9
+) -> tuple[Tensor, list[int]]:
+    """Thresholds of :class:`HyperplaneStatistics` for models that are never confident (many classes, label smoothing).
+
+    A class that is predicted, but never with a probability above ``strong``, gets the threshold above which the most
+    confident 1 % of its predictions lie, 20 at least.
+
+    Args:
+        confidence: Largest probability of each sample, float ``(N,)``.
+        predicted: Class that it belongs to, long ``(N,)``.
+        classes: Number of classes K.
+        strong: Threshold where it can be used.
+
+    Returns:
+        Thresholds, float ``(K,)``, and the classes that needed another one.
+    """
+    thresholds = torch.full((classes,), strong)
+    replaced = []
+    for label in torch.unique(predicted).tolist():
+        ordered = confidence[predicted == label].sort(descending=True).values
+        if float(ordered[0]) > strong:
+            continue
+        count = min(max(FALLBACK_LEAST, math.ceil(FALLBACK_SHARE * len(ordered))), len(ordered))
+        thresholds[label] = ordered[count - 1].nextafter(torch.tensor(0.0))
+        replaced.append(label)
+    return thresholds, replaced
+
+
+def bias_scores(activations: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+    """How strongly each sample drives the most compromised unit of every layer (NONE's biased samples).
+
+    Args:
+        activations: Largest response of the chosen units, one or more of each layer, float ``(N, L)``.
+        mean: Usual response of each, float ``(L,)``; ``None`` adds the raw responses up, as the authors do.
+        std: Usual spread of each, float ``(L,)``. Layers of different width and scale weigh the same with it.
+
+    Returns:
+        Scores, float ``(N,)``; larger is more suspicious.
+
+    Example:
+        >>> import torch
+        >>> responses = torch.tensor([[1.0, 100.0], [3.0, 100.0]])
+        >>> bias_scores(responses)
+        tensor([101., 103.])
+        >>> bias_scores(responses, torch.tensor([1.0, 90.0]), torch.tensor([2.0, 10.0]))
+        tensor([1., 2.])
+    """
+    values = activations.double()
+    if mean is not None:
+        values = values - mean
+    if std is not None:
+        values = values / std.clamp(min=1e-12)
+    return values.sum(dim=1).to(activations.dtype)
