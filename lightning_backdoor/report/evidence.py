@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-__all__ = ["Evidence"]
+from lightning_backdoor.errors import ArgumentError
+
+__all__ = ["Evidence", "Table"]
+
+Table = tuple[Sequence[str], Sequence[Sequence[str | int | float]]]  # the head, and rows with one cell per column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,11 @@ class Evidence:
         max_removed: The limit that the user set, as a fraction of the training set.
         rewound: ``True`` if training started again from its first weights, ``False`` if it went on with the weights
             it had, ``None`` if this is not known.
+        figures: More pictures, title to PNG bytes, each shown in a section of its own after the classes.
+        tables: More tables, title to ``(head, rows)``, shown before these pictures: the first 100 rows of each.
+
+    Raises:
+        ArgumentError: A figure is not PNG, or a row has not one cell per column.
     """
 
     classes: Sequence[str] | None = None
@@ -38,6 +47,23 @@ class Evidence:
     wanted: int | None = None
     max_removed: float | None = None
     rewound: bool | None = None
+    figures: Mapping[str, bytes] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for title, png in self.figures.items():
+            if not png.startswith(b"\x89PNG\r\n"):
+                raise ArgumentError(
+                    f"`figures` must map titles to PNG bytes, got {png[:8]!r}… for '{title}'. "
+                    "Save the figure with format='png'."
+                )
+        for title, (head, rows) in self.tables.items():
+            for row in rows:
+                if len(row) != len(head):
+                    raise ArgumentError(
+                        f"`tables` must map titles to a head and rows with one cell per column: '{title}' has "
+                        f"{len(head)} columns and a row of {len(row)} cells, {tuple(row)}."
+                    )
 
     def class_name(self, label: int) -> str:
         """Return the name of a label; ``class 7`` where no name is known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 
 from torch import Tensor
@@ -21,6 +21,7 @@ __all__ = ["page"]
 
 _CLASS_ROWS = 30
 _REMOVED_ROWS = 100
+_TABLE_ROWS = 100
 
 
 def _data_url(png: bytes) -> str:
@@ -41,10 +42,14 @@ def _prose(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
-def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
-    """Build a table of cells that are HTML already; columns of numbers are aligned by the style sheet."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
+def _table(head: list[str], rows: list[list[str]], kind: str = "", numbers: Collection[int] = ()) -> str:
+    """Build a table of cells that are HTML already; ``numbers`` are the columns that are aligned to the right."""
+    marks = [' class="number"' if column in numbers else "" for column in range(len(head))]
+    top = "".join(f'<th scope="col"{mark}>{cell}</th>' for cell, mark in zip(head, marks, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{mark}>{cell}</td>" for cell, mark in zip(row, marks, strict=True)) + "</tr>\n"
+        for row in rows
+    )
     table = f'<table class="{kind}"><thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table>'
     return f'<div class="scroll">{table}</div>'
 
@@ -142,11 +147,32 @@ def _classes(rows: list[ClassRow], evidence: Evidence) -> str:
         ]
         for row in rows[:_CLASS_ROWS]
     ]
-    table = _table(["class", "images", "removed", "share removed", "median score"], cells, "classes")
+    table = _table(["class", "images", "removed", "share removed", "median score"], cells, "classes", range(1, 5))
     left = rows[_CLASS_ROWS:]
     removed = sum(row.removed for row in left)
     more = f"<p>{count(len(left), 'more class')} with {count(removed, 'removed image')}.</p>" if left else ""
     return f"<section><h2>The classes</h2>{table}{more}</section>"
+
+
+def _given(evidence: Evidence) -> str:
+    """Build the sections that the evidence brings along: its tables, then its pictures."""
+    return "".join(
+        f"<section><h2>{escape(title)}</h2>{_given_table(head, rows)}</section>\n"
+        for title, (head, rows) in evidence.tables.items()
+    ) + "".join(
+        f'<section><h2>{escape(title)}</h2><figure class="picture"><div class="scroll">'
+        f'<img src="{_data_url(png)}" alt="{escape(title)}"></div></figure></section>\n'
+        for title, png in evidence.figures.items()
+    )
+
+
+def _given_table(head: Sequence[str], rows: Sequence[Sequence[str | int | float]]) -> str:
+    columns = range(len(head))
+    numbers = [column for column in columns if rows and not any(isinstance(row[column], str) for row in rows)]
+    cells = [[escape(number(cell)) for cell in row] for row in rows[:_TABLE_ROWS]]
+    left = len(rows) - len(cells)
+    more = f"<p>{count(left, 'more row')}.</p>" if left else ""
+    return _table([escape(name) for name in head], cells, numbers=numbers) + more
 
 
 def _removed(verdict: Verdict, evidence: Evidence) -> str:
@@ -158,7 +184,7 @@ def _removed(verdict: Verdict, evidence: Evidence) -> str:
         for position in removed[:_REMOVED_ROWS].tolist()
     ]
     title = "The removed images" if len(rows) == len(removed) else f"The first {len(rows)} removed images"
-    table = _table(["position in the dataset", "class", "score"], rows, "removed-rows")
+    table = _table(["position in the dataset", "class", "score"], rows, numbers=[2])
     return f'<section><h2>{title}</h2><p>Most suspicious first.</p><div class="tall">{table}</div></section>'
 
 
@@ -174,15 +200,15 @@ def page(
     histogram: bytes | None,
     note: str = "",
 ) -> str:
-    """Build the page: plain sentences, facts, pictures, classes, removed images.
+    """Build the page: plain sentences, facts, pictures, classes, what else the evidence brings, removed images.
 
     The page holds everything that it shows and loads nothing. Its size is bounded whatever ``N``: 24 images, 30
-    classes, 100 removed images.
+    classes, 100 removed images, 100 rows of each further table.
 
     Args:
         verdict: The verdict, ``N`` samples.
         method: Name of the defence.
-        evidence: Names and facts.
+        evidence: Names and facts, further tables and pictures.
         summary: The sentences, from :func:`~lightning_backdoor.report.sentences.summarise`.
         rows: The table of classes.
         groups: Headings and positions of the images.
@@ -209,6 +235,7 @@ def page(
 {_histogram(histogram)}
 {_images(groups, exhibits, verdict, evidence)}
 {_classes(rows, evidence)}
+{_given(evidence)}
 {_removed(verdict, evidence)}
 <section><h2>The facts</h2>{_facts(verdict, method, evidence)}</section>
 <footer><p>The verdict on every training image: <a href="verdict.csv">verdict.csv</a></p></footer>

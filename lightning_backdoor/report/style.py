@@ -62,8 +62,7 @@ td { overflow-wrap: anywhere; }
 thead th { color: var(--soft); font-weight: 600; white-space: nowrap; background: var(--page); }
 .facts { width: auto; min-width: min(100%, 28rem); }
 .facts th { font-weight: 400; color: var(--soft); padding-right: 2rem; }
-.classes td:nth-child(n+2), .classes th:nth-child(n+2) { text-align: right; white-space: nowrap; }
-.removed-rows td:nth-child(3), .removed-rows th:nth-child(3) { text-align: right; }
+td.number, th.number { text-align: right; } .classes .number { white-space: nowrap; }
 .bar { display: inline-block; width: 6rem; height: .55em; margin-right: .6rem; border-radius: 3px;
   background: linear-gradient(to right, var(--removed) var(--share), var(--line) var(--share)); }
 .tall {

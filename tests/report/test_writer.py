@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import sys
+from base64 import b64encode
 from html.parser import HTMLParser
 
 import pytest
@@ -94,12 +95,55 @@ def test_found_nothing_has_its_own_page(tmp_path):
 
 def test_names_from_strangers_are_escaped(tmp_path):
     evil = "<script>alert('x')</script>"
-    hostile = evidence(classes=[evil] * 4, facts={evil: evil}, variants=(evil, '" onload="x'), score_meaning=evil)
+    hostile = evidence(
+        classes=[evil] * 4,
+        facts={evil: evil},
+        variants=(evil, '" onload="x'),
+        score_meaning=evil,
+        tables={evil: ([evil], [[evil]])},
+        figures={evil: PNG, '" onload="y': PNG},
+    )
     judged = Verdict(**{**vars(verdict()), "rule": evil})
     text = write_report(tmp_path, judged, method=evil, evidence=hostile).read_text("utf-8")
     assert "<script" not in text
     assert "&lt;script&gt;alert" in text
     assert not any("onload" in attrs for _, attrs in Reader(text).tags)
+
+
+PNG = b"\x89PNG\r\n\x1a\n and so on"
+
+
+def test_further_tables_and_figures_follow_the_classes(tmp_path):
+    head, rows = ["layer", "units", "score"], [["conv<1>", 1200, 0.123456], ["conv2", 7, -2.0]]
+    page = written(tmp_path, tables={"Units & layers": (head, rows)}, figures={"The triggers": PNG})
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "Units & layers layer units score conv<1> 1,200 0.1235 conv2 7 −2" in page.text
+    assert '<td>conv&lt;1&gt;</td><td class="number">1,200</td><td class="number">0.1235</td>' in text
+    order = ["The classes", "Units &amp; layers", "The triggers", "The removed images", "The facts"]
+    titles = [text.find(f"<h2>{title}</h2>") for title in order]
+    assert titles == sorted(titles)
+    assert -1 not in titles
+    (picture,) = (attrs for tag, attrs in page.tags if attrs.get("alt") == "The triggers")
+    assert picture["src"] == f"data:image/png;base64,{b64encode(PNG).decode()}"
+
+
+def test_a_long_table_is_cut_and_says_so(tmp_path):
+    page = written(tmp_path, tables={"Long": (["n"], [[f"row-{n}"] for n in range(103)])})
+    assert "row-99" in page.text
+    assert "row-100" not in page.text
+    assert "3 more rows." in page.text
+
+
+def test_without_further_evidence_there_is_no_section(tmp_path):
+    headings = sum(tag == "h2" for tag, _ in written(tmp_path).tags)
+    assert sum(tag == "h2" for tag, _ in written(tmp_path, tables={"T": (["a"], [])}).tags) == headings + 1
+
+
+def test_further_evidence_is_checked_before_anything_is_written():
+    with pytest.raises(ArgumentError, match=r"`figures` must map titles to PNG bytes, got b'GIF89a'… for 'cat'"):
+        evidence(figures={"cat": b"GIF89a"})
+    with pytest.raises(ArgumentError, match=r"`tables` .* 'dogs' has 2 columns and a row of 1 cells, \(1,\)"):
+        evidence(tables={"dogs": (["a", "b"], [[1]])})
 
 
 def test_without_matplotlib_the_table_and_the_page_are_written(tmp_path, no_matplotlib):
