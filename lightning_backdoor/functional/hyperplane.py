@@ -84,7 +84,7 @@ class HyperplaneStatistics:
     def load(self, states: Sequence[Tensor]) -> None:
         """Replace what was counted by that of several processes, from their :meth:`state`."""
         units = self.sums.shape[1]
-        parts = torch.stack(list(states)).split([units, units, units, 1, 1], dim=2)
+        parts = torch.split(torch.stack(list(states)), [units, units, units, 1, 1], dim=2)
         self.largest = parts[0].amax(dim=0)
         self.sums, self.squares = parts[1].sum(dim=0), parts[2].sum(dim=0)
         self.confident, self.others = parts[3].sum(dim=0).squeeze(1), parts[4].sum(dim=0).squeeze(1)
