@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -13,6 +16,8 @@ from torch import Tensor
 from lightning_backdoor.errors import DataError
 
 __all__ = ["RowStore"]
+
+_CANNOT_RESERVE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # the file system does not know how
 
 
 class RowStore:
@@ -51,7 +56,7 @@ class RowStore:
         """Write rows ``values``, uint8 ``(B, ...)``, at ``positions``, long ``(B,)``.
 
         Raises:
-            DataError: If the rows differ in shape from those written before.
+            DataError: If the rows differ in shape from those written before, or the file cannot hold them all.
         """
         if self._values is None:
             self._values = self._allocate(tuple(values.shape[1:]))
@@ -78,8 +83,31 @@ class RowStore:
             self._folder = None
 
     def _allocate(self, shape: tuple[int, ...]) -> np.ndarray:
-        if self.rows * math.prod(shape) <= self.memory_limit:
+        size = self.rows * math.prod(shape)
+        if size <= self.memory_limit:
             return np.empty((self.rows, *shape), dtype=np.uint8)
-        self._folder = tempfile.TemporaryDirectory(prefix="lightning_backdoor_", ignore_cleanup_errors=True)
-        path = Path(self._folder.name) / "rows.dat"
-        return np.memmap(path, dtype=np.uint8, mode="w+", shape=(self.rows, *shape))
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="lightning_backdoor_", ignore_cleanup_errors=True)
+            path = Path(self._folder.name) / "rows.dat"
+            with path.open("wb") as file:
+                _reserve(file, size)
+            return np.memmap(path, dtype=np.uint8, mode="r+", shape=(self.rows, *shape))
+        except OSError as error:
+            self.close()
+            raise DataError(
+                f"The denoised images are more than `cache_bytes` and need {size / 2**30:.2f} GiB in a temporary file, "
+                f"which '{tempfile.gettempdir()}' cannot hold: {error.strerror}. Free space there, set TMPDIR to a "
+                "folder on a larger disk, or raise `cache_bytes` to keep them in memory."
+            ) from error
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Claim the disk space now: where it runs out later, a write to the memory map kills the process (SIGBUS)."""
+    file.truncate(size)
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in _CANNOT_RESERVE:
+            raise

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,3 +118,45 @@ def test_memory_does_not_grow_with_the_rows_on_disk(folder: Path) -> None:
 
     peak(50)
     assert peak(4000) < peak(200) + 20_000  # 4,000 rows are 240 kB
+
+
+def full_disk(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_file_has_its_blocks_before_the_first_row(folder: Path) -> None:
+    store = RowStore(5000, 0)
+    store.write(torch.tensor([0]), draw(1))
+    (file,) = folder.glob("*/rows.dat")
+    assert file.stat().st_size == 5000 * 60
+    assert file.stat().st_blocks * 512 >= 5000 * 60, "a hole in the file is space that can run out"
+    store.close()
+
+
+@pytest.mark.parametrize("function", ["os.posix_fallocate", "tempfile.mkdtemp"])
+def test_a_full_disk_is_an_error_that_names_the_remedy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    monkeypatch.setattr(function, full_disk)
+    store = RowStore(3 * 2**20, 0)
+    with pytest.raises(DataError, match=rf"`cache_bytes`.*0\.18 GiB.*'{folder}'.*No space left.*TMPDIR.*raise"):
+        store.write(torch.tensor([0]), draw(1))
+    assert not list(folder.iterdir())
+    assert not store.on_disk
+    assert not store.has(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, None], ids=["not on this file system", "not on this platform"])
+def test_where_space_cannot_be_claimed_it_works_as_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    def unsupported(*args: Any) -> None:
+        raise OSError(code, "unsupported")
+
+    monkeypatch.delattr(os, "posix_fallocate")
+    if code is not None:
+        monkeypatch.setattr(os, "posix_fallocate", unsupported, raising=False)
+    store = RowStore(3, 0)
+    store.write(torch.tensor([2]), draw(1))
+    assert torch.equal(store.read(torch.tensor([2])), draw(1))
+    store.close()
