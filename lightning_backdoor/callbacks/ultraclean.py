@@ -22,7 +22,8 @@ from lightning_backdoor.functional.modes import Mode
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.denoised_scan import DENOISERS, DenoisedScan
-from lightning_backdoor.trainer.rewind import Rewind, about_to_end, require_rewindable
+from lightning_backdoor.trainer.limits import about_to_end
+from lightning_backdoor.trainer.rewind import Rewind, require_rewindable
 from lightning_backdoor.trainer.training_set import Reading
 from lightning_backdoor.verdict import Verdict
 

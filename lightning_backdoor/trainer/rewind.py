@@ -5,20 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.trainer.compat import CallbackBase
+from lightning_backdoor.trainer.limits import hold_open, release
 
-__all__ = ["Rewind", "about_to_end", "require_rewindable", "restore", "snapshot"]
-
-_UNREACHABLE = 10**9
-_HELD: WeakKeyDictionary[Any, tuple[tuple[int | None, int | None, int], set[int]]] = WeakKeyDictionary()
-"""Trainers kept from ending: their own limits, and which :class:`Rewind` objects still want them open."""
-
+__all__ = ["Rewind", "require_rewindable", "restore", "snapshot"]
 
 _NOT_REWINDABLE = {
     "Timer": (
@@ -118,7 +113,7 @@ class Rewind:
             TrainerError: The weights that the run started from cannot be known.
         """
         if self.is_due:
-            self._hold_open(trainer)
+            hold_open(trainer, self)
         before, self._before_checkpoint = self._before_checkpoint, None
         if before is None or self._start is not None or trainer.ckpt_path is None:
             return
@@ -139,7 +134,7 @@ class Rewind:
     def ask(self, trainer: Any) -> None:
         """Ask for the return; call in ``on_train_epoch_end``."""
         self.is_due = True
-        self._hold_open(trainer)
+        hold_open(trainer, self)
 
     def carry_out(self, trainer: Any, pl_module: Any) -> bool:
         """Return if asked to, and say whether; call in ``on_train_epoch_start``, then draw new batches."""
@@ -155,14 +150,7 @@ class Rewind:
 
     def release(self, trainer: Any) -> None:
         """Put the user's limits on epochs and steps back, once no other defence waits for its return."""
-        if trainer not in _HELD:
-            return
-        limits, holders = _HELD[trainer]
-        holders.discard(id(self))
-        if not holders:
-            loop = trainer.fit_loop
-            loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = limits
-            del _HELD[trainer]
+        release(trainer, self)
 
     def forget(self) -> None:
         """Drop the snapshot: no further return will be asked for."""
@@ -176,13 +164,6 @@ class Rewind:
         """Continue where the checkpoint was written."""
         self.is_due, self.count, self._start = state_dict["is_due"], state_dict["count"], state_dict["start"]
 
-    def _hold_open(self, trainer: Any) -> None:
-        loop = trainer.fit_loop
-        if trainer not in _HELD:
-            _HELD[trainer] = (loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps), set()
-            loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = _UNREACHABLE, -1, -1
-        _HELD[trainer][1].add(id(self))
-
 
 def require_rewindable(trainer: Any) -> None:
     """Raise if a callback rules a return to the start out.
@@ -194,31 +175,6 @@ def require_rewindable(trainer: Any) -> None:
     for name, (what, remedy) in _NOT_REWINDABLE.items():
         if name in classes:
             raise TrainerError(f"{what} {remedy}, or pass `rewind=False`.")
-
-
-def about_to_end(trainer: Any) -> bool:
-    """Whether the fit loop would stop after the epoch that is just ending; call in ``on_train_epoch_end``."""
-    loop = trainer.fit_loop
-    epochs_done = loop.max_epochs not in (None, -1) and loop.epoch_progress.current.processed >= loop.max_epochs
-    steps_done = loop.epoch_loop.max_steps != -1 and trainer.global_step >= loop.epoch_loop.max_steps
-    asked_to = getattr(loop, "_can_stop_early", True) and (trainer.should_stop or _early_stopping_will_ask(trainer))
-    return bool(epochs_done or steps_done or asked_to)
-
-
-def _early_stopping_will_ask(trainer: Any) -> bool:
-    """Whether an EarlyStopping callback will ask for the end: its turn comes after all others, so ask a copy of it."""
-    should_stop = trainer.should_stop
-    try:
-        for callback in trainer.callbacks:
-            if hasattr(callback, "_run_early_stopping_check"):
-                twin = copy.copy(callback)
-                twin.verbose = False
-                twin.on_train_epoch_end(trainer, trainer.lightning_module)
-        return bool(trainer.should_stop)
-    except RuntimeError:  # its metric is logged later; the callback itself will say so if it is not
-        return bool(should_stop)
-    finally:
-        trainer.should_stop = should_stop
 
 
 def _count_from_zero(trainer: Any) -> None:

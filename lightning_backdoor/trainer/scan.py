@@ -17,7 +17,7 @@ from lightning_backdoor.trainer.progress import progress
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["scan", "shard"]
+__all__ = ["all_gather", "scan", "shard"]
 
 Step = Callable[[Tensor, Any], dict[str, Tensor]]
 
@@ -122,7 +122,7 @@ def _fill(table: _Table, trainer: Trainer, loader: Iterable[Any], step: Step, de
 
 def _gather(trainer: Trainer, table: _Table, failure: Exception | None) -> tuple[Tensor, dict[str, Tensor]]:
     """Bring all processes' rows together; a failure on one process becomes an error on every one."""
-    status = _all_gather(trainer, torch.tensor([[0 if failure else table.filled, int(failure is not None)]]))
+    status = all_gather(trainer, torch.tensor([[0 if failure else table.filled, int(failure is not None)]]))
     counts, failed = status[..., 0].flatten().tolist(), bool(status[..., 1].any())
     if failure is not None:
         raise failure
@@ -151,13 +151,13 @@ def _gather_rows(trainer: Trainer, rows: Tensor, counts: list[int]) -> Tensor:
         mine = rows[first : first + portion]
         padded = torch.zeros((min(portion, max(counts) - first), *rows.shape[1:]), dtype=rows.dtype)
         padded[: len(mine)] = mine
-        for rank, part in enumerate(_all_gather(trainer, padded)):
+        for rank, part in enumerate(all_gather(trainer, padded)):
             here = part[: max(0, counts[rank] - first)]
             result[starts[rank] + first : starts[rank] + first + len(here)] = here
     return result
 
 
-def _all_gather(trainer: Trainer, values: Tensor) -> Tensor:
+def all_gather(trainer: Trainer, values: Tensor) -> Tensor:
     """Stack a tensor ``(B, ...)`` of every process to ``(world, B, ...)``, bit by bit and for every dtype."""
     if trainer.world_size == 1:
         return values[None]

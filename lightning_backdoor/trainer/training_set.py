@@ -101,6 +101,15 @@ class TrainingSet:
             logits = _logits(trainer, pl_module, self.layout, self.reading, batch)
             return logits, taps.read()[self.head.name]
 
+    def responses(self, trainer: Any, pl_module: Any, batch: Any, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, K)`` of a batch, and the largest response of every unit of the named layers, float32 ``(B, U)``.
+
+        The units of a layer are the channels of its raw output, before any normalisation or activation.
+        """
+        with Taps(pl_module, names, pooling="max") as taps:
+            logits = _logits(trainer, pl_module, self.layout, self.reading, batch)
+            return logits, torch.cat(list(taps.read().values()), dim=1)
+
     def images(self, indices: Sequence[int]) -> Tensor:
         """Images at some dataset positions as 8-bit pixels, uint8 ``(n, C, H, W)``."""
         with self._view(indices, num_workers=min(self.loader.num_workers, 1)) as view:
