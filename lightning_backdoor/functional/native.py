@@ -1,8 +1,8 @@
 """The inner loop of non-local means in C, compiled at first use where a C compiler is at hand.
 
 PyTorch's single operations go through memory some twenty times per offset; this goes through it once. It does the same
-additions and multiplications in the same order as ``nlm.smooth_tiles``, so the results are equal bit for bit and
-nothing but speed depends on the compiler.
+multiplications as ``nlm.smooth_tiles`` and sums whole numbers that float32 holds exactly, whatever their order, so the
+results are equal bit for bit and nothing but speed depends on the compiler.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 __all__ = ["LANES", "native_kernel"]
 
 LANES = 16  # images that the kernel treats at once
+LARGEST_TEMPLATE = 11  # patches of two planes whose squared differences, 2 · 255² each, sum up to less than 2^24
 
 # tiles [planes][height + 2m][width + 2m], means [planes][height][width], scratch [height * width + 2 (width + 2m)]; all
 # in vectors of LANES floats. An offset and its opposite share a map of weights that begins dy rows above the image.
@@ -106,15 +107,18 @@ void smooth(const vec *tiles, vec *means, vec *scratch, int planes, int height, 
 
 @cache
 def native_kernel(template: int) -> Callable[..., None] | None:
-    """Return the compiled kernel for patches of side ``template``, or ``None`` where none can be had."""
+    """Return the compiled kernel for patches of side ``template``, or ``None`` where none can be had.
+
+    There is none for patches so large that the order of a sum would matter.
+    """
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if os.name != "posix" or compiler is None:
+    if os.name != "posix" or compiler is None or template > LARGEST_TEMPLATE:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "nlm.so"
-        command = [*compiler.split(), "-O3", "-march=native", "-ffp-contract=off", "-w", "-fPIC", "-shared", "-x", "c"]
-        macros = [f"-DTEMPLATE={template}", f"-DLANES={LANES}"]
-        try:
+    command = [*compiler.split(), "-O3", "-march=native", "-ffp-contract=off", "-w", "-fPIC", "-shared", "-x", "c"]
+    macros = [f"-DTEMPLATE={template}", f"-DLANES={LANES}"]
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            library = Path(folder) / "nlm.so"
             subprocess.run(
                 [*command, *macros, "-", "-o", str(library)],
                 input=SOURCE.encode(),
@@ -123,8 +127,8 @@ def native_kernel(template: int) -> Callable[..., None] | None:
                 timeout=60,
             )
             kernel: Callable[..., None] = ctypes.CDLL(str(library)).smooth
-        except (OSError, subprocess.SubprocessError, AttributeError):
-            return None
+    except (OSError, subprocess.SubprocessError, AttributeError):
+        return None
     kernel.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 4 + [ctypes.c_void_p]  # type: ignore[attr-defined]
     kernel.restype = None  # type: ignore[attr-defined]
     return kernel

@@ -97,7 +97,7 @@ def smooth_tiles(tiles: Tensor, h: float, template: int, reach: int) -> Tensor:
         here, there = window(-dy - half, -left - half, *more), window(-half, dx - left - half, *more)
         squares = [(a - b).square_() for a, b in zip(here, there, strict=True)]
         distance = sum(squares[1:], squares[0])
-        distance = _box(_box(distance, 0, template), 1, template)  # exact: whole numbers below 2^24
+        distance = _box(_box(distance, 0, template), 1, template)  # whole numbers, exact below 2^24: template <= 11
         steps = distance.mul_(unit).clamp_(max=len(table) - 1).to(torch.int32)
         weights = table.index_select(0, steps.flatten()).view_as(steps)
         behind = weights[:height, left - dx : left - dx + width]

@@ -22,7 +22,7 @@ from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import denoising
 from lightning_backdoor.functional.denoising import local_median, nl_means
 from lightning_backdoor.functional.lab import rgb_to_lab
-from lightning_backdoor.functional.native import native_kernel
+from lightning_backdoor.functional.native import LARGEST_TEMPLATE, native_kernel
 from lightning_backdoor.functional.selection import select
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -163,7 +163,7 @@ def test_the_other_images_do_not_matter(denoise: Any, channels: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 3, 11, 18), (17, 1, 32, 32), (2, 3, 70, 150)])
-@pytest.mark.parametrize("settings", [(5.0, 5.0, 7, 13), (12.0, 2.0, 3, 5), (5.0, 5.0, 1, 1)])
+@pytest.mark.parametrize("settings", [(5.0, 5.0, 7, 13), (12.0, 2.0, 3, 5), (5.0, 5.0, 1, 1), (90.0, 90.0, 11, 5)])
 def test_the_compiler_does_not_matter(shape: tuple[int, ...], settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if native_kernel(settings[2]) is None:
         pytest.skip("no C compiler")
@@ -185,6 +185,33 @@ def test_without_a_compiler_the_result_is_the_same(compiler: str, monkeypatch: p
         assert torch.equal(nl_means(images), plain)
     finally:
         native_kernel.cache_clear()
+
+
+def test_without_a_temporary_folder_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*args: Any, **kwargs: Any) -> str:
+        raise PermissionError("no place for temporary files")
+
+    images = natural(3, 3, 9, 9)
+    plain = nl_means(images)
+    monkeypatch.setattr(denoising, "NATIVE_FROM", 0)
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    native_kernel.cache_clear()
+    try:
+        assert native_kernel(7) is None
+        assert torch.equal(nl_means(images), plain)
+    finally:
+        native_kernel.cache_clear()
+
+
+def test_the_kernel_serves_the_patches_whose_sums_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And others go the slow way: OpenCV's whole numbers are the oracle, on images of nothing but extremes."""
+    assert 2 * 255**2 * LARGEST_TEMPLATE**2 < 2**24 <= 2 * 255**2 * (LARGEST_TEMPLATE + 2) ** 2
+    assert native_kernel(LARGEST_TEMPLATE + 2) is None
+    monkeypatch.setattr(denoising, "NATIVE_FROM", 0)
+    images = torch.randint(0, 2, (2, 1, 24, 24), dtype=torch.uint8) * 255
+    for template in (LARGEST_TEMPLATE, LARGEST_TEMPLATE + 2, 21):
+        theirs = np.stack([cv2.fastNlMeansDenoising(image[0].numpy(), None, 80, template, 7) for image in images])
+        assert differences(nl_means(images, 80.0, 80.0, template, 7)[:, 0], theirs).max() <= 1
 
 
 @pytest.mark.parametrize("denoise", [local_median, nl_means])
