@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +16,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name only once it is complete.
 
     The bytes go to a hidden neighbour first, which then takes the name in one step. After an exception the neighbour
-    is gone and an older file of that name is still there, unchanged.
+    is gone and an older file of that name is still there, unchanged. The neighbour's name cannot be guessed and nothing
+    of that name is opened, so that in a folder of many users nobody can put a link there first.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    file = unfinished.open("xb")  # unlike those of `tempfile`, with the permissions that the user's umask leaves
     try:
-        with unfinished.open("wb") as file:
+        with file:
             yield file
         unfinished.replace(path)
     finally:

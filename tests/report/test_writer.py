@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import re
+import stat
 import sys
 from base64 import b64encode
 from html.parser import HTMLParser
@@ -195,6 +197,33 @@ def test_an_unfinished_file_leaves_the_old_one(tmp_path):
         interrupted()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_unfinished_file_cannot_be_guessed_and_ends_with_ordinary_permissions(tmp_path):
+    path, names = tmp_path / "verdict.csv", set()
+    before = os.umask(0o027)
+    try:
+        for _ in range(3):
+            with atomic_file(path) as file:
+                names |= {other.name for other in tmp_path.iterdir() if other != path}
+                file.write(b"new")
+    finally:
+        os.umask(before)
+    assert len(names) == 3
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_written_through_a_link_of_the_same_name(tmp_path, monkeypatch):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "known")
+    planted = tmp_path / ".verdict.csv.known.tmp"
+    planted.symlink_to(victim)
+    with pytest.raises(FileExistsError), atomic_file(tmp_path / "verdict.csv") as file:
+        file.write(b"new")
+    assert victim.read_text() == "precious"
+    assert planted.is_symlink()
 
 
 def test_a_file_in_the_way_of_the_folder_is_named(tmp_path):
