@@ -15,11 +15,12 @@ from lightning_backdoor.attacks import poisoned_mask
 from lightning_backdoor.attacks import triggered as make_triggered
 from lightning_backdoor.data.batches import find_layout
 from lightning_backdoor.data.pixels import PixelSpace
+from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.metrics import AttackSuccessRate, DetectionRates, RecoveredAccuracy
 from lightning_backdoor.trainer.compat import CallbackBase
-from lightning_backdoor.trainer.etiquette import isolated_rng, prepare_batch
+from lightning_backdoor.trainer.etiquette import prepare_batch
 from lightning_backdoor.trainer.outputs import call_model
 from lightning_backdoor.trainer.scan import scan, shard
 from lightning_backdoor.verdict import Verdict

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from lightning_backdoor.data.batches import holds_images
+from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.data.structure import leaves_of
 from lightning_backdoor.errors import DataError
 
@@ -52,23 +50,6 @@ def _mix(seed: int, index: int) -> int:
     return z ^ (z >> 31)
 
 
-def _seed_all(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    random.seed(seed)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-
-
 class IndexedView(Dataset[tuple[int, Any]]):
     """Some positions of a dataset as ``(index, item)``, each item read under its own seed.
 
@@ -97,9 +78,9 @@ class IndexedView(Dataset[tuple[int, Any]]):
         """Read one batch; the random state is saved once for all of it."""
         indices = self.indices[list(positions)].tolist()
         items = []
-        with _random_state_kept():
+        with isolated_rng():
             for index in indices:
-                _seed_all(_mix(self.seed, index))
+                seed_all(_mix(self.seed, index))
                 items.append((index, self.dataset[index]))
         return items
 
@@ -116,8 +97,8 @@ class _Collate:
         items = [item for _, item in pairs]
         if self.collate_fn is default_collate:
             return indices, default_collate(items), False
-        with _random_state_kept():
-            _seed_all(_mix(self.seed, int(indices[0])))
+        with isolated_rng():
+            seed_all(_mix(self.seed, int(indices[0])))
             batch = self.collate_fn(items)
         plain = _unmixed(batch, items)
         batch = batch if plain is None else plain

@@ -1,4 +1,4 @@
-"""What a sampler draws from the kept samples alone: plain objects and functions, no Lightning."""
+"""What a sampler draws from the kept samples alone: a rule for each kind of torch's, and one for any other sampler."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.trainer.compat import wrapped_sampler
-from lightning_backdoor.trainer.etiquette import isolated_rng
 
 __all__ = ["Draws", "Kept", "Repeated", "dry_count", "restricted"]
 

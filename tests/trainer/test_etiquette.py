@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_backdoor.errors import TrainerError
-from lightning_backdoor.trainer.etiquette import isolated_rng, prepare_batch, require_unsharded, unobtrusive
+from lightning_backdoor.trainer.etiquette import prepare_batch, require_unsharded, unobtrusive
 from tests.trainer.scan_helpers import LIGHTNING_WARNS, NoisyData, Scanner, Trap, make_trainer, train_loader
 
 pytestmark = LIGHTNING_WARNS
@@ -84,23 +84,6 @@ def test_scan_sees_the_validation_stage_and_no_augmentation() -> None:
     make_trainer([scanner], epochs=1).fit(module, train_loader(NoisyData()))
     assert module.augmented == 4  # the training batches, none of the scan's
     assert any("validat" in stage.lower() for stage in module.seen_stage)
-
-
-def test_isolated_rng_gives_all_streams_back_and_takes_a_seed() -> None:
-    def draw() -> tuple[float, ...]:
-        return torch.rand(1).item(), float(np.random.rand()), random.random()
-
-    with isolated_rng(1):
-        expected = draw()
-    torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    undisturbed = draw()
-    torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    with isolated_rng(1):
-        assert draw() == expected
-    with pytest.raises(KeyError), isolated_rng():  # noqa: PT012
-        draw()
-        raise KeyError
-    assert draw() == undisturbed
 
 
 def attached(module: Any) -> Any:
