@@ -10,18 +10,15 @@ Trains from random weights without ``--pretrained``; it shows the defence at wor
 from __future__ import annotations
 
 import argparse
-import io
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from evidence.data import unpacked  # beside this script, which Python puts first on its path
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
@@ -88,18 +85,16 @@ def load(source: str, images: int | None) -> tuple[Any, Any]:
     if source == "cifar10":
         train, test = (datasets.CIFAR10("data", train=part, download=True) for part in (True, False))
     elif (Path(source) / "cifar10_train.npz").exists():
-        train, test = (packed(Path(source) / f"cifar10_{split}.npz") for split in ("train", "test"))
+        train, test = (packed(Path(source), split) for split in ("train", "test"))
     else:
         train, test = (datasets.ImageFolder(str(Path(source) / part)) for part in ("train", "test"))
     return (train, test) if images is None else (_some(train, images), test)
 
 
-def packed(path: Path) -> Images:
+def packed(folder: Path, split: str) -> Images:
     """All images of a file of packed JPEG images."""
-    file = np.load(path)
-    ends, jpeg = file["offsets"], file["jpeg"]
-    pixels = [np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes()))) for a, b in pairwise(ends)]
-    return Images(pixels, file["labels"].astype(int).tolist(), file["classes"].tolist())
+    images, labels, classes = unpacked(folder, split)
+    return Images(images, labels.tolist(), classes)
 
 
 def _some(dataset: Any, images: int) -> Images:

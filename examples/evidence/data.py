@@ -14,13 +14,18 @@ from torch.utils.data import TensorDataset
 NAME = "CIFAR-10 (JPEG)"
 
 
-def packed_cifar10(folder: Path, split: str) -> TensorDataset:
-    """Images uint8 (N, 3, 32, 32) and labels (N,) of ``split`` ("train" or "test") from ``cifar10_<split>.npz``."""
+def unpacked(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Images uint8 (N, 32, 32, 3), labels (N,) and class names of ``cifar10_<split>.npz`` ("train" or "test")."""
     packed = np.load(folder / f"cifar10_{split}.npz")
     jpeg, offsets = packed["jpeg"], packed["offsets"]
     pixels = [np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes()))) for a, b in pairwise(offsets)]
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-    return TensorDataset(images, torch.from_numpy(packed["labels"].astype(np.int64)))
+    return np.stack(pixels), packed["labels"].astype(np.int64), packed["classes"].tolist()
+
+
+def packed_cifar10(folder: Path, split: str) -> TensorDataset:
+    """The same as a dataset of images uint8 (3, 32, 32) and labels."""
+    images, labels, _ = unpacked(folder, split)
+    return TensorDataset(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels))
 
 
 def per_class(dataset: TensorDataset, count: int) -> TensorDataset:
