@@ -1,4 +1,4 @@
-"""Both Lightning packages, and every private name of Lightning and torch that this library leans on, in one place."""
+"""Both Lightning packages, and a list of the private names of Lightning and torch that training depends on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from torch.utils.data import DistributedSampler
 
 __all__ = [
     "LEDGER",
+    "TORCH_LEDGER",
     "CallbackBase",
     "combined_length",
     "combined_loader",
     "limited",
+    "load_again",
     "rank_zero_info",
     "rank_zero_warn",
     "restart_fetcher",
     "set_limits",
+    "validation_loaders",
     "wrapped_sampler",
 ]
 
@@ -37,12 +40,29 @@ LEDGER = {
     "trainer.fit_loop.epoch_loop.scheduler_progress": "no rewind",
     "trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress": "no rewind",
     "trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress": "no rewind",
+    "trainer.fit_loop._can_stop_early": "a stop that `min_epochs` forbids still brings the scan forward",
+    "trainer.fit_loop._last_train_dl_reload_epoch": "after a rewind, reloads wait for the epoch of the last one",
+    "trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch": "the same for validation",
+    "trainer.fit_loop.epoch_loop.val_loop._data_source": "a resumed run may read the images by the training transform",
+    "trainer._val_check_time_interval": "validation by the clock becomes validation by batches (Lightning 2.6 on)",
+    "pl_module._trainer": "forward passes ignore the Trainer's precision",
+    "pl_module._on_before_batch_transfer": "scans pass a datamodule's `on_before_batch_transfer` over",
+    "EarlyStopping._run_early_stopping_check": "early stopping in the warm-up ends the run without a scan",
+    "ModelCheckpoint._last_global_step_saved": "a step number that was saved before a rewind is not saved again",
+    "DistributedSamplerWrapper.dataset._sampler": "a user's sampler is filtered after it is sharded, not before",
 }
-"""Attributes of a running Trainer that are not promised by Lightning, and what is lost without each of them.
+"""Names that Lightning does not promise, and what is lost without each of them.
 
-Beyond these: ``DataLoader._iterator`` and that a loader's attributes live in its ``__dict__`` (torch), and
-``DistributedSamplerWrapper.dataset._sampler`` (Lightning; see :func:`wrapped_sampler`).
+They begin at the running Trainer, at its module, or at an object of the named class.
 """
+
+TORCH_LEDGER = {
+    "torch.nn.Module._buffers": "ranks scan with their own batch-norm statistics",
+    "torch.nn.modules.batchnorm._BatchNorm": "the package cannot be imported",
+    "torch.utils.data.DataLoader._iterator": "a clone shares the running workers of its loader",
+    "torch.utils.data.dataloader._BaseDataLoaderIter": "the package cannot be imported",
+}
+"""The same for torch; besides, a loader's attributes must live in its ``__dict__``."""
 
 
 def _callback_classes() -> tuple[type, ...]:
@@ -116,6 +136,28 @@ def restart_fetcher(trainer: Any) -> None:
     fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
     if fetcher is not None:
         iter(fetcher)
+
+
+def load_again(trainer: Any) -> None:
+    """Load the data of the current epoch where the user wants loaders reloaded; later reloads count from here."""
+    if not trainer.reload_dataloaders_every_n_epochs:
+        return
+    trainer.fit_loop._last_train_dl_reload_epoch = float("-inf")
+    trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = float("-inf")  # at the next validation
+    trainer.fit_loop.setup_data()
+
+
+def validation_loaders(trainer: Any) -> Any:
+    """The validation loaders in the user's nesting, ``None`` if there are none.
+
+    Lightning asks for them at the first validation, sooner in a new run than in a resumed one. Before that, this asks
+    the user's ``val_dataloader()``, too: an answer to be looked at, not the one that will be validated on.
+    """
+    loaders = trainer.val_dataloaders
+    if loaders is None and trainer.enable_validation:
+        source = getattr(trainer.fit_loop.epoch_loop.val_loop, "_data_source", None)
+        loaders = None if source is None else source.dataloader()
+    return getattr(loaders, "iterables", loaders)
 
 
 def wrapped_sampler(sampler: DistributedSampler[Any]) -> Any | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_backdoor.errors import TrainerError
-from lightning_backdoor.trainer.compat import CallbackBase
+from lightning_backdoor.trainer.compat import CallbackBase, load_again
 from lightning_backdoor.trainer.limits import hold_open, release
 
 __all__ = ["Rewind", "require_rewindable", "restore", "snapshot"]
@@ -137,12 +137,16 @@ class Rewind:
         hold_open(trainer, self)
 
     def carry_out(self, trainer: Any, pl_module: Any) -> bool:
-        """Return if asked to, and say whether; call in ``on_train_epoch_start``, then draw new batches."""
+        """Return if asked to, and say whether; call in ``on_train_epoch_start``, then draw new batches.
+
+        With ``reload_dataloaders_every_n_epochs`` the data are loaded as for a first epoch: a loader may depend on it.
+        """
         if not self.is_due or self._start is None:
             return False
         restore(trainer, pl_module, self._start)
         self.release(trainer)
         trainer.should_stop = False  # a stop that was asked for during the warm-up
+        load_again(trainer)
         self.is_due = False
         self.count += 1
         _announce_again(trainer, self)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
 import operator
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as unified
@@ -17,7 +20,7 @@ from lightning_fabric.utilities.distributed import DistributedSamplerWrapper as 
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_backdoor.trainer import compat
-from lightning_backdoor.trainer.compat import LEDGER, CallbackBase, limited, wrapped_sampler
+from lightning_backdoor.trainer.compat import LEDGER, TORCH_LEDGER, CallbackBase, limited, wrapped_sampler
 from lightning_backdoor.trainer.loaders import clone
 from lightning_backdoor.trainer.samplers import KeepState
 from tests.trainer._recording import (
@@ -102,25 +105,82 @@ def test_a_broken_package_is_named_and_the_other_one_used(monkeypatch: pytest.Mo
         assert compat._callback_classes() == (pl.Callback,)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize("name", LEDGER)
-def test_private_names_exist(package: str, name: str) -> None:
-    trainers, module_class = PACKAGES[package]
+OPTIONAL = {"trainer._val_check_time_interval": (2, 6)}
+"""Names that may be None, and the version that brought them."""
+
+
+def version_of(package: str) -> tuple[int, ...]:
     version = importlib.metadata.version(package.partition(".")[0].replace("_", "-"))
-    missing: list[str] = []
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_private_names_exist(package: str) -> None:
+    trainers, module_class = PACKAGES[package]
+    values: dict[str, Any] = {}
 
     class Looking(trainers.Callback):  # type: ignore[name-defined, misc]
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            try:
-                found = operator.attrgetter(name.removeprefix("trainer."))(trainer)
-            except AttributeError as error:
-                missing.append(str(error))
-            else:
-                if found is None:
-                    missing.append(f"{name} is None")
+            roots = {
+                "trainer": trainer,
+                "pl_module": pl_module,
+                "EarlyStopping": trainers.callbacks.EarlyStopping("loss"),
+                "ModelCheckpoint": trainers.callbacks.ModelCheckpoint(),
+                "DistributedSamplerWrapper": FabricWrapper(SequentialSampler(Points()), num_replicas=2, rank=0),
+            }
+            for name in LEDGER:
+                root, _, path = name.partition(".")
+                try:
+                    values[name] = operator.attrgetter(path)(roots[root])
+                except AttributeError:
+                    values[name] = None
 
     make_trainer([Looking()], package=trainers, max_epochs=1).fit(module_class(), loader())
-    assert not missing, f"{package} {version} lost a name: {missing[0]}. Without it: {LEDGER[name]}"
+    assert values.keys() == LEDGER.keys()
+    missing = {name: LEDGER[name] for name, value in values.items() if value is None and name not in OPTIONAL}
+    assert not missing, f"{package} {version_of(package)} lost a name, and with it: {missing}"
+    trainer = make_trainer([], package=trainers)
+    for name, since in OPTIONAL.items():
+        assert version_of(package) < since or hasattr(trainer, name.removeprefix("trainer.")), name
+
+
+@pytest.mark.parametrize("name", TORCH_LEDGER)
+def test_private_names_of_torch_exist(name: str) -> None:
+    holder, _, attribute = name.rpartition(".")
+    found = {"torch.nn.Module": torch.nn.Linear(1, 1), "torch.utils.data.DataLoader": DataLoader(Points())}
+    assert hasattr(found.get(holder) or importlib.import_module(holder), attribute), TORCH_LEDGER[name]
+
+
+def private(name: Any) -> bool:
+    return isinstance(name, str) and bool(re.fullmatch(r"_(?!_|fields$|lightning_backdoor)[A-Za-z]\w*", name))
+
+
+def private_names_used() -> set[str]:
+    """Private names that modules of `trainer` and `callbacks` read from objects that are not their own."""
+    used: set[str] = set()
+    own: set[str] = set()
+    root = Path(compat.__file__).parents[1]
+    for path in [*(root / "trainer").glob("*.py"), *(root / "callbacks").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                (own if is_own else used).add(node.attr)
+            elif isinstance(node, ast.FunctionDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Constant):  # for `getattr`, `hasattr` and `vars`
+                used |= {node.value} if private(node.value) else set()
+            elif isinstance(node, ast.ImportFrom):
+                used |= {alias.name for alias in node.names}
+    listed = private_names_listed()
+    return {name for name in used - (own - listed) if private(name)}
+
+
+def private_names_listed() -> set[str]:
+    return {part for name in (*LEDGER, *TORCH_LEDGER) for part in name.split(".") if private(part)}
+
+
+def test_every_private_name_in_use_is_listed_and_no_other() -> None:
+    assert private_names_used() == private_names_listed()
 
 
 def test_names_that_are_called_may_be_called() -> None:
