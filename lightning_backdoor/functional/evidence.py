@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.functional.decisions import limit_removed, select_fraction
+from lightning_backdoor.functional.decisions import limit_removed, natural_break, select_fraction
 from lightning_backdoor.functional.modes import MIN_SEPARATION, Mode, find_modes, mode_scores
 
-__all__ = ["Decision", "add_removed", "decide"]
+__all__ = ["Decision", "add_removed", "decide", "decide_by_break"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def decide(
     considered: Tensor | None = None,
     fraction: float | None = None,
     by_ranking: bool = False,
+    removed: Tensor | None = None,
     max_removed: float = 0.3,
 ) -> Decision:
     """Judge every sample.
@@ -56,6 +57,8 @@ def decide(
         fraction: Remove this share of the considered samples, whatever the data look like; ``None`` removes the second
             modes that pass the gate, if there are any.
         by_ranking: With ``fraction``: cut ``ranking`` itself instead of the mode scores.
+        removed: With ``fraction``: samples that earlier decisions removed, bool, shape ``(N,)``; they come first and
+            count, so that the share is that of all decisions together.
         max_removed: Largest share of all samples that may be removed, in ``(0, 1)``.
 
     Returns:
@@ -63,10 +66,12 @@ def decide(
         infinite.
 
     Raises:
-        ArgumentError: If ``by_ranking`` comes without a ``fraction``.
+        ArgumentError: If ``by_ranking`` or ``removed`` comes without a ``fraction``.
     """
     if by_ranking and fraction is None:
         raise ArgumentError("`by_ranking` cuts a share of the ranking: pass `fraction`, the share, with it.")
+    if removed is not None and fraction is None:
+        raise ArgumentError("`removed` counts towards `fraction`: pass it, or leave the removed samples out.")
     considered = torch.ones(len(labels), dtype=torch.bool) if considered is None else considered
     modes = (
         []
@@ -74,16 +79,17 @@ def decide(
         else [mode for mode in find_modes(values, labels) if bool(considered[labels == mode.label].any())]
     )
     scores = ranking.float().clone() if by_ranking else mode_scores(values, labels, modes, ranking)
+    order = scores if removed is None else scores.masked_fill(removed, math.inf)
     if fraction is not None:
         inside = considered.nonzero().squeeze(1)
         keep = torch.ones(len(labels), dtype=torch.bool)
-        keep[inside], threshold = select_fraction(scores[inside], fraction)
+        keep[inside], threshold = select_fraction(order[inside], fraction)
         rule = f"fraction({fraction:g})"
     else:
         keep, threshold = ~(considered & (scores > 0.5)), 0.5 if modes else math.inf
         rule = f"second_mode(separation>={MIN_SEPARATION:g})"
     wanted = int((~keep).sum())
-    limited = limit_removed(scores, keep, max_removed)
+    limited = limit_removed(order, keep, max_removed)
     if int((~limited).sum()) < wanted:
         keep, rule = limited, f"{rule}, max_removed({max_removed:g})"
         threshold = float(scores[keep & considered].max())
@@ -121,3 +127,21 @@ def add_removed(decision: Decision, scores: Tensor, keep: Tensor, *, threshold: 
         threshold=float(decision.scores[still].max()) if 0 < len(new) == budget else min(decision.threshold, threshold),
         wanted=decision.wanted + int((removed & decision.keep).sum()),
     )
+
+
+def decide_by_break(scores: Tensor, *, max_removed: float = 0.3) -> Decision:
+    """Judge every sample by the natural break of the scores, as NONE does; there is one in any data.
+
+    Args:
+        scores: Float, shape ``(N,)``; larger is more suspicious.
+        max_removed: Largest share of the samples that may be removed, in ``(0, 1)``.
+    """
+    if bool((scores == scores[0]).all()):
+        return Decision(scores, torch.ones(len(scores), dtype=torch.bool), math.inf, "natural_break", (), 0)
+    threshold, rule = natural_break(scores), "natural_break"
+    keep = scores <= threshold
+    wanted = int((~keep).sum())
+    limited = limit_removed(scores, keep, max_removed)
+    if not torch.equal(limited, keep):
+        keep, threshold, rule = limited, float(scores[limited].max()), f"{rule}, max_removed({max_removed:g})"
+    return Decision(scores, keep, threshold, rule, (), wanted)

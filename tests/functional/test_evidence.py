@@ -100,6 +100,8 @@ def test_cutting_the_ranking_needs_a_share() -> None:
     values, ranking, labels, _ = data()
     with pytest.raises(ArgumentError, match="pass `fraction`"):
         decide(values, ranking, labels, by_ranking=True)
+    with pytest.raises(ArgumentError, match="counts towards `fraction`"):
+        decide(values, ranking, labels, removed=labels == 1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -178,3 +180,39 @@ def test_a_later_decision_that_finds_nothing_changes_nothing() -> None:
     assert joined.threshold == 0.5
     assert joined.scores.tolist() == [0, 1, 0]
     assert joined.wanted == 1
+
+
+@pytest.mark.parametrize("target", [None, 1])
+def test_a_fraction_is_that_of_all_decisions_together(target: int | None) -> None:
+    values, ranking, labels, _ = data()
+    considered = labels >= 0 if target is None else labels == target
+    count = int(considered.sum())
+
+    def look(ranking: Tensor, fraction: float, before: Decision | None, max_removed: float = 0.9) -> Decision:
+        found = decide(
+            values,
+            ranking,
+            labels,
+            considered=considered,
+            fraction=fraction,
+            by_ranking=True,
+            removed=None if before is None else ~before.keep,
+            max_removed=max_removed,
+        )
+        if before is None:
+            return found
+        return add_removed(found, before.scores, before.keep, threshold=found.threshold, max_removed=max_removed)
+
+    first = look(ranking, 0.1, None)
+    same = look(-ranking, 0.1, first)
+    assert torch.equal(same.keep, first.keep)
+    assert same.wanted == int(0.1 * count)
+    more = look(-ranking, 0.25, first)
+    assert int((~more.keep).sum()) == more.wanted == int(0.25 * count)
+    assert not bool((more.keep & ~first.keep).any())
+    added, kept = -ranking[first.keep & ~more.keep], -ranking[more.keep & considered]
+    assert float(added.min()) > float(kept.max()) == more.threshold
+    capped = look(-ranking, 0.25, first, max_removed=0.12 * count / 600)
+    assert int((~capped.keep).sum()) == int(0.12 * count / 600 * 600)
+    assert not bool((capped.keep & ~first.keep).any())
+    assert capped.wanted == int(0.25 * count)
