@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ArgumentError, DataError, TrainerError
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.writer import write_report
-from lightning_backdoor.trainer.compat import CallbackBase, rank_zero_warn
+from lightning_backdoor.trainer.compat import CallbackBase, rank_zero_warn, validation_loaders
 from lightning_backdoor.trainer.curation import Curation, curation_of
-from lightning_backdoor.trainer.etiquette import isolated_rng, require_unsharded
+from lightning_backdoor.trainer.etiquette import require_unsharded
 from lightning_backdoor.trainer.training_set import Reading, TrainingSet, open_training_set
 from lightning_backdoor.verdict import Verdict
 
@@ -131,9 +132,10 @@ class Defense(CallbackBase):
                 f"The checkpoint was written by a newer lightning_backdoor (state {state_dict['schema']}, known: "
                 f"{SCHEMA}). Update the package to resume from it."
             )
-        self.verdict = None if state_dict["verdict"] is None else Verdict(**state_dict["verdict"])
+        verdict = None if state_dict["verdict"] is None else Verdict(**state_dict["verdict"])
         if self._curation is not None:
-            self._curation.set_keep(self.state_key, None if self.verdict is None else self.verdict.keep)
+            self._curation.set_keep(self.state_key, None if verdict is None else verdict.keep)
+        self.verdict = verdict
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
@@ -145,15 +147,18 @@ class Defense(CallbackBase):
         self._curation = None
         self._training_set = None
 
-    def _adopt(self, verdict: Verdict) -> bool:
-        """Curate by a new verdict; True if it removes samples that were still in training."""
+    def _adopt(self, verdict: Verdict) -> int:
+        """Curate by a new verdict and return how many samples it removes that were still in training.
+
+        A verdict that cannot be carried out is an error and leaves the one before in place.
+        """
         before = None if self.verdict is None else self.verdict.keep
-        self.verdict = verdict
-        removes = bool((~verdict.keep if before is None else before & ~verdict.keep).any())
-        if removes and self._curation is not None:
+        removed = int((~verdict.keep if before is None else before & ~verdict.keep).sum())
+        if removed and self._curation is not None:
             self._curation.set_keep(self.state_key, verdict.keep)
             self._curation.refresh()
-        return removes
+        self.verdict = verdict
+        return removed
 
     def _write_report(self, trainer: Any, evidence: Evidence) -> None:
         """Write the report of the verdict: into the user's folder, else beside the logs. Every rank must call it."""
@@ -162,8 +167,11 @@ class Defense(CallbackBase):
             return
         if not trainer.is_global_zero or self.verdict is None or self._training_set is None:
             return
-        default = Path(logs or ".") / "lightning_backdoor" / self.state_key.removeprefix("lightning_backdoor.")
-        folder = default if self.report_dir is None else Path(self.report_dir)
+        own = self.state_key.removeprefix("lightning_backdoor.")
+        if self.report_dir is None:
+            folder = Path(logs or ".") / "lightning_backdoor" / own
+        else:
+            folder = Path(self.report_dir) if self.name is None else Path(self.report_dir) / own
         named = replace(evidence, classes=getattr(self._training_set.loader.dataset, "classes", None))
         with isolated_rng():
             try:
@@ -186,7 +194,8 @@ def _require_same_data(verdict: Verdict, data: TrainingSet) -> None:
 
 def _validation_dataset(trainer: Any) -> Any:
     """Dataset of the first validation loader, if there is one."""
-    loaders = trainer.val_dataloaders
+    with isolated_rng():
+        loaders = validation_loaders(trainer)
     while isinstance(loaders, (list, tuple, dict)) and loaders:
         loaders = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders[0]
     return loaders.dataset if isinstance(loaders, torch.utils.data.DataLoader) else None

@@ -16,12 +16,11 @@ from lightning_backdoor.callbacks.defense import (
     require_one_of,
     require_positive,
 )
+from lightning_backdoor.callbacks.looks import Look, evidence, largest_separation, sentence
 from lightning_backdoor.callbacks.schedule import is_due, warmup_or_half
 from lightning_backdoor.functional.evidence import Decision, add_removed, decide
-from lightning_backdoor.functional.modes import Mode
-from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.denoised_scan import DENOISERS, DenoisedScan
+from lightning_backdoor.trainer.denoised_scan import DenoisedScan
 from lightning_backdoor.trainer.limits import about_to_end
 from lightning_backdoor.trainer.rewind import Rewind, require_rewindable
 from lightning_backdoor.trainer.training_set import Reading
@@ -30,11 +29,6 @@ from lightning_backdoor.verdict import Verdict
 __all__ = ["UltraCleanCallback"]
 
 MAX_REWINDS = 2
-MEANINGS = {
-    "auto": "It measures whether the image belongs to a second population inside its class, by what the model sees in "
-    "it and how that moves when the image is gently denoised.",
-    "paper": "It measures how much the answer of the model changes when the image is gently denoised.",
-}
 
 
 class UltraCleanCallback(Defense):
@@ -60,13 +54,15 @@ class UltraCleanCallback(Defense):
         score: ``"auto"`` looks for a second mode in the features and their movement; ``"paper"`` is L1 on the outputs.
         output: What ``score="paper"`` compares: ``"logits"`` or ``"softmax"`` (which saturates and ranks poorly).
         rule: ``"auto"`` removes second modes that pass the no-poison gate; ``"fraction"`` removes the top ``fraction``.
-        fraction: Share of the looked-at samples that ``rule="fraction"`` removes, in ``(0, 1)``.
+        fraction: Share of the looked-at samples that ``rule="fraction"`` removes, in all, in ``(0, 1)``.
         max_removed: Largest share of the training set that may be removed, in ``(0, 1)``.
         target_class: Look only at samples with this label (the paper's known-class scenario).
         rewind: Go back to the start of fit after samples were removed; ``False`` trains on from there, without a last
             look.
-        rescore_every: Scan again every so many epochs after the first scan; removed samples stay removed.
-        report_dir: Folder for the report. ``None``: beside the logger's files; without a logger there is no report.
+        rescore_every: Scan again every so many epochs after the first scan; removed samples stay removed. With
+            ``rule="fraction"`` the first scan removes all that may go, and later ones renew the scores of the rest.
+        report_dir: Folder for the report; with a ``name``, a folder of that name in it (``UltraClean.<name>``).
+            ``None``: beside the logger's files; without a logger there is no report.
         forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``, for models that cannot be called with
             the images alone.
         batch_fn: ``batch_fn(batch)`` returns images and labels, for batches in which they cannot be found.
@@ -130,6 +126,7 @@ class UltraCleanCallback(Defense):
         self.rescore_every = require_positive("rescore_every", rescore_every)
         self.cache_bytes = cache_bytes
         self._last_scan: int | None = None  # epochs before it, counted from the last rewind
+        self._looks: list[Look] = []
         self._rewind = Rewind()
         self._scanner: DenoisedScan | None = None
 
@@ -181,13 +178,16 @@ class UltraCleanCallback(Defense):
         began = time.monotonic()
         found = self._scan(trainer, pl_module)
         decision = trainer.strategy.broadcast(self._decide(found), src=0)  # float ties must not tell ranks apart
-        removes = self._adopt(
+        removed = self._adopt(
             Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, found["labels"])
         )
         self._last_scan = trainer.current_epoch + 1
-        if removes and self.rewind and self._rewind.count < MAX_REWINDS:
+        if removed and self.rewind and self._rewind.count < MAX_REWINDS:
             self._rewind.ask(trainer)
-        self._tell(trainer, pl_module, decision, time.monotonic() - began)
+        modes = tuple((mode.label, mode.separation) for mode in decision.modes)
+        run, rewinds = self._rewind.count + 1, self._rewind.is_due
+        self._looks.append(Look(self._last_scan, run, removed, decision.wanted, rewinds, modes))
+        self._tell(trainer, pl_module, time.monotonic() - began)
         if not self._looks_again():
             self._forget_images()
 
@@ -200,13 +200,20 @@ class UltraCleanCallback(Defense):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a rewind may come, they include what it goes back to."""
-        return {**super().state_dict(), "last_scan": self._last_scan, "rewind": self._rewind.state_dict()}
+        looks = [look.state_dict() for look in self._looks]
+        return {
+            **super().state_dict(),
+            "last_scan": self._last_scan,
+            "looks": looks,
+            "rewind": self._rewind.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue an interrupted run."""
         super().load_state_dict(state_dict)
         if state_dict:
             self._last_scan = state_dict["last_scan"]
+            self._looks = [Look(**look) for look in state_dict["looks"]]
             self._rewind.load_state_dict(state_dict["rewind"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -250,53 +257,42 @@ class UltraCleanCallback(Defense):
         return self._scanner.run(trainer, pl_module)
 
     def _decide(self, found: dict[str, Tensor]) -> Decision:
-        old, paper = self.verdict, self.score == "paper"
-        if old is not None and self.rule == "auto":  # beside what was removed, the clean rest of a class is a mode
+        old, paper, by_fraction = self.verdict, self.score == "paper", self.rule == "fraction"
+        if old is not None and not by_fraction:  # beside what was removed, the clean rest of a class is a mode
             found = {name: column[old.keep] for name, column in found.items()}
         decision = decide(
             found["susceptibility"][:, None] if paper else found["responses"],
             found["susceptibility"] if paper else found["movement"],
             found["labels"],
             considered=None if self.target_class is None else found["labels"] == self.target_class,
-            fraction=self.fraction if self.rule == "fraction" else None,
-            by_ranking=paper and self.rule == "fraction",
+            fraction=self.fraction if by_fraction else None,
+            by_ranking=paper and by_fraction,
+            removed=None if old is None or not by_fraction else ~old.keep,
             max_removed=self.max_removed,
         )
         if old is None:
             return decision
-        return add_removed(decision, old.scores, old.keep, threshold=old.threshold, max_removed=self.max_removed)
+        threshold = decision.threshold if by_fraction else old.threshold  # scores of two models share no scale
+        return add_removed(decision, old.scores, old.keep, threshold=threshold, max_removed=self.max_removed)
 
-    def _tell(self, trainer: Any, pl_module: Any, decision: Decision, seconds: float) -> None:
-        """Log, print one sentence, and write the report."""
+    def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
+        """Log, print one sentence, and write the report of all looks so far."""
         assert self.verdict is not None
-        total, removed = len(self.verdict), float(len(self.verdict.removed))
-        separation = max((mode.separation for mode in decision.modes), default=0.0)
+        assert self._training_set is not None
+        removed, separation = float(len(self.verdict.removed)), largest_separation(self._looks)
         pl_module.log_dict({"backdoor/ultraclean/removed": removed, "backdoor/ultraclean/separation": separation})
-        then = "removed; training starts again on the rest" if self._rewind.is_due else "removed"
-        rank_zero_info(f"UltraClean looked at {total:,} training images: {removed:,.0f} {then}.")
-        data = self._training_set
-        assert data is not None
-        evidence = Evidence(
-            images=data.images,
-            denoised=lambda indices: [denoise(data.images(indices)) for denoise in DENOISERS],
-            facts={
-                "scan after epoch": trainer.current_epoch + 1,
-                "seconds": round(seconds, 1),
-                "images read with": data.transform.description,
-                "classes with a second mode": _listing(decision.modes),
-            },
-            score_meaning=MEANINGS[self.score],
-            wanted=decision.wanted,
+        rank_zero_info(f"UltraClean {sentence(self._looks, len(self.verdict))}")
+        shown = evidence(
+            self._looks,
+            self._training_set,
+            score=self.score,
+            by_modes=(self.score, self.rule) != ("paper", "fraction"),
+            seconds=seconds,
             max_removed=self.max_removed,
-            rewound=self._rewind.is_due or self._rewind.count > 0 if removed else None,
         )
-        self._write_report(trainer, evidence)
+        self._write_report(trainer, shown)
 
     def _forget_images(self) -> None:
         if self._scanner is not None:
             self._scanner.close()
             self._scanner = None
-
-
-def _listing(modes: tuple[Mode, ...]) -> str:
-    return ", ".join(f"{mode.label} (separation {mode.separation:.1f})" for mode in modes) or "none"

@@ -171,6 +171,14 @@ def test_max_removed_is_a_cap_on_all_scans_together() -> None:
     assert sizes == sorted(sizes, reverse=True), "removed samples stay removed"
 
 
+@pytest.mark.parametrize(("settings", "removed"), [({}, 8), ({"target_class": 2}, 2)], ids=["all", "one class"])
+def test_a_fraction_is_removed_once_however_often_it_looks(settings: dict[str, Any], removed: int) -> None:
+    callback = always(warmup_epochs=1, fraction=0.125, max_removed=0.9, rewind=False, rescore_every=1, **settings)
+    _, module = fit([callback], epochs=5)
+    assert len(callback.verdict.removed) == removed
+    assert [len(positions) for _, positions in module.epochs()] == [64, *[64 - removed] * 4]
+
+
 def test_rescores_every_so_many_epochs() -> None:
     class Counting(UltraCleanCallback):
         def _scan(self, trainer: Any, pl_module: Any) -> Any:
@@ -207,6 +215,13 @@ def test_no_logger_no_files_unless_a_folder_is_named(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
     fit([always(report_dir="mine")])
     assert (tmp_path / "mine" / "report.html").exists()
+
+
+def test_two_instances_share_a_folder_by_their_names(tmp_path: Path) -> None:
+    fit([always(name="a", report_dir=tmp_path, target_class=0), always(name="b", report_dir=tmp_path, target_class=1)])
+    assert {path.name for path in tmp_path.iterdir()} == {"UltraClean.a", "UltraClean.b"}
+    tables = {path: (path / "verdict.csv").read_text() for path in tmp_path.iterdir()}
+    assert len(set(tables.values())) == 2
 
 
 def test_fast_dev_run_does_not_scan() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,6 +160,16 @@ def test_a_mask_that_leaves_less_than_a_batch() -> None:
     callback = always(warmup_epochs=1, max_removed=0.9, fraction=0.6)
     error = refused(callback, DataLoader(Pictures(), batch_size=40, drop_last=True), r"batch", DataError)
     assert any(word in str(error) for word in ("batch_size", "drop_last", "max_removed"))
+
+
+def test_a_mask_that_is_refused_leaves_no_verdict_and_no_report(tmp_path: Path) -> None:
+    callback = always(warmup_epochs=1, max_removed=0.9, fraction=0.6, report_dir=tmp_path / "report")
+    train = DataLoader(Pictures(), batch_size=40, drop_last=True)
+    refused(callback, train, "less than one batch", DataError)
+    assert callback.verdict is None
+    assert not (tmp_path / "report").exists()
+    assert callback.state_dict()["looks"] == []
+    assert len(train) == 1
 
 
 def test_one_label_only() -> None:

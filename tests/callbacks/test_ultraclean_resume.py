@@ -12,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_backdoor import UltraCleanCallback
@@ -20,6 +21,7 @@ from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     FirstBatches,
     Net,
+    Pairs,
     Pictures,
     always,
     loader_of,
@@ -79,10 +81,76 @@ def test_resumed_anywhere_it_ends_the_same(tmp_path: Path, settings: dict[str, A
         again, module = run([resumed], path, val=val)
         assert torch.equal(resumed.verdict.keep, whole.verdict.keep), path.name
         assert torch.equal(resumed.verdict.scores, whole.verdict.scores), path.name
+        assert resumed.state_dict()["looks"] == whole.state_dict()["looks"], path.name
         assert same_state(module, expected), path.name
         assert again.current_epoch == trainer.current_epoch, path.name
         assert again.global_step == trainer.global_step, path.name
         assert again.max_epochs == 3
+
+
+class Turned(Pairs):
+    """Images behind a transform, as torchvision's datasets hold it."""
+
+    def __init__(self, transform: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.transform = transform
+
+    def __getitem__(self, i: int) -> Any:
+        image, label = super().__getitem__(i)
+        return self.transform(image), label
+
+
+def mirrored(image: Tensor) -> Tensor:
+    return image.flip(-1)
+
+
+def upright(image: Tensor) -> Tensor:
+    return image
+
+
+class OwnLoaders(Net):
+    """Makes its own loaders, and draws a number for the validation set."""
+
+    def train_dataloader(self) -> Any:
+        return loader_of(Turned(mirrored))
+
+    def val_dataloader(self) -> Any:
+        return loader_of(Turned(upright, seed=int(torch.randint(1, 9, ()))))
+
+
+@pytest.mark.parametrize("settings", [{}, {"limit_val_batches": 0}], ids=["validation", "no validation"])
+def test_a_resumed_run_reads_the_images_through_the_same_transform(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """A new run has seen its validation set in the sanity check; a resumed one meets it at the first validation."""
+
+    class Telling(UltraCleanCallback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_start(trainer, pl_module)
+            assert self._training_set is not None
+            self.source = self._training_set.transform.source
+
+    def train(callbacks: list[Any], ckpt: Path | None = None, **kwargs: Any) -> Any:
+        torch.manual_seed(0)
+        module, trainer = OwnLoaders(), make_trainer(callbacks, 3, check_val_every_n_epoch=3, **kwargs)
+        trainer.fit(module, ckpt_path=ckpt)
+        return module
+
+    whole, saver = Telling(warmup_epochs=2, rule="fraction", fraction=0.25), SaveAll(tmp_path)
+    train([whole, saver], num_sanity_val_steps=1, **settings)
+    resumed = Telling(warmup_epochs=2, rule="fraction", fraction=0.25)
+    train([resumed], saver.paths[0], **settings)
+    assert whole.source == resumed.source == ("training" if settings else "validation")
+    assert torch.equal(whole.verdict.scores, resumed.verdict.scores)
+    assert torch.equal(whole.verdict.keep, resumed.verdict.keep)
+
+
+def test_a_look_at_the_validation_set_draws_no_random_numbers() -> None:
+    def train(callbacks: list[Any]) -> Any:
+        torch.manual_seed(0)
+        module = OwnLoaders()
+        make_trainer(callbacks, 3, check_val_every_n_epoch=3).fit(module)
+        return module
+
+    assert same_state(train([]), train([always(fraction=1e-3)]))
 
 
 def test_resumed_with_workers(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""What the scans of a run found, one after the other, in words and numbers for the user."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_backdoor.report.evidence import Evidence
+from lightning_backdoor.trainer.denoised_scan import DENOISERS
+from lightning_backdoor.trainer.training_set import TrainingSet
+
+__all__ = ["Look", "evidence", "largest_separation", "sentence"]
+
+MEANINGS = {
+    "auto": "It measures whether the image belongs to a second population inside its class, by what the model sees in "
+    "it and how that moves when the image is gently denoised.",
+    "paper": "It measures how much the answer of the model changes when the image is gently denoised.",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """One scan and what followed from it, in plain values that a checkpoint can hold.
+
+    Attributes:
+        epochs: Epochs trained before it, counted from the last rewind.
+        run: 1 before the first rewind of this defence, 2 after it, and so on.
+        removed: Samples that it removed.
+        wanted: Samples that the rule pointed at in all, before ``max_removed`` limited it.
+        rewinds: Whether training started again because of it.
+        modes: Label and separation of every second mode that it found.
+    """
+
+    epochs: int
+    run: int
+    removed: int
+    wanted: int
+    rewinds: bool
+    modes: tuple[tuple[int, float], ...]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that load with ``weights_only=True``."""
+        return asdict(self)
+
+    @property
+    def when(self) -> str:
+        """When it took place, for a reader: ``epoch 5``, ``epoch 5 of run 2``."""
+        return f"epoch {self.epochs}" if self.run == 1 else f"epoch {self.epochs} of run {self.run}"
+
+
+def sentence(looks: list[Look], total: int) -> str:
+    """Say what the latest look found.
+
+    Args:
+        looks: All looks so far, at least one.
+        total: Samples of the training set.
+    """
+    *earlier, latest = looks
+    before = sum(look.removed for look in earlier)
+    then = "; training starts again on the rest" if latest.rewinds else ""
+    if not before:
+        return f"looked at {total:,} training images: {latest.removed:,} removed{then}."
+    if not latest.removed:
+        return f"looked again at {total:,} training images: nothing new was found; {before:,} stay removed."
+    return (
+        f"looked again at {total:,} training images: {latest.removed:,} more removed, {before + latest.removed:,} in "
+        f"all{then}."
+    )
+
+
+def largest_separation(looks: list[Look]) -> float:
+    """The largest separation of all modes found so far, 0 without one."""
+    return max((separation for look in looks for _, separation in look.modes), default=0.0)
+
+
+def evidence(
+    looks: list[Look], data: TrainingSet, *, score: str, by_modes: bool, seconds: float, max_removed: float
+) -> Evidence:
+    """What the report shows beside the verdict that all looks together led to.
+
+    Args:
+        looks: All looks so far, at least one.
+        data: Where the images come from.
+        score: The user's ``score``.
+        by_modes: Whether second modes were looked for at all.
+        seconds: Duration of the latest scan.
+        max_removed: The user's ``max_removed``.
+    """
+    modes = [
+        f"{label} (separation {separation:.1f}, found after {look.when})"
+        for look in looks
+        for label, separation in look.modes
+    ]
+    rewound = {look.rewinds for look in looks if look.removed}
+    return Evidence(
+        images=data.images,
+        denoised=lambda indices: [denoise(data.images(indices)) for denoise in DENOISERS],
+        facts={
+            "scans after": ", ".join(look.when for look in looks),
+            "seconds of the last scan": round(seconds, 1),
+            "images read with": data.transform.description,
+            **({"classes with a second mode": ", ".join(modes) or "none"} if by_modes else {}),
+        },
+        score_meaning=MEANINGS[score],
+        wanted=max(look.wanted for look in looks),
+        max_removed=max_removed,
+        rewound=rewound.pop() if len(rewound) == 1 else None,  # some of the times is neither yes nor no
+    )
