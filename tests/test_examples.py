@@ -1,0 +1,72 @@
+"""The examples run as their headers say, from a checkout that is on no path."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples.evidence.data import packed_cifar10, unpacked
+
+ROOT = Path(__file__).parents[1]
+
+
+def pack(folder: Path, split: str, images: int) -> np.ndarray:
+    """Write ``cifar10_<split>.npz`` with flat grey images that brighten with their position, and return the greys."""
+    files, greys = [], np.linspace(0, 255, images).astype(np.uint8)
+    for grey in greys:
+        file = io.BytesIO()
+        Image.fromarray(np.full((32, 32, 3), grey, np.uint8)).save(file, "JPEG", quality=95)
+        files.append(file.getvalue())
+    np.savez(
+        folder / f"cifar10_{split}.npz",
+        jpeg=np.frombuffer(b"".join(files), np.uint8),
+        offsets=np.cumsum([0, *map(len, files)]),
+        labels=np.arange(images, dtype=np.uint8) % 2,
+        classes=np.array(["cat", "dog"]),
+    )
+    return greys
+
+
+def test_packed_images_come_out_in_order(tmp_path: Path) -> None:
+    greys = pack(tmp_path, "train", 6)
+    images, labels, classes = unpacked(tmp_path, "train")
+    assert images.shape == (6, 32, 32, 3)
+    assert np.abs(images[:, 16, 16, 0].astype(int) - greys).max() <= 1
+    assert labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert classes == ["cat", "dog"]
+    image, label = packed_cifar10(tmp_path, "train")[5]
+    assert image.shape == (3, 32, 32)
+    assert int(image.min()) >= 254
+    assert int(label) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [None, "."], ids=["plain", "PYTHONPATH=."])
+def test_the_timm_example_runs(tmp_path: Path, path: str | None) -> None:
+    for split in ("train", "test"):
+        pack(tmp_path, split, 64)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    settings = (
+        f"--model test_resnet --data {tmp_path} --epochs 1 --batch-size 16 --workers 0 --report {tmp_path}/report"
+    )
+    found = subprocess.run(
+        [sys.executable, "examples/timm_imagefolder.py", *settings.split()],
+        cwd=ROOT,
+        env=environment if path is None else {**environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert found.returncode == 0, found.stderr
+    assert [line.split()[0] for line in found.stdout.splitlines() if line[:4] in ("none", "ultr")] == [
+        "none",
+        "ultraclean",
+    ]
