@@ -10,7 +10,15 @@ from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
 
-__all__ = ["HyperplaneStatistics", "bias_scores", "compromise_scores", "strong_thresholds"]
+__all__ = [
+    "HyperplaneStatistics",
+    "bias_scores",
+    "candidate_units",
+    "compromise_scores",
+    "driven_units",
+    "select_units",
+    "strong_thresholds",
+]
 
 SIGMAS = 3.0  # of the responses to inputs that are surely of another class: the usual range of a unit
 FALLBACK_SHARE = 0.01  # of a class's predictions that stand for the confident ones where none is confident
@@ -183,3 +191,59 @@ def bias_scores(activations: Tensor, mean: Tensor | None = None, std: Tensor | N
     if std is not None:
         values = values / std.clamp(min=1e-12)
     return values.sum(dim=1).to(activations.dtype)
+
+
+def candidate_units(statistics: HyperplaneStatistics, limit: int) -> Tensor:
+    """The units worth a closer look: those that some class drives furthest out of their usual range.
+
+    Every class brings its best unit, then its second best, and so on. The excess is measured in usual standard
+    deviations, so that layers of different scale compare.
+
+    Args:
+        statistics: Of all U units.
+        limit: How many units to choose; all of them where there are no more.
+
+    Returns:
+        Unit numbers in ascending order, long ``(M,)`` with M ≤ ``limit``.
+    """
+    units = statistics.sums.shape[1]
+    if units <= limit:
+        return torch.arange(units)
+    _, std = statistics.usual()
+    ranked = (statistics.excess() / std.T.clamp(min=1e-12)).argsort(dim=0, descending=True, stable=True).flatten()
+    place = torch.full((units,), len(ranked)).scatter_reduce_(0, ranked, torch.arange(len(ranked)), "amin")
+    return place.argsort(stable=True)[:limit].sort().values
+
+
+def driven_units(statistics: HyperplaneStatistics) -> Tensor:
+    """How far some samples drive each unit away from its responses to all others.
+
+    Args:
+        statistics: Of two classes: 0 for the others and 1 for the samples in question, given as certainties.
+
+    Returns:
+        Distance of the two means over the sum of the two standard deviations, double ``(U,)``; positive where the
+        samples drive the unit up.
+    """
+    mean, std = statistics.usual()  # row 0: those that are surely not 0
+    return (mean[0] - mean[1]) / (std[0] + std[1]).clamp(min=1e-12)
+
+
+def select_units(scores: Tensor, share: float, *, least: float = -math.inf) -> Tensor:
+    """The units of one layer with the largest scores.
+
+    Args:
+        scores: Float, shape ``(C,)``.
+        share: Largest share of the units to select, in ``(0, 1]``; rounded up, so that one unit always may be.
+        least: Only units with a score above it.
+
+    Returns:
+        Unit numbers, largest score first, long ``(M,)``.
+
+    Example:
+        >>> import torch
+        >>> select_units(torch.tensor([0.1, 5.0, 3.0, 0.2]), 0.5, least=4.0)
+        tensor([1])
+    """
+    order = scores.argsort(descending=True, stable=True)[: math.ceil(share * len(scores))]
+    return order[scores[order] > least]

@@ -13,7 +13,7 @@ from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.trainer.compat import CallbackBase, load_again
 from lightning_backdoor.trainer.limits import hold_open, release
 
-__all__ = ["Rewind", "require_rewindable", "restore", "snapshot"]
+__all__ = ["Rewind", "put_weights", "require_rewindable", "restore", "snapshot", "weights"]
 
 _NOT_REWINDABLE = {
     "Timer": (
@@ -43,12 +43,26 @@ def snapshot(trainer: Any, pl_module: Any) -> dict[str, Any]:
         pl_module: The LightningModule under training.
     """
     return {
-        "module": _cpu(pl_module.state_dict()),
-        "optimizers": [_cpu(optimizer.state_dict()) for optimizer in trainer.optimizers],
+        **weights(trainer, pl_module),
         "schedulers": [_cpu(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
         "precision": _cpu(trainer.precision_plugin.state_dict()),
         **_of_callbacks(trainer),
     }
+
+
+def weights(trainer: Any, pl_module: Any) -> dict[str, Any]:
+    """Copy the module's state and that of the optimizers, as :func:`snapshot` does."""
+    return {
+        "module": _cpu(pl_module.state_dict()),
+        "optimizers": [_cpu(optimizer.state_dict()) for optimizer in trainer.optimizers],
+    }
+
+
+def put_weights(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
+    """Put back what :func:`weights` copied."""
+    pl_module.load_state_dict(state["module"])
+    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
 
 
 def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
@@ -63,9 +77,7 @@ def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
         state: What :func:`snapshot` returned, perhaps read back from a checkpoint.
     """
     state = copy.deepcopy(state)
-    pl_module.load_state_dict(state["module"])
-    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    put_weights(trainer, pl_module, state)
     for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
         config.scheduler.load_state_dict(saved)
     trainer.precision_plugin.load_state_dict(state["precision"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -109,6 +110,21 @@ class TrainingSet:
         with Taps(pl_module, names, pooling="max") as taps:
             logits = _logits(trainer, pl_module, self.layout, self.reading, batch)
             return logits, torch.cat(list(taps.read().values()), dim=1)
+
+    def predict(self, trainer: Any, pl_module: Any, *, description: str) -> Tensor:
+        """Classes that the model gives to all samples, long ``(N,)``."""
+
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            return {"predicted": _logits(trainer, pl_module, self.layout, self.reading, batch).argmax(dim=1)}
+
+        return self.scan(trainer, pl_module, step, description=description)["predicted"]
+
+    def few(self, trainer: Any, pl_module: Any) -> Callable[[], Tensor]:
+        """A function that takes a few images through the model and returns their logits; for finding layers."""
+        positions = list(range(min(len(self), _PROBE_FORWARD)))
+        with self._view(positions, num_workers=min(self.loader.num_workers, 1)) as view:
+            _, batch = next(iter(view))
+        return lambda: _logits(trainer, pl_module, self.layout, self.reading, copy.deepcopy(batch))
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """Images at some dataset positions as 8-bit pixels, uint8 ``(n, C, H, W)``."""

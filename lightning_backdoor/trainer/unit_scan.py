@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_backdoor.functional.hyperplane import HyperplaneStatistics, strong_thresholds
+from lightning_backdoor.functional.hyperplane import (
+    HyperplaneStatistics,
+    bias_scores,
+    candidate_units,
+    driven_units,
+    strong_thresholds,
+)
 from lightning_backdoor.surgery.units import UnitLayer
 from lightning_backdoor.trainer.scan import all_gather
 from lightning_backdoor.trainer.training_set import TrainingSet
 
-__all__ = ["UnitScan"]
+__all__ = ["Measured", "UnitScan"]
 
+MAX_CANDIDATES = 512  # units whose responses are held for every sample, two bytes each
 _HALF = torch.finfo(torch.half).max
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the passes over N training samples and U units gave.
+
+    Attributes:
+        labels: Labels as given, long ``(N,)``.
+        predicted: The model's classes, long ``(N,)``.
+        responses: Largest response of the candidate units, half ``(N, M)``.
+        bias: How far each sample drives the most compromised unit of every layer out of its usual range, added up,
+            float ``(N,)``.
+        raw_bias: The same, of the responses as they are: the authors' score.
+        excess: How far each class drives each unit out of its usual range, double ``(U, K)``.
+        unconfident: Classes without a confident sample, which were given another threshold.
+    """
+
+    labels: Tensor
+    predicted: Tensor
+    responses: Tensor
+    bias: Tensor
+    raw_bias: Tensor
+    excess: Tensor
+    unconfident: tuple[int, ...]
+
+
 class UnitScan:
-    """Two passes over a training set: statistics of all units, then the responses of a few chosen ones.
+    """Passes over a training set that look at the units of a model.
 
     Args:
         data: The training set.
@@ -31,37 +63,54 @@ class UnitScan:
     def __init__(self, data: TrainingSet, layers: Sequence[UnitLayer], *, strong: float, weak: float) -> None:
         self.data = data
         self.names = [layer.name for layer in layers]
-        self.units = sum(layer.size for layer in layers)
+        self.sizes = [layer.size for layer in layers]
         self.strong, self.weak = strong, weak
 
-    def statistics(self, trainer: Any, pl_module: Any) -> tuple[HyperplaneStatistics, dict[str, Tensor], list[int]]:
-        """Measure every unit; once more, with other thresholds, if some class has no confident sample.
-
-        Returns:
-            The statistics; per sample ``labels`` and ``predicted`` long ``(N,)`` and ``confidence`` float ``(N,)``; and
-            the classes that needed another threshold.
-        """
-        statistics, found = self._pass(trainer, pl_module, self.strong)
+    def measure(self, trainer: Any, pl_module: Any) -> Measured:
+        """Measure units and samples: two passes, three if some class has no confident sample."""
+        statistics, found = self._statistics(trainer, pl_module, self.strong)
         thresholds, replaced = strong_thresholds(
             found["confidence"], found["predicted"], self.data.num_classes, self.strong
         )
         if replaced:
-            statistics, found = self._pass(trainer, pl_module, thresholds)
-        return statistics, found, replaced
+            statistics, found = self._statistics(trainer, pl_module, thresholds)
+        excess = statistics.excess()
+        strongest, of_class = excess.max(dim=1)
+        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        tops = torch.tensor(
+            [start + int(part.argmax()) for start, part in zip(starts, torch.split(strongest, self.sizes), strict=True)]
+        )
+        units = torch.cat([candidate_units(statistics, MAX_CANDIDATES), tops]).unique()  # type: ignore[no-untyped-call]
+        responses = self._responses(trainer, pl_module, units)
+        of_tops = responses[:, torch.searchsorted(units, tops)].float()
+        mean, std = (part[of_class[tops], tops] for part in statistics.usual())
+        return Measured(
+            found["labels"],
+            found["predicted"],
+            responses,
+            bias_scores(of_tops, mean, std),
+            bias_scores(of_tops),
+            excess,
+            tuple(replaced),
+        )
 
-    def responses(self, trainer: Any, pl_module: Any, units: Tensor) -> Tensor:
-        """Responses of some units ``(M,)`` to every training sample, half ``(N, M)``."""
+    def driven(self, trainer: Any, pl_module: Any, flagged: Tensor) -> Tensor:
+        """How far some samples, bool ``(N,)``, drive each unit away from its other responses, double ``(U,)``."""
+        statistics = HyperplaneStatistics(sum(self.sizes), 2)
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
             _, responses = self.data.responses(trainer, pl_module, batch, self.names)
-            return {"responses": responses[:, units.to(responses.device)].clamp(-_HALF, _HALF).half()}
+            statistics.update(responses, torch.nn.functional.one_hot(flagged[indices].long(), 2).float())
+            return {"seen": indices}
 
-        return self.data.scan(trainer, pl_module, step, description="NONE responses")["responses"]
+        self.data.scan(trainer, pl_module, step, description="NONE units")
+        self._merge(trainer, statistics)
+        return driven_units(statistics)
 
-    def _pass(
+    def _statistics(
         self, trainer: Any, pl_module: Any, strong: float | Tensor
     ) -> tuple[HyperplaneStatistics, dict[str, Tensor]]:
-        statistics = HyperplaneStatistics(self.units, self.data.num_classes, strong=strong, weak=self.weak)
+        statistics = HyperplaneStatistics(sum(self.sizes), self.data.num_classes, strong=strong, weak=self.weak)
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
             labels = self.data.labels(batch).clone()  # transfer hooks may change a batch in place
@@ -72,6 +121,17 @@ class UnitScan:
             return {"labels": labels, "confidence": confidence, "predicted": predicted}
 
         found = self.data.scan(trainer, pl_module, step, description="NONE statistics")
+        self._merge(trainer, statistics)
+        return statistics, found
+
+    def _responses(self, trainer: Any, pl_module: Any, units: Tensor) -> Tensor:
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            _, responses = self.data.responses(trainer, pl_module, batch, self.names)
+            return {"responses": responses[:, units.to(responses.device)].clamp(-_HALF, _HALF).half()}
+
+        return self.data.scan(trainer, pl_module, step, description="NONE responses")["responses"]
+
+    @staticmethod
+    def _merge(trainer: Any, statistics: HyperplaneStatistics) -> None:
         if trainer.world_size > 1:
             statistics.load(list(all_gather(trainer, statistics.state())))
-        return statistics, found

@@ -1,0 +1,80 @@
+"""From NONE's measurement to the samples that leave the training set and the units that are reset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.functional.evidence import Decision, add_removed, decide, decide_by_break
+from lightning_backdoor.functional.hyperplane import select_units
+from lightning_backdoor.surgery.reset import reset_units
+from lightning_backdoor.surgery.units import UnitLayer
+from lightning_backdoor.trainer.unit_scan import Measured
+from lightning_backdoor.verdict import Verdict
+
+__all__ = ["Chosen", "choose_units", "judge_samples", "reset_chosen"]
+
+MIN_DRIVEN = 1.0  # distance of two means over the sum of both standard deviations
+
+Chosen = tuple[int, int, int, float]
+"""Place of the layer, unit, class that drives it furthest, and score."""
+
+
+def judge_samples(measured: Measured, earlier: Verdict | None, *, rule: str, max_removed: float) -> Decision:
+    """Judge all samples; what an earlier verdict removed stays removed.
+
+    Args:
+        measured: The measurement, of N samples.
+        earlier: The verdict of an earlier round.
+        rule: ``"auto"`` looks for second populations, ``"paper"`` cuts the raw bias at its natural break.
+        max_removed: Largest share of the samples that may be removed in all, in ``(0, 1)``.
+    """
+    keep = torch.ones(len(measured.labels), dtype=torch.bool) if earlier is None else earlier.keep
+    if rule == "paper":
+        decision = decide_by_break(measured.raw_bias[keep], max_removed=max_removed)
+    else:
+        decision = decide(measured.responses[keep], measured.bias[keep], measured.labels[keep], max_removed=max_removed)
+    if earlier is None or bool(keep.all()):
+        return decision
+    return add_removed(decision, earlier.scores, keep, threshold=earlier.threshold, max_removed=max_removed)
+
+
+def choose_units(
+    layers: Sequence[UnitLayer], excess: Tensor, driven: Tensor | None, *, reset_fraction: float
+) -> list[Chosen]:
+    """Choose the units of every layer that are reset.
+
+    Args:
+        layers: The layers, with U units in all.
+        excess: How far each class drives each unit out of its usual range, float ``(U, K)``.
+        driven: How far the suspicious samples drive each unit, float ``(U,)``: those are chosen that they drive more
+            than one spread away. ``None``: the most compromised units of each layer, whatever their score.
+        reset_fraction: Largest share of the units of a layer.
+    """
+    strongest, of_class = excess.max(dim=1)
+    scores, least = (strongest, -math.inf) if driven is None else (driven, MIN_DRIVEN)
+    chosen, start = [], 0
+    for place, layer in enumerate(layers):
+        part = scores[start : start + layer.size]
+        for unit in select_units(part, reset_fraction, least=least).tolist():
+            chosen.append((place, unit, int(of_class[start + unit]), float(part[unit])))
+        start += layer.size
+    return chosen
+
+
+def reset_chosen(
+    layers: Sequence[UnitLayer],
+    chosen: Sequence[Chosen],
+    *,
+    mode: Literal["reinit", "prune"],
+    optimizers: Iterable[torch.optim.Optimizer],
+    seed: int,
+) -> None:
+    """Reset the chosen units; see :func:`~lightning_backdoor.surgery.reset_units`."""
+    for i, layer in enumerate(layers):
+        units = torch.tensor([unit for place, unit, *_ in chosen if place == i], dtype=torch.long)
+        reset_units(layer, units, mode=mode, optimizers=optimizers, seed=seed + i)

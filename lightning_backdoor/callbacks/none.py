@@ -1,0 +1,300 @@
+"""NONE: find the units that a backdoor works through, reset them, and train on without the images that drive them."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.callbacks.compromised import Chosen, choose_units, judge_samples, reset_chosen
+from lightning_backdoor.callbacks.defense import Defense, require_fraction, require_one_of, require_positive
+from lightning_backdoor.callbacks.rounds import Round, evidence, sentence, shares
+from lightning_backdoor.callbacks.schedule import is_due
+from lightning_backdoor.errors import ArgumentError, ModelError, TrainerError
+from lightning_backdoor.surgery.units import UnitLayer, find_units
+from lightning_backdoor.trainer.compat import rank_zero_info
+from lightning_backdoor.trainer.etiquette import unobtrusive
+from lightning_backdoor.trainer.finetuning import FineTuning, enough_epochs, restart_averages
+from lightning_backdoor.trainer.limits import about_to_end
+from lightning_backdoor.trainer.rewind import put_weights, weights
+from lightning_backdoor.trainer.training_set import Reading
+from lightning_backdoor.trainer.unit_scan import UnitScan
+from lightning_backdoor.verdict import Verdict
+
+__all__ = ["NONECallback"]
+
+MAX_LOSS = 0.05  # of accuracy on the training images, beyond which a round is undone
+
+
+class NONECallback(Defense):
+    """Reset the units that a backdoor works through, drop the images that drive them, and fine-tune.
+
+    Implements NONE (*Training with More Confidence*, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_) inside a
+    Trainer. When training is about to end (or after ``warmup_epochs``), every training image goes through the network
+    and the largest response of every unit is looked at. A unit, or a direction over units, that splits one label into
+    two populations, the second of which no other label shows, is what a backdoor looks like. If there is one, its
+    samples leave the training set, the units that they drive are drawn anew, and some epochs of fine-tuning follow with
+    frozen batch-norm statistics and a learning rate of their own. If there is none, nothing changes.
+
+    Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes, two more if something is
+    found; the epochs of fine-tuning, beyond ``max_epochs`` if need be; two bytes per image for each of up to 512 units;
+    meanwhile a copy of weights and optimizer, to which training returns if it costs over 5 points of accuracy.
+
+    Differs from the paper: units and samples are chosen by evidence instead of by quota and a natural break, which
+    fires on clean data, too (``rule="paper"`` keeps both); reset units may learn again (``reset="prune"``: never).
+
+    Args:
+        warmup_epochs: Epochs of ordinary training before the first look. ``None``: one look, when training is about to
+            end. With a number there is a second look at the end if the first one found nothing.
+        rounds: Looks in a row, each followed by its fine-tuning, as long as they find something.
+        finetune_epochs: Epochs of fine-tuning after a reset. ``None``: a tenth of ``max_epochs``; more of them, up to
+            ``max_epochs``, where an epoch is so short that this is less than 100 steps.
+        lr: Learning rate at the start of fine-tuning, from where it falls to zero. ``None``: 5 % of the largest rate
+            that each parameter group has had.
+        reset_fraction: Largest share of the units of a layer that one round resets, in ``(0, 1)``.
+        reset: ``"reinit"`` draws units anew and lets them learn; ``"prune"`` zeroes them.
+        strong: Probability above which a sample is confidently of a class.
+        weak: Probability below which it is confidently not of a class.
+        rule: ``"auto"`` acts on second populations that pass the no-poison gate; ``"paper"`` always resets
+            ``reset_fraction`` of the units of each layer, and drops the samples above the natural break.
+        samples: ``"drop"`` takes the samples out, ``"keep"`` leaves the data as they are and always resets the most
+            compromised units, against backdoors that nobody planted (natural backdoors). ``"auto"`` is ``"drop"``.
+        residual_mode: What belongs to a unit that enters a sum; see :func:`~lightning_backdoor.surgery.find_units`.
+        max_removed: Largest share of the training set that may be removed, in ``(0, 1)``.
+        report_dir: Folder for the report (with ``name``, a sub-folder of it). ``None``: beside the logger's files;
+            without a logger there is no report.
+        forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``, where images alone are not enough.
+        batch_fn: ``batch_fn(batch)`` returns images and labels, for batches in which they cannot be found.
+        eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
+            transform under a fixed seed per image.
+        mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units; ``None`` finds it out.
+        std: Its standard deviation.
+        batch_size: Images per forward pass of the scan; ``None`` takes the loader's.
+        num_workers: Worker processes of the scan; ``None`` takes the loader's.
+        seed: Seed of the redrawn units, and of what is random in the training transform.
+        name: Tells two instances apart in checkpoints and report folders.
+
+    Raises:
+        ArgumentError: If an argument is out of range.
+        DataError: At the start of fit, if the training data cannot be scanned.
+        ModelError: At the start of fit, if no unit of the model can be reset.
+        TrainerError: At the start of fit, if the module optimizes by hand, or the strategy shards the model.
+
+    Example:
+        >>> NONECallback(rounds=2, reset="prune")
+        NONECallback(rounds=2, reset='prune')
+    """
+
+    method: ClassVar[str] = "NONE"
+
+    def __init__(
+        self,
+        *,
+        warmup_epochs: int | None = None,
+        rounds: int = 1,
+        finetune_epochs: int | None = None,
+        lr: float | None = None,
+        reset_fraction: float = 0.05,
+        reset: Literal["reinit", "prune"] = "reinit",
+        strong: float = 0.9,
+        weak: float = 0.1,
+        rule: Literal["auto", "paper"] = "auto",
+        samples: Literal["auto", "drop", "keep"] = "auto",
+        residual_mode: Literal["branch_only", "reference", "full_group"] = "branch_only",
+        max_removed: float = 0.3,
+        report_dir: str | Path | None = None,
+        forward_fn: Callable[[Any, Any], Any] | None = None,
+        batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
+        eval_transform: Callable[[Any], Any] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        reading = Reading(forward_fn, batch_fn, None, eval_transform, mean, std, batch_size, num_workers, seed)
+        super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
+        self.warmup_epochs = require_positive("warmup_epochs", warmup_epochs)
+        self.rounds = require_positive("rounds", rounds) or 1
+        self.finetune_epochs = require_positive("finetune_epochs", finetune_epochs)
+        if lr is not None and lr <= 0:
+            raise ArgumentError(f"`lr` must be a positive learning rate or None, got {lr}.")
+        self.lr = lr
+        self.reset_fraction = require_fraction("reset_fraction", reset_fraction)
+        self.reset = require_one_of("reset", reset, ("reinit", "prune"))
+        self.strong = require_fraction("strong", strong)
+        self.weak = require_fraction("weak", weak)
+        self.rule = require_one_of("rule", rule, ("auto", "paper"))
+        self.samples = require_one_of("samples", samples, ("auto", "drop", "keep"))
+        self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))
+        self._done: list[Round] = []
+        self._last_look: int | None = None
+        self._tuning = FineTuning()
+        self._before: dict[str, Any] | None = None  # weights to go back to if a round does harm
+        self._layers: list[UnitLayer] = []
+
+    @classmethod
+    def from_paper(cls, **overrides: Any) -> NONECallback:
+        """Use the authors' quotas, natural break, zeroing and learning rate; this always removes images."""
+        return cls(**{"rule": "paper", "reset": "prune", "lr": 1e-4, **overrides})
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the curation of the training loader."""
+        if stage == "fit" and not pl_module.automatic_optimization:
+            raise TrainerError(
+                "NONE fine-tunes through the Trainer, but the module sets `automatic_optimization = False`. Let "
+                "`training_step` return the loss, or use UltraCleanCallback."
+            )
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._tuning, self._before, self._done, self._last_look = FineTuning(), None, [], None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Continue a fine-tuning that was interrupted."""
+        self._tuning.resume(trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check that the training set can be read, and find the units that can be reset."""
+        super().on_train_start(trainer, pl_module)
+        assert self._training_set is not None
+        with unobtrusive(trainer, pl_module):
+            found = find_units(pl_module, self._training_set.few(trainer, pl_module), residual_mode=self.residual_mode)
+        self._layers = [layer for layer in found if layer.trainable]
+        if not self._layers:
+            raise ModelError(
+                "Units must be able to learn to be reset, but all weights that they need are frozen "
+                "(requires_grad=False). Unfreeze some layers, or use UltraCleanCallback."
+            )
+        if len(self._layers) < len(found):
+            rank_zero_info(f"NONE looks at {len(self._layers)} layers; {len(found) - len(self._layers)} are frozen.")
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin an epoch of fine-tuning, if there is one."""
+        if self._last_look is not None and trainer.current_epoch < self._last_look:  # another defence went back
+            self._tuning.left, self._before, self._last_look = 0, None, None
+            self._tuning.release()
+        self._tuning.at_epoch_start(trainer)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Keep batch norms frozen while fine-tuning."""
+        self._tuning.at_batch_start(trainer, pl_module, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Look, drop and reset when it is time; judge a round when its fine-tuning is over."""
+        if self._tuning.left:
+            if self._tuning.at_epoch_end():
+                self._judge(trainer, pl_module)
+                if len(self._done) < self.rounds and not self._done[-1].undone:
+                    self._look(trainer, pl_module)
+            return
+        acted = any(done.units for done in self._done)
+        ends = not acted and about_to_end(trainer)
+        warmup = self.warmup_epochs or sys.maxsize
+        epochs = trainer.current_epoch + 1
+        if acted or not is_due(epochs, last_scan=self._last_look, warmup=warmup, every=None, ends=ends):
+            return
+        if trainer.fast_dev_run:
+            rank_zero_info("NONE: fast_dev_run trains too little for a verdict; no look.")
+            return
+        self._look(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values only; during fine-tuning they include the weights to go back to."""
+        return {
+            **super().state_dict(),
+            "done": [done.state_dict() for done in self._done],
+            "last_look": self._last_look,
+            "tuning": self._tuning.state_dict(),
+            "before": self._before,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue an interrupted run."""
+        super().load_state_dict(state_dict)
+        if state_dict:
+            self._done = [Round(**done) for done in state_dict["done"]]
+            self._last_look, self._before = state_dict["last_look"], state_dict["before"]
+            self._tuning.load_state_dict(state_dict["tuning"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running Trainer."""
+        return {**super().__getstate__(), "_layers": []}
+
+    def _leave(self) -> None:
+        self._tuning.release()
+        super()._leave()
+
+    def _look(self, trainer: Any, pl_module: Any) -> None:
+        """Measure, decide, drop, reset, and let fine-tuning follow."""
+        began = time.monotonic()
+        assert self._training_set is not None
+        scan = UnitScan(self._training_set, self._layers, strong=self.strong, weak=self.weak)
+        measured = scan.measure(trainer, pl_module)
+        keeps = self.samples == "keep"
+        decision = judge_samples(
+            measured, None if keeps else self.verdict, rule=self.rule, max_removed=self.max_removed
+        )
+        decision = trainer.strategy.broadcast(decision, src=0)  # float ties must not tell ranks apart
+        kept = torch.ones_like(decision.keep) if keeps else decision.keep
+        threshold = math.inf if keeps else decision.threshold
+        removed = self._adopt(Verdict(decision.scores, kept, threshold, decision.rule, measured.labels))
+        chosen: list[Chosen] = []
+        if keeps or self.rule == "paper":
+            chosen = choose_units(self._layers, measured.excess, None, reset_fraction=self.reset_fraction)
+        elif not bool(kept.all()):
+            driven = scan.driven(trainer, pl_module, ~kept)
+            chosen = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
+        chosen = trainer.strategy.broadcast(chosen, src=0)
+        accuracy, obeyed = shares(measured.predicted, self.verdict)
+        self._last_look = trainer.current_epoch + 1
+        self._done.append(
+            Round(
+                epochs=self._last_look,
+                removed=removed,
+                wanted=0 if keeps else decision.wanted,
+                modes=tuple((mode.label, mode.separation) for mode in decision.modes),
+                units=tuple((self._layers[i].name, unit, label, score) for i, unit, label, score in chosen),
+                unconfident=measured.unconfident,
+                accuracy=accuracy,
+                obeyed=obeyed,
+            )
+        )
+        if chosen:
+            self._before = weights(trainer, pl_module)
+            seed = self.reading.seed + len(self._done) * len(self._layers)
+            reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=seed)
+            restart_averages(trainer, pl_module)
+            self._tuning.begin(trainer, self.finetune_epochs or enough_epochs(trainer), self.lr)
+        self._tell(trainer, pl_module, time.monotonic() - began)
+
+    def _judge(self, trainer: Any, pl_module: Any) -> None:
+        """Compare with the model before the reset, and go back to it if this one is much worse."""
+        began, latest = time.monotonic(), self._done[-1]
+        assert self._training_set is not None
+        predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
+        after, obeyed = shares(predicted, self.verdict)
+        undone = latest.accuracy - after > MAX_LOSS
+        self._done[-1] = replace(latest, accuracy_after=after, obeyed_after=obeyed, undone=undone)
+        if undone and self._before is not None:
+            put_weights(trainer, pl_module, self._before)
+            restart_averages(trainer, pl_module)
+        self._before = None
+        self._tell(trainer, pl_module, time.monotonic() - began)
+
+    def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
+        """Log, print one sentence, and write the report of all rounds so far."""
+        assert self.verdict is not None
+        assert self._training_set is not None
+        removed, units = float(len(self.verdict.removed)), float(sum(len(done.units) for done in self._done))
+        pl_module.log_dict({"backdoor/none/removed": removed, "backdoor/none/units_reset": units})
+        rank_zero_info(f"NONE {sentence(self._done, len(self.verdict))}")
+        shown = evidence(self._done, self._training_set, rule=self.rule, seconds=seconds, max_removed=self.max_removed)
+        self._write_report(trainer, shown)

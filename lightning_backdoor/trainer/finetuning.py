@@ -1,0 +1,158 @@
+"""Some epochs with a learning rate of their own and frozen batch-norm statistics, beyond the planned end if need be."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_backdoor.trainer.limits import beyond_plan, hold_open, release
+
+__all__ = ["FineTuning", "enough_epochs", "restart_averages"]
+
+LR_SHARE = 0.05  # of the largest learning rate that a parameter group has had
+EPOCH_SHARE = 0.1  # of the planned epochs
+LEAST_STEPS = 100
+_NEVER = 2**62
+
+
+class FineTuning:
+    """A phase of fine-tuning inside a fit: asked for at the end of an epoch, it takes the epochs that follow.
+
+    The learning rate falls in a straight line to zero. It is in the optimizers during their steps alone, so schedulers
+    and logs see their own one. Once the epochs that the user planned are used up, schedulers wait: one that is at its
+    end could not go on. Batch norms keep their statistics and train their scale and shift.
+
+    Attributes:
+        left: Epochs of the phase that are still to come; 0 outside of it.
+    """
+
+    def __init__(self) -> None:
+        self.left = 0
+        self._epochs = 0
+        self._lr: float | None = None
+        self._factor = 1.0
+        self._given_back = ExitStack()
+        self._took_over = False
+        self._held: Any = None
+
+    def begin(self, trainer: Any, epochs: int, lr: float | None) -> None:
+        """Start the phase with the next epoch; call in ``on_train_epoch_end``.
+
+        Args:
+            trainer: The running Trainer.
+            epochs: Length of the phase, at least 1.
+            lr: Learning rate of its first step; ``None``: 5 % of the largest that each parameter group has had.
+        """
+        self.left = self._epochs = epochs
+        self._lr = lr
+        self.resume(trainer)
+
+    def resume(self, trainer: Any) -> None:
+        """Continue a phase that was interrupted; call in ``on_fit_start``."""
+        if self.left:
+            hold_open(trainer, self)
+            self._held = trainer
+
+    def at_epoch_start(self, trainer: Any) -> None:
+        """Take the learning rate over; call in ``on_train_epoch_start``."""
+        if not self.left or self._took_over:
+            return
+        self._took_over = True
+        for optimizer in trainer.optimizers:
+            rates = _Rates(self)
+            self._given_back.callback(optimizer.register_step_pre_hook(rates.lend).remove)
+            self._given_back.callback(optimizer.register_step_post_hook(rates.give_back).remove)
+        for config in trainer.lr_scheduler_configs if beyond_plan(trainer) else ():
+            self._given_back.callback(setattr, config, "frequency", config.frequency)
+            config.frequency = _NEVER
+
+    def at_batch_start(self, trainer: Any, pl_module: nn.Module, batch_idx: int) -> None:
+        """Freeze batch-norm statistics, and set the rate of the step; call in ``on_train_batch_start``."""
+        if not self.left:
+            return
+        for module in pl_module.modules():
+            if module.training and "BatchNorm" in type(module).__name__:
+                self._given_back.callback(setattr, module, "training", True)
+                module.training = False
+        done = self._epochs - self.left + batch_idx / max(trainer.num_training_batches, 1)
+        self._factor = max(1 - done / self._epochs, 0.0)
+
+    def at_epoch_end(self) -> bool:
+        """Count an epoch of the phase, and say whether it was the last one; call in ``on_train_epoch_end``."""
+        if not self.left:
+            return False
+        self.left -= 1
+        if self.left:
+            return False
+        self.release()
+        return True
+
+    def release(self) -> None:
+        """Give everything back that belongs to the user."""
+        self._given_back.close()
+        self._took_over = False
+        if self._held is not None:
+            release(self._held, self)
+            self._held = None
+
+    def rate(self, group: dict[str, Any]) -> float:
+        """Learning rate of a parameter group for the step that comes."""
+        largest = max(float(group.get(key, 0.0)) for key in ("max_lr", "initial_lr", "lr"))
+        return self._factor * (LR_SHARE * largest if self._lr is None else self._lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return {"left": self.left, "epochs": self._epochs, "lr": self._lr}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint was written."""
+        self.left, self._epochs, self._lr = state_dict["left"], state_dict["epochs"], state_dict["lr"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running Trainer."""
+        return {**self.__dict__, "_given_back": ExitStack(), "_took_over": False, "_held": None}
+
+
+class _Rates:
+    """Puts the rates of the phase into one optimizer for the moment of a step."""
+
+    def __init__(self, phase: FineTuning) -> None:
+        self._phase = phase
+        self._own: list[float] = []
+
+    def lend(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._own = [float(group["lr"]) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            _set_rate(group, self._phase.rate(group))
+
+    def give_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group, own in zip(optimizer.param_groups, self._own, strict=True):
+            _set_rate(group, own)
+
+
+def _set_rate(group: dict[str, Any], value: float) -> None:
+    if isinstance(group["lr"], Tensor):  # of a capturable or fused optimizer, which holds on to it
+        group["lr"].fill_(value)
+    else:
+        group["lr"] = value
+
+
+def enough_epochs(trainer: Any) -> int:
+    """Epochs for a fine-tuning: a tenth of the planned ones, more of them where they are very short."""
+    planned: int = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else 1
+    least: int = math.ceil(LEAST_STEPS / max(trainer.num_training_batches, 1))
+    return max(1, round(EPOCH_SHARE * planned), min(least, planned))
+
+
+def restart_averages(trainer: Any, pl_module: nn.Module) -> None:
+    """Let averaged copies of the model, which callbacks keep, start again from its present weights."""
+    for callback in trainer.callbacks:
+        for average in vars(callback).values():
+            if isinstance(average, AveragedModel):
+                average.module.load_state_dict(pl_module.state_dict())
+                average.n_averaged.zero_()
