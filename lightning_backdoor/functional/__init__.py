@@ -9,6 +9,7 @@ from lightning_backdoor.functional.hyperplane import (
     compromise_scores,
     strong_thresholds,
 )
+from lightning_backdoor.functional.inversion import InvertedTrigger, PixelModel, invert_trigger
 from lightning_backdoor.functional.modes import Mode, find_modes, mode_scores
 from lightning_backdoor.functional.splits import split_units
 from lightning_backdoor.functional.susceptibility import susceptibility_scores
@@ -16,11 +17,14 @@ from lightning_backdoor.functional.susceptibility import susceptibility_scores
 __all__ = [
     "Decision",
     "HyperplaneStatistics",
+    "InvertedTrigger",
     "Mode",
+    "PixelModel",
     "bias_scores",
     "compromise_scores",
     "decide",
     "find_modes",
+    "invert_trigger",
     "limit_removed",
     "local_median",
     "mode_scores",

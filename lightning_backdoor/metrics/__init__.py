@@ -2,5 +2,6 @@
 
 from lightning_backdoor.metrics.attack import AttackSuccessRate, RecoveredAccuracy
 from lightning_backdoor.metrics.detection import DetectionRates
+from lightning_backdoor.metrics.natural import REASR
 
-__all__ = ["AttackSuccessRate", "DetectionRates", "RecoveredAccuracy"]
+__all__ = ["REASR", "AttackSuccessRate", "DetectionRates", "RecoveredAccuracy"]
