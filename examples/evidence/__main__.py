@@ -21,6 +21,7 @@ from examples.evidence.run import run_cell
 from examples.evidence.table import markdown
 
 RESULTS = Path(__file__).with_name("results.jsonl")
+REFERENCE = {"random": "ultraclean", "random-reset": "NONE"}
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -37,6 +38,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def run(options: argparse.Namespace) -> None:
     """Run the missing cells."""
     torch.set_num_threads(options.threads)
+    options.cache.mkdir(exist_ok=True)
     train = per_class(packed_cifar10(options.data, "train"), options.images // 10)
     test = packed_cifar10(options.data, "test")
     for attack, defence in grid():
@@ -45,13 +47,13 @@ def run(options: argparse.Namespace) -> None:
             continue
         if options.only and not any(word in f"{attack}/{defence}" for word in options.only):
             continue
-        removed = 0
-        if defence == "random":
-            reference = done.get((attack, "ultraclean", options.seed))
-            if reference is None or reference["removed"] == 0:
-                continue
-            removed = reference["removed"]
-        row = run_cell(train, test, attack, defence, epochs=options.epochs, seed=options.seed, removed=removed)
+        reference = done.get((attack, REFERENCE.get(defence, ""), options.seed), {})
+        if defence in REFERENCE and reference.get("removed", 0) == 0:
+            continue
+        row = run_cell(
+            train, test, attack, defence,
+            epochs=options.epochs, seed=options.seed, reference=reference, cache=options.cache,
+        )  # fmt: skip
         row["command"] = "python -m examples.evidence " + " ".join(sys.argv[1:])
         with options.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("action", choices=["run", "table"])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of cifar10_<split>.npz")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="folder for shared checkpoints")
     parser.add_argument("--images", type=int, default=20_000, help="training images, the same number of each class")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)

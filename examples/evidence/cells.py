@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 
-from lightning_backdoor import UltraCleanCallback, attacks
+from lightning_backdoor import NONECallback, UltraCleanCallback, attacks
 
 TARGET = 0
 
@@ -33,7 +33,8 @@ class Attack:
 
     def test(self, dataset: Dataset[Any]) -> Any:
         """The triggered test set; for clean data that of BadNets, to know the success rate of chance."""
-        return attacks.triggered(dataset, self.trigger or attacks.BadNets(), TARGET)
+        labels = "all_to_all" if self.labels == "all_to_all" else "dirty"
+        return attacks.triggered(dataset, self.trigger or attacks.BadNets(), TARGET, labels=labels)
 
 
 ATTACKS: dict[str, Attack] = {
@@ -42,12 +43,18 @@ ATTACKS: dict[str, Attack] = {
     "badnets-5%": Attack(attacks.BadNets(), 0.05),
     "blended-5%": Attack(attacks.Blended(), 0.05),
     "sig-80%": Attack(attacks.SIG(), 0.8, "target_class", "clean"),
+    "all-to-all-10%": Attack(attacks.BadNets(), 0.1, "dataset", "all_to_all"),
 }
 
-CALLBACKS: dict[str, Callable[[], UltraCleanCallback]] = {
+CALLBACKS: dict[str, Callable[[], Any]] = {
     "ultraclean": UltraCleanCallback,
     "ultraclean-paper": lambda: UltraCleanCallback.from_paper(output="logits"),
+    "NONE": NONECallback,
+    "NONE-paper": NONECallback.from_paper,
 }
+
+AT_THE_END = ("NONE", "NONE-paper", "random-reset")
+"""Defences that act when training is about to end: they share the undefended training up to its last epoch."""
 
 
 def filtered(dataset: Dataset[Any], defence: str, poisoned: torch.Tensor, size: int, seed: int) -> Dataset[Any]:
@@ -63,11 +70,15 @@ def filtered(dataset: Dataset[Any], defence: str, poisoned: torch.Tensor, size: 
 
 def grid() -> list[tuple[str, str]]:
     """All cells in the order in which they run: what later cells need comes first."""
-    poisoned = [name for name in ATTACKS if name != "clean"]
+    one_target = [name for name in ATTACKS if name != "all-to-all-10%"]
+    poisoned = [name for name in one_target if name != "clean"]
     return [
-        *((attack, "none") for attack in ATTACKS),
-        *((attack, "ultraclean") for attack in ATTACKS),
+        *((attack, "undefended") for attack in ATTACKS),
+        *((attack, "ultraclean") for attack in one_target),
+        *((attack, "NONE") for attack in ATTACKS),
         *((attack, "perfect") for attack in poisoned),
         *((attack, "random") for attack in poisoned),
-        *((attack, "ultraclean-paper") for attack in ATTACKS),
+        *((attack, "random-reset") for attack in poisoned),
+        *((attack, "NONE-paper") for attack in ATTACKS),
+        *((attack, "ultraclean-paper") for attack in one_target),
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,14 +13,23 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from examples.evidence import data, model
-from examples.evidence.cells import ATTACKS, CALLBACKS, filtered
-from lightning_backdoor import __version__, attacks, metrics
+from examples.evidence.cells import AT_THE_END, ATTACKS, CALLBACKS, filtered
+from examples.evidence.random_reset import RandomReset
+from lightning_backdoor import NONECallback, __version__, attacks, metrics
 
 BATCH = 128
 
 
 def run_cell(
-    train: TensorDataset, test: TensorDataset, attack: str, defence: str, *, epochs: int, seed: int, removed: int
+    train: TensorDataset,
+    test: TensorDataset,
+    attack: str,
+    defence: str,
+    *,
+    epochs: int,
+    seed: int,
+    reference: dict[str, Any],
+    cache: Path,
 ) -> dict[str, Any]:
     """Train under ``attack`` with ``defence`` and return the row of the result file.
 
@@ -26,20 +37,28 @@ def run_cell(
         train: Clean training images.
         test: Clean test images.
         attack: Key of ``ATTACKS``.
-        defence: ``"none"``, ``"perfect"``, ``"random"`` or a key of ``CALLBACKS``.
+        defence: ``"undefended"``, ``"perfect"``, ``"random"``, ``"random-reset"`` or a key of ``CALLBACKS``.
         epochs: Epochs of one training.
         seed: Seed of the poison, the weights and the batches.
-        removed: How many samples the random filter removes.
+        reference: For the two random baselines, the row of the defence whose size they have.
+        cache: Folder for the checkpoints of undefended trainings before their last epoch.
     """
     recipe = ATTACKS[attack]
     dataset = recipe.train(train, seed)
     truth = attacks.poisoned_mask(dataset)
     poisoned = torch.zeros(len(train), dtype=torch.bool) if truth is None else truth
     callback = CALLBACKS[defence]() if defence in CALLBACKS else None
+    if defence == "random-reset":
+        callback = RandomReset(reference["units"], seed)
     if defence in ("perfect", "random"):
-        dataset = filtered(dataset, defence, poisoned, removed, seed)
+        dataset = filtered(dataset, defence, poisoned, reference.get("removed", 0), seed)
+    shared = cache / f"{attack}-{len(train)}-{epochs}-{seed}.ckpt"
+    late = defence in AT_THE_END and shared.exists()
+    callbacks = [] if callback is None else [callback]
+    if defence == "undefended":
+        callbacks.append(_BeforeTheLastEpoch(shared, epochs))
     began = time.perf_counter()
-    network = _train(dataset, [] if callback is None else [callback], epochs, seed)
+    network = _train(dataset, callbacks, epochs, seed, shared if late else None)
     seconds = time.perf_counter() - began
     row = {
         "dataset": data.NAME,
@@ -54,6 +73,7 @@ def run_cell(
         "asr": _accuracy(network, recipe.test(test)),
         "removed": len(train) - len(dataset) if callback is None else int((~callback.verdict.keep).sum()),
         "seconds": round(seconds, 1),
+        "epochs_shared_with_undefended": epochs - 1 if late else 0,
         "versions": {
             "lightning_backdoor": __version__,
             "torch": torch.__version__,
@@ -66,10 +86,26 @@ def run_cell(
         rates.update(callback.verdict.scores, callback.verdict.keep, poisoned)
         row |= {name: None if value.isnan() else float(value) for name, value in rates.compute().items()}
         row["rule"] = callback.verdict.rule
+    if isinstance(callback, NONECallback):
+        row["units"] = dict(Counter(layer for done in callback.history for layer, *_ in done.units))
+        row["undone"] = any(done.undone for done in callback.history)
     return row
 
 
-def _train(dataset: Dataset[Any], callbacks: list[pl.Callback], epochs: int, seed: int) -> model.Classifier:
+class _BeforeTheLastEpoch(pl.Callback):
+    """Saves a checkpoint from which a run can go on into its last epoch."""
+
+    def __init__(self, path: Path, epochs: int) -> None:
+        self.path, self.epochs = path, epochs
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == self.epochs - 2:
+            trainer.save_checkpoint(self.path)
+
+
+def _train(
+    dataset: Dataset[Any], callbacks: list[pl.Callback], epochs: int, seed: int, checkpoint: Path | None
+) -> model.Classifier:
     pl.seed_everything(seed, verbose=False)
     loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, drop_last=True)
     network = model.Classifier(steps=epochs * len(loader))
@@ -77,7 +113,7 @@ def _train(dataset: Dataset[Any], callbacks: list[pl.Callback], epochs: int, see
         max_epochs=epochs, accelerator="cpu", precision="bf16-mixed", callbacks=callbacks, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(network, loader)
+    trainer.fit(network, loader, ckpt_path=checkpoint)
     return network.eval()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-DEFENCES = ("none", "ultraclean", "perfect", "random", "ultraclean-paper")
+DEFENCES = (
+    "undefended", "ultraclean", "NONE", "perfect", "random", "random-reset", "ultraclean-paper", "NONE-paper",
+)  # fmt: skip
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

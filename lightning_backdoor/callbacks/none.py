@@ -37,11 +37,10 @@ class NONECallback(Defense):
     """Reset the units that a backdoor works through, drop the images that drive them, and fine-tune.
 
     Implements NONE (*Training with More Confidence*, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_) inside a
-    Trainer. When training is about to end (or after ``warmup_epochs``), every training image goes through the network
-    and the largest response of every unit is looked at. A unit, or a direction over units, that splits one label into
-    two populations, the second of which no other label shows, is what a backdoor looks like. If there is one, its
-    samples leave the training set, the units that they drive are drawn anew, and some epochs of fine-tuning follow with
-    frozen batch-norm statistics and a learning rate of their own. If there is none, nothing changes.
+    Trainer. When training is about to end (or after ``warmup_epochs``), the largest response of every unit to every
+    training image is looked at. A direction over units that splits one label into two populations, the second of which
+    no other label shows, is what a backdoor looks like. If there is one, its samples leave the training set, the units
+    that they drive are drawn anew, and fine-tuning follows. If there is none, nothing changes.
 
     Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes, two more if something is
     found; the epochs of fine-tuning, beyond ``max_epochs`` if need be; two bytes per image for each of up to 512 units;
@@ -54,10 +53,9 @@ class NONECallback(Defense):
         warmup_epochs: Epochs of ordinary training before the first look. ``None``: one look, when training is about to
             end. With a number there is a second look at the end if the first one found nothing.
         rounds: Looks in a row, each followed by its fine-tuning, as long as they find something.
-        finetune_epochs: Epochs of fine-tuning after a reset. ``None``: a tenth of ``max_epochs``; more of them, up to
-            ``max_epochs``, where an epoch is so short that this is less than 100 steps.
-        lr: Learning rate at the start of fine-tuning, from where it falls to zero. ``None``: 5 % of the largest rate
-            that each parameter group has had.
+        finetune_epochs: Epochs of fine-tuning after a reset, with frozen batch-norm statistics. ``None``: a tenth of
+            ``max_epochs``; more, up to ``max_epochs``, where this is less than 100 steps.
+        lr: Learning rate at the start of fine-tuning, from where it falls to zero. ``None``: 5 % of the largest so far.
         reset_fraction: Largest share of the units of a layer that one round resets, in ``(0, 1)``.
         reset: ``"reinit"`` draws units anew and lets them learn; ``"prune"`` zeroes them.
         strong: Probability above which a sample is confidently of a class.
@@ -71,7 +69,7 @@ class NONECallback(Defense):
         report_dir: Folder for the report (with ``name``, a sub-folder of it). ``None``: beside the logger's files;
             without a logger there is no report.
         forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``, where images alone are not enough.
-        batch_fn: ``batch_fn(batch)`` returns images and labels, for batches in which they cannot be found.
+        batch_fn: ``batch_fn(batch)`` returns images and labels, where they cannot be found.
         eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
             transform under a fixed seed per image.
         mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units; ``None`` finds it out.
@@ -80,6 +78,9 @@ class NONECallback(Defense):
         num_workers: Worker processes of the scan; ``None`` takes the loader's.
         seed: Seed of the redrawn units, and of what is random in the training transform.
         name: Tells two instances apart in checkpoints and report folders.
+
+    Attributes:
+        history: What each round found and did.
 
     Raises:
         ArgumentError: If an argument is out of range.
@@ -135,7 +136,7 @@ class NONECallback(Defense):
         self.rule = require_one_of("rule", rule, ("auto", "paper"))
         self.samples = require_one_of("samples", samples, ("auto", "drop", "keep"))
         self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))
-        self._done: list[Round] = []
+        self.history: list[Round] = []
         self._last_look: int | None = None
         self._tuning = FineTuning()
         self._before: dict[str, Any] | None = None  # weights to go back to if a round does harm
@@ -155,7 +156,7 @@ class NONECallback(Defense):
             )
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._tuning, self._before, self._done, self._last_look = FineTuning(), None, [], None
+            self._tuning, self._before, self.history, self._last_look = FineTuning(), None, [], None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Continue a fine-tuning that was interrupted."""
@@ -173,8 +174,8 @@ class NONECallback(Defense):
                 "Units must be able to learn to be reset, but all weights that they need are frozen "
                 "(requires_grad=False). Unfreeze some layers, or use UltraCleanCallback."
             )
-        if len(self._layers) < len(found):
-            rank_zero_info(f"NONE looks at {len(self._layers)} layers; {len(found) - len(self._layers)} are frozen.")
+        if len(found) > len(self._layers):
+            rank_zero_info(f"NONE leaves {len(found) - len(self._layers)} frozen layers of {len(found)} alone.")
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin an epoch of fine-tuning, if there is one."""
@@ -192,10 +193,10 @@ class NONECallback(Defense):
         if self._tuning.left:
             if self._tuning.at_epoch_end():
                 self._judge(trainer, pl_module)
-                if len(self._done) < self.rounds and not self._done[-1].undone:
+                if len(self.history) < self.rounds and not self.history[-1].undone:
                     self._look(trainer, pl_module)
             return
-        acted = any(done.units for done in self._done)
+        acted = any(done.units for done in self.history)
         ends = not acted and about_to_end(trainer)
         warmup = self.warmup_epochs or sys.maxsize
         epochs = trainer.current_epoch + 1
@@ -207,10 +208,10 @@ class NONECallback(Defense):
         self._look(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values only; during fine-tuning they include the weights to go back to."""
+        """Return tensors and plain values only; while a round lasts, with the weights to go back to."""
         return {
             **super().state_dict(),
-            "done": [done.state_dict() for done in self._done],
+            "done": [done.state_dict() for done in self.history],
             "last_look": self._last_look,
             "tuning": self._tuning.state_dict(),
             "before": self._before,
@@ -220,7 +221,7 @@ class NONECallback(Defense):
         """Continue an interrupted run."""
         super().load_state_dict(state_dict)
         if state_dict:
-            self._done = [Round(**done) for done in state_dict["done"]]
+            self.history = [Round(**done) for done in state_dict["done"]]
             self._last_look, self._before = state_dict["last_look"], state_dict["before"]
             self._tuning.load_state_dict(state_dict["tuning"])
 
@@ -255,7 +256,7 @@ class NONECallback(Defense):
         chosen = trainer.strategy.broadcast(chosen, src=0)
         accuracy, obeyed = shares(measured.predicted, self.verdict)
         self._last_look = trainer.current_epoch + 1
-        self._done.append(
+        self.history.append(
             Round(
                 epochs=self._last_look,
                 removed=removed,
@@ -269,7 +270,7 @@ class NONECallback(Defense):
         )
         if chosen:
             self._before = weights(trainer, pl_module)
-            seed = self.reading.seed + len(self._done) * len(self._layers)
+            seed = self.reading.seed + len(self.history) * len(self._layers)
             reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=seed)
             restart_averages(trainer, pl_module)
             self._tuning.begin(trainer, self.finetune_epochs or enough_epochs(trainer), self.lr)
@@ -277,12 +278,12 @@ class NONECallback(Defense):
 
     def _judge(self, trainer: Any, pl_module: Any) -> None:
         """Compare with the model before the reset, and go back to it if this one is much worse."""
-        began, latest = time.monotonic(), self._done[-1]
+        began, latest = time.monotonic(), self.history[-1]
         assert self._training_set is not None
         predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
         after, obeyed = shares(predicted, self.verdict)
         undone = latest.accuracy - after > MAX_LOSS
-        self._done[-1] = replace(latest, accuracy_after=after, obeyed_after=obeyed, undone=undone)
+        self.history[-1] = replace(latest, accuracy_after=after, obeyed_after=obeyed, undone=undone)
         if undone and self._before is not None:
             put_weights(trainer, pl_module, self._before)
             restart_averages(trainer, pl_module)
@@ -291,10 +292,10 @@ class NONECallback(Defense):
 
     def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
         """Log, print one sentence, and write the report of all rounds so far."""
-        assert self.verdict is not None
-        assert self._training_set is not None
-        removed, units = float(len(self.verdict.removed)), float(sum(len(done.units) for done in self._done))
+        data, rounds = self._training_set, self.history
+        assert data is not None
+        removed, units = float(sum(r.removed for r in rounds)), float(sum(len(r.units) for r in rounds))
         pl_module.log_dict({"backdoor/none/removed": removed, "backdoor/none/units_reset": units})
-        rank_zero_info(f"NONE {sentence(self._done, len(self.verdict))}")
-        shown = evidence(self._done, self._training_set, rule=self.rule, seconds=seconds, max_removed=self.max_removed)
+        rank_zero_info(f"NONE {sentence(rounds, len(data))}")
+        shown = evidence(rounds, data, rule=self.rule, seconds=seconds, max_removed=self.max_removed)
         self._write_report(trainer, shown)
