@@ -149,14 +149,14 @@ class NONECallback(Defense):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the curation of the training loader."""
-        if stage == "fit" and not pl_module.automatic_optimization:
-            raise TrainerError(
-                "NONE fine-tunes through the Trainer, but the module sets `automatic_optimization = False`. Let "
-                "`training_step` return the loss, or use UltraCleanCallback."
-            )
-        super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            if not pl_module.automatic_optimization:
+                raise TrainerError(
+                    "NONE fine-tunes through the Trainer, but the module sets `automatic_optimization = False`. Let "
+                    "`training_step` return the loss, or use UltraCleanCallback."
+                )
             self._tuning, self._before, self.history, self._last_look = FineTuning(), None, [], None
+        super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Continue a fine-tuning that was interrupted."""
