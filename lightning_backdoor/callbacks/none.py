@@ -196,11 +196,10 @@ class NONECallback(Defense):
                 if len(self.history) < self.rounds and not self.history[-1].undone:
                     self._look(trainer, pl_module)
             return
-        acted = any(done.units for done in self.history)
-        ends = not acted and about_to_end(trainer)
-        warmup = self.warmup_epochs or sys.maxsize
-        epochs = trainer.current_epoch + 1
-        if acted or not is_due(epochs, last_scan=self._last_look, warmup=warmup, every=None, ends=ends):
+        acted = any(past.units for past in self.history)
+        ends, warmup = not acted and about_to_end(trainer), self.warmup_epochs or sys.maxsize
+        done = trainer.current_epoch + 1
+        if acted or not is_due(done, last_scan=self._last_look, warmup=warmup, every=None, ends=ends):
             return
         if trainer.fast_dev_run:
             rank_zero_info("NONE: fast_dev_run trains too little for a verdict; no look.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,34 @@ import lightning.pytorch as lightning_pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from lightning_backdoor import NONECallback, attacks
-from tests.callbacks.helpers import LIGHTNING_WARNS, DigitNet, digits, make_trainer, same_state, share_right
+from lightning_backdoor.errors import ArgumentError, ModelError, TrainerError
+from lightning_backdoor.trainer.finetuning import FineTuning
+from tests.callbacks.helpers import (
+    LIGHTNING_WARNS,
+    DigitNet,
+    Net,
+    Pictures,
+    always,
+    digits,
+    fit,
+    loader_of,
+    make_trainer,
+    same_state,
+    share_right,
+    state_of,
+)
+from tests.callbacks.test_ultraclean_resume import SaveAll, run
 
-pytestmark = LIGHTNING_WARNS
+pytestmark = [
+    *LIGHTNING_WARNS,
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
+]
 
 
 def train_digits(dataset: Any, callbacks: list[Any], epochs: int = 6, **kwargs: Any) -> tuple[Any, DigitNet]:
@@ -59,3 +81,255 @@ def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> 
     assert same_state(plain.state_dict(), module)
     assert callback.verdict.keep.all()
     assert trainer.current_epoch == 6
+
+
+def acting(**kwargs: Any) -> NONECallback:
+    """NONE that drops samples and resets units, whatever the data look like."""
+    return NONECallback(**{"rule": "paper", "finetune_epochs": 2, **kwargs})
+
+
+class Moments(pl.Callback):
+    """Weights before every epoch."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.weights.append(state_of(pl_module))
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+    return max(float((after[name] - value).abs().max()) for name, value in before.items() if value.is_floating_point())
+
+
+def test_fine_tunes_beyond_the_plan_on_what_is_kept_and_gives_everything_back() -> None:
+    callback = acting(lr=1e-30)
+    moments = Moments()
+    trainer, module = fit([callback, moments])
+    kept = callback.verdict.keep.nonzero().flatten().tolist()
+    assert 0 < 64 - len(kept) <= 0.3 * 64
+    assert [(epoch, positions == kept) for epoch, positions in module.epochs()][4:] == [(4, True), (5, True)]
+    assert module.epochs()[3][1] == list(range(64))
+    assert moved(moments.weights[4], state_of(module)) < 1e-20, "a rate of 1e-30, and batch norms that are frozen"
+    assert moved(moments.weights[3], moments.weights[4]) > 0
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.7**4)
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4, "the schedule waited at its end"
+    assert trainer.lr_scheduler_configs[0].frequency == 1
+    assert all(part.training for part in module.modules())
+    assert trainer.max_epochs == 4
+
+
+def test_the_rate_of_the_phase_is_in_the_optimizer_during_steps_alone() -> None:
+    seen: list[float] = []
+
+    class Rates(torch.optim.SGD):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            seen.append(self.param_groups[0]["lr"])
+            return super().step(*args, **kwargs)
+
+    class WithRates(Net):
+        def configure_optimizers(self) -> Any:
+            return Rates(self.parameters(), lr=0.1)
+
+    torch.manual_seed(0)
+    between: list[float] = []
+
+    class Between(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            between.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    make_trainer([acting(lr=0.08), Between()], 2).fit(WithRates(), loader_of(Pictures()))
+    steps = [rate for rate in seen if rate != 0.1]
+    assert seen[: len(seen) - len(steps)] == [0.1] * 8
+    assert steps == pytest.approx([0.08 * (1 - i / len(steps)) for i in range(len(steps))])
+    assert set(between) == {0.1}, "as schedulers and monitors see it"
+
+
+def test_the_default_rate_is_a_share_of_the_largest_that_the_schedule_had() -> None:
+    group = {"lr": 1e-7, "initial_lr": 0.004, "max_lr": 0.1}
+    assert FineTuning().rate(group) == pytest.approx(0.005)
+    assert FineTuning().rate({"lr": 0.2}) == pytest.approx(0.01)
+
+
+def test_inside_the_plan_schedules_go_on_and_training_does_not_get_longer() -> None:
+    callback = acting(warmup_epochs=1, finetune_epochs=1)
+    trainer, module = fit([callback])
+    assert trainer.current_epoch == 4
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
+    assert [len(positions) for _, positions in module.epochs()] == [64] + 3 * [int(callback.verdict.keep.sum())]
+
+
+def test_batch_norm_statistics_stand_still_and_their_weights_learn() -> None:
+    moments = Moments()
+    _, module = fit([acting(), moments])
+    before, after = moments.weights[4], state_of(module)
+    assert torch.equal(before["body.1.running_mean"], after["body.1.running_mean"])
+    assert torch.equal(before["body.1.num_batches_tracked"], after["body.1.num_batches_tracked"])
+    assert not torch.equal(before["body.1.weight"], after["body.1.weight"])
+
+
+def test_a_round_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, undefended = fit([])
+    monkeypatch.setattr("lightning_backdoor.callbacks.none.MAX_LOSS", -2.0)
+    callback = acting(rounds=3, report_dir=tmp_path)
+    _, module = fit([callback])
+    assert same_state(undefended, module)
+    assert [past.undone for past in callback.history] == [True]
+    assert "cost too much accuracy" in (tmp_path / "report.html").read_text()
+
+
+def test_rounds_follow_each_other() -> None:
+    callback = acting(rounds=2, finetune_epochs=1)
+    trainer, _ = fit([callback], epochs=2)
+    assert [past.epochs for past in callback.history] == [2, 3]
+    assert all(past.accuracy_after is not None for past in callback.history)
+    assert trainer.current_epoch == 4
+
+
+def test_natural_mode_keeps_the_data_and_resets_units() -> None:
+    callback = NONECallback(samples="keep", finetune_epochs=1)
+    _, module = fit([callback])
+    assert callback.verdict.keep.all()
+    assert callback.verdict.threshold == math.inf
+    assert [len(past.units) for past in callback.history] == [1]
+    assert module.epochs()[-1][1] == list(range(64))
+
+
+@pytest.mark.parametrize("package", [pl, lightning_pytorch])
+def test_works_with_both_packages(package: Any) -> None:
+    callback = acting()
+    torch.manual_seed(0)
+    module = Net() if package is pl else lightning_net()
+    trainer = make_trainer([callback], 2, package=package)
+    trainer.fit(module, loader_of(Pictures()))
+    assert trainer.current_epoch == 4
+    assert callback.history[0].units
+
+
+def lightning_net() -> Any:
+    plain = Net()
+
+    class Twin(lightning_pytorch.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = plain.body, plain.head
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(images.float() / 255).flatten(1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self(batch["image"]), batch["label"])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    return Twin()
+
+
+def test_averaged_weights_start_again_from_the_treated_model() -> None:
+    class Average(pl.Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            self.average = AveragedModel(pl_module)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            self.average.update_parameters(pl_module)
+
+    average = Average()
+    fit([average, acting(finetune_epochs=1)])
+    assert 0 < int(average.average.n_averaged) <= 4, "of the last epoch alone"
+
+
+def test_the_report_lists_the_units(tmp_path: Path) -> None:
+    callback = acting(report_dir=tmp_path)
+    fit([callback])
+    page = (tmp_path / "report.html").read_text()
+    layer, unit, *_ = callback.history[0].units[0]
+    assert "Units that were reset" in page
+    assert f"<td>{layer}</td>" in page
+    assert re.search(rf"<td[^>]*>{unit}</td>", page)
+
+
+@pytest.mark.parametrize("ultraclean_first", [True, False])
+def test_together_with_ultraclean(ultraclean_first: bool) -> None:
+    one, two = always(rewind=True), acting(finetune_epochs=1)
+    _, module = fit([one, two] if ultraclean_first else [two, one])
+    kept = (one.verdict.keep & two.verdict.keep).nonzero().flatten().tolist()
+    assert module.epochs()[-1][1] == kept
+    assert [epoch for epoch, _ in module.epochs()] == [0, 1, 0, 1, 2, 3, 4]
+
+
+def test_a_rewind_after_a_reset_makes_the_defence_look_again() -> None:
+    one, two = acting(warmup_epochs=1, finetune_epochs=1), always(warmup_epochs=3)
+    _, module = fit([one, two])
+    assert [epoch for epoch, _ in module.epochs()] == [0, 1, 2, 0, 1, 2, 3]
+    assert [past.epochs for past in one.history] == [1]
+    assert all(module.training for module in module.modules())
+
+
+def test_manual_optimization_is_refused_before_anything_happens() -> None:
+    class Manual(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(TrainerError, match="automatic_optimization = False"):
+        make_trainer([acting()]).fit(Manual(), loader_of(Pictures()))
+
+
+def test_a_frozen_backbone_has_nothing_to_reset() -> None:
+    module = Net()
+    module.body.requires_grad_(False)
+    with pytest.raises(ModelError, match="Unfreeze some layers"):
+        make_trainer([acting()]).fit(module, loader_of(Pictures()))
+
+
+def test_a_model_without_units_is_refused() -> None:
+    class Linear(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Flatten(), nn.Linear(192, 4)
+
+    with pytest.raises(ModelError, match="can be reset"):
+        make_trainer([acting()]).fit(Linear(), loader_of(Pictures()))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": 0.0}, {"rounds": 0}, {"reset_fraction": 5}, {"strong": 90}, {"samples": "remove"}, {"rule": "jenks"}],
+)
+def test_wrong_arguments(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=f"`{next(iter(wrong))}` must be"):
+        NONECallback(**wrong)
+
+
+def test_representation_and_pickling() -> None:
+    assert repr(NONECallback(rounds=2, lr=0.1)) == "NONECallback(rounds=2, lr=0.1)"
+    assert NONECallback.from_paper().rule == "paper"
+    callback = acting()
+    fit([callback])
+    again = pickle.loads(pickle.dumps(callback))
+    assert torch.equal(again.verdict.keep, callback.verdict.keep)
+    assert again.history == callback.history
+
+
+def test_the_same_callback_serves_a_second_fit() -> None:
+    callback = acting()
+    fit([callback])
+    first = callback.verdict
+    trainer, _ = fit([callback])
+    assert not bool((callback.verdict.keep & ~first.keep).any()), "removed samples stay removed"
+    assert trainer.current_epoch == 6
+
+
+@pytest.mark.parametrize("warmup_epochs", [None, 1])
+def test_an_interrupted_run_ends_like_one_that_was_not(warmup_epochs: int | None, tmp_path: Path) -> None:
+    saver = SaveAll(tmp_path)
+    plain_callback = acting(warmup_epochs=warmup_epochs)
+    _, plain = run([plain_callback, saver])
+    assert len(saver.paths) == 2 * (3 if warmup_epochs else 5)
+    for path in saver.paths[:-1]:
+        callback = acting(warmup_epochs=warmup_epochs)
+        _, module = run([callback], ckpt=path)
+        assert same_state(plain, module), path.name
+        assert torch.equal(callback.verdict.keep, plain_callback.verdict.keep)
+        assert [past.units for past in callback.history] == [past.units for past in plain_callback.history]
