@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-__all__ = ["contact_sheet", "histogram"]
+__all__ = ["blank_figure", "contact_sheet", "histogram", "own_style", "png_bytes"]
 
 _KEPT, _REMOVED, _INK, _SOFT = "#2f78b7", "#c24a15", "#22262b", "#4a5058"
 _FLOOR = 0.1  # a logarithmic axis has no zero: empty bins end below the picture
@@ -28,7 +28,7 @@ _TILES_PER_ROW, _CELLS_PER_ROW = 9, 6
 
 
 @contextmanager
-def _own_style() -> Iterator[None]:
+def own_style() -> Iterator[None]:
     """Draw with matplotlib's defaults, whatever style the user has set, and without the state of pyplot."""
     import matplotlib.style  # noqa: PLC0415  (an extra, loaded when used)
 
@@ -38,7 +38,8 @@ def _own_style() -> Iterator[None]:
         yield
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, in inches, that pyplot does not know of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (an extra, loaded when used)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -47,7 +48,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
+    """Encode a figure at 150 pixels per inch."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)
     return file.getvalue()
@@ -86,8 +88,8 @@ def histogram(verdict: Verdict) -> bytes:
     scores, keep = verdict.scores.double().numpy(), verdict.keep.numpy()
     low, high = _window(scores, verdict.threshold)
     edges = np.linspace(low, high, _BINS + 1)
-    with _own_style():
-        figure = _figure(9, 4.2)
+    with own_style():
+        figure = blank_figure(9, 4.2)
         axes = figure.add_axes((0.12, 0.14, 0.85, 0.75))
         tallest = 1
         for mask, colour, name in ((keep, _KEPT, "kept"), (~keep, _REMOVED, "removed")):
@@ -110,7 +112,7 @@ def histogram(verdict: Verdict) -> bytes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.04), ncols=3, frameon=False, borderaxespad=0)
-        return _png(figure)
+        return png_bytes(figure)
 
 
 def _mark_threshold(axes: Any, threshold: float, low: float, high: float) -> None:
@@ -151,8 +153,8 @@ def contact_sheet(exhibits: list[Exhibit], verdict: Verdict, evidence: Evidence)
     cell_width, text, header = 12.4 / columns, 0.5, 0.45 if tiles > 1 else 0.15
     cell_height = cell_width / tiles * ratio + text
     names = ["image", *(f"{name} ×{exhibits[0].factor}" for name in evidence.variants)][:tiles]
-    with _own_style():
-        figure = _figure(cell_width * columns + 0.1, cell_height * rows + header)
+    with own_style():
+        figure = blank_figure(cell_width * columns + 0.1, cell_height * rows + header)
         total_width, total_height = figure.get_size_inches()
         for number_, exhibit in enumerate(exhibits):
             row, column = divmod(number_, columns)
@@ -177,7 +179,7 @@ def contact_sheet(exhibits: list[Exhibit], verdict: Verdict, evidence: Evidence)
                         parse_math=False,
                     )
             _caption(figure, (left, left + cell_width, top), exhibit.position, verdict, evidence)
-        return _png(figure)
+        return png_bytes(figure)
 
 
 def _caption(

@@ -12,7 +12,7 @@ from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["Exhibit", "Group", "choose", "collect"]
+__all__ = ["Exhibit", "Group", "choose", "collect", "three_channels"]
 
 _LARGEST = 160  # pixels: what a tile needs on a sharp screen
 _BRIGHTEST = 16  # the strongest amplification; beyond it one grey level of rounding looks like a pattern
@@ -67,7 +67,7 @@ def choose(verdict: Verdict, limit: int = 24) -> list[Group]:
     return [group for group in groups if group.positions]
 
 
-def _three_channels(images: Tensor) -> Tensor:
+def three_channels(images: Tensor) -> Tensor:
     """Return ``(n, C, H, W)`` as ``(n, 3, H, W)``: colour as it is, anything below three channels as grey."""
     if images.shape[1] >= 3:
         return images[:, :3]
@@ -118,8 +118,8 @@ def collect(groups: list[Group], evidence: Evidence) -> list[Exhibit]:
         raise ArgumentError(
             f"`denoised` must return tensors of the shape of `images` {tuple(images.shape)}, got {shapes}."
         )
-    pixels = _three_channels(images.cpu()).float()
-    differences = [(_three_channels(variant.cpu()).float() - pixels).abs() for variant in variants]
+    pixels = three_channels(images.cpu()).float()
+    differences = [(three_channels(variant.cpu()).float() - pixels).abs() for variant in variants]
     factor = _amplification(torch.stack(differences)) if differences else 1
     shown = [_fitted(pixels), *(_fitted((difference * factor).clamp(max=255)) for difference in differences)]
     tiles = torch.stack(shown, dim=1).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
