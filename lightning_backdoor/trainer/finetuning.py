@@ -123,15 +123,15 @@ class _Rates:
 
     def __init__(self, phase: FineTuning) -> None:
         self._phase = phase
-        self._own: list[float] = []
+        self._own: list[list[float]] = []  # a stack: an optimizer whose step calls that of its base runs hooks twice
 
     def lend(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._own = [float(group["lr"]) for group in optimizer.param_groups]
+        self._own.append([float(group["lr"]) for group in optimizer.param_groups])
         for group in optimizer.param_groups:
             _set_rate(group, self._phase.rate(group))
 
     def give_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group, own in zip(optimizer.param_groups, self._own, strict=True):
+        for group, own in zip(optimizer.param_groups, self._own.pop(), strict=True):
             _set_rate(group, own)
 
 

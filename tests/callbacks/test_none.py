@@ -121,6 +121,7 @@ def test_fine_tunes_beyond_the_plan_on_what_is_kept_and_gives_everything_back() 
 
 def test_the_rate_of_the_phase_is_in_the_optimizer_during_steps_alone() -> None:
     seen: list[float] = []
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # from now on hooks run within the base's step as well
 
     class Rates(torch.optim.SGD):
         def step(self, *args: Any, **kwargs: Any) -> Any:
