@@ -24,8 +24,9 @@ class FineTuning:
     """A phase of fine-tuning inside a fit: asked for at the end of an epoch, it takes the epochs that follow.
 
     The learning rate falls in a straight line to zero. It is in the optimizers during their steps alone (Lightning
-    calls ``training_step`` within them), so schedulers and monitors see their own one. Once the epochs that the user planned are used up, schedulers wait: one that is at its
-    end could not go on. Batch norms keep their statistics and train their scale and shift.
+    calls ``training_step`` within them), so schedulers and monitors see their own one. Once the epochs that the user
+    planned are used up, schedulers wait: one that is at its end could not go on. Batch norms keep their statistics and
+    train their scale and shift.
 
     Attributes:
         left: Epochs of the phase that are still to come; 0 outside of it.
