@@ -188,7 +188,8 @@ class Graph(TorchFunctionMode):
 
     def _read(self, x: Tensor) -> tuple[Strand, ...] | None:
         """The strands of an activation, None for a constant; a tensor from outside is an activation without."""
-        if id(x) in self._places or not (x.is_floating_point() or x in self._flows):
+        images = x.is_floating_point() or x.dtype == torch.uint8
+        if id(x) in self._places or not (images or x in self._flows):
             return None
         if x not in self._flows:
             return ()

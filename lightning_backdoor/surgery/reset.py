@@ -36,7 +36,8 @@ def reset_units(
             again (what NONE's code does, see *Training with More Confidence*, Wang et al., 2022,
             https://arxiv.org/abs/2202.06382). ``"reinit"`` draws its row anew as the layer's class does
             (``reset_parameters``, else normal with the weight's own deviation), resets its norms (scale 1, shift 0,
-            statistics 0 and 1) and zeroes only what leads out of it, so that it starts silent and learns again.
+            statistics 0 and 1) and zeroes the columns that read it, so that it starts silent and learns again. On its
+            way into a sum it is turned down to the square of the machine epsilon, since a ReLU has no slope at zero.
         optimizers: Their state (momentum, second moments) of the touched entries is set to zero.
         seed: For the draw; None continues from the state of the global stream. Processes must share it.
 
@@ -55,7 +56,7 @@ def reset_units(
             if new is not None:
                 _write(piece, units, new, optimizers)
         for piece in layer.switches if mode == "reinit" else ():
-            _write(piece, units, torch.zeros(()), optimizers)
+            _write(piece, units, piece.tensor * torch.finfo(piece.tensor.dtype).eps ** 2, optimizers)
 
 
 def _write(piece: Slice, units: Tensor, value: Tensor, optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -90,7 +91,7 @@ def _redrawn(layer: nn.Module, seed: int | None) -> nn.Module:
     """A layer of the same kind with new weights, on the CPU, so that every device and process draws the same."""
     twin = copy.copy(layer)
     own = {key: nn.Parameter(p.detach().cpu().clone()) for key, p in layer.named_parameters(recurse=False)}
-    twin._parameters = dict[str, nn.Parameter | None](own)
+    twin._parameters = {**layer._parameters, **own}
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)

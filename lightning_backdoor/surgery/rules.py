@@ -178,12 +178,19 @@ def _move(call: Call) -> Pairs:
     for key, strands in call.flows.items():
         for strand in strands:
             moved = call.repeat(lambda x, key=key, strand=strand: _stand_in(x, id(x) == key, strand))  # type: ignore[misc]
-            pairs += [
-                (output, replace(strand, labels=labels))
-                for output, labels in zip(tensors_in(call.output), tensors_in(moved), strict=True)
-                if bool((labels > 0).any())
-            ]
+            for output, labels in zip(tensors_in(call.output), tensors_in(moved), strict=True):
+                if bool((labels > 0).any()):
+                    _gather(pairs, output, replace(strand, labels=labels))
     return pairs
+
+
+def _gather(pairs: list[tuple[Tensor, Strand]], output: Tensor, strand: Strand) -> None:
+    """Parts of one strand that come together again become one."""
+    for i, (place, other) in enumerate(pairs):
+        if place is output and replace(other, labels=strand.labels).matches(strand) and other.zero == strand.zero:
+            pairs[i] = output, replace(other, labels=other.labels.maximum(strand.labels))
+            return
+    pairs.append((output, strand))
 
 
 def _stand_in(x: Tensor, here: bool, strand: Strand) -> Tensor:
