@@ -76,13 +76,13 @@ class HyperplaneStatistics:
                 f"`activations` must have shape (B, {units}) and `probabilities` (B, {classes}), got "
                 f"{tuple(activations.shape)} and {tuple(probabilities.shape)}."
             )
-        values, chances = activations.detach().double().cpu(), probabilities.detach().float().cpu()
+        values, chances = activations.detach().to("cpu", torch.float64, copy=True), probabilities.detach().float().cpu()
         rows, columns = (chances > self.strong).nonzero(as_tuple=True)
         self.largest.scatter_reduce_(0, columns[:, None].expand(-1, units), values[rows], "amax")
         self.confident += torch.bincount(columns, minlength=classes)
         weak = (chances < self.weak).double()
-        self.sums += weak.T @ values
-        self.squares += weak.T @ values.square()
+        self.sums.addmm_(weak.T, values)
+        self.squares.addmm_(weak.T, values.square_())
         self.others += weak.sum(dim=0)
 
     def state(self) -> Tensor:

@@ -68,12 +68,12 @@ class UnitScan:
 
     def measure(self, trainer: Any, pl_module: Any) -> Measured:
         """Measure units and samples: two passes, three if some class has no confident sample."""
-        statistics, found = self._statistics(trainer, pl_module, self.strong)
+        statistics, found = self.statistics(trainer, pl_module, self.strong)
         thresholds, replaced = strong_thresholds(
             found["confidence"], found["predicted"], self.data.num_classes, self.strong
         )
         if replaced:
-            statistics, found = self._statistics(trainer, pl_module, thresholds)
+            statistics, found = self.statistics(trainer, pl_module, thresholds)
         excess = statistics.excess()
         strongest, of_class = excess.max(dim=1)
         starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
@@ -94,22 +94,10 @@ class UnitScan:
             tuple(replaced),
         )
 
-    def driven(self, trainer: Any, pl_module: Any, flagged: Tensor) -> Tensor:
-        """How far some samples, bool ``(N,)``, drive each unit away from its other responses, double ``(U,)``."""
-        statistics = HyperplaneStatistics(sum(self.sizes), 2)
-
-        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
-            _, responses = self.data.responses(trainer, pl_module, batch, self.names)
-            statistics.update(responses, torch.nn.functional.one_hot(flagged[indices].long(), 2).float())
-            return {"seen": indices}
-
-        self.data.scan(trainer, pl_module, step, description="NONE units")
-        self._merge(trainer, statistics)
-        return driven_units(statistics)
-
-    def _statistics(
+    def statistics(
         self, trainer: Any, pl_module: Any, strong: float | Tensor
     ) -> tuple[HyperplaneStatistics, dict[str, Tensor]]:
+        """One pass: statistics of all units; ``labels``, ``predicted`` and ``confidence`` of the samples, ``(N,)``."""
         statistics = HyperplaneStatistics(sum(self.sizes), self.data.num_classes, strong=strong, weak=self.weak)
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
@@ -123,6 +111,19 @@ class UnitScan:
         found = self.data.scan(trainer, pl_module, step, description="NONE statistics")
         self._merge(trainer, statistics)
         return statistics, found
+
+    def driven(self, trainer: Any, pl_module: Any, flagged: Tensor) -> Tensor:
+        """How far some samples, bool ``(N,)``, drive each unit away from its other responses, double ``(U,)``."""
+        statistics = HyperplaneStatistics(sum(self.sizes), 2)
+
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            _, responses = self.data.responses(trainer, pl_module, batch, self.names)
+            statistics.update(responses, torch.nn.functional.one_hot(flagged[indices].long(), 2).float())
+            return {"seen": indices}
+
+        self.data.scan(trainer, pl_module, step, description="NONE units")
+        self._merge(trainer, statistics)
+        return driven_units(statistics)
 
     def _responses(self, trainer: Any, pl_module: Any, units: Tensor) -> Tensor:
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:

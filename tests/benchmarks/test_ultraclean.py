@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor.trainer.denoised_scan import DenoisedScan
-from lightning_backdoor.trainer.training_set import Reading, open_training_set
+from lightning_backdoor.trainer.training_set import Reading, TrainingSet, open_training_set
 from tests.trainer.scan_helpers import LIGHTNING_WARNS, Trap, make_trainer
 
 pytestmark = [*LIGHTNING_WARNS, pytest.mark.benchmark]
@@ -68,15 +68,20 @@ class Model(Trap):
         return logits
 
 
-def prepared(n: int) -> tuple[Trainer, Model, DataLoader[Any], DenoisedScan]:
-    """A Trainer as in the middle of fit, and the scan of its training set."""
+def opened(n: int) -> tuple[Trainer, Model, DataLoader[Any], TrainingSet]:
+    """A Trainer as in the middle of fit, and its training set."""
     module, trainer = Model(), make_trainer([])
     loader = DataLoader(Images(n), batch_size=128)
     trainer.strategy.connect(module)
     trainer._data_connector.attach_datamodule(module)
     module.trainer = trainer
     trainer.training = True
-    data = open_training_set(trainer, module, loader, Reading(mean=(0.5,) * 3, std=(0.5,) * 3))
+    return trainer, module, loader, open_training_set(trainer, module, loader, Reading(mean=(0.5,) * 3, std=(0.5,) * 3))
+
+
+def prepared(n: int) -> tuple[Trainer, Model, DataLoader[Any], DenoisedScan]:
+    """The same with UltraClean's scan."""
+    trainer, module, loader, data = opened(n)
     return trainer, module, loader, DenoisedScan(data, world_size=1, cache_bytes=2**31, softmax=False)
 
 
