@@ -55,8 +55,8 @@ def main() -> None:
         separation = max((apart for past in defence.history for _, apart in past.modes), default=0.0)
         pairs = [f"{right(model, test):.1f} / {right(model, attacked):.1f}" for model in (undefended, defended)]
         print(
-            f"| {activation.__name__} | {' | '.join(pairs)} | {separation:.1f} | {found['tpr']:.1f} | {found['fpr']:.1f} "
-            f"| {len(quiet.verdict.removed)} | {right(untouched, test):.1f} |",
+            f"| {activation.__name__} | {' | '.join(pairs)} | {separation:.1f} | {found['tpr']:.1f} "
+            f"| {found['fpr']:.1f} | {len(quiet.verdict.removed)} | {right(untouched, test):.1f} |",
             flush=True,
         )
     print(f"\nClean accuracy / ASR in per cent; {len(poisoned):,} digits, BadNets 5 %, {EPOCHS} epochs, one seed.")
