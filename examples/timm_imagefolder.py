@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from lightning_backdoor import BackdoorMonitor, UltraCleanCallback, attacks, metrics
+from lightning_backdoor import BackdoorMonitor, NONECallback, UltraCleanCallback, attacks, metrics
 
 TRIGGERS = {
     "badnets": attacks.BadNets(),
@@ -33,9 +33,11 @@ TRIGGERS = {
     "trojan": attacks.Trojan(),
 }
 DEFENCES = {
-    "none": lambda report: [],
+    "undefended": lambda report: [],
     "ultraclean": lambda report: [UltraCleanCallback(report_dir=report)],
     "ultraclean-paper": lambda report: [UltraCleanCallback.from_paper(output="logits", report_dir=report)],
+    "NONE": lambda report: [NONECallback(report_dir=report)],
+    "NONE-paper": lambda report: [NONECallback.from_paper(report_dir=report)],
 }
 
 
@@ -129,7 +131,7 @@ def main() -> None:
     parser.add_argument("--attack", choices=sorted(TRIGGERS), default="badnets")
     parser.add_argument("--rate", type=float, default=0.05, help="of the dataset (sig: of the target class)")
     parser.add_argument("--target", type=int, default=0)
-    parser.add_argument("--defence", choices=[*DEFENCES, "perfect"], nargs="+", default=["none", "ultraclean"])
+    parser.add_argument("--defence", choices=[*DEFENCES, "perfect"], nargs="+", default=["undefended", "ultraclean"])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -163,12 +165,14 @@ def main() -> None:
         )
         monitor = BackdoorMonitor(triggered=attacked)
         trainer = pl.Trainer(
-            max_epochs=options.epochs, callbacks=[*callbacks, monitor], logger=False, enable_checkpointing=False,
-            check_val_every_n_epoch=options.epochs,
+            max_epochs=options.epochs, callbacks=callbacks, logger=False, enable_checkpointing=False,
+            check_val_every_n_epoch=options.epochs, enable_model_summary=False,
         )  # fmt: skip
-        began = time.perf_counter()
-        trainer.fit(network, loader, DataLoader(test, batch_size=500, num_workers=options.workers))
+        began, held_out = time.perf_counter(), DataLoader(test, batch_size=500, num_workers=options.workers)
+        trainer.fit(network, loader, held_out)
         seconds = time.perf_counter() - began
+        trainer = pl.Trainer(callbacks=[monitor], logger=False, enable_progress_bar=False)
+        trainer.validate(network, held_out, verbose=False)  # NONE adds epochs after the last validation
         logged = {name.removeprefix("backdoor/"): float(value) for name, value in trainer.callback_metrics.items()}
         line = f"{defence:18} {100 * logged['clean_accuracy']:14.1f} {100 * logged['attack_success_rate']:6.1f}"
         if callbacks:

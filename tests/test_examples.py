@@ -66,7 +66,7 @@ def test_the_timm_example_runs(tmp_path: Path, path: str | None) -> None:
         timeout=900,
     )
     assert found.returncode == 0, found.stderr
-    assert [line.split()[0] for line in found.stdout.splitlines() if line[:4] in ("none", "ultr")] == [
-        "none",
+    assert [line.split()[0] for line in found.stdout.splitlines() if line[:4] in ("unde", "ultr")] == [
+        "undefended",
         "ultraclean",
     ]
