@@ -1,5 +1,7 @@
 """Plain functions on tensors: denoise, score, decide. They know nothing of trainers, files or ground truth."""
 
+from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores, split_by_rank
+from lightning_backdoor.functional.contrastive import mixed_cross_entropy, ss_contrastive_loss
 from lightning_backdoor.functional.decisions import limit_removed, natural_break, select_fraction
 from lightning_backdoor.functional.denoising import local_median, nl_means
 from lightning_backdoor.functional.evidence import Decision, decide
@@ -21,17 +23,22 @@ __all__ = [
     "Mode",
     "PixelModel",
     "bias_scores",
+    "center_repulsion_loss",
     "compromise_scores",
     "decide",
+    "fct_scores",
     "find_modes",
     "invert_trigger",
     "limit_removed",
     "local_median",
+    "mixed_cross_entropy",
     "mode_scores",
     "natural_break",
     "nl_means",
     "select_fraction",
+    "split_by_rank",
     "split_units",
+    "ss_contrastive_loss",
     "strong_thresholds",
     "susceptibility_scores",
 ]
