@@ -97,6 +97,9 @@ class Graph(TorchFunctionMode):
         self._holders: Counter[int] = Counter()
         self._producers: dict[int, Producer] = {}
         for part in module.modules():
+            for value in vars(part).values():
+                if isinstance(value, Tensor):
+                    self._flows[value] = None
             own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
             self._places.update({id(tensor): (part, key) for key, tensor in own})
             self._holders.update(tensor.data_ptr() for _, tensor in own)
@@ -192,6 +195,7 @@ class Graph(TorchFunctionMode):
         if id(x) in self._places or not (images or x in self._flows):
             return None
         if x not in self._flows:
+            self._unseen()
             return ()
         flow = self._flows[x]
         if flow is None or flow[0] == _version(x):
@@ -199,6 +203,12 @@ class Graph(TorchFunctionMode):
         for strand in flow[1]:
             self.lose(strand, "it was changed in place behind another view")
         return ()
+
+    def _unseen(self) -> None:
+        """A tensor that no operation made: an input, or something hidden has read what was made so far."""
+        for producer in self.producers:
+            if producer.slices:
+                producer.lost = producer.lost or "an operation that cannot be watched (scripted?) comes after it"
 
 
 def record(

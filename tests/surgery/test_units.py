@@ -57,11 +57,13 @@ class Net(nn.Module):
             self.add_module(key, layer)
         self.fc = nn.Linear(width, K)
         self.body = body
+        self.constant = torch.ones(6, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.body(self, self.conv(images)))
 
 
+CONSTANT = torch.ones(6, 1, 1)
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -132,6 +134,9 @@ def test_depthwise_filters_belong_to_the_unit() -> None:
         (lambda net, x: (x * net.two(x).sigmoid()).mean((2, 3)), {"two": nn.Conv2d(6, 6, 1)}, ["conv"]),
         (lambda net, x: (x * net.two(x).relu()).mean((2, 3)), {"two": nn.Conv2d(6, 6, 1)}, ["conv", "two"]),
         (lambda net, x: _changed_behind(x).mean((2, 3)), {}, []),
+        (lambda net, x: (x + net.two(_unwatched(x))).mean((2, 3)), {"two": nn.Conv2d(6, 6, 1)}, ["two"]),
+        (lambda net, x: (x.relu() * CONSTANT).mean((2, 3)), {}, []),
+        (lambda net, x: (x.relu() * net.constant).mean((2, 3)), {}, ["conv"]),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:The units of")
@@ -144,6 +149,11 @@ def test_what_can_be_cut(body: Any, layers: dict[str, nn.Module], expected: list
             ModelError, match=r"No unit of Net can be reset \(.*'conv'.*Use a defence that works on samples"
         ):
             names(net)
+
+
+def _unwatched(x: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        return x.sigmoid()
 
 
 def _changed_behind(x: Tensor) -> Tensor:
