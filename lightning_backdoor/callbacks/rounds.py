@@ -128,6 +128,16 @@ def evidence(rounds: list[Round], data: TrainingSet, *, rule: str, seconds: floa
         score_meaning=MEANING if rule == "auto" else MEANING_PAPER,
         wanted=max(round_.wanted for round_ in rounds),
         max_removed=max_removed,
-        rewound=False if any(round_.removed for round_ in rounds) else None,
+        treatment=_treatment(rounds),
         tables={"Units that were reset": (head, rows)} if rows else {},
     )
+
+
+def _treatment(rounds: list[Round]) -> str:
+    """What happened to the model, for a reader of the report."""
+    treated = [round_ for round_ in rounds if round_.units]
+    if not treated:
+        return ""
+    units, layers = sum(len(r.units) for r in treated), len({layer for r in treated for layer, *_ in r.units})
+    text = f"{units:,} units of {layers} layers were reset, and the model was fine-tuned."
+    return f"{text} The last of this cost too much accuracy and was undone." if treated[-1].undone else text

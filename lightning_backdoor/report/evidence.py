@@ -31,6 +31,7 @@ class Evidence:
         max_removed: The limit that the user set, as a fraction of the training set.
         rewound: ``True`` if training started again from its first weights, ``False`` if it went on with the weights
             it had, ``None`` if this is not known.
+        treatment: What was done to the model itself, as sentences; empty if nothing was.
         figures: More pictures, title to PNG bytes, each shown in a section of its own after the classes.
         tables: More tables, title to ``(head, rows)``, shown before these pictures: the first 100 rows of each.
 
@@ -47,6 +48,7 @@ class Evidence:
     wanted: int | None = None
     max_removed: float | None = None
     rewound: bool | None = None
+    treatment: str = ""
     figures: Mapping[str, bytes] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
 

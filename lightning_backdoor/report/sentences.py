@@ -90,7 +90,15 @@ def _looked(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evide
     return f"{method} looked at {amount}{scope} and gave each a score; larger is more suspicious.{meaning}"
 
 
-def _nothing(looked: str, total: int) -> Summary:
+def _nothing(looked: str, total: int, treatment: str) -> Summary:
+    if treatment:
+        return Summary(
+            headline="No image was removed, the model was treated",
+            looked=looked,
+            found="This check was asked to leave the data as they are and to treat the model whatever they look like.",
+            done=f"All {count(total, 'image')} stay in training. {treatment}",
+            then="Compare accuracy, and how easily the model is misled, with a model that was not treated.",
+        )
     return Summary(
         headline="Nothing suspicious was found",
         looked=looked,
@@ -134,15 +142,16 @@ def summarise(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evi
     looked = _looked(verdict, method, rows, evidence)
     where = _where(rows, evidence)
     if evidence.wanted is not None and evidence.wanted > removed:
-        return _capped(looked, where, removed=removed, total=total, evidence=evidence)
+        capped = _capped(looked, where, removed=removed, total=total, evidence=evidence)
+        return capped._replace(done=" ".join(filter(None, (capped.done, evidence.treatment))))
     if removed == 0:
-        return _nothing(looked, total)
+        return _nothing(looked, total, evidence.treatment)
     stands = "One image stands" if removed == 1 else f"{count(removed, 'image')} stand"
     return Summary(
         headline=f"{removed:,} of {total:,} training images {_were(removed)} removed",
         looked=looked,
         found=f"{stands} out from the rest ({percent(removed, total)} of the training set).{where}",
-        done=_done(removed, total - removed, evidence),
+        done=" ".join(filter(None, (_done(removed, total - removed, evidence), evidence.treatment))),
         then="Look at the removed images. A patch, a pattern or a wrong label that many of them share means that "
         "somebody has touched the data: ask where they came from. If they look ordinary, little is lost; "
         "a smaller `max_removed` or a stricter rule keeps more of them.",

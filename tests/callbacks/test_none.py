@@ -246,6 +246,7 @@ def test_the_report_lists_the_units(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     layer, unit, *_ = callback.history[0].units[0]
     assert "Units that were reset" in page
+    assert "units of 1 layers were reset, and the model was fine-tuned" in page
     assert f"<td>{layer}</td>" in page
     assert re.search(rf"<td[^>]*>{unit}</td>", page)
 

@@ -88,3 +88,12 @@ def test_numbers_are_written_for_people():
         "0 %", "< 0.1 %", "5.1 %", "50 %", "> 99.9 %", "100 %",
     ]  # fmt: skip
     assert [score(value) for value in (11.9, 3, 1234, -0.5)] == ["11.90", "3.000", "1234", "−0.5000"]
+
+
+def test_a_treated_model_is_told_of_whether_images_were_removed_or_not():
+    treatment = "7 units of 3 layers were reset."
+    kept = told(verdict(200, 0), evidence(treatment=treatment))
+    assert kept.headline == "No image was removed, the model was treated"
+    assert kept.done == f"All 200 images stay in training. {treatment}"
+    removed = told(verdict(200, 20), evidence(treatment=treatment))
+    assert removed.done.endswith(f"kept. {treatment}")
