@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_backdoor.errors import ModelError
 from lightning_backdoor.functional.evidence import Decision, add_removed, decide, decide_by_break
 from lightning_backdoor.functional.hyperplane import select_units
+from lightning_backdoor.surgery.graph import ResidualMode
 from lightning_backdoor.surgery.reset import reset_units
-from lightning_backdoor.surgery.units import UnitLayer
+from lightning_backdoor.surgery.units import UnitLayer, find_units
+from lightning_backdoor.trainer.compat import rank_zero_info
+from lightning_backdoor.trainer.etiquette import unobtrusive
+from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.trainer.unit_scan import Measured
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["Chosen", "choose_units", "judge_samples", "reset_chosen"]
+__all__ = ["Chosen", "choose_units", "find_layers", "judge_samples", "reset_chosen"]
 
 MIN_DRIVEN = 1.0  # distance of two means over the sum of both standard deviations
 
@@ -52,11 +57,21 @@ def choose_units(
         layers: The layers, with U units in all.
         excess: How far each class drives each unit out of its usual range, float ``(U, K)``.
         driven: How far the suspicious samples drive each unit, float ``(U,)``: those are chosen that they drive more
-            than one spread away. ``None``: the most compromised units of each layer, whatever their score.
+            than one spread away or, where none is, the ones that they drive furthest. ``None``: the most compromised
+            units of each layer, whatever their score.
         reset_fraction: Largest share of the units of a layer.
     """
     strongest, of_class = excess.max(dim=1)
-    scores, least = (strongest, -math.inf) if driven is None else (driven, MIN_DRIVEN)
+    if driven is None:
+        return _top(layers, strongest, of_class, reset_fraction, -math.inf)
+    return _top(layers, driven, of_class, reset_fraction, MIN_DRIVEN) or _top(
+        layers, driven, of_class, reset_fraction, 0.0
+    )
+
+
+def _top(
+    layers: Sequence[UnitLayer], scores: Tensor, of_class: Tensor, reset_fraction: float, least: float
+) -> list[Chosen]:
     chosen, start = [], 0
     for place, layer in enumerate(layers):
         part = scores[start : start + layer.size]
@@ -64,6 +79,27 @@ def choose_units(
             chosen.append((place, unit, int(of_class[start + unit]), float(part[unit])))
         start += layer.size
     return chosen
+
+
+def find_layers(trainer: Any, pl_module: Any, data: TrainingSet, residual_mode: ResidualMode) -> list[UnitLayer]:
+    """The layers whose units can learn again: nothing that they need is frozen, and an optimizer has their weights.
+
+    Raises:
+        ModelError: There is none, and no callback thaws layers later.
+    """
+    with unobtrusive(trainer, pl_module):
+        found = find_units(pl_module, data.few(trainer, pl_module), residual_mode=residual_mode)
+    trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    layers = [layer for layer in found if layer.trainable and id(layer.layer.weight) in trained]
+    thaws = any(cls.__name__ == "BaseFinetuning" for callback in trainer.callbacks for cls in type(callback).__mro__)
+    if not layers and not thaws:
+        raise ModelError(
+            "Units must be able to learn to be reset, but all weights that they need are frozen (requires_grad=False) "
+            "or in no optimizer. Unfreeze some layers, or use UltraCleanCallback."
+        )
+    if len(found) > len(layers):
+        rank_zero_info(f"NONE leaves {len(found) - len(layers)} of {len(found)} layers alone, which do not learn.")
+    return layers
 
 
 def reset_chosen(

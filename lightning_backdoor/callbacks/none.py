@@ -13,16 +13,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_backdoor.callbacks.compromised import Chosen, choose_units, judge_samples, reset_chosen
+from lightning_backdoor.callbacks.compromised import Chosen, choose_units, find_layers, judge_samples, reset_chosen
 from lightning_backdoor.callbacks.defense import Defense, require_fraction, require_one_of, require_positive
 from lightning_backdoor.callbacks.rounds import Round, evidence, sentence, shares
 from lightning_backdoor.callbacks.schedule import is_due
-from lightning_backdoor.errors import ArgumentError, ModelError, TrainerError
-from lightning_backdoor.surgery.units import UnitLayer, find_units
-from lightning_backdoor.trainer.compat import rank_zero_info
-from lightning_backdoor.trainer.etiquette import unobtrusive
+from lightning_backdoor.errors import ArgumentError, TrainerError
+from lightning_backdoor.surgery.units import UnitLayer
+from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.finetuning import FineTuning, enough_epochs, restart_averages
-from lightning_backdoor.trainer.limits import about_to_end
+from lightning_backdoor.trainer.limits import about_to_end, require_extendable
 from lightning_backdoor.trainer.rewind import put_weights, weights
 from lightning_backdoor.trainer.training_set import Reading
 from lightning_backdoor.trainer.unit_scan import UnitScan
@@ -138,6 +137,7 @@ class NONECallback(Defense):
         self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))
         self.history: list[Round] = []
         self._last_look: int | None = None
+        self._treated = 0  # rounds that reset units, since the start of the run or the last rewind
         self._tuning = FineTuning()
         self._before: dict[str, Any] | None = None  # weights to go back to if a round does harm
         self._layers: list[UnitLayer] = []
@@ -155,37 +155,29 @@ class NONECallback(Defense):
                     "NONE fine-tunes through the Trainer, but the module sets `automatic_optimization = False`. Let "
                     "`training_step` return the loss, or use UltraCleanCallback."
                 )
-            self._tuning, self._before, self.history, self._last_look = FineTuning(), None, [], None
+            require_extendable(trainer)
+            self._tuning, self._before, self.history, self._last_look, self._treated = FineTuning(), None, [], None, 0
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Continue a fine-tuning that was interrupted."""
-        self._tuning.resume(trainer)
+        self._tuning.at_fit_start(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the training set can be read, and find the units that can be reset."""
         super().on_train_start(trainer, pl_module)
         assert self._training_set is not None
-        with unobtrusive(trainer, pl_module):
-            found = find_units(pl_module, self._training_set.few(trainer, pl_module), residual_mode=self.residual_mode)
-        self._layers = [layer for layer in found if layer.trainable]
-        if not self._layers:
-            raise ModelError(
-                "Units must be able to learn to be reset, but all weights that they need are frozen "
-                "(requires_grad=False). Unfreeze some layers, or use UltraCleanCallback."
-            )
-        if len(found) > len(self._layers):
-            rank_zero_info(f"NONE leaves {len(found) - len(self._layers)} frozen layers of {len(found)} alone.")
+        self._layers = find_layers(trainer, pl_module, self._training_set, self.residual_mode)
+        self._tuning.at_train_start()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin an epoch of fine-tuning, if there is one."""
-        if self._last_look is not None and trainer.current_epoch < self._last_look:  # another defence went back
-            self._tuning.left, self._before, self._last_look = 0, None, None
+        """Look again later if another defence went back to the start."""
+        if self._last_look is not None and trainer.current_epoch < self._last_look:
             self._tuning.release()
-        self._tuning.at_epoch_start(trainer)
+            self._tuning, self._before, self._last_look, self._treated = FineTuning(), None, None, 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Keep batch norms frozen while fine-tuning."""
+        """Prepare a step of fine-tuning."""
         self._tuning.at_batch_start(trainer, pl_module, batch_idx)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -193,25 +185,30 @@ class NONECallback(Defense):
         if self._tuning.left:
             if self._tuning.at_epoch_end():
                 self._judge(trainer, pl_module)
-                if len(self.history) < self.rounds and not self.history[-1].undone:
+                if self._treated < self.rounds and not self.history[-1].undone:
                     self._look(trainer, pl_module)
             return
-        acted = any(past.units for past in self.history)
-        ends, warmup = not acted and about_to_end(trainer), self.warmup_epochs or sys.maxsize
-        done = trainer.current_epoch + 1
-        if acted or not is_due(done, last_scan=self._last_look, warmup=warmup, every=None, ends=ends):
+        done, warmup = trainer.current_epoch + 1, self.warmup_epochs or sys.maxsize
+        ends = not self._treated and about_to_end(trainer)
+        if self._treated or not is_due(done, last_scan=self._last_look, warmup=warmup, every=None, ends=ends):
             return
         if trainer.fast_dev_run:
             rank_zero_info("NONE: fast_dev_run trains too little for a verdict; no look.")
             return
         self._look(trainer, pl_module)
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say so if training ended before the first look."""
+        if self.verdict is None and not trainer.fast_dev_run:
+            rank_zero_warn("NONE: training ended before it could look. Pass `warmup_epochs`, a number of epochs.")
+
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a round lasts, with the weights to go back to."""
         return {
             **super().state_dict(),
-            "done": [done.state_dict() for done in self.history],
+            "history": [past.state_dict() for past in self.history],
             "last_look": self._last_look,
+            "treated": self._treated,
             "tuning": self._tuning.state_dict(),
             "before": self._before,
         }
@@ -220,8 +217,9 @@ class NONECallback(Defense):
         """Continue an interrupted run."""
         super().load_state_dict(state_dict)
         if state_dict:
-            self.history = [Round(**done) for done in state_dict["done"]]
-            self._last_look, self._before = state_dict["last_look"], state_dict["before"]
+            self.history = [Round(**past) for past in state_dict["history"]]
+            self._last_look, self._treated = state_dict["last_look"], state_dict["treated"]
+            self._before = state_dict["before"]
             self._tuning.load_state_dict(state_dict["tuning"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -236,6 +234,7 @@ class NONECallback(Defense):
         """Measure, decide, drop, reset, and let fine-tuning follow."""
         began = time.monotonic()
         assert self._training_set is not None
+        self._layers = find_layers(trainer, pl_module, self._training_set, self.residual_mode)
         scan = UnitScan(self._training_set, self._layers, strong=self.strong, weak=self.weak)
         measured = scan.measure(trainer, pl_module)
         keeps = self.samples == "keep"
@@ -249,7 +248,7 @@ class NONECallback(Defense):
         chosen: list[Chosen] = []
         if keeps or self.rule == "paper":
             chosen = choose_units(self._layers, measured.excess, None, reset_fraction=self.reset_fraction)
-        elif not bool(kept.all()):
+        elif removed:
             driven = scan.driven(trainer, pl_module, ~kept)
             chosen = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
         chosen = trainer.strategy.broadcast(chosen, src=0)
@@ -268,6 +267,7 @@ class NONECallback(Defense):
             )
         )
         if chosen:
+            self._treated += 1
             self._before = weights(trainer, pl_module)
             seed = self.reading.seed + len(self.history) * len(self._layers)
             reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=seed)
@@ -284,7 +284,7 @@ class NONECallback(Defense):
         undone = latest.accuracy - after > MAX_LOSS
         self.history[-1] = replace(latest, accuracy_after=after, obeyed_after=obeyed, undone=undone)
         if undone and self._before is not None:
-            put_weights(trainer, pl_module, self._before)
+            put_weights(trainer, pl_module, self._before, groups=False)
             restart_averages(trainer, pl_module)
         self._before = None
         self._tell(trainer, pl_module, time.monotonic() - began)
@@ -295,6 +295,6 @@ class NONECallback(Defense):
         assert data is not None
         removed, units = float(sum(r.removed for r in rounds)), float(sum(len(r.units) for r in rounds))
         pl_module.log_dict({"backdoor/none/removed": removed, "backdoor/none/units_reset": units})
-        rank_zero_info(f"NONE {sentence(rounds, len(data))}")
+        (rank_zero_warn if rounds[-1].undone else rank_zero_info)(f"NONE {sentence(rounds, len(data))}")
         shown = evidence(rounds, data, rule=self.rule, seconds=seconds, max_removed=self.max_removed)
         self._write_report(trainer, shown)

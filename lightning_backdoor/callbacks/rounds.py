@@ -86,7 +86,11 @@ def sentence(rounds: list[Round], total: int) -> str:
     obeyed = ""
     if latest.obeyed is not None and latest.obeyed_after is not None:
         obeyed = f", of removed images given their label {latest.obeyed:.1%} -> {latest.obeyed_after:.1%}"
-    undone = "; this cost too much accuracy, so the weights went back" if latest.undone else ""
+    undone = (
+        "; this cost too much accuracy, so the weights went back: the backdoor may still be there"
+        if latest.undone
+        else ""
+    )
     accuracy = f"accuracy on training images {latest.accuracy:.1%} -> {latest.accuracy_after:.1%}"
     return f"after fine-tuning: {accuracy}{obeyed}{undone}."
 

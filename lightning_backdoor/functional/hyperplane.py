@@ -23,6 +23,7 @@ __all__ = [
 SIGMAS = 3.0  # of the responses to inputs that are surely of another class: the usual range of a unit
 FALLBACK_SHARE = 0.01  # of a class's predictions that stand for the confident ones where none is confident
 FALLBACK_LEAST = 20
+_LARGEST = 1e38
 
 
 class HyperplaneStatistics:
@@ -77,6 +78,7 @@ class HyperplaneStatistics:
                 f"{tuple(activations.shape)} and {tuple(probabilities.shape)}."
             )
         values, chances = activations.detach().to("cpu", torch.float64, copy=True), probabilities.detach().float().cpu()
+        values.clamp_(-_LARGEST, _LARGEST)  # half precision may have overflowed to infinity
         rows, columns = (chances > self.strong).nonzero(as_tuple=True)
         self.largest.scatter_reduce_(0, columns[:, None].expand(-1, units), values[rows], "amax")
         self.confident += torch.bincount(columns, minlength=classes)

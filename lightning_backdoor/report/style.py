@@ -51,7 +51,8 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .tiles { display: grid; grid-template-columns: repeat(var(--tiles), 1fr); gap: .3rem; }
 .tiles img { width: 100%; height: auto; display: block; image-rendering: pixelated; border-radius: 3px; }
 .card figcaption {
-  display: flex; flex-wrap: wrap; gap: 0 .6rem; align-items: baseline; margin-top: .4rem; font-size: .85rem; line-height: 1.3;
+  display: flex; flex-wrap: wrap; gap: 0 .6rem; align-items: baseline;
+  margin-top: .4rem; font-size: .85rem; line-height: 1.3;
 }
 .who { flex: 1 1 5.5rem; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .score { font-variant-numeric: tabular-nums; }

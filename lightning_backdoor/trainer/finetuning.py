@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_backdoor.trainer.limits import beyond_plan, hold_open, release
+from lightning_backdoor.trainer.limits import beyond_plan, hold_open, planned_epochs, release
 
 __all__ = ["FineTuning", "enough_epochs", "restart_averages"]
 
@@ -35,6 +35,7 @@ class FineTuning:
     def __init__(self) -> None:
         self.left = 0
         self._epochs = 0
+        self._until = 0  # epochs that the fit has had at the end of the phase
         self._lr: float | None = None
         self._factor = 1.0
         self._given_back = ExitStack()
@@ -50,32 +51,28 @@ class FineTuning:
             lr: Learning rate of its first step; ``None``: 5 % of the largest that each parameter group has had.
         """
         self.left = self._epochs = epochs
+        self._until = trainer.current_epoch + 1 + epochs
         self._lr = lr
-        self.resume(trainer)
+        self._hold(trainer)
 
-    def resume(self, trainer: Any) -> None:
-        """Continue a phase that was interrupted; call in ``on_fit_start``."""
-        if self.left:
-            hold_open(trainer, self)
-            self._held = trainer
+    def at_fit_start(self, trainer: Any) -> None:
+        """Continue a phase that was interrupted; a checkpoint from beyond the plan is none too many."""
+        if self._until:
+            self._hold(trainer)
 
-    def at_epoch_start(self, trainer: Any) -> None:
-        """Take the learning rate over; call in ``on_train_epoch_start``."""
-        if not self.left or self._took_over:
-            return
-        self._took_over = True
-        for optimizer in trainer.optimizers:
-            rates = _Rates(self)
-            self._given_back.callback(optimizer.register_step_pre_hook(rates.lend).remove)
-            self._given_back.callback(optimizer.register_step_post_hook(rates.give_back).remove)
-        for config in trainer.lr_scheduler_configs if beyond_plan(trainer) else ():
-            self._given_back.callback(setattr, config, "frequency", config.frequency)
-            config.frequency = _NEVER
+    def at_train_start(self) -> None:
+        """A phase that was over when the checkpoint was written needs no more epochs."""
+        if not self.left:
+            self.release()
 
     def at_batch_start(self, trainer: Any, pl_module: nn.Module, batch_idx: int) -> None:
-        """Freeze batch-norm statistics, and set the rate of the step; call in ``on_train_batch_start``."""
+        """Take the learning rate over, freeze batch-norm statistics; call in ``on_train_batch_start``.
+
+        Not earlier: a run that is resumed within an epoch does not begin one.
+        """
         if not self.left:
             return
+        self._take_over(trainer)
         for module in pl_module.modules():
             if module.training and "BatchNorm" in type(module).__name__:
                 self._given_back.callback(setattr, module, "training", True)
@@ -101,18 +98,35 @@ class FineTuning:
             release(self._held, self)
             self._held = None
 
-    def rate(self, group: dict[str, Any]) -> float:
-        """Learning rate of a parameter group for the step that comes."""
+    def rate(self, group: dict[str, Any], default: float = 0.0) -> float:
+        """Learning rate of a parameter group for the step that comes; ``default`` is that of its optimizer."""
         largest = max(float(group.get(key, 0.0)) for key in ("max_lr", "initial_lr", "lr"))
-        return self._factor * (LR_SHARE * largest if self._lr is None else self._lr)
+        return self._factor * (LR_SHARE * max(largest, default) if self._lr is None else self._lr)
+
+    def _hold(self, trainer: Any) -> None:
+        hold_open(trainer, self, self._until)
+        self._held = trainer
+
+    def _take_over(self, trainer: Any) -> None:
+        for optimizer in () if self._took_over else trainer.optimizers:
+            rates = _Rates(self)
+            self._given_back.callback(rates.give_all_back, optimizer)
+            self._given_back.callback(optimizer.register_step_pre_hook(rates.lend).remove)
+            self._given_back.callback(optimizer.register_step_post_hook(rates.give_back).remove)
+        self._took_over = True
+        for config in trainer.lr_scheduler_configs if beyond_plan(trainer) else ():
+            if config.frequency != _NEVER:
+                self._given_back.callback(setattr, config, "frequency", config.frequency)
+                config.frequency = _NEVER
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only."""
-        return {"left": self.left, "epochs": self._epochs, "lr": self._lr}
+        return {"left": self.left, "epochs": self._epochs, "until": self._until, "lr": self._lr}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
-        self.left, self._epochs, self._lr = state_dict["left"], state_dict["epochs"], state_dict["lr"]
+        self.left, self._epochs = state_dict["left"], state_dict["epochs"]
+        self._until, self._lr = state_dict["until"], state_dict["lr"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
@@ -129,7 +143,11 @@ class _Rates:
     def lend(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._own.append([float(group["lr"]) for group in optimizer.param_groups])
         for group in optimizer.param_groups:
-            _set_rate(group, self._phase.rate(group))
+            _set_rate(group, self._phase.rate(group, float(optimizer.defaults.get("lr", 0.0))))
+
+    def give_all_back(self, optimizer: torch.optim.Optimizer) -> None:
+        while self._own:  # a step that failed gave nothing back
+            self.give_back(optimizer)
 
     def give_back(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group, own in zip(optimizer.param_groups, self._own.pop(), strict=True):
@@ -145,15 +163,14 @@ def _set_rate(group: dict[str, Any], value: float) -> None:
 
 def enough_epochs(trainer: Any) -> int:
     """Epochs for a fine-tuning: a tenth of the planned ones, more of them where they are very short."""
-    planned: int = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else 1
+    planned = planned_epochs(trainer)
     least: int = math.ceil(LEAST_STEPS / max(trainer.num_training_batches, 1))
     return max(1, round(EPOCH_SHARE * planned), min(least, planned))
 
 
 def restart_averages(trainer: Any, pl_module: nn.Module) -> None:
-    """Let averaged copies of the model, which callbacks keep, start again from its present weights."""
-    for callback in trainer.callbacks:
-        for average in vars(callback).values():
-            if isinstance(average, AveragedModel):
-                average.module.load_state_dict(pl_module.state_dict())
-                average.n_averaged.zero_()
+    """Let averages of the model, in callbacks or in the module itself, start again with their next update."""
+    held = [value for callback in trainer.callbacks for value in vars(callback).values()]
+    for average in [*held, *pl_module.modules()]:
+        if isinstance(average, AveragedModel):
+            average.n_averaged.zero_()

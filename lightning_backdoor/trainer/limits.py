@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 from weakref import WeakKeyDictionary
 
-__all__ = ["about_to_end", "beyond_plan", "hold_open", "release"]
+from lightning_backdoor.errors import TrainerError
+
+__all__ = ["about_to_end", "beyond_plan", "hold_open", "planned_epochs", "release", "require_extendable"]
 
 _UNREACHABLE = 10**9
+_NOT_EXTENDABLE = {
+    "Timer": "Limit the run by `max_epochs` or `max_steps` instead of `max_time`.",
+    "StochasticWeightAveraging": "Use Lightning's WeightAveraging.",
+}
 _HELD: WeakKeyDictionary[Any, tuple[tuple[int | None, int | None, int], set[int]]] = WeakKeyDictionary()
 """Trainers kept from ending: their own limits, and which holders still want them open."""
 
 
-def hold_open(trainer: Any, holder: object) -> None:
-    """Keep the fit loop from ending until ``holder`` calls :func:`release`."""
+def hold_open(trainer: Any, holder: object, until: int | None = None) -> None:
+    """Keep the fit loop from ending until ``holder`` calls :func:`release`.
+
+    Args:
+        trainer: The running Trainer.
+        holder: Who wants it open.
+        until: Epochs that the fit will have had by then, if that is known; progress displays show it.
+    """
     loop = trainer.fit_loop
     if trainer not in _HELD:
         _HELD[trainer] = (loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps), set()
-        loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = _UNREACHABLE, -1, -1
+    loop.min_epochs, loop.max_epochs = (_UNREACHABLE, -1) if until is None else (until, until)
+    loop.epoch_loop.max_steps = -1
     _HELD[trainer][1].add(id(holder))
 
 
@@ -36,11 +50,36 @@ def release(trainer: Any, holder: object) -> None:
 
 def beyond_plan(trainer: Any) -> bool:
     """Whether the epochs or steps that the user planned are used up, whoever holds the loop open."""
+    max_epochs, max_steps = _planned(trainer)
+    epochs_done = max_epochs is not None and trainer.fit_loop.epoch_progress.current.processed >= max_epochs
+    return bool(epochs_done or (max_steps is not None and trainer.global_step >= max_steps))
+
+
+def planned_epochs(trainer: Any) -> int:
+    """How many epochs the user planned, by epochs or by steps; 1 where there is no plan."""
+    max_epochs, max_steps = _planned(trainer)
+    by_steps = None if max_steps is None else math.ceil(max_steps / max(trainer.num_training_batches, 1))
+    known = [limit for limit in (max_epochs, by_steps) if limit is not None]
+    return max(1, min(known, default=1))
+
+
+def require_extendable(trainer: Any) -> None:
+    """Raise if a callback rules further epochs after the planned ones out.
+
+    Raises:
+        TrainerError: ``max_time`` is set, or weights are averaged by StochasticWeightAveraging.
+    """
+    classes = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
+    for name, remedy in _NOT_EXTENDABLE.items():
+        if name in classes:
+            raise TrainerError(f"NONE may add epochs of fine-tuning, which does not go together with {name}. {remedy}")
+
+
+def _planned(trainer: Any) -> tuple[int | None, int | None]:
     loop = trainer.fit_loop
     limits, _ = _HELD.get(trainer, ((loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps), set()))
     _, max_epochs, max_steps = limits
-    epochs_done = max_epochs not in (None, -1) and loop.epoch_progress.current.processed >= max_epochs
-    return bool(epochs_done or (max_steps != -1 and trainer.global_step >= max_steps))
+    return (None if max_epochs == -1 else max_epochs), (None if max_steps == -1 else max_steps)
 
 
 def about_to_end(trainer: Any) -> bool:

@@ -58,11 +58,21 @@ def weights(trainer: Any, pl_module: Any) -> dict[str, Any]:
     }
 
 
-def put_weights(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
-    """Put back what :func:`weights` copied."""
-    pl_module.load_state_dict(state["module"])
+def put_weights(trainer: Any, pl_module: Any, state: dict[str, Any], *, groups: bool = True) -> None:
+    """Put back what :func:`weights` copied.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule under training.
+        state: What :func:`weights` returned.
+        groups: Also the settings of the parameter groups; without, learning rates stay where schedulers put them.
+    """
+    pl_module.load_state_dict(state["module"], strict=getattr(pl_module, "strict_loading", True))
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        now = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(saved)
+        for group, settings in zip(optimizer.param_groups, now, strict=True):
+            group.update({} if groups else settings)
 
 
 def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ from tests.callbacks.test_ultraclean_resume import SaveAll, run
 pytestmark = [
     *LIGHTNING_WARNS,
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+    pytest.mark.filterwarnings("ignore:NONE after fine-tuning.* cost too much accuracy"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
 ]
 
@@ -173,7 +174,8 @@ def test_a_round_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch, tmp_p
     _, undefended = fit([])
     monkeypatch.setattr("lightning_backdoor.callbacks.none.MAX_LOSS", -2.0)
     callback = acting(rounds=3, report_dir=tmp_path)
-    _, module = fit([callback])
+    with pytest.warns(UserWarning, match="the backdoor may still be there"):
+        _, module = fit([callback])
     assert same_state(undefended, module)
     assert [past.undone for past in callback.history] == [True]
     assert "cost too much accuracy" in (tmp_path / "report.html").read_text()
@@ -264,7 +266,7 @@ def test_a_rewind_after_a_reset_makes_the_defence_look_again() -> None:
     one, two = acting(warmup_epochs=1, finetune_epochs=1), always(warmup_epochs=3)
     _, module = fit([one, two])
     assert [epoch for epoch, _ in module.epochs()] == [0, 1, 2, 0, 1, 2, 3]
-    assert [past.epochs for past in one.history] == [1]
+    assert [past.epochs for past in one.history] == [1, 1], "before and after the rewind"
     assert all(module.training for module in module.modules())
 
 
@@ -329,9 +331,132 @@ def test_an_interrupted_run_ends_like_one_that_was_not(warmup_epochs: int | None
     plain_callback = acting(warmup_epochs=warmup_epochs)
     _, plain = run([plain_callback, saver])
     assert len(saver.paths) == 2 * (3 if warmup_epochs else 5)
-    for path in saver.paths[:-1]:
+    for path in saver.paths:
         callback = acting(warmup_epochs=warmup_epochs)
         _, module = run([callback], ckpt=path)
         assert same_state(plain, module), path.name
         assert torch.equal(callback.verdict.keep, plain_callback.verdict.keep)
         assert [past.units for past in callback.history] == [past.units for past in plain_callback.history]
+
+
+class SaveInEpoch(SaveAll):
+    """A checkpoint after the second batch of every epoch."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.save(trainer, "batch")
+
+
+@pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_that_is_resumed_within_an_epoch_of_fine_tuning_keeps_its_rate(tmp_path: Path) -> None:
+    class Rates(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, int, float]] = []
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            where = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx
+            self.seen.append((*where, optimizer.param_groups[0]["lr"]))
+
+    saver, plain = SaveInEpoch(tmp_path), Rates()
+    fit([acting(), saver, plain])
+    path = next(path for path in saver.paths if path.name.endswith("batch-4.ckpt"))
+    again = Rates()
+    trainer, _ = fit([acting(), again], ckpt=path)
+    rates = {(epoch, batch): rate for epoch, batch, rate in plain.seen}
+    assert again.seen[0][:2] == (4, 2)
+    assert all(rate == rates[epoch, batch] for epoch, batch, rate in again.seen)
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
+
+
+@pytest.mark.parametrize("warmup_epochs", [None, 1, 3])
+def test_a_one_cycle_schedule_is_not_asked_to_go_beyond_its_end(warmup_epochs: int | None) -> None:
+    class Cycle(Net):
+        def configure_optimizers(self) -> Any:
+            sgd = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+            cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, 0.05, total_steps=16)
+            return {"optimizer": sgd, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+    torch.manual_seed(0)
+    trainer = make_trainer([acting(warmup_epochs=warmup_epochs, finetune_epochs=3)], 4)
+    trainer.fit(Cycle(), loader_of(Pictures()))
+    assert trainer.current_epoch == {None: 7, 1: 4, 3: 6}[warmup_epochs]
+
+
+def test_limits_by_steps_early_stopping_and_accumulation() -> None:
+    trainer, _ = fit([acting(finetune_epochs=1)], epochs=None, max_steps=6)
+    assert trainer.global_step > 6
+    assert trainer.max_steps == 6
+    stopping = pl.callbacks.EarlyStopping("loss", patience=1, min_delta=100.0, check_on_train_epoch_end=True)
+    callback = acting(finetune_epochs=1)
+    trainer, _ = fit([callback, stopping], epochs=20, accumulate_grad_batches=2, gradient_clip_val=1.0)
+    assert [past.epochs for past in callback.history] == [2]
+    assert trainer.current_epoch == 3
+
+
+def test_more_rounds_without_a_finding_do_nothing(poisoned: Any) -> None:
+    callback = NONECallback(rounds=3)
+    trainer, _ = train_digits(poisoned, [callback])
+    assert [bool(past.units) for past in callback.history] == [True, False]
+    epochs = trainer.current_epoch
+    trainer, _ = train_digits(poisoned, [callback])
+    assert [past.units for past in callback.history] == [()], "a second fit trains on what is kept"
+    assert trainer.current_epoch == 6 < epochs
+
+
+def test_an_average_of_a_part_of_the_model_starts_again_too() -> None:
+    class WithAverage(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.average = AveragedModel(self.body)
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.average.update_parameters(self.body)
+
+    module = WithAverage()
+    make_trainer([acting(finetune_epochs=1)], 2).fit(module, loader_of(Pictures()))
+    assert 0 < int(module.average.n_averaged) <= 4
+
+
+def test_undoing_inside_the_plan_leaves_the_schedule_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_backdoor.callbacks.none.MAX_LOSS", -2.0)
+    trainer, _ = fit([acting(warmup_epochs=1, finetune_epochs=1)])
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.7**4)
+
+
+def test_units_that_no_optimizer_trains_are_left_alone() -> None:
+    class HeadOnly(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.head.parameters(), lr=0.05)
+
+    with pytest.raises(ModelError, match="in no optimizer"):
+        make_trainer([acting()]).fit(HeadOnly(), loader_of(Pictures()))
+
+
+def test_what_cannot_be_extended_is_refused() -> None:
+    with pytest.raises(TrainerError, match="does not go together with Timer"):
+        fit([acting()], max_time="00:00:01:00")
+    with pytest.raises(TrainerError, match="StochasticWeightAveraging"):
+        fit([acting(), pl.callbacks.StochasticWeightAveraging(0.1)])
+
+
+def test_a_step_that_fails_leaves_the_users_rate() -> None:
+    class Failing(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if self.current_epoch == 4:
+                raise RuntimeError("broken")
+            return super().training_step(batch, batch_idx)
+
+    trainer = make_trainer([acting()])
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.fit(Failing(), loader_of(Pictures()))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.7**4)
+    assert trainer.max_epochs == 4
+
+
+def test_training_that_ends_without_a_look_says_so() -> None:
+    class Stops(Net):
+        def on_train_epoch_end(self) -> None:
+            self.trainer.should_stop = True
+
+    with pytest.warns(UserWarning, match="Pass `warmup_epochs`"):
+        make_trainer([acting()]).fit(Stops(), loader_of(Pictures()))
