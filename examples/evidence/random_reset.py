@@ -1,28 +1,32 @@
-"""A baseline: NONE's treatment of units that were picked at random, on data that stay as they are."""
+"""A baseline: NONE's treatment of units that were picked at random, without the samples that NONE removed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_backdoor import NONECallback, Verdict
 from lightning_backdoor.callbacks.compromised import reset_chosen
-from lightning_backdoor.callbacks.rounds import Round
-from lightning_backdoor.trainer.finetuning import enough_epochs
+from lightning_backdoor.callbacks.rounds import Round, shares
+from lightning_backdoor.trainer.finetuning import enough_epochs, restart_averages
 
 
 class RandomReset(NONECallback):
-    """Reset some units of each layer, then fine-tune.
+    """Remove given samples, reset some units of each layer, then fine-tune: what does *choosing* units add?
 
     Args:
         units: Layer name to number of units.
+        labels: Labels of all samples, long (N,).
+        keep: Samples that stay, bool (N,).
         seed: Seed of the choice.
     """
 
-    def __init__(self, units: dict[str, int], seed: int = 0) -> None:
+    def __init__(self, units: dict[str, int], labels: Tensor, keep: Tensor, seed: int = 0) -> None:
         super().__init__(seed=seed)
         self.units = units
+        self.given = Verdict((~keep).float(), keep, 0.5, "random reset", labels)
 
     def _look(self, trainer: Any, pl_module: Any) -> None:
         generator = torch.Generator().manual_seed(self.reading.seed)
@@ -31,12 +35,11 @@ class RandomReset(NONECallback):
             for place, layer in enumerate(self._layers)
             for unit in torch.randperm(layer.size, generator=generator)[: self.units.get(layer.name, 0)].tolist()
         ]
-        labels = self._training_set.scan(
-            trainer, pl_module, lambda _, batch: {"labels": self._training_set.labels(batch)}, description="labels"
-        )["labels"]
-        nothing = torch.zeros(len(labels))
-        self.verdict = Verdict(nothing, nothing == 0, float("inf"), "random reset", labels)
+        accuracy, obeyed = shares(self._training_set.predict(trainer, pl_module, description="check"), self.given)
+        removed = self._adopt(self.given)
         units = tuple((self._layers[place].name, unit, 0, 0.0) for place, unit, *_ in chosen)
-        self.history.append(Round(trainer.current_epoch + 1, 0, 0, (), units, (), 0.0, None))
+        self.history.append(Round(trainer.current_epoch + 1, removed, removed, (), units, (), accuracy, obeyed))
+        self._treated += 1
         reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=self.reading.seed)
+        restart_averages(trainer, pl_module)
         self._tuning.begin(trainer, enough_epochs(trainer), self.lr)

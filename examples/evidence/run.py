@@ -49,7 +49,8 @@ def run_cell(
     poisoned = torch.zeros(len(train), dtype=torch.bool) if truth is None else truth
     callback = CALLBACKS[defence]() if defence in CALLBACKS else None
     if defence == "random-reset":
-        callback = RandomReset(reference["units"], seed)
+        labels = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
+        callback = RandomReset(reference["units"], labels, ~poisoned, seed)
     if defence in ("perfect", "random"):
         dataset = filtered(dataset, defence, poisoned, reference.get("removed", 0), seed)
     shared = cache / f"{attack}-{len(train)}-{epochs}-{seed}.ckpt"
