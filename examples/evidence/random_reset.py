@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_backdoor import NONECallback, Verdict
 from lightning_backdoor.callbacks.compromised import reset_chosen
 from lightning_backdoor.callbacks.rounds import Round, shares
-from lightning_backdoor.trainer.finetuning import enough_epochs, restart_averages
+from lightning_backdoor.trainer.finetuning import disown_the_past, enough_epochs
 
 
 class RandomReset(NONECallback):
@@ -41,5 +41,5 @@ class RandomReset(NONECallback):
         self.history.append(Round(trainer.current_epoch + 1, removed, removed, (), units, (), accuracy, obeyed))
         self._treated += 1
         reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=self.reading.seed)
-        restart_averages(trainer, pl_module)
+        disown_the_past(trainer, pl_module)
         self._tuning.begin(trainer, enough_epochs(trainer), self.lr)

@@ -20,7 +20,7 @@ from lightning_backdoor.callbacks.schedule import is_due
 from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.surgery.units import UnitLayer
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.finetuning import FineTuning, enough_epochs, restart_averages
+from lightning_backdoor.trainer.finetuning import FineTuning, disown_the_past, enough_epochs
 from lightning_backdoor.trainer.limits import about_to_end, require_extendable
 from lightning_backdoor.trainer.rewind import put_weights, weights
 from lightning_backdoor.trainer.training_set import Reading
@@ -271,7 +271,7 @@ class NONECallback(Defense):
             self._before = weights(trainer, pl_module)
             seed = self.reading.seed + len(self.history) * len(self._layers)
             reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=seed)
-            restart_averages(trainer, pl_module)
+            disown_the_past(trainer, pl_module)
             self._tuning.begin(trainer, self.finetune_epochs or enough_epochs(trainer), self.lr)
         self._tell(trainer, pl_module, time.monotonic() - began)
 
@@ -285,7 +285,7 @@ class NONECallback(Defense):
         self.history[-1] = replace(latest, accuracy_after=after, obeyed_after=obeyed, undone=undone)
         if undone and self._before is not None:
             put_weights(trainer, pl_module, self._before, groups=False)
-            restart_averages(trainer, pl_module)
+            disown_the_past(trainer, pl_module)
         self._before = None
         self._tell(trainer, pl_module, time.monotonic() - began)
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_backdoor.trainer.compat import rank_zero_warn
 from lightning_backdoor.trainer.limits import beyond_plan, hold_open, planned_epochs, release
 
-__all__ = ["FineTuning", "enough_epochs", "restart_averages"]
+__all__ = ["FineTuning", "disown_the_past", "enough_epochs"]
 
 LR_SHARE = 0.05  # of the largest learning rate that a parameter group has had
 EPOCH_SHARE = 0.1  # of the planned epochs
@@ -168,9 +169,15 @@ def enough_epochs(trainer: Any) -> int:
     return max(1, round(EPOCH_SHARE * planned), min(least, planned))
 
 
-def restart_averages(trainer: Any, pl_module: nn.Module) -> None:
-    """Let averages of the model, in callbacks or in the module itself, start again with their next update."""
+def disown_the_past(trainer: Any, pl_module: nn.Module) -> None:
+    """Let averages of the model, in callbacks or in itself, start again, and warn of a *best* that was saved before."""
     held = [value for callback in trainer.callbacks for value in vars(callback).values()]
     for average in [*held, *pl_module.modules()]:
         if isinstance(average, AveragedModel):
             average.n_averaged.zero_()
+    kept = [callback.best_model_path for callback in trainer.checkpoint_callbacks if getattr(callback, "monitor", None)]
+    if any(kept):
+        rank_zero_warn(
+            f"NONE: {', '.join(filter(None, kept))} was saved before units were reset and may hold the backdoor. "
+            "Use the last checkpoint, not the best one."
+        )

@@ -460,3 +460,10 @@ def test_training_that_ends_without_a_look_says_so() -> None:
 
     with pytest.warns(UserWarning, match="Pass `warmup_epochs`"):
         make_trainer([acting()]).fit(Stops(), loader_of(Pictures()))
+
+
+def test_a_best_checkpoint_from_before_the_reset_is_warned_of(tmp_path: Path) -> None:
+    best = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss")
+    with pytest.warns(UserWarning, match="may hold the backdoor. Use the last checkpoint"):
+        fit([best, acting(finetune_epochs=1)], val=Pictures(seed=1), enable_checkpointing=True)
+    fit([pl.callbacks.ModelCheckpoint(tmp_path / "last"), acting(finetune_epochs=1)], enable_checkpointing=True)
