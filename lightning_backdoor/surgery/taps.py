@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from difflib import get_close_matches
 from types import TracebackType
 from typing import Any, Literal
@@ -72,8 +72,8 @@ class Taps:
         silent = [name for name in self._layers if name not in self._values]
         if silent:
             raise ModelError(
-                f"The layers {silent} did not run in the forward pass (unused, or compiled with torch < 2.6). "
-                "Pass `feature_layer` with the name of a layer that runs, or do not compile the model."
+                f"The layers {silent} did not run in the forward pass. Pass `feature_layer` with the name of a layer "
+                "that runs."
             )
         values = {name: self._values[name] for name in self._layers}
         self._values = {}
@@ -125,9 +125,9 @@ def module_named(module: nn.Module, name: str) -> nn.Module:
 
 
 def eager_forward() -> AbstractContextManager[Any]:
-    """Run compiled models eagerly, so that hooks fire (needs torch 2.6; before, compiled models keep silent)."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    return nullcontext() if stance is None else stance("force_eager")
+    """Run compiled models eagerly, so that hooks fire."""
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def first_tensor(value: Any) -> Tensor | None:

@@ -243,7 +243,6 @@ def test_taps_name_the_layers_that_did_not_run() -> None:
             taps.read()  # nothing is read twice
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
 def test_compiled_models_can_be_searched_and_tapped() -> None:
     net, images = Net(), torch.randn(2, 3, 8, 8)
     with warnings.catch_warnings():
