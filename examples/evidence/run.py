@@ -59,7 +59,7 @@ def run_cell(
     if defence == "undefended":
         callbacks.append(_BeforeTheLastEpoch(shared, epochs))
     began = time.perf_counter()
-    network = _train(dataset, callbacks, epochs, seed, shared if late else None)
+    network = train_network(dataset, callbacks, epochs, seed, shared if late else None)
     seconds = time.perf_counter() - began
     row = {
         "dataset": data.NAME,
@@ -70,8 +70,8 @@ def run_cell(
         "defence": defence,
         "epochs": epochs,
         "seed": seed,
-        "clean_accuracy": _accuracy(network, test),
-        "asr": _accuracy(network, recipe.test(test)),
+        "clean_accuracy": accuracy(network, test),
+        "asr": accuracy(network, recipe.test(test)),
         "removed": len(train) - len(dataset) if callback is None else int((~callback.verdict.keep).sum()),
         "seconds": round(seconds, 1),
         "epochs_shared_with_undefended": epochs - 1 if late else 0,
@@ -104,7 +104,7 @@ class _BeforeTheLastEpoch(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def _train(
+def train_network(
     dataset: Dataset[Any], callbacks: list[pl.Callback], epochs: int, seed: int, checkpoint: Path | None
 ) -> model.Classifier:
     pl.seed_everything(seed, verbose=False)
@@ -119,7 +119,7 @@ def _train(
 
 
 @torch.no_grad()
-def _accuracy(network: model.Classifier, dataset: Dataset[Any]) -> float:
+def accuracy(network: model.Classifier, dataset: Dataset[Any]) -> float:
     """Share of the images that get the label of the dataset."""
     metric = metrics.RecoveredAccuracy()
     for images, labels in DataLoader(dataset, batch_size=500):
