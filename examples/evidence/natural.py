@@ -1,6 +1,6 @@
 """``python -m examples.evidence.natural``: does NONE make a network that nobody attacked harder to mislead?
 
-The clean network of the benchmark, undefended and with NONE's natural mode, on CIFAR-10: clean accuracy, and the success
+The clean network of the benchmark on CIFAR-10, undefended and with NONE's natural mode: clean accuracy, and the success
 rate of the best reverse-engineered trigger of at most 2, 4, ... 12 % of the pixels. Both go on from the undefended run
 before its last epoch if ``python -m examples.evidence run`` has left it in the cache.
 """
