@@ -42,7 +42,9 @@ def judge_samples(measured: Measured, earlier: Verdict | None, *, rule: str, max
     if rule == "paper":
         decision = decide_by_break(measured.raw_bias[keep], max_removed=max_removed)
     else:
-        decision = decide(measured.responses[keep], measured.bias[keep], measured.labels[keep], max_removed=max_removed)
+        decision = decide(
+            measured.responses[keep], measured.bias[keep], measured.labels[keep], shared=True, max_removed=max_removed
+        )
     if earlier is None or bool(keep.all()):
         return decision
     return add_removed(decision, earlier.scores, keep, threshold=earlier.threshold, max_removed=max_removed)

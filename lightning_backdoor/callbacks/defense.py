@@ -154,7 +154,8 @@ class Defense(CallbackBase):
         """
         before = None if self.verdict is None else self.verdict.keep
         removed = int((~verdict.keep if before is None else before & ~verdict.keep).sum())
-        if removed and self._curation is not None:
+        readmits = before is not None and bool((~before & verdict.keep).any())
+        if (removed or readmits) and self._curation is not None:
             self._curation.set_keep(self.state_key, verdict.keep)
             self._curation.refresh()
         self.verdict = verdict

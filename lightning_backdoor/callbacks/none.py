@@ -38,12 +38,12 @@ class NONECallback(Defense):
     Implements NONE (*Training with More Confidence*, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_) inside a
     Trainer. When training is about to end (or after ``warmup_epochs``), the largest response of every unit to every
     training image is looked at. A direction over units that splits one label into two populations, the second of which
-    no other label shows, is what a backdoor looks like. If there is one, its samples leave the training set, the units
-    that they drive are drawn anew, and fine-tuning follows. If there is none, nothing changes.
+    no other label shows, or all labels into two, is what a backdoor looks like. If there is one, its samples leave the
+    training set, the units that they drive are drawn anew, and fine-tuning follows. Otherwise nothing changes.
 
     Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes, two more if something is
-    found; the epochs of fine-tuning, beyond ``max_epochs`` if need be; two bytes per image for each of up to 512 units;
-    meanwhile a copy of weights and optimizer, to which training returns if it costs over 5 points of accuracy.
+    found; epochs of fine-tuning, beyond ``max_epochs`` if need be; two bytes per image for each of up to 512 units; a
+    copy of weights and optimizer, to which training returns if it costs over 5 points of accuracy.
 
     Differs from the paper: units and samples are chosen by evidence instead of by quota and a natural break, which
     fires on clean data, too (``rule="paper"`` keeps both); reset units may learn again (``reset="prune"``: never).
@@ -244,31 +244,22 @@ class NONECallback(Defense):
         decision = trainer.strategy.broadcast(decision, src=0)  # float ties must not tell ranks apart
         kept = torch.ones_like(decision.keep) if keeps else decision.keep
         threshold = math.inf if keeps else decision.threshold
+        before = torch.ones_like(kept) if self.verdict is None else self.verdict.keep
         removed = self._adopt(Verdict(decision.scores, kept, threshold, decision.rule, measured.labels))
         chosen: list[Chosen] = []
-        if keeps or self.rule == "paper":
-            chosen = choose_units(self._layers, measured.excess, None, reset_fraction=self.reset_fraction)
-        elif removed:
-            driven = scan.driven(trainer, pl_module, ~kept)
-            chosen = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
-        chosen = trainer.strategy.broadcast(chosen, src=0)
+        if (quota := keeps or self.rule == "paper") or removed:
+            driven = None if quota else scan.driven(trainer, pl_module, ~kept)
+            found = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
+            chosen = trainer.strategy.broadcast(found, src=0)
         accuracy, obeyed = shares(measured.predicted, self.verdict)
         self._last_look = trainer.current_epoch + 1
-        self.history.append(
-            Round(
-                epochs=self._last_look,
-                removed=removed,
-                wanted=0 if keeps else decision.wanted,
-                modes=tuple((mode.label, mode.separation) for mode in decision.modes),
-                units=tuple((self._layers[i].name, unit, label, score) for i, unit, label, score in chosen),
-                unconfident=measured.unconfident,
-                accuracy=accuracy,
-                obeyed=obeyed,
-            )
-        )
+        units = tuple((self._layers[i].name, unit, label, score) for i, unit, label, score in chosen)
+        modes, wanted = tuple((m.label, m.separation) for m in decision.modes), 0 if keeps else decision.wanted
+        told = Round(self._last_look, removed, wanted, modes, units, measured.unconfident, accuracy, obeyed)
+        self.history.append(replace(told, shared=decision.shared))
         if chosen:
             self._treated += 1
-            self._before = weights(trainer, pl_module)
+            self._before = {**weights(trainer, pl_module), "keep": before}
             seed = self.reading.seed + len(self.history) * len(self._layers)
             reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=seed)
             disown_the_past(trainer, pl_module)
@@ -277,13 +268,16 @@ class NONECallback(Defense):
 
     def _judge(self, trainer: Any, pl_module: Any) -> None:
         """Compare with the model before the reset, and go back to it if this one is much worse."""
-        began, latest = time.monotonic(), self.history[-1]
+        began = time.monotonic()
         assert self._training_set is not None
+        assert self.verdict is not None
+        assert self._before is not None
         predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
-        after, obeyed = shares(predicted, self.verdict)
-        undone = latest.accuracy - after > MAX_LOSS
-        self.history[-1] = replace(latest, accuracy_after=after, obeyed_after=obeyed, undone=undone)
-        if undone and self._before is not None:
+        self.history[-1] = self.history[-1].judged(predicted, self.verdict, MAX_LOSS)
+        if self.history[-1].readmitted:
+            keep = self._before["keep"]
+            self._adopt(replace(self.verdict, keep=keep, threshold=math.inf if bool(keep.all()) else 0.5))
+        if self.history[-1].undone:
             put_weights(trainer, pl_module, self._before, groups=False)
             disown_the_past(trainer, pl_module)
         self._before = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +36,8 @@ class Round:
         accuracy_after: The same after fine-tuning; ``None`` while it lasts.
         obeyed_after: The same after fine-tuning.
         undone: Whether the weights went back because accuracy had suffered.
+        shared: Whether most labels share the second mode, as under an all-to-all attack.
+        readmitted: Whether the samples came back, because the model gives them their label without having seen them.
     """
 
     epochs: int
@@ -49,10 +51,23 @@ class Round:
     accuracy_after: float | None = None
     obeyed_after: float | None = None
     undone: bool = False
+    shared: bool = False
+    readmitted: bool = False
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that load with ``weights_only=True``."""
         return asdict(self)
+
+    def judged(self, predicted: Tensor, verdict: Verdict, max_loss: float) -> Round:
+        """The round after its fine-tuning, and whether it has to be undone.
+
+        Samples of a shared mode come back if the model, which has not trained on them, gives most of them their label:
+        an all-to-all attack changes labels.
+        """
+        after, obeyed = shares(predicted, verdict)
+        readmitted = self.shared and obeyed is not None and obeyed > after / 2
+        undone = readmitted or self.accuracy - after > max_loss
+        return replace(self, accuracy_after=after, obeyed_after=obeyed, undone=undone, readmitted=readmitted)
 
 
 def shares(predicted: Tensor, verdict: Verdict | None) -> tuple[float, float | None]:
@@ -144,4 +159,6 @@ def _treatment(rounds: list[Round]) -> str:
         return ""
     units, layers = sum(len(r.units) for r in treated), len({layer for r in treated for layer, *_ in r.units})
     text = f"{units:,} units of {layers} layers were reset, and the model was fine-tuned."
+    if treated[-1].readmitted:
+        return f"{text} This was undone: the model gave the removed images their label without having seen them."
     return f"{text} The last of this cost too much accuracy and was undone." if treated[-1].undone else text

@@ -13,6 +13,7 @@ from lightning_backdoor.functional.hyperplane import (
 )
 from lightning_backdoor.functional.inversion import InvertedTrigger, PixelModel, invert_trigger
 from lightning_backdoor.functional.modes import Mode, find_modes, mode_scores
+from lightning_backdoor.functional.shared import find_shared_modes
 from lightning_backdoor.functional.splits import split_units
 from lightning_backdoor.functional.susceptibility import susceptibility_scores
 
@@ -28,6 +29,7 @@ __all__ = [
     "decide",
     "fct_scores",
     "find_modes",
+    "find_shared_modes",
     "invert_trigger",
     "limit_removed",
     "local_median",

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.decisions import limit_removed, natural_break, select_fraction
 from lightning_backdoor.functional.modes import MIN_SEPARATION, Mode, find_modes, mode_scores
+from lightning_backdoor.functional.shared import find_shared_modes
 
 __all__ = ["Decision", "add_removed", "decide", "decide_by_break"]
 
@@ -26,6 +27,7 @@ class Decision:
         rule: How the threshold was chosen, in words.
         modes: Second modes that passed the gate (``rule="auto"``).
         wanted: Samples that the rule pointed at before ``max_removed`` limited it.
+        shared: Whether the modes are one that most labels share.
     """
 
     scores: Tensor
@@ -34,6 +36,7 @@ class Decision:
     rule: str
     modes: tuple[Mode, ...]
     wanted: int
+    shared: bool = False
 
 
 def decide(
@@ -45,6 +48,7 @@ def decide(
     fraction: float | None = None,
     by_ranking: bool = False,
     removed: Tensor | None = None,
+    shared: bool = False,
     max_removed: float = 0.3,
 ) -> Decision:
     """Judge every sample.
@@ -59,6 +63,8 @@ def decide(
         by_ranking: With ``fraction``: cut ``ranking`` itself instead of the mode scores.
         removed: With ``fraction``: samples that earlier decisions removed, bool, shape ``(N,)``; they come first and
             count, so that the share is that of all decisions together.
+        shared: If no label has a second mode of its own, look for one that most labels share
+            (:func:`~lightning_backdoor.functional.find_shared_modes`).
         max_removed: Largest share of all samples that may be removed, in ``(0, 1)``.
 
     Returns:
@@ -78,6 +84,8 @@ def decide(
         if by_ranking
         else [mode for mode in find_modes(values, labels) if bool(considered[labels == mode.label].any())]
     )
+    together = find_shared_modes(values, labels) if shared and not modes else []
+    modes += together
     scores = ranking.float().clone() if by_ranking else mode_scores(values, labels, modes, ranking)
     order = scores if removed is None else scores.masked_fill(removed, math.inf)
     if fraction is not None:
@@ -87,13 +95,13 @@ def decide(
         rule = f"fraction({fraction:g})"
     else:
         keep, threshold = ~(considered & (scores > 0.5)), 0.5 if modes else math.inf
-        rule = f"second_mode(separation>={MIN_SEPARATION:g})"
+        rule = f"{'shared' if together else 'second'}_mode(separation>={MIN_SEPARATION:g})"
     wanted = int((~keep).sum())
     limited = limit_removed(order, keep, max_removed)
     if int((~limited).sum()) < wanted:
         keep, rule = limited, f"{rule}, max_removed({max_removed:g})"
         threshold = float(scores[keep & considered].max())
-    return Decision(scores, keep, threshold, rule, tuple(modes), wanted)
+    return Decision(scores, keep, threshold, rule, tuple(modes), wanted, bool(together))
 
 
 def add_removed(decision: Decision, scores: Tensor, keep: Tensor, *, threshold: float, max_removed: float) -> Decision:

@@ -106,7 +106,9 @@ def find_modes(
 
 
 @dataclass(frozen=True)
-class _Direction:
+class Direction:
+    """Units, their weights, and how the projections of one label's n samples split."""
+
     units: Tensor
     weights: Tensor
     split: Split
@@ -123,7 +125,12 @@ class _Direction:
         return float(self.split.separation) / (1 + ERRORS / math.sqrt(2 * smaller))
 
 
-def _directions(members: Tensor) -> tuple[list[_Direction], Tensor]:
+def directions_of(members: Tensor) -> list[Direction]:
+    """Directions along which the samples of one label, ``(n, U)``, fall into two groups; see :func:`find_modes`."""
+    return _directions(members)[0]
+
+
+def _directions(members: Tensor) -> tuple[list[Direction], Tensor]:
     """Sharpened directions that start from the best separated units of one label, for its values ``(n, U)``.
 
     Returns:
@@ -142,13 +149,13 @@ def _directions(members: Tensor) -> tuple[list[_Direction], Tensor]:
             if float(split.separation) <= best:
                 break
             best = float(split.separation)
-            directions.append(_Direction(chosen, weights, split, len(members)))
+            directions.append(Direction(chosen, weights, split, len(members)))
             weights, positions = _discriminant(members[:, units], positions > split.threshold)
             chosen = units
     return directions, units
 
 
-def _mode(values: Tensor, inside: Tensor, label: int, direction: _Direction) -> Mode:
+def _mode(values: Tensor, inside: Tensor, label: int, direction: Direction) -> Mode:
     """Count who else lies above the threshold."""
     units, weights, split = direction.units, direction.weights, direction.split
     rows = torch.split(values, max(BLOCK // len(units), 1))

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_backdoor import NONECallback, attacks
 from lightning_backdoor.errors import ArgumentError, ModelError, TrainerError
@@ -467,3 +467,31 @@ def test_a_best_checkpoint_from_before_the_reset_is_warned_of(tmp_path: Path) ->
     with pytest.warns(UserWarning, match="may hold the backdoor. Use the last checkpoint"):
         fit([best, acting(finetune_epochs=1)], val=Pictures(seed=1), enable_checkpointing=True)
     fit([pl.callbacks.ModelCheckpoint(tmp_path / "last"), acting(finetune_epochs=1)], enable_checkpointing=True)
+
+
+def test_an_all_to_all_backdoor_is_found_and_weakened() -> None:
+    train, test = digits(1400)
+    poisoned = attacks.poison(train, attacks.BadNets(), rate=0.1, labels="all_to_all")
+    attacked = attacks.triggered(test, attacks.BadNets(), labels="all_to_all")
+    _, undefended = train_digits(poisoned, [], epochs=12)
+    assert share_right(undefended, attacked) > 0.6
+    callback = NONECallback()
+    _, module = train_digits(poisoned, [callback], epochs=12)
+    truth, removed = poisoned.poisoned, ~callback.verdict.keep
+    assert callback.verdict.rule.startswith("shared_mode")
+    assert (removed & truth).sum() >= 0.9 * truth.sum()
+    assert (removed & ~truth).sum() <= 0.01 * len(truth)
+    assert share_right(module, attacked) < 0.3, "one round; every label has to be learned anew"
+    assert share_right(module, test) > share_right(undefended, test) - 0.05
+
+
+def test_an_innocent_mark_in_every_label_costs_no_samples() -> None:
+    train, _ = digits(1400)
+    marked = attacks.poison(train, attacks.BadNets(), rate=0.1, labels="all_to_all")
+    images = torch.stack([marked[i][0] for i in range(len(marked))])
+    innocent = TensorDataset(images, train.tensors[1])  # the marks of the attack beside the true labels
+    _, plain = train_digits(innocent, [], epochs=8)
+    callback = NONECallback()
+    _, module = train_digits(innocent, [callback], epochs=8)
+    assert callback.verdict.keep.all()
+    assert same_state(plain, module)
