@@ -11,6 +11,7 @@ from lightning_backdoor import NONECallback, Verdict
 from lightning_backdoor.callbacks.compromised import reset_chosen
 from lightning_backdoor.callbacks.rounds import Round, shares
 from lightning_backdoor.trainer.finetuning import disown_the_past, enough_epochs
+from lightning_backdoor.trainer.rewind import weights
 
 
 class RandomReset(NONECallback):
@@ -40,6 +41,7 @@ class RandomReset(NONECallback):
         units = tuple((self._layers[place].name, unit, 0, 0.0) for place, unit, *_ in chosen)
         self.history.append(Round(trainer.current_epoch + 1, removed, removed, (), units, (), accuracy, obeyed))
         self._treated += 1
+        self._before = {**weights(trainer, pl_module), "keep": torch.ones_like(self.given.keep)}
         reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=self.reading.seed)
         disown_the_past(trainer, pl_module)
         self._tuning.begin(trainer, enough_epochs(trainer), self.lr)
