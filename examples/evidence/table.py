@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from examples.evidence.cells import ATTACKS
+
 DEFENCES = (
     "undefended", "ultraclean", "NONE", "perfect", "random", "random-reset", "ultraclean-paper", "NONE-paper",
 )  # fmt: skip
@@ -15,7 +17,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "| attack | poisons | defence | clean accuracy | ASR | removed | TPR | FPR | AUROC | seconds |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    attacks = list(ATTACKS)
     for row in sorted(rows, key=lambda r: (attacks.index(r["attack"]), DEFENCES.index(r["defence"]), r["seed"])):
         rates = [_percent(row.get(name)) for name in ("tpr", "fpr")]
         auroc = row.get("auroc")
