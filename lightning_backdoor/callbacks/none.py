@@ -29,6 +29,7 @@ from lightning_backdoor.verdict import Verdict
 
 __all__ = ["NONECallback"]
 
+STILL_OBEYED = 0.2  # of the removed samples get their label after a round: reason for another one
 MAX_LOSS = 0.05  # of accuracy on the training images, beyond which a round is undone
 
 
@@ -51,7 +52,8 @@ class NONECallback(Defense):
     Args:
         warmup_epochs: Epochs of ordinary training before the first look. ``None``: one look, when training is about to
             end. With a number there is a second look at the end if the first one found nothing.
-        rounds: Looks in a row, each followed by its fine-tuning, as long as they find something.
+        rounds: Most looks in a row, each followed by its fine-tuning, as long as they find something, or the model
+            still gives over 20 % of the removed samples their label.
         finetune_epochs: Epochs of fine-tuning after a reset, with frozen batch-norm statistics. ``None``: a tenth of
             ``max_epochs``; more, up to ``max_epochs``, where this is less than 100 steps.
         lr: Learning rate at the start of fine-tuning, from where it falls to zero. ``None``: 5 % of the largest so far.
@@ -245,9 +247,12 @@ class NONECallback(Defense):
         kept = torch.ones_like(decision.keep) if keeps else decision.keep
         threshold = math.inf if keeps else decision.threshold
         before = torch.ones_like(kept) if self.verdict is None else self.verdict.keep
-        removed = self._adopt(Verdict(decision.scores, kept, threshold, decision.rule, measured.labels))
+        nothing_new = self.verdict is not None and torch.equal(kept, before)
+        rule = self.verdict.rule if self.verdict is not None and nothing_new else decision.rule
+        removed = self._adopt(Verdict(decision.scores, kept, threshold, rule, measured.labels))
         chosen: list[Chosen] = []
-        if (quota := keeps or self.rule == "paper") or removed:
+        obeys = bool(self.history) and (self.history[-1].obeyed_after or 0.0) > STILL_OBEYED
+        if (quota := keeps or self.rule == "paper") or removed or obeys:
             driven = None if quota else scan.driven(trainer, pl_module, ~kept)
             found = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
             chosen = trainer.strategy.broadcast(found, src=0)
