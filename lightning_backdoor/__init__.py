@@ -1,9 +1,18 @@
 """Training-time defence against backdoors, as drop-in callbacks for PyTorch Lightning."""
 
 from lightning_backdoor import attacks, functional, metrics
-from lightning_backdoor.callbacks import BackdoorMonitor, NONECallback, UltraCleanCallback
+from lightning_backdoor.callbacks import BackdoorMonitor, DBRCallback, NONECallback, UltraCleanCallback
 from lightning_backdoor.verdict import Verdict
 
 __version__ = "0.1.0"
 
-__all__ = ["BackdoorMonitor", "NONECallback", "UltraCleanCallback", "Verdict", "attacks", "functional", "metrics"]
+__all__ = [
+    "BackdoorMonitor",
+    "DBRCallback",
+    "NONECallback",
+    "UltraCleanCallback",
+    "Verdict",
+    "attacks",
+    "functional",
+    "metrics",
+]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 
-from lightning_backdoor import NONECallback, UltraCleanCallback, attacks
+from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback, attacks
 
 TARGET = 0
 
@@ -51,9 +51,11 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "ultraclean-paper": lambda: UltraCleanCallback.from_paper(output="logits"),
     "NONE": NONECallback,
     "NONE-paper": NONECallback.from_paper,
+    "D-BR": DBRCallback,
+    "D-BR-paper": DBRCallback.from_paper,
 }
 
-AT_THE_END = ("NONE", "NONE-paper", "random-reset")
+AT_THE_END = ("NONE", "NONE-paper", "random-reset", "D-BR", "D-BR-paper")
 """Defences that act when training is about to end: they share the undefended training up to its last epoch."""
 
 
@@ -81,4 +83,6 @@ def grid() -> list[tuple[str, str]]:
         *((attack, "random-reset") for attack in poisoned),
         *((attack, "NONE-paper") for attack in ATTACKS),
         *((attack, "ultraclean-paper") for attack in one_target),
+        *((attack, "D-BR") for attack in ATTACKS),
+        *((attack, "D-BR-paper") for attack in ATTACKS),
     ]

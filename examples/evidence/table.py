@@ -7,7 +7,8 @@ from typing import Any
 from examples.evidence.cells import ATTACKS
 
 DEFENCES = (
-    "undefended", "ultraclean", "NONE", "perfect", "random", "random-reset", "ultraclean-paper", "NONE-paper",
+    "undefended", "ultraclean", "NONE", "D-BR", "perfect", "random", "random-reset", "ultraclean-paper", "NONE-paper",
+    "D-BR-paper",
 )  # fmt: skip
 
 

@@ -19,7 +19,15 @@ from lightning_backdoor.trainer.etiquette import require_unsharded
 from lightning_backdoor.trainer.training_set import Reading, TrainingSet, open_training_set
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["Defense", "require_class", "require_fraction", "require_one_of", "require_positive"]
+__all__ = [
+    "Defense",
+    "require_class",
+    "require_fraction",
+    "require_one_of",
+    "require_positive",
+    "require_rate",
+    "require_same_data",
+]
 
 SCHEMA = 1
 
@@ -36,6 +44,13 @@ def require_positive(name: str, value: int | None) -> int | None:
     """Return ``value`` if it is None or a whole number of at least one."""
     if value is not None and (not isinstance(value, int) or value < 1):
         raise ArgumentError(f"`{name}` must be a whole number of at least 1, or None, got {value!r}.")
+    return value
+
+
+def require_rate(name: str, value: float | None) -> float | None:
+    """Return ``value`` if it is None or a learning rate."""
+    if value is not None and value <= 0:
+        raise ArgumentError(f"`{name}` must be a positive learning rate or None, got {value}.")
     return value
 
 
@@ -61,10 +76,12 @@ class Defense(CallbackBase):
 
     Attributes:
         method: Name of the defence in logs, reports and checkpoints.
+        kept_as: Arguments that are kept under another name than their own.
         verdict: The latest verdict, ``None`` while the defence has not acted.
     """
 
     method: ClassVar[str]
+    kept_as: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self, *, max_removed: float, reading: Reading, report_dir: str | Path | None, name: str | None
@@ -87,7 +104,7 @@ class Defense(CallbackBase):
         """Return a call that makes an equal callback."""
         values = {}
         for argument, parameter in inspect.signature(type(self)).parameters.items():
-            value = getattr(self, argument, getattr(self.reading, argument, None))
+            value = getattr(self, self.kept_as.get(argument, argument), getattr(self.reading, argument, None))
             if value != parameter.default:
                 values[argument] = value
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in values.items())})"
@@ -109,7 +126,7 @@ class Defense(CallbackBase):
             raise TrainerError(f"{type(self).__name__} found no training loader. Pass one map-style loader to `fit`.")
         self._training_set = open_training_set(trainer, pl_module, loader, self.reading, _validation_dataset(trainer))
         if self.verdict is not None:
-            _require_same_data(self.verdict, self._training_set)
+            require_same_data(self.verdict, self._training_set)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the training loader back."""
@@ -181,7 +198,7 @@ class Defense(CallbackBase):
                 rank_zero_warn(f"The report in {folder} is incomplete: {type(error).__name__}: {error}")
 
 
-def _require_same_data(verdict: Verdict, data: TrainingSet) -> None:
+def require_same_data(verdict: Verdict, data: TrainingSet) -> None:
     """Raise if a verdict was passed on other samples than those that are about to be trained on."""
     positions, labels = data.probe
     if len(verdict) == len(data) and (verdict.labels is None or torch.equal(verdict.labels[positions], labels)):

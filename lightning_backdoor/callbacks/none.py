@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.callbacks.compromised import Chosen, choose_units, find_layers, judge_samples, reset_chosen
-from lightning_backdoor.callbacks.defense import Defense, require_fraction, require_one_of, require_positive
+from lightning_backdoor.callbacks.defense import (
+    Defense,
+    require_fraction,
+    require_one_of,
+    require_positive,
+    require_rate,
+)
 from lightning_backdoor.callbacks.rounds import Round, evidence, sentence, shares
 from lightning_backdoor.callbacks.schedule import is_due
-from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.surgery.units import UnitLayer
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
+from lightning_backdoor.trainer.etiquette import require_automatic
 from lightning_backdoor.trainer.finetuning import FineTuning, disown_the_past, enough_epochs
 from lightning_backdoor.trainer.limits import about_to_end, require_extendable
 from lightning_backdoor.trainer.rewind import put_weights, weights
@@ -127,9 +133,7 @@ class NONECallback(Defense):
         self.warmup_epochs = require_positive("warmup_epochs", warmup_epochs)
         self.rounds = require_positive("rounds", rounds) or 1
         self.finetune_epochs = require_positive("finetune_epochs", finetune_epochs)
-        if lr is not None and lr <= 0:
-            raise ArgumentError(f"`lr` must be a positive learning rate or None, got {lr}.")
-        self.lr = lr
+        self.lr = require_rate("lr", lr)
         self.reset_fraction = require_fraction("reset_fraction", reset_fraction)
         self.reset = require_one_of("reset", reset, ("reinit", "prune"))
         self.strong = require_fraction("strong", strong)
@@ -152,12 +156,8 @@ class NONECallback(Defense):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the curation of the training loader."""
         if stage == "fit":
-            if not pl_module.automatic_optimization:
-                raise TrainerError(
-                    "NONE fine-tunes through the Trainer, but the module sets `automatic_optimization = False`. Let "
-                    "`training_step` return the loss, or use UltraCleanCallback."
-                )
-            require_extendable(trainer)
+            require_automatic(pl_module, "NONE fine-tunes")
+            require_extendable(trainer, "NONE")
             self._tuning, self._before, self.history, self._last_look, self._treated = FineTuning(), None, [], None, 0
         super().setup(trainer, pl_module, stage)
 
@@ -267,7 +267,7 @@ class NONECallback(Defense):
             self._before = {**weights(trainer, pl_module), "keep": before}
             seed = self.reading.seed + len(self.history) * len(self._layers)
             reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=seed)
-            disown_the_past(trainer, pl_module)
+            disown_the_past(trainer, pl_module, "NONE")
             self._tuning.begin(trainer, self.finetune_epochs or enough_epochs(trainer), self.lr)
         self._tell(trainer, pl_module, time.monotonic() - began)
 
@@ -284,7 +284,7 @@ class NONECallback(Defense):
             self._adopt(replace(self.verdict, keep=keep, threshold=math.inf if bool(keep.all()) else 0.5))
         if self.history[-1].undone:
             put_weights(trainer, pl_module, self._before, groups=False)
-            disown_the_past(trainer, pl_module)
+            disown_the_past(trainer, pl_module, "NONE")
         self._before = None
         self._tell(trainer, pl_module, time.monotonic() - began)
 

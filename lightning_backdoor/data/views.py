@@ -15,7 +15,7 @@ from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.data.structure import leaves_of
 from lightning_backdoor.errors import DataError
 
-__all__ = ["IndexedView", "ScanLoader", "check_dataset", "read_items", "scan_loader"]
+__all__ = ["IndexedView", "ScanLoader", "batch_size_of", "check_dataset", "read_items", "scan_loader"]
 
 _MASK = 2**64 - 1
 _DEFAULT_BATCH_SIZE = 128
@@ -159,7 +159,8 @@ class ScanLoader(DataLoader[Any]):
             yield indices, batch
 
 
-def _batch_size(loader: Any) -> int:
+def batch_size_of(loader: Any) -> int:
+    """Samples per batch of a loader, by itself or its samplers; 128 where none of them says."""
     holders = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
     sizes = [getattr(holder, "batch_size", None) for holder in holders]
     return next((size for size in sizes if isinstance(size, int) and size > 0), _DEFAULT_BATCH_SIZE)
@@ -196,7 +197,7 @@ def scan_loader(
     collate_fn = default_collate if unbatched or loader.collate_fn is None else loader.collate_fn
     return ScanLoader(
         IndexedView(loader.dataset, indices, seed),
-        batch_size=_batch_size(loader) if batch_size is None else batch_size,
+        batch_size=batch_size_of(loader) if batch_size is None else batch_size,
         shuffle=False,
         collate_fn=_Collate(collate_fn, seed),
         pin_memory=loader.pin_memory and torch.cuda.is_available(),

@@ -1,6 +1,6 @@
 """Plain functions on tensors: denoise, score, decide. They know nothing of trainers, files or ground truth."""
 
-from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores, split_by_rank
+from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores, select_trusted, split_by_rank
 from lightning_backdoor.functional.contrastive import mixed_cross_entropy, ss_contrastive_loss
 from lightning_backdoor.functional.decisions import limit_removed, natural_break, select_fraction
 from lightning_backdoor.functional.denoising import local_median, nl_means
@@ -38,6 +38,7 @@ __all__ = [
     "natural_break",
     "nl_means",
     "select_fraction",
+    "select_trusted",
     "split_by_rank",
     "split_units",
     "ss_contrastive_loss",

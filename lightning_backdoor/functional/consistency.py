@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_backdoor.errors import ArgumentError
 
-__all__ = ["center_repulsion_loss", "fct_scores", "split_by_rank"]
+__all__ = ["center_repulsion_loss", "fct_scores", "select_trusted", "split_by_rank"]
 
 
 def fct_scores(
@@ -115,3 +115,31 @@ def split_by_rank(scores: Tensor, trusted: float = 0.2, suspect: float = 0.05) -
     masks[0, order[: int(trusted * n)]] = True
     masks[1, order[n - int(suspect * n) :]] = True
     return masks[0], masks[1]
+
+
+def select_trusted(scores: Tensor, labels: Tensor, considered: Tensor, share: float) -> Tensor:
+    """Select the least suspicious samples of every class, so that none is missing from what is learned anew.
+
+    Lengths of features differ between classes, so the smallest scores of all may come from a few classes alone.
+
+    Args:
+        scores: Float, shape ``(N,)``; larger is more suspicious.
+        labels: Labels as given, long, shape ``(N,)``.
+        considered: Samples that may be selected, bool, shape ``(N,)``.
+        share: Share of the samples of each class, in ``(0, 1)``, rounded down; one sample at least.
+
+    Returns:
+        Bool ``(N,)``; in a class with fewer considered samples than that, all of these.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> select_trusted(torch.tensor([0.3, 0.1, 0.9, 0.5]), labels, torch.ones(4, dtype=torch.bool), 0.5)
+        tensor([False,  True, False,  True])
+    """
+    trusted = torch.zeros(len(scores), dtype=torch.bool)
+    for label in torch.unique(labels).tolist():
+        inside = labels == label
+        members = (inside & considered).nonzero().squeeze(1)
+        trusted[members[scores[members].argsort(stable=True)[: max(int(share * int(inside.sum())), 1)]]] = True
+    return trusted

@@ -35,17 +35,25 @@ class Taps:
         names: Names of layers as in ``module.named_modules()``.
         place: Record what comes out of a layer, or the first argument that goes in.
         pooling: Over all positions of a sample, the largest value or the mean (see :func:`pool`).
+        gradients: Leave the values in the graph, so that a loss on them can be differentiated.
 
     Raises:
         ModelError: A name does not exist.
     """
 
     def __init__(
-        self, module: nn.Module, names: Iterable[str], *, place: Place = "output", pooling: Pooling = "mean"
+        self,
+        module: nn.Module,
+        names: Iterable[str],
+        *,
+        place: Place = "output",
+        pooling: Pooling = "mean",
+        gradients: bool = False,
     ) -> None:
         self._layers = {name: module_named(module, name) for name in names}
         self._place = place
         self._pooling = pooling
+        self._gradients = gradients
         self._values: dict[str, Tensor] = {}
         self._stack = ExitStack()
 
@@ -83,7 +91,8 @@ class Taps:
         def record(layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             value = first_tensor(arguments if self._place == "input" else output)
             if value is not None:
-                self._values[name] = pool(value.detach(), channel_axis(layer, value), self._pooling)
+                value = value if self._gradients else value.detach()
+                self._values[name] = pool(value, channel_axis(layer, value), self._pooling)
 
         return record
 

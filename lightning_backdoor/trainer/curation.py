@@ -31,6 +31,7 @@ from lightning_backdoor.trainer.loaders import (
     require_enough,
     require_same_size,
 )
+from lightning_backdoor.trainer.phases import Phases
 from lightning_backdoor.trainer.samplers import KeepState
 
 __all__ = ["Curation", "curation_of"]
@@ -125,6 +126,10 @@ class Curation:
             masks[key] = keep.detach().cpu().clone()
         self._apply(self._combined(masks, key))
         self._masks = masks
+
+    def set_phases(self, phases: Phases | None) -> None:
+        """Draw these batches instead of the user's, from the next epoch on; ``None``: the user's; then refresh."""
+        self._state.phases = phases
 
     def refresh(self) -> None:
         """Tell Lightning the new number of batches, after :meth:`set_keep` during a fit."""

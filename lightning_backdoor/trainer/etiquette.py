@@ -15,7 +15,7 @@ from lightning_backdoor.errors import TrainerError
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["forward_context", "prepare_batch", "require_unsharded", "unobtrusive"]
+__all__ = ["forward_context", "prepare_batch", "require_automatic", "require_unsharded", "unobtrusive"]
 
 SHARDED_STRATEGIES = frozenset({"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"})
 
@@ -59,6 +59,23 @@ def forward_context(pl_module: nn.Module) -> AbstractContextManager[Any]:
     """The Trainer's precision context (autocast, default dtype) around a forward; nothing without a Trainer."""
     trainer = getattr(pl_module, "_trainer", None)
     return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
+
+
+def require_automatic(pl_module: LightningModule, what: str) -> None:
+    """Raise when the module optimizes by hand: a defence cannot take part in its steps then.
+
+    Args:
+        pl_module: The LightningModule under training.
+        what: The defence and its verb, for the message.
+
+    Raises:
+        TrainerError: The module sets ``automatic_optimization = False``.
+    """
+    if not pl_module.automatic_optimization:
+        raise TrainerError(
+            f"{what} through the Trainer, but the module sets `automatic_optimization = False`. Let `training_step` "
+            "return the loss, or use UltraCleanCallback."
+        )
 
 
 def require_unsharded(trainer: Trainer) -> None:

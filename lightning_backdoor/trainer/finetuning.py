@@ -27,14 +27,17 @@ class FineTuning:
     The learning rate falls in a straight line to zero. It is in the optimizers during their steps alone (Lightning
     calls ``training_step`` within them), so schedulers and monitors see their own one. Once the epochs that the user
     planned are used up, schedulers wait: one that is at its end could not go on. Batch norms keep their statistics and
-    train their scale and shift.
+    train their scale and shift. A steady phase does neither: its rate is constant, and batch norms go on as ever.
 
     Attributes:
         left: Epochs of the phase that are still to come; 0 outside of it.
+        share: What the rate of the next step is multiplied with.
     """
 
     def __init__(self) -> None:
         self.left = 0
+        self.share = 1.0
+        self._steady = False
         self._epochs = 0
         self._until = 0  # epochs that the fit has had at the end of the phase
         self._lr: float | None = None
@@ -43,17 +46,22 @@ class FineTuning:
         self._took_over = False
         self._held: Any = None
 
-    def begin(self, trainer: Any, epochs: int, lr: float | None) -> None:
-        """Start the phase with the next epoch; call in ``on_train_epoch_end``.
+    def begin(
+        self, trainer: Any, epochs: int, lr: float | None, *, steady: bool = False, done: int | None = None
+    ) -> None:
+        """Start the phase with the next epoch; call in ``on_train_epoch_end``, or with ``done`` elsewhere.
 
         Args:
             trainer: The running Trainer.
             epochs: Length of the phase, at least 1.
             lr: Learning rate of its first step; ``None``: 5 % of the largest that each parameter group has had.
+            steady: Keep this rate to the end, and leave batch norms alone.
+            done: Epochs that the fit has had; ``None``: with the one that ends.
         """
         self.left = self._epochs = epochs
-        self._until = trainer.current_epoch + 1 + epochs
-        self._lr = lr
+        self._until = (trainer.current_epoch + 1 if done is None else done) + epochs
+        self._lr, self._steady = lr, steady
+        self._factor = self.share = 1.0
         self._hold(trainer)
 
     def at_fit_start(self, trainer: Any) -> None:
@@ -74,6 +82,8 @@ class FineTuning:
         if not self.left:
             return
         self._take_over(trainer)
+        if self._steady:
+            return
         for module in pl_module.modules():
             if module.training and "BatchNorm" in type(module).__name__:
                 self._given_back.callback(setattr, module, "training", True)
@@ -91,6 +101,11 @@ class FineTuning:
         self.release()
         return True
 
+    def stop(self) -> None:
+        """End the phase before its time."""
+        self.left = 0
+        self.release()
+
     def release(self) -> None:
         """Give everything back that belongs to the user."""
         self._given_back.close()
@@ -102,7 +117,7 @@ class FineTuning:
     def rate(self, group: dict[str, Any], default: float = 0.0) -> float:
         """Learning rate of a parameter group for the step that comes; ``default`` is that of its optimizer."""
         largest = max(float(group.get(key, 0.0)) for key in ("max_lr", "initial_lr", "lr"))
-        return self._factor * (LR_SHARE * max(largest, default) if self._lr is None else self._lr)
+        return self.share * self._factor * (LR_SHARE * max(largest, default) if self._lr is None else self._lr)
 
     def _hold(self, trainer: Any) -> None:
         hold_open(trainer, self, self._until)
@@ -122,12 +137,12 @@ class FineTuning:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only."""
-        return {"left": self.left, "epochs": self._epochs, "until": self._until, "lr": self._lr}
+        return {"left": self.left, "epochs": self._epochs, "until": self._until, "lr": self._lr, "steady": self._steady}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
         self.left, self._epochs = state_dict["left"], state_dict["epochs"]
-        self._until, self._lr = state_dict["until"], state_dict["lr"]
+        self._until, self._lr, self._steady = state_dict["until"], state_dict["lr"], state_dict["steady"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
@@ -169,8 +184,14 @@ def enough_epochs(trainer: Any) -> int:
     return max(1, round(EPOCH_SHARE * planned), min(least, planned))
 
 
-def disown_the_past(trainer: Any, pl_module: nn.Module) -> None:
-    """Let averages of the model, in callbacks or in itself, start again, and warn of a *best* that was saved before."""
+def disown_the_past(trainer: Any, pl_module: nn.Module, method: str) -> None:
+    """Let averages of the model, in callbacks or in itself, start again, and warn of a *best* that was saved before.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule under training.
+        method: Name of the defence that treats the model.
+    """
     held = [value for callback in trainer.callbacks for value in vars(callback).values()]
     for average in [*held, *pl_module.modules()]:
         if isinstance(average, AveragedModel):
@@ -178,6 +199,7 @@ def disown_the_past(trainer: Any, pl_module: nn.Module) -> None:
     kept = [callback.best_model_path for callback in trainer.checkpoint_callbacks if getattr(callback, "monitor", None)]
     if any(kept):
         rank_zero_warn(
-            f"NONE: {', '.join(filter(None, kept))} was saved before units were reset and may hold the backdoor. "
+            f"{method}: {', '.join(filter(None, kept))} was saved before the model was treated and may hold the "
+            "backdoor. "
             "Use the last checkpoint, not the best one."
         )

@@ -63,8 +63,12 @@ def planned_epochs(trainer: Any) -> int:
     return max(1, min(known, default=1))
 
 
-def require_extendable(trainer: Any) -> None:
+def require_extendable(trainer: Any, method: str) -> None:
     """Raise if a callback rules further epochs after the planned ones out.
+
+    Args:
+        trainer: The Trainer.
+        method: Name of the defence that may need them.
 
     Raises:
         TrainerError: ``max_time`` is set, or weights are averaged by StochasticWeightAveraging.
@@ -72,7 +76,7 @@ def require_extendable(trainer: Any) -> None:
     classes = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
     for name, remedy in _NOT_EXTENDABLE.items():
         if name in classes:
-            raise TrainerError(f"NONE may add epochs of fine-tuning, which does not go together with {name}. {remedy}")
+            raise TrainerError(f"{method} may add epochs of its own, which does not go together with {name}. {remedy}")
 
 
 def _planned(trainer: Any) -> tuple[int | None, int | None]:

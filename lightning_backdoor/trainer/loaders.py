@@ -10,7 +10,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_backdoor.errors import DataError, TrainerError
 from lightning_backdoor.trainer.compat import limited
-from lightning_backdoor.trainer.samplers import KeepState, filtered
+from lightning_backdoor.trainer.samplers import KeepState, PhasedBatches, filtered
 
 __all__ = [
     "batch_count",
@@ -117,7 +117,7 @@ def clone(loader: DataLoader[Any], state: KeepState) -> DataLoader[Any]:
     changes: dict[str, Any] = {"_iterator": None, _ORIGIN: loader}
     if loader.batch_sampler is not None:
         batches = filtered(loader.batch_sampler, state, loader.dataset)
-        changes["batch_sampler"] = batches
+        changes["batch_sampler"] = PhasedBatches(batches, state)
         if getattr(loader.batch_sampler, "sampler", None) is loader.sampler:
             changes["sampler"] = batches.sampler
     else:

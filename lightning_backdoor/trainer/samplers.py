@@ -13,8 +13,9 @@ from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.trainer.draws import Draws, Kept, dry_count, restricted
+from lightning_backdoor.trainer.phases import Phases
 
-__all__ = ["KeepState", "KeptDistributedSampler", "KeptSampler", "filtered"]
+__all__ = ["KeepState", "KeptDistributedSampler", "KeptSampler", "PhasedBatches", "filtered"]
 
 
 def _same(count: int) -> int:
@@ -27,11 +28,13 @@ class KeepState:
 
     Attributes:
         kept: The samples that stay, ``None`` for all.
+        phases: Batches of some samples, then of others, instead of whatever the user's samplers draw; ``None``: theirs.
         drop_single: Leave out a batch of one sample that pruning made: batch norm cannot take it.
         agree: The common epoch length of all processes, given the length that this one counted.
     """
 
     kept: Kept | None = None
+    phases: Phases | None = None
     drop_single: bool = False
     agree: Callable[[int], int] = _same
 
@@ -101,6 +104,29 @@ class KeptSampler(Sampler[Any]):
         return (
             self._state.drop_single and size is not None and size > 1 and length % size == 1 != len(self._inner) % size
         )
+
+
+class PhasedBatches(BatchSampler):
+    """The batches of the loader, or of the phases while there are any.
+
+    Args:
+        inner: The (filtering) batch sampler of the loader.
+        state: The shared state.
+    """
+
+    def __init__(self, inner: Any, state: KeepState) -> None:
+        self._inner, self._state = inner, state
+
+    def __len__(self) -> int:
+        return len(self._inner) if self._state.phases is None else len(self._state.phases)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._inner if self._state.phases is None else self._state.phases)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_inner" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._inner, name)
 
 
 class KeptDistributedSampler(KeptSampler, DistributedSampler[Any]):

@@ -75,10 +75,20 @@ class TrainingSet:
         return len(self.loader.dataset)  # type: ignore[arg-type]
 
     def scan(
-        self, trainer: Any, pl_module: Any, step: Callable[[Tensor, Any], dict[str, Tensor]], *, description: str
+        self,
+        trainer: Any,
+        pl_module: Any,
+        step: Callable[[Tensor, Any], dict[str, Tensor]],
+        *,
+        description: str,
+        positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Run ``step(indices, batch)`` over all samples; see :func:`lightning_backdoor.trainer.scan.scan`."""
-        with self._view(shard(len(self), trainer)) as view:
+        """Run ``step(indices, batch)`` over all samples; see :func:`lightning_backdoor.trainer.scan.scan`.
+
+        With ``positions``, long ``(M,)`` in rising order, over these samples alone: results have M rows.
+        """
+        mine = shard(len(self) if positions is None else len(positions), trainer)
+        with self.read(mine if positions is None else positions[mine]) as view:
             return scan(trainer, pl_module, view, step, description=description)
 
     def require_class(self, name: str, label: int | None) -> None:
@@ -96,9 +106,9 @@ class TrainingSet:
             )
         return labels
 
-    def outputs(self, trainer: Any, pl_module: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    def outputs(self, trainer: Any, pl_module: Any, batch: Any, *, gradients: bool = False) -> tuple[Tensor, Tensor]:
         """Logits ``(B, K)`` and penultimate features ``(B, D)`` of a batch as the loader gave it, float32."""
-        with Taps(pl_module, [self.head.name], place=self.head.place) as taps:
+        with Taps(pl_module, [self.head.name], place=self.head.place, gradients=gradients) as taps:
             logits = _logits(trainer, pl_module, self.layout, self.reading, batch)
             return logits, taps.read()[self.head.name]
 
@@ -111,28 +121,37 @@ class TrainingSet:
             logits = _logits(trainer, pl_module, self.layout, self.reading, batch)
             return logits, torch.cat(list(taps.read().values()), dim=1)
 
-    def predict(self, trainer: Any, pl_module: Any, *, description: str) -> Tensor:
-        """Classes that the model gives to all samples, long ``(N,)``."""
+    def predict(self, trainer: Any, pl_module: Any, *, description: str, positions: Tensor | None = None) -> Tensor:
+        """Classes that the model gives to all samples, long ``(N,)``, or to those at ``positions``, ``(M,)``."""
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
             return {"predicted": _logits(trainer, pl_module, self.layout, self.reading, batch).argmax(dim=1)}
 
-        return self.scan(trainer, pl_module, step, description=description)["predicted"]
+        return self.scan(trainer, pl_module, step, description=description, positions=positions)["predicted"]
+
+    def read_labels(self, trainer: Any, pl_module: Any) -> Tensor:
+        """Labels of all samples, long ``(N,)``."""
+
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            return {"labels": self.labels(batch).clone()}
+
+        return self.scan(trainer, pl_module, step, description="reading labels")["labels"]
 
     def few(self, trainer: Any, pl_module: Any) -> Callable[[], Tensor]:
         """A function that takes a few images through the model and returns their logits; for finding layers."""
         positions = list(range(min(len(self), _PROBE_FORWARD)))
-        with self._view(positions, num_workers=min(self.loader.num_workers, 1)) as view:
+        with self.read(positions, num_workers=min(self.loader.num_workers, 1)) as view:
             _, batch = next(iter(view))
         return lambda: _logits(trainer, pl_module, self.layout, self.reading, copy.deepcopy(batch))
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """Images at some dataset positions as 8-bit pixels, uint8 ``(n, C, H, W)``."""
-        with self._view(indices, num_workers=min(self.loader.num_workers, 1)) as view:
+        with self.read(indices, num_workers=min(self.loader.num_workers, 1)) as view:
             return torch.cat([self.pixels.to_pixels(self.layout.images(batch)) for _, batch in view])
 
     @contextmanager
-    def _view(self, indices: Sequence[int], num_workers: int | None = None) -> Iterator[DataLoader[Any]]:
+    def read(self, indices: Sequence[int] | Tensor, num_workers: int | None = None) -> Iterator[DataLoader[Any]]:
+        """A loader of ``(indices, batch)`` at some dataset positions, in their order and without augmentation."""
         workers = self.reading.num_workers if num_workers is None else num_workers
         with transforms_swapped(self.loader.dataset, self.transform):
             yield scan_loader(

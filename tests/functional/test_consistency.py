@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.functional import center_repulsion_loss, fct_scores, split_by_rank
+from lightning_backdoor.functional import center_repulsion_loss, fct_scores, select_trusted, split_by_rank
 
 
 def test_fct_is_the_mean_square_by_default() -> None:
@@ -85,3 +85,21 @@ def test_shapes_and_metric_are_checked() -> None:
     with pytest.raises(ArgumentError, match=r"`features` must have shape \(B, D\)"):
         center_repulsion_loss(torch.zeros(2, 3), torch.zeros(3))
     assert math.isfinite(float(center_repulsion_loss(torch.zeros(2, 3), torch.tensor([0, 1]))))
+
+
+def test_every_class_is_trusted_in_the_same_share_and_suspects_are_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(100) % 4
+    scores = torch.rand(100, generator=generator) + labels * 10  # one class looks less suspicious than all others
+    considered = torch.rand(100, generator=generator) > 0.2
+    trusted = select_trusted(scores, labels, considered, 0.2)
+    assert torch.bincount(labels[trusted]).tolist() == [5, 5, 5, 5]
+    assert not (trusted & ~considered).any()
+    for label in range(4):
+        inside = (labels == label) & considered
+        assert scores[inside & trusted].max() < scores[inside & ~trusted].min()
+
+
+def test_a_class_with_few_samples_is_trusted_in_what_it_has() -> None:
+    labels, considered = torch.tensor([0, 0, 1, 2]), torch.tensor([True, True, True, False])
+    assert select_trusted(torch.arange(4.0), labels, considered, 0.1).tolist() == [True, False, True, False]

@@ -1,0 +1,116 @@
+"""What a repair by D-BR starts from and leads to, in words and numbers for the user."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_backdoor.report.evidence import Evidence
+from lightning_backdoor.trainer.training_set import TrainingSet
+
+__all__ = ["Repair", "evidence", "sentence"]
+
+MEANING = {
+    "modes": "It says how suspicious the image looks to a detector that was trained to rely on triggers; above 0.5 it "
+    "belongs to a second population inside its class.",
+    "fct": "It measures how far the features of a detector move when the image is turned and shifted.",
+    "given": "It is the score of the verdict that was handed in.",
+}
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One look at the samples and the epochs of repair that followed, in plain values that a checkpoint can hold.
+
+    Attributes:
+        epochs: Epochs trained before it.
+        removed: Samples that it removed from training.
+        wanted: Samples that the rule pointed at in all, before ``max_removed`` limited it.
+        modes: Label and separation of every second mode that was found.
+        suspects: Samples to be unlearned; 0 if nothing is to be repaired.
+        trusted: Samples to be learned anew.
+        accuracy: Share of the watched samples that got their label, before and after every epoch of repair.
+        obeyed: Share of the suspects that got their label, before and after every epoch.
+        undone: For every epoch whether the weights went back because accuracy had suffered.
+    """
+
+    epochs: int
+    removed: int
+    wanted: int
+    modes: tuple[tuple[int, float], ...]
+    suspects: int
+    trusted: int
+    accuracy: tuple[float, ...] = ()
+    obeyed: tuple[float, ...] = ()
+    undone: tuple[bool, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that load with ``weights_only=True``."""
+        return asdict(self)
+
+    @property
+    def outcome(self) -> tuple[float, float]:
+        """Accuracy and obeyed share of the weights that stayed: those of the last epoch that was not undone."""
+        last = max((i + 1 for i, undone in enumerate(self.undone) if not undone), default=0)
+        return self.accuracy[last], self.obeyed[last]
+
+
+def sentence(repair: Repair, total: int) -> str:
+    """Say what the look found, or what came out of the repair.
+
+    Args:
+        repair: The latest one.
+        total: Samples of the training set.
+    """
+    if not repair.suspects:
+        return f"looked at {total:,} training images: nothing stands out, nothing to repair."
+    if not repair.undone:
+        return (
+            f"looked at {total:,} training images: {repair.suspects:,} will be unlearned, {repair.trusted:,} learned "
+            "anew."
+        )
+    accuracy, obeyed = repair.outcome
+    epochs = f"{len(repair.undone)} epoch{'s' if len(repair.undone) > 1 else ''}"
+    back = f"; {sum(repair.undone)} of them cost too much accuracy and were undone" if any(repair.undone) else ""
+    return (
+        f"after {epochs} of repair: accuracy on training images {repair.accuracy[0]:.1%} -> {accuracy:.1%}, of "
+        f"suspects given their label {repair.obeyed[0]:.1%} -> {obeyed:.1%}{back}."
+    )
+
+
+def evidence(repairs: list[Repair], data: TrainingSet, *, meaning: str, seconds: float, max_removed: float) -> Evidence:
+    """What the report shows beside the verdict.
+
+    Args:
+        repairs: All looks so far, at least one.
+        data: Where the images come from.
+        meaning: Where the score is from: ``"modes"``, ``"fct"`` or ``"given"``.
+        seconds: Duration of what was done last.
+        max_removed: The user's ``max_removed``.
+    """
+    modes = [f"{label} (separation {apart:.1f})" for repair in repairs for label, apart in repair.modes]
+    latest = repairs[-1]
+    facts: dict[str, str | int | float] = {
+        "looks after": ", ".join(f"epoch {repair.epochs}" for repair in repairs),
+        "seconds of the last step": round(seconds, 1),
+        "images read with": data.transform.description,
+        "images to unlearn": latest.suspects,
+        "images to learn anew": latest.trusted,
+        "classes with a second mode": ", ".join(modes) or "none",
+    }
+    if latest.undone:
+        facts["repair"] = sentence(latest, len(data)).rstrip(".")
+    rows = [
+        (i, f"{accuracy:.1%}", f"{obeyed:.1%}", "yes" if i and latest.undone[i - 1] else "")
+        for i, (accuracy, obeyed) in enumerate(zip(latest.accuracy, latest.obeyed, strict=True))
+    ]
+    head = ("epoch of repair", "accuracy on watched images", "suspects given their label", "undone")
+    return Evidence(
+        images=data.images,
+        facts=facts,
+        score_meaning=MEANING[meaning],
+        wanted=max(repair.wanted for repair in repairs),
+        max_removed=max_removed,
+        treatment=f"The model was repaired: {sentence(latest, len(data))}" if latest.undone else "",
+        tables={"Repair, epoch by epoch": (head, rows)} if latest.undone else {},
+    )

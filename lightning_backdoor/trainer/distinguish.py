@@ -1,0 +1,229 @@
+"""The nested stage of D-BR and D-ST: a detector of its own, and how much its features follow a transformation."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_backdoor.data.pixels import check_finite
+from lightning_backdoor.data.random_state import isolated_rng, seed_all
+from lightning_backdoor.errors import DataError, ModelError
+from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores
+from lightning_backdoor.surgery.units import UnitLayer, find_units
+from lightning_backdoor.trainer.etiquette import unobtrusive
+from lightning_backdoor.trainer.training_set import TrainingSet
+from lightning_backdoor.trainer.unit_scan import Measured, UnitScan
+
+__all__ = ["Detector", "Distinguished", "detector_units", "distinguish", "turn_and_shift"]
+
+ANGLE = 180.0  # degrees, either way
+SHIFT = 0.2  # of the side, either way
+LR = {"copy": 1e-4, "fresh": 1e-3}  # of AdamW, which trains convolutional networks and transformers alike
+STRONG, WEAK = 0.9, 0.1  # probabilities above and below which a sample is confidently of a class, or not
+
+Transform = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """How the detector is trained and what is asked of it.
+
+    Attributes:
+        start: ``"copy"`` starts from the weights under repair, ``"fresh"`` from ``initial``.
+        initial: State of the module before training; only for ``"fresh"``.
+        steps: Steps of ordinary training without augmentation, and as many of centre repulsion.
+        draws: Transformations per sample, whose scores are averaged.
+        transform: ``transform(pixels)`` takes and returns uint8 ``(B, C, H, W)``; ``None``: :func:`turn_and_shift`.
+        seed: Seed of the order of the samples and of the transformations.
+    """
+
+    start: Literal["copy", "fresh"]
+    initial: dict[str, Tensor] | None
+    steps: int
+    draws: int
+    transform: Transform | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Distinguished:
+    """What the detector says about N training samples.
+
+    Attributes:
+        labels: Labels as given, long ``(N,)``.
+        fct: Feature consistency towards transformations, float ``(N,)``; larger is more suspicious.
+        units: What the detector's units say; ``None`` if they were not asked.
+    """
+
+    labels: Tensor
+    fct: Tensor
+    units: Measured | None
+
+
+def detector_units(trainer: Any, pl_module: Any, data: TrainingSet) -> list[UnitLayer]:
+    """The layers whose units are asked.
+
+    Raises:
+        ModelError: The model has none.
+    """
+    with unobtrusive(trainer, pl_module):
+        return find_units(pl_module, data.few(trainer, pl_module), residual_mode="branch_only")
+
+
+def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector, *, units: bool) -> Distinguished:
+    """Train a detector beside the model and look at every sample through it; the training does not notice.
+
+    The detector is a deep copy of the module. It learns the labels without augmentation, so that it relies on a trigger
+    wherever there is one, then turns the centres of the classes away from each other. Every process trains the same
+    detector on the same batches, so their number changes nothing.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule under training; left as it is.
+        data: The training set.
+        detector: The settings.
+        units: Ask the units of the detector, too; two more passes.
+
+    Raises:
+        ModelError: The module cannot be copied, or nothing of it can be trained.
+        DataError: There is one class only.
+    """
+    with unobtrusive(trainer, pl_module):
+        twin = _twin(pl_module, detector)
+        twin.trainer = trainer
+        with unobtrusive(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
+            _train(trainer, twin, data, detector)
+        _agree(trainer, twin)
+        found = _look(trainer, twin, data, detector)
+        if len(torch.unique(found["labels"])) < 2:
+            raise DataError(
+                "The training set must hold at least two classes to tell a poisoned one from the others, got "
+                f"{len(data)} samples of class {int(found['labels'][0])}. Train without this callback."
+            )
+        measured = None
+        if units:
+            layers = detector_units(trainer, pl_module, data)
+            measured = UnitScan(data, layers, strong=STRONG, weak=WEAK).measure(trainer, twin)
+    metric = "mse" if float(found["smallest"].min()) >= 0 else "cosine"
+    return Distinguished(found["labels"], found[metric], measured)
+
+
+def turn_and_shift(pixels: Tensor, indices: Tensor, *, seed: int) -> Tensor:
+    """Turn every image by up to 180 degrees and shift it by up to a fifth of its sides, on the device; black outside.
+
+    Args:
+        pixels: uint8 ``(B, C, H, W)``.
+        indices: Dataset positions, long ``(B,)``: an image meets the same transformation in whatever batch it is.
+        seed: Any integer.
+
+    Returns:
+        uint8 ``(B, C, H, W)``, from the nearest pixels.
+    """
+    from kornia.geometry.transform import get_affine_matrix2d, warp_affine  # noqa: PLC0415  (slow to import)
+
+    draws = [torch.rand(3, generator=_generator(seed, int(index))) * 2 - 1 for index in indices]
+    drawn = torch.stack(draws).to(pixels.device)
+    height, width = pixels.shape[-2:]
+    sides = drawn.new_tensor([width, height])
+    centre = ((sides - 1) / 2).expand(len(pixels), 2)
+    matrices = get_affine_matrix2d(
+        translations=drawn[:, 1:] * SHIFT * sides,
+        center=centre,
+        scale=torch.ones_like(centre),
+        angle=drawn[:, 0] * ANGLE,
+    )
+    moved = warp_affine(pixels.float(), matrices[:, :2], (height, width), mode="nearest", padding_mode="zeros")
+    return moved.round().clamp(0, 255).to(torch.uint8)
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) * 0x9E3779B97F4A7C15 % 2**63)
+
+
+def _twin(pl_module: Any, detector: Detector) -> Any:
+    try:
+        twin = copy.deepcopy(pl_module)
+    except Exception as error:
+        raise ModelError(
+            f"`{type(pl_module).__name__}` must be copied to train a detector, but `copy.deepcopy` failed: {error}. "
+            "Pass the `verdict` of another defence instead."
+        ) from error
+    if detector.start == "fresh" and detector.initial is not None:
+        twin.load_state_dict(detector.initial)
+    return twin
+
+
+def _train(trainer: Any, twin: Any, data: TrainingSet, detector: Detector) -> None:
+    """Ordinary training without augmentation, then centre repulsion, with the same optimizer."""
+    parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ModelError("The module has no parameter that can learn (requires_grad=False). Unfreeze some layers.")
+    for part in twin.modules():
+        part.training = True  # not `train()`, which a module may override
+    optimizer = torch.optim.AdamW(parameters, lr=LR[detector.start])
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    scaler = torch.amp.GradScaler(twin.device.type, enabled=scaled)
+    with data.read(_order(data, detector)) as loader:
+        for step, (_, batch) in enumerate(loader):
+            labels = data.labels(batch).clone().to(twin.device)  # transfer hooks may change a batch in place
+            logits, features = data.outputs(trainer, twin, batch, gradients=True)
+            loss = F.cross_entropy(logits, labels) if step < detector.steps else center_repulsion_loss(features, labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            scaler.update()
+
+
+def _order(data: TrainingSet, detector: Detector) -> Tensor:
+    """Positions of the samples of all steps: one shuffle after the other."""
+    with data.read([]) as loader:
+        size = min(int(loader.batch_size or 1), len(data))
+    needed = 2 * detector.steps * size
+    generator = torch.Generator().manual_seed(detector.seed)
+    shuffles = [torch.randperm(len(data), generator=generator) for _ in range(math.ceil(needed / len(data)))]
+    return torch.cat(shuffles)[:needed]
+
+
+def _agree(trainer: Any, twin: nn.Module) -> None:
+    """Give all processes the detector of the first one: rounding may differ between devices."""
+    if trainer.world_size > 1:
+        state = {name: value.cpu() for name, value in twin.state_dict().items()}
+        twin.load_state_dict(trainer.strategy.broadcast(state, src=0))
+
+
+def _look(trainer: Any, twin: Any, data: TrainingSet, detector: Detector) -> dict[str, Tensor]:
+    def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+        images = data.layout.images(batch)
+        check_finite(images, indices)
+        pixels = data.pixels.to_pixels(images).to(twin.device)
+        versions = [
+            data.layout.with_images(batch, data.pixels.to_model(_moved(pixels, indices, draw, detector), like=images))
+            for draw in range(detector.draws)
+        ]
+        labels = data.labels(batch).clone()
+        _, features = data.outputs(trainer, twin, batch)
+        moved = [data.outputs(trainer, twin, version)[1] for version in versions]
+        return {
+            "labels": labels,
+            "smallest": features.amin(dim=1),
+            "mse": torch.stack([fct_scores(features, other) for other in moved]).mean(dim=0),
+            "cosine": torch.stack([fct_scores(features, other, "cosine") for other in moved]).mean(dim=0),
+        }
+
+    return data.scan(trainer, twin, step, description="FCT scan")
+
+
+def _moved(pixels: Tensor, indices: Tensor, draw: int, detector: Detector) -> Tensor:
+    seed = detector.seed * detector.draws + draw
+    if detector.transform is None:
+        return turn_and_shift(pixels, indices, seed=seed)
+    with isolated_rng():
+        seed_all(seed * 1_000_003 + int(indices[0]))
+        return detector.transform(pixels)

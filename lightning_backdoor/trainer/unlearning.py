@@ -1,0 +1,232 @@
+"""Some epochs that unlearn suspects and learn trusted samples anew, watched, and undone where they do harm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.data.views import batch_size_of
+from lightning_backdoor.trainer.ascent import Ascent
+from lightning_backdoor.trainer.curation import Curation
+from lightning_backdoor.trainer.finetuning import FineTuning, disown_the_past
+from lightning_backdoor.trainer.limits import hold_open, release
+from lightning_backdoor.trainer.phases import Phases
+from lightning_backdoor.trainer.rewind import put_weights, weights
+from lightning_backdoor.trainer.training_set import TrainingSet
+
+__all__ = ["Split", "Unlearning"]
+
+MAX_LOSS = 0.02  # of accuracy on watched samples, beyond which an epoch is undone
+LEAST_STEPS = 10  # of ascent in an epoch
+TOLERANCE = 0.005  # of accuracy, within which the model is as good as before
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is to become of N training samples.
+
+    Attributes:
+        labels: Labels as given, long ``(N,)``.
+        suspect: Samples to unlearn, bool ``(N,)``.
+        trusted: Samples to learn anew, bool ``(N,)``.
+        watched: Samples on which accuracy is watched, bool ``(N,)``.
+    """
+
+    labels: Tensor
+    suspect: Tensor
+    trusted: Tensor
+    watched: Tensor
+
+
+class Unlearning:
+    """Epochs of D-BR inside a fit: asked for at the end of an epoch (or before the first one), they are the next ones.
+
+    Batches of suspects, with the loss turned around, alternate with batches of trusted samples, so that what is
+    unlearned is the trigger rather than the class. Suspects that no longer get their label are left in peace. An epoch
+    that costs more than two points of accuracy is undone, and the next one has half its rate. It is over when suspects
+    get their label no more often than by chance and accuracy is back.
+
+    Args:
+        epochs: Largest number of epochs.
+        lr: Learning rate; see :class:`~lightning_backdoor.trainer.finetuning.FineTuning`.
+        reference: The authors' loop instead: all epochs, each of which goes through the suspects first and the trusted
+            samples next, a constant rate, no bound of any kind.
+        seed: Seed of the shuffles.
+
+    Attributes:
+        accuracy: Share of the watched samples that got their label, before and after every epoch.
+        obeyed: Share of the suspects that got theirs, before and after every epoch.
+        undone: For every epoch whether it was undone.
+    """
+
+    def __init__(self, *, epochs: int, lr: float | None, reference: bool, seed: int) -> None:
+        self._epochs, self._lr, self._reference, self._seed = epochs, lr, reference, seed
+        self.accuracy: list[float] = []
+        self.obeyed: list[float] = []
+        self.undone: list[bool] = []
+        self._tuning = FineTuning()
+        self._rate = 1.0
+        self._left_to_unlearn: Tensor | None = None
+        self._before: dict[str, Any] | None = None
+        self._data: TrainingSet | None = None
+        self._curation: Curation | None = None
+        self._split: Split | None = None
+        self._phases: Phases | None = None
+        self._held: Any = None
+        self._ascent = Ascent(None)
+
+    @property
+    def left(self) -> int:
+        """Epochs that may still come; 0 outside of a repair."""
+        return self._tuning.left
+
+    def attach(self, data: TrainingSet, curation: Curation, split: Split) -> None:
+        """Say which samples it is about; call before :meth:`begin` or :meth:`resume`."""
+        self._data, self._curation, self._split = data, curation, split
+        self._ascent = Ascent(None if self._reference else math.log(data.num_classes))
+
+    def begin(self, trainer: Any, pl_module: Any, done: int) -> None:
+        """Start with the next epoch, after ``done`` ones; call in ``on_train_epoch_end`` or ``on_train_start``."""
+        accuracy, obeyed = self._measure(trainer, pl_module)
+        self._left_to_unlearn = obeyed
+        self._note(accuracy, obeyed)
+        self._before = weights(trainer, pl_module)
+        disown_the_past(trainer, pl_module, "D-BR")
+        self._tuning.begin(trainer, self._epochs, self._lr, steady=self._reference, done=done)
+        self.resume(trainer)
+
+    def hold(self, trainer: Any, *, expected: bool) -> None:
+        """Keep the fit open for a repair that was interrupted or is expected to begin; call in ``on_fit_start``."""
+        self._tuning.at_fit_start(trainer)
+        if expected:
+            hold_open(trainer, self)
+            self._held = trainer
+
+    def let_go(self) -> None:
+        """Keep the fit open no longer for a repair that was expected, or over before; call in ``on_train_start``."""
+        self._tuning.at_train_start()
+        if self._held is not None:
+            release(self._held, self)
+            self._held = None
+
+    def resume(self, trainer: Any) -> None:
+        """Draw the phases from the next epoch on."""
+        assert self._data is not None
+        assert self._curation is not None
+        assert self._split is not None
+        suspects = self._split.suspect if self._reference else self._left_to_unlearn
+        keep, trusted = self._curation.keep, self._split.trusted
+        parts = (suspects, trusted if keep is None else trusted & keep)
+        self._phases = Phases(
+            [torch.zeros(0, dtype=torch.long) if part is None else part.nonzero().squeeze(1) for part in parts],
+            size=batch_size_of(self._data.loader),
+            least=(0, 0) if self._reference else (LEAST_STEPS, 2 * LEAST_STEPS),
+            mixed=not self._reference,
+            seed=self._seed,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            epoch=lambda: trainer.fit_loop.epoch_progress.current.processed,
+        )
+        self._curation.set_phases(self._phases)
+        self._curation.refresh()
+
+    def at_epoch_start(self) -> None:
+        """Call in ``on_train_start`` (an epoch may be resumed in its middle) and ``on_train_epoch_start``."""
+        self._ascent.at_epoch_start()
+
+    def at_batch_start(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
+        """Know what a batch holds, and set the rate of its step; call in ``on_train_batch_start``."""
+        self._tuning.at_batch_start(trainer, pl_module, batch_idx)
+        if self._phases is not None:
+            self._ascent.at_batch_start(trainer, self._phases, batch_idx)
+            self._tuning.share = self._rate
+
+    def at_backward(self, trainer: Any, loss: Tensor) -> None:
+        """Turn the loss of suspects around; call in ``on_before_backward``."""
+        if self._phases is not None:
+            self._ascent.at_backward(trainer, loss)
+
+    def at_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Limit the ascent; call in ``on_before_optimizer_step``."""
+        if self._phases is not None:
+            self._ascent.at_step(optimizer)
+
+    def at_epoch_end(self, trainer: Any, pl_module: Any) -> bool:
+        """Judge an epoch, and say whether it was the last one; call in ``on_train_epoch_end``."""
+        assert self._data is not None
+        accuracy, obeyed = self._measure(trainer, pl_module)
+        harmful = not self._reference and self.accuracy[0] - accuracy > MAX_LOSS
+        self._note(accuracy, obeyed)
+        self.undone.append(harmful)
+        if harmful and self._before is not None:
+            put_weights(trainer, pl_module, self._before, groups=False)
+            disown_the_past(trainer, pl_module, "D-BR")
+            self._rate /= 2
+        elif not self._reference:
+            self._before, self._left_to_unlearn = weights(trainer, pl_module), obeyed
+        forgotten = self.obeyed[-1] <= 1 / self._data.num_classes and self.accuracy[0] - accuracy <= TOLERANCE
+        if self._tuning.at_epoch_end() or (forgotten and not self._reference):
+            self.stop()
+            return True
+        self.resume(trainer)
+        return False
+
+    def stop(self) -> None:
+        """End the repair, if there is one, and draw as before."""
+        self._tuning.stop()
+        self._before = self._left_to_unlearn = None
+        if self._phases is not None and self._curation is not None:
+            self._curation.set_phases(None)
+            self._curation.refresh()
+        self._phases = None
+
+    def release(self) -> None:
+        """Give everything back that belongs to the user; a repair that is not over can be resumed."""
+        self._tuning.release()
+        self.let_go()
+        if self._phases is not None and self._curation is not None:
+            self._curation.set_phases(None)
+        self._data = self._curation = self._split = self._phases = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only; while a repair lasts, with the weights to go back to."""
+        return {
+            "accuracy": list(self.accuracy),
+            "obeyed": list(self.obeyed),
+            "undone": list(self.undone),
+            "tuning": self._tuning.state_dict(),
+            "rate": self._rate,
+            "left_to_unlearn": self._left_to_unlearn,
+            "before": self._before,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint was written."""
+        self.accuracy, self.obeyed = list(state_dict["accuracy"]), list(state_dict["obeyed"])
+        self.undone, self._rate = list(state_dict["undone"]), state_dict["rate"]
+        self._left_to_unlearn, self._before = state_dict["left_to_unlearn"], state_dict["before"]
+        self._tuning.load_state_dict(state_dict["tuning"])
+
+    def _measure(self, trainer: Any, pl_module: Any) -> tuple[float, Tensor]:
+        """Accuracy on the watched samples, and which suspects get their label, bool ``(N,)``."""
+        assert self._data is not None
+        assert self._split is not None
+        looked_at = (self._split.watched | self._split.suspect).nonzero().squeeze(1)
+        predicted = self._data.predict(trainer, pl_module, description="D-BR check", positions=looked_at)
+        right = torch.zeros_like(self._split.suspect)
+        right[looked_at] = predicted == self._split.labels[looked_at]
+        return float(right[self._split.watched].float().mean()), right & self._split.suspect
+
+    def _note(self, accuracy: float, obeyed: Tensor) -> None:
+        assert self._split is not None
+        self.accuracy.append(accuracy)
+        self.obeyed.append(float(obeyed.sum()) / int(self._split.suspect.sum()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running Trainer."""
+        running = ("_data", "_curation", "_split", "_phases", "_held")
+        return {**self.__dict__, **dict.fromkeys(running)}

@@ -1,0 +1,342 @@
+"""D-BR in a Trainer: planted truth and its clean twin, order and sign of its steps, what it gives back."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning_pytorch
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_backdoor import DBRCallback, NONECallback, Verdict, attacks
+from lightning_backdoor.errors import ArgumentError, DataError, ModelError, TrainerError
+from tests.callbacks.helpers import (
+    LIGHTNING_WARNS,
+    Net,
+    Pictures,
+    always,
+    digits,
+    fit,
+    loader_of,
+    make_trainer,
+    same_state,
+    share_right,
+    state_of,
+)
+from tests.callbacks.test_none import lightning_net, train_digits
+from tests.callbacks.test_ultraclean_resume import SaveAll, run
+
+pytestmark = [
+    *LIGHTNING_WARNS,
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
+]
+
+
+@pytest.fixture(scope="module")
+def poisoned() -> Any:
+    return attacks.poison(digits()[0], attacks.BadNets(), target=0, rate=0.05)
+
+
+def test_finds_planted_poisons_and_removes_the_backdoor(poisoned: Any, tmp_path: Path) -> None:
+    _, test = digits()
+    attacked = attacks.triggered(test, attacks.BadNets(), target=0)
+    _, undefended = train_digits(poisoned, [])
+    assert share_right(undefended, attacked) > 0.6, "the attack must work for the defence to have something to do"
+
+    callback = DBRCallback(report_dir=tmp_path)
+    trainer, module = train_digits(poisoned, [callback])
+
+    truth, verdict = poisoned.poisoned, callback.verdict
+    assert (verdict.suspect & truth).sum() >= 0.9 * truth.sum()
+    assert (verdict.suspect & ~truth).sum() <= 0.01 * len(truth)
+    assert torch.equal(verdict.suspect, ~verdict.keep)
+    assert not (verdict.trusted & truth).any()
+    assert set(verdict.labels[verdict.trusted].tolist()) == set(range(10))
+    assert share_right(module, attacked) < 0.15
+    assert share_right(module, test) > share_right(undefended, test) - 0.02
+    assert trainer.current_epoch == 6 + len(callback.history[-1].undone) < 26, "it ended when it was complete"
+    assert trainer.max_epochs == 6, "the user's limit is back"
+    assert trainer.callback_metrics["backdoor/dbr/removed"] == verdict.suspect.sum()
+    assert "The model was repaired" in (tmp_path / "report.html").read_text()
+
+
+def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> None:
+    train, _ = digits()
+    _, plain = train_digits(train, [])
+    callback = DBRCallback(detector_steps=40)
+    trainer, module = train_digits(train, [callback])
+    assert same_state(plain.state_dict(), module)
+    assert callback.verdict.keep.all()
+    assert not callback.verdict.suspect.any()
+    assert callback.verdict.trusted.any()
+    assert trainer.current_epoch == 6
+
+
+SUSPECT = torch.arange(64) % 16 == 0  # four of 64
+GIVEN = Verdict(torch.arange(64).float(), ~SUSPECT, 0.0, "known")
+
+
+def acting(**kwargs: Any) -> DBRCallback:
+    """D-BR that unlearns four samples in three epochs, whatever the data look like."""
+    return DBRCallback(**{"verdict": GIVEN, "epochs": 3, "reference": True, **kwargs})
+
+
+def kinds(module: Net, epoch: int) -> str:
+    suspects = set(SUSPECT.nonzero().flatten().tolist())
+    return "".join("s" if set(batch) <= suspects else "t" for at, _, batch in module.drawn if at == epoch)
+
+
+class Signs(pl.Callback):
+    """Positions and the loss that is differentiated, per batch; steps per epoch."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+        self.steps: dict[int, int] = {}
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        self.seen.append((trainer.current_epoch, float(loss.detach())))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.steps[trainer.current_epoch] = self.steps.get(trainer.current_epoch, 0) + 1
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_suspects_come_first_with_the_other_sign_and_the_logged_loss_stays(
+    accumulate: int, steps: int, workers: int
+) -> None:
+    torch.manual_seed(0)
+    callback, signs, module = acting(), Signs(), Net()
+    trainer = make_trainer([callback, signs], 2, accumulate_grad_batches=accumulate)
+    extra = {"persistent_workers": True} if workers else {}
+    trainer.fit(module, loader_of(Pictures(), num_workers=workers, **extra))
+    assert trainer.current_epoch == 5
+    trusted = set(callback.verdict.trusted.nonzero().flatten().tolist())
+    for epoch in (2, 3, 4):
+        assert kinds(module, epoch) == "st"
+        drawn = [batch for at, _, batch in module.drawn if at == epoch]
+        assert sorted(drawn[0]) == SUSPECT.nonzero().flatten().tolist()
+        assert set(drawn[1]) == trusted
+        assert signs.steps[epoch] == steps
+    losses = [value for _, value in signs.seen]
+    assert all((value < 0) == (i >= 8 and i % 2 == 0) for i, value in enumerate(losses))
+    assert [abs(value) for value in losses] == pytest.approx([value / accumulate for value in module.logged])
+
+
+def test_the_steps_are_those_of_a_literal_loop() -> None:
+    callback, seen = acting(lr=0.01), Moments()
+    _, module = fit([callback, seen], epochs=1)
+    twin, data = Net(), Pictures()
+    twin.load_state_dict(seen.weights[1])
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.01, momentum=0.9)
+    optimizer.load_state_dict({**seen.optimizers[1], "param_groups": optimizer.state_dict()["param_groups"]})
+    for _, _, positions in module.drawn[4:]:
+        loss = nn.functional.cross_entropy(twin(data.images[positions]), data.targets[positions])
+        optimizer.zero_grad()
+        (-loss if SUSPECT[positions].all() else loss).backward()
+        optimizer.step()
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+class Moments(pl.Callback):
+    """Weights and momentum before every epoch."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.optimizers: list[Any] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.weights.append(state_of(pl_module))
+        self.optimizers.append(pickle.loads(pickle.dumps(trainer.optimizers[0].state_dict())))
+
+
+ORDER = "".join(["s", "ttt"] * 4)  # four suspects, twelve trusted samples, each a batch of its own
+
+
+def test_bounded_it_alternates_freezes_batch_norms_and_gives_everything_back() -> None:
+    moments = Moments()
+    trainer, module = fit([acting(reference=False), moments], epochs=2)
+    assert kinds(module, 2) == ORDER
+    before, after = moments.weights[2], state_of(module)
+    assert torch.equal(before["body.1.running_mean"], after["body.1.running_mean"])
+    assert all(part.training for part in module.modules())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.7**2)
+    assert trainer.max_epochs == 2
+
+
+def test_an_epoch_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, undefended = fit([])
+    monkeypatch.setattr("lightning_backdoor.trainer.unlearning.MAX_LOSS", -2.0)
+    callback = acting(reference=False)
+    _, module = fit([callback])
+    assert same_state(undefended, module)
+    assert callback.history[0].undone == (True, True, True)
+    assert callback._run._rate == 0.125
+
+
+def test_a_verdict_with_masks_is_taken_as_it_is() -> None:
+    trusted = torch.arange(64) % 16 == 5
+    callback = acting(verdict=replace(GIVEN, trusted=trusted | SUSPECT, suspect=SUSPECT))
+    with pytest.warns(UserWarning, match=r"no image of the classes \[0, 2, 3\] can be trusted"):
+        trainer, _ = fit([callback])
+    assert torch.equal(callback.verdict.trusted, trusted)
+    assert trainer.current_epoch == 4, "nothing was repaired"
+
+
+@pytest.mark.filterwarnings("ignore:NONE after fine-tuning")
+def test_the_verdict_of_another_defence_is_repaired_from(poisoned: Any) -> None:
+    first = NONECallback(finetune_epochs=1)
+    _, module = train_digits(poisoned, [first])
+    callback = DBRCallback(verdict=first.verdict, warmup_epochs=0, epochs=2)
+    trainer = make_trainer([callback], epochs=50)
+    trainer.fit(module, DataLoader(poisoned, batch_size=64, shuffle=True))
+    assert torch.equal(callback.verdict.suspect, ~first.verdict.keep)
+    assert trainer.current_epoch <= 2
+
+
+def test_repairs_a_finished_checkpoint_and_ends(tmp_path: Path) -> None:
+    saver = SaveAll(tmp_path)
+    run([saver])
+    callback = acting(warmup_epochs=0)
+    trainer, module = run([callback], ckpt=saver.paths[-1])
+    assert {epoch for epoch, *_ in module.drawn} == {3, 4, 5}
+    assert kinds(module, 3) == "st"
+    assert trainer.current_epoch == 6
+    assert trainer.max_epochs == 3
+
+
+def test_nothing_to_repair_ends_the_fit_without_a_step() -> None:
+    callback = DBRCallback(warmup_epochs=0, verdict=replace(GIVEN, keep=torch.ones(64, dtype=torch.bool)))
+    trainer, module = fit([callback])
+    assert trainer.global_step == 0
+    assert not module.drawn
+    assert callback.verdict.keep.all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"reference": False}, {"warmup_epochs": 1}, {"warmup_epochs": 0}], ids=str)
+def test_an_interrupted_run_ends_like_one_that_was_not(settings: dict[str, Any], tmp_path: Path) -> None:
+    saver, whole = SaveAll(tmp_path), acting(**settings)
+    trainer, plain = run([whole, saver])
+    for path in saver.paths:
+        callback = acting(**settings)
+        again, module = run([callback], ckpt=path)
+        assert same_state(plain, module), path.name
+        assert torch.equal(callback.verdict.trusted, whole.verdict.trusted)
+        assert callback.history == whole.history, path.name
+        assert again.current_epoch == trainer.current_epoch, path.name
+
+
+def test_a_resumed_run_never_repeats_the_detector(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"suspect": 0.1, "detector_steps": 3, "epochs": 1, "detector": "fresh"}
+    saver, whole = SaveAll(tmp_path), DBRCallback(**settings)
+    _, plain = run([whole, saver])
+    for path in saver.paths[:4]:  # before the look
+        callback = DBRCallback(**settings)
+        _, module = run([callback], ckpt=path)
+        assert torch.equal(callback.verdict.scores, whole.verdict.scores), path.name
+        assert same_state(plain, module), path.name
+    monkeypatch.setattr("lightning_backdoor.callbacks.dbr.distinguish", None)
+    for path in saver.paths[5:]:  # after it
+        _, module = run([DBRCallback(**settings)], ckpt=path)
+        assert same_state(plain, module), path.name
+
+
+@pytest.mark.parametrize("suspect", ["auto", 0.1])
+@pytest.mark.parametrize("detector", ["copy", "fresh"])
+def test_the_look_is_invisible_to_the_training(detector: Any, suspect: Any) -> None:
+    callback = DBRCallback(suspect=suspect, detector=detector, detector_steps=3, warmup_epochs=2, epochs=1, lr=1e-30)
+    moments = Moments()
+    fit([callback, moments], epochs=3)
+    _, two = fit([], epochs=2)
+    assert same_state(two, moments.weights[2])
+    if suspect == 0.1:
+        assert callback.verdict.suspect.sum() == 6
+        scores = callback.verdict.scores
+        assert scores[callback.verdict.suspect].min() >= scores[callback.verdict.keep].max()
+
+
+def test_another_transformation_and_no_transformation() -> None:
+    callback = DBRCallback(suspect=0.1, detector_steps=1, epochs=1, transform=lambda pixels: pixels)
+    fit([callback])
+    assert float(callback.verdict.scores.abs().max()) == 0, "features that do not move"
+
+
+@pytest.mark.parametrize("package", [pl, lightning_pytorch])
+def test_works_with_both_packages(package: Any) -> None:
+    callback = acting()
+    torch.manual_seed(0)
+    trainer = make_trainer([callback], 2, package=package)
+    trainer.fit(Net() if package is pl else lightning_net(), loader_of(Pictures()))
+    assert trainer.current_epoch == 5
+
+
+@pytest.mark.parametrize("ultraclean_first", [True, False])
+def test_together_with_ultraclean(ultraclean_first: bool) -> None:
+    one, two = always(rewind=True), acting()
+    _, module = fit([one, two] if ultraclean_first else [two, one])
+    allowed = set((two.verdict.trusted & one.verdict.keep).nonzero().flatten().tolist())
+    assert [epoch for epoch, _ in module.epochs()] == [0, 1, 0, 1, 2, 3, 4, 5, 6]
+    assert set(module.drawn[-1][2]) == allowed
+
+
+def test_manual_optimization_is_refused_before_anything_happens() -> None:
+    class Manual(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(TrainerError, match="automatic_optimization = False"):
+        make_trainer([acting()]).fit(Manual(), loader_of(Pictures()))
+
+
+def test_what_cannot_work_is_said_at_the_start() -> None:
+    with pytest.raises(ArgumentError, match="`trusted` must leave at least one image for each of 4 classes"):
+        fit([DBRCallback(trusted=0.05)])
+    with pytest.raises(DataError, match="another dataset"):
+        fit([acting(verdict=replace(GIVEN, scores=torch.zeros(3), keep=torch.ones(3, dtype=torch.bool)))])
+
+    class Uncopyable(Net):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("no")
+
+    with pytest.raises(ModelError, match=r"must be copied.*`verdict`"):
+        make_trainer([DBRCallback(suspect=0.1)], 1).fit(Uncopyable(), loader_of(Pictures()))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"lr": 0.0}, {"epochs": 0}, {"warmup_epochs": -1}, {"suspect": 5}, {"suspect": "top"}, {"trusted": 20}),
+        *({"detector": "new"}, {"draws": 0}, {"detector_steps": 0}),
+    ],
+)
+def test_wrong_arguments(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=f"`{next(iter(wrong))}` must be"):
+        DBRCallback(**wrong)
+
+
+def test_representation_and_pickling() -> None:
+    assert repr(DBRCallback(warmup_epochs=0, lr=0.1)) == "DBRCallback(warmup_epochs=0, lr=0.1)"
+    assert "verdict=Verdict(" in repr(acting())
+    assert DBRCallback.from_paper().reference
+    callback = acting()
+    fit([callback])
+    again = pickle.loads(pickle.dumps(callback))
+    assert torch.equal(again.verdict.keep, callback.verdict.keep)
+    assert again.history == callback.history
+
+
+def test_the_same_callback_serves_a_second_fit() -> None:
+    callback = acting()
+    fit([callback])
+    trainer, module = fit([callback])
+    assert trainer.current_epoch == 7
+    assert kinds(module, 4) == "st"
