@@ -38,10 +38,11 @@ class Detector:
     Attributes:
         start: ``"copy"`` starts from the weights under repair, ``"fresh"`` from ``initial``.
         initial: State of the module before training; only for ``"fresh"``.
-        steps: Steps of ordinary training without augmentation, and as many of centre repulsion.
+        steps: Steps of ordinary training without augmentation.
         draws: Transformations per sample, whose scores are averaged.
         transform: ``transform(pixels)`` takes and returns uint8 ``(B, C, H, W)``; ``None``: :func:`turn_and_shift`.
         seed: Seed of the order of the samples and of the transformations.
+        repulsion_steps: Steps of centre repulsion after these; ``None``: as many.
     """
 
     start: Literal["copy", "fresh"]
@@ -50,6 +51,12 @@ class Detector:
     draws: int
     transform: Transform | None
     seed: int
+    repulsion_steps: int | None = None
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of both kinds."""
+        return self.steps + (self.steps if self.repulsion_steps is None else self.repulsion_steps)
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ def _order(data: TrainingSet, detector: Detector) -> Tensor:
     """Positions of the samples of all steps: one shuffle after the other."""
     with data.read([]) as loader:
         size = min(int(loader.batch_size or 1), len(data))
-    needed = 2 * detector.steps * size
+    needed = detector.all_steps * size
     generator = torch.Generator().manual_seed(detector.seed)
     shuffles = [torch.randperm(len(data), generator=generator) for _ in range(math.ceil(needed / len(data)))]
     return torch.cat(shuffles)[:needed]

@@ -1,0 +1,153 @@
+"""``python -m examples.evidence.consistency``: does FCT tell poisoned images, and what does centre repulsion do?
+
+For every attack of the benchmark a detector is trained as D-BR and D-ST train it, from fresh weights and from a copy of
+the undefended network, and every training image gets its FCT with and without centre repulsion; for Blended also by a
+pre-activation network with GELU and by a small vision transformer. Prints AUROC, the precision of the 5 % that move
+most, and the share of poisons among the 20 % that move least (chance: their share of all). Scores are kept in the
+cache; a run that was interrupted goes on with the first missing one. ``--figure`` draws the histograms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import binary_auroc
+
+from examples.evidence import model
+from examples.evidence.cells import ATTACKS
+from examples.evidence.data import packed_cifar10, per_class
+from examples.evidence.run import BATCH
+from lightning_backdoor import attacks, functional
+from lightning_backdoor.callbacks.defense import Defense
+from lightning_backdoor.trainer.distinguish import Detector, distinguish
+from lightning_backdoor.trainer.training_set import Reading
+
+OTHERS = ("preact-gelu", "vit")  # on Blended alone
+
+
+class Look(Defense):
+    """Trains a detector at the start of fit and keeps what it says; the fit ends there."""
+
+    method = "FCT"
+
+    def __init__(self, start: str, steps: int, repulsion: int) -> None:
+        reading = Reading(None, None, None, None, None, None, None, None, 0)
+        super().__init__(max_removed=0.3, reading=reading, report_dir=None, name=None)
+        self.start, self.steps, self.repulsion = start, steps, repulsion
+        self.scores: Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look, and stop."""
+        super().on_train_start(trainer, pl_module)
+        detector = Detector(self.start, None, self.steps, 2, None, 0, self.repulsion)
+        self.scores = distinguish(trainer, pl_module, self._training_set, detector, units=False).fct
+        trainer.should_stop = True
+
+
+def scores(dataset: Any, network: str, start: str, *, steps: int, repulsion: int, checkpoint: Path | None) -> Tensor:
+    """FCT of all training images, (N,)."""
+    pl.seed_everything(0, verbose=False)
+    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, drop_last=True)
+    module = model.Classifier(steps=12 * len(loader), network=network)
+    if checkpoint is not None:
+        module.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    look = Look(start, steps, repulsion)
+    trainer = pl.Trainer(
+        max_epochs=1, min_epochs=0, limit_train_batches=1, accelerator="cpu", precision="bf16-mixed", callbacks=[look],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, loader)
+    return look.scores
+
+
+def cells(steps: int) -> list[tuple[str, str, str, int]]:
+    """Attack, network, start and steps of centre repulsion."""
+    attacked = [name for name in ATTACKS if name != "clean"]
+    main = [
+        (attack, model.NAME, start, steps * r) for attack in attacked for start in ("fresh", "copy") for r in (0, 1)
+    ]
+    return main + [("blended-5%", network, "fresh", steps * r) for network in OTHERS for r in (0, 1)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--cache", type=Path, default=Path(".cache"))
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=200, help="of the labels, and as many of centre repulsion")
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    torch.set_num_threads(2)
+    clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
+    found = {}
+    print(
+        "| attack | network | detector | centre repulsion | AUROC | AUROC in its class | precision of 5 % | poisons in 20 % |"
+    )
+    print("|---|---|---|---|---:|---:|---:|---:|")
+    for attack, network, start, repulsion in cells(options.steps):
+        dataset = ATTACKS[attack].train(clean, 0)
+        poisoned = attacks.poisoned_mask(dataset)
+        labels = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
+        kept = options.cache / f"fct-{attack}-{network}-{start}-{options.steps}-{repulsion}-{len(dataset)}.pt"
+        checkpoint = options.cache / f"{attack}-{len(dataset)}-12-0.ckpt" if start == "copy" else None
+        if checkpoint is not None and not checkpoint.exists():
+            print(
+                f"| {attack} | {network} | {start} | first: python -m examples.evidence run --only {attack}/undefended |"
+            )
+            continue
+        if not kept.exists():
+            fct = scores(dataset, network, start, steps=options.steps, repulsion=repulsion, checkpoint=checkpoint)
+            torch.save(fct, kept)
+        fct = torch.load(kept, weights_only=True)
+        found[attack, network, start, repulsion] = fct, poisoned
+        trusted, suspect = functional.split_by_rank(fct)
+        same = torch.isin(labels, labels[poisoned].unique())
+        print(
+            f"| {attack} | {network} | {start} | {'yes' if repulsion else 'no'} | {_auroc(fct, poisoned):.3f} "
+            f"| {_auroc(fct[same], poisoned[same]):.3f} | {100 * poisoned[suspect].float().mean():.1f} % "
+            f"| {100 * poisoned[trusted].float().mean():.2f} % of {100 * poisoned.float().mean():.1f} % |",
+            flush=True,
+        )
+    if options.figure:
+        draw(found, options.figure)
+
+
+def _auroc(fct: Tensor, poisoned: Tensor) -> float:
+    return float(binary_auroc(fct.argsort().argsort().double() / len(fct), poisoned.long()))
+
+
+def draw(found: dict[tuple[str, str, str, int], tuple[Tensor, Tensor]], path: Path) -> None:
+    """Histograms of clean and poisoned images, one for each line of the table."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  (only with --figure)
+
+    columns = 4
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.2 * rows), layout="constrained")
+    for place, ((attack, network, start, repulsion), (fct, poisoned)) in enumerate(found.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        logs = fct.clamp(min=float(fct[fct > 0].min())).log10()
+        edges = torch.linspace(float(logs.min()), float(logs.max()), 60).tolist()
+        for mask, colour, name in ((~poisoned, "tab:blue", "clean"), (poisoned, "tab:red", "poisoned")):
+            axes.hist(logs[mask].tolist(), bins=edges, density=True, alpha=0.6, color=colour, label=name)
+        title = f"{attack}, {start}{', repulsion' if repulsion else ''}"
+        axes.set_title(title if network == model.NAME else f"{title}\n{network}", fontsize=8)
+        axes.set_yticks([])
+        axes.tick_params(labelsize=7)
+        axes.set_xlabel("log10 FCT", fontsize=7)
+        if place == 0:
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
