@@ -91,7 +91,8 @@ def main() -> None:
     clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
     found = {}
     print(
-        "| attack | network | detector | centre repulsion | AUROC | AUROC in its class | precision of 5 % | poisons in 20 % |"
+        "| attack | network | detector | centre repulsion | AUROC | among its labels | precision of the top 5 % "
+        "| poisons in the lowest 20 % |"
     )
     print("|---|---|---|---|---:|---:|---:|---:|")
     for attack, network, start, repulsion in cells(options.steps):
@@ -101,10 +102,7 @@ def main() -> None:
         kept = options.cache / f"fct-{attack}-{network}-{start}-{options.steps}-{repulsion}-{len(dataset)}.pt"
         checkpoint = options.cache / f"{attack}-{len(dataset)}-12-0.ckpt" if start == "copy" else None
         if checkpoint is not None and not checkpoint.exists():
-            print(
-                f"| {attack} | {network} | {start} | first: python -m examples.evidence run --only {attack}/undefended |"
-            )
-            continue
+            raise SystemExit(f"No {checkpoint}. First: python -m examples.evidence run --only {attack}/undefended")
         if not kept.exists():
             fct = scores(dataset, network, start, steps=options.steps, repulsion=repulsion, checkpoint=checkpoint)
             torch.save(fct, kept)

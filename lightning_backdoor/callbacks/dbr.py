@@ -51,8 +51,8 @@ class DBRCallback(Defense):
 
     Differs from the paper: suspects come from evidence instead of a share, which unlearns clean images on clean data;
     the detector may start from the model; all classes are trusted equally; batches of suspects and of trusted images
-    alternate; the ascent ends at the loss of chance, and for each image when it has lost its label; batch norms are
-    frozen; an epoch that costs over two points of accuracy is undone; the repair ends when it is complete.
+    alternate; the ascent is on ``-log(1 - p)`` and ends for each image when it has lost its label; batch norms are
+    frozen; an epoch that costs over five points of accuracy is undone; the repair ends when it is complete.
 
     Args:
         verdict: Verdict of another defence: what it removed is unlearned. There is no detector then.
@@ -105,9 +105,9 @@ class DBRCallback(Defense):
         *,
         verdict: Verdict | None = None,
         warmup_epochs: int | None = None,
-        epochs: int = 20,
+        epochs: int = 10,
         lr: float | None = None,
-        trusted: float = 0.2,
+        trusted: float = 0.5,
         suspect: Literal["auto"] | float = "auto",
         detector: Literal["copy", "fresh"] = "copy",
         detector_steps: int = 200,
@@ -149,8 +149,8 @@ class DBRCallback(Defense):
     @classmethod
     def from_paper(cls, **overrides: Any) -> DBRCallback:
         """Use the authors' shares, detector, rate and unbounded loop; this always unlearns images."""
-        paper = {"suspect": 0.05, "trusted": 0.2, "detector": "fresh", "draws": 1, "lr": 1e-4, "reference": True}
-        return cls(**{**paper, **overrides})
+        paper = {"suspect": 0.05, "trusted": 0.2, "detector": "fresh", "draws": 1, "lr": 1e-4, "epochs": 20}
+        return cls(**{**paper, "reference": True, **overrides})
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the curation of the training loader; before a checkpoint is loaded, keep the first weights."""
@@ -202,11 +202,11 @@ class DBRCallback(Defense):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Know what the batch holds, and set the rate of its step."""
-        self._run.at_batch_start(trainer, pl_module, batch_idx)
+        self._run.at_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Turn the loss of suspects around."""
-        self._run.at_backward(trainer, loss)
+        self._run.at_backward(loss)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Limit the ascent."""

@@ -16,6 +16,7 @@ from lightning_backdoor.functional.modes import Mode, find_modes, mode_scores
 from lightning_backdoor.functional.shared import find_shared_modes
 from lightning_backdoor.functional.splits import split_units
 from lightning_backdoor.functional.susceptibility import susceptibility_scores
+from lightning_backdoor.functional.unlearning import forgetting_factors
 
 __all__ = [
     "Decision",
@@ -30,6 +31,7 @@ __all__ = [
     "fct_scores",
     "find_modes",
     "find_shared_modes",
+    "forgetting_factors",
     "invert_trigger",
     "limit_removed",
     "local_median",

@@ -27,11 +27,13 @@ class Head:
         name: Name of the layer within the module that was searched.
         module: The layer.
         place: ``"input"`` of a classifier head, ``"output"`` of a layer that the user named.
+        certain: Whether the output of the layer is the logits themselves.
     """
 
     name: str
     module: nn.Module
     place: Place = "input"
+    certain: bool = True
 
 
 def find_head(module: nn.Module, run: Run, feature_layer: str | None = None) -> Head:
@@ -53,7 +55,7 @@ def find_head(module: nn.Module, run: Run, feature_layer: str | None = None) -> 
         ModelError: No such layer ran, or ``feature_layer`` does not exist.
     """
     if feature_layer is not None:
-        return Head(feature_layer, module_named(module, feature_layer), "output")
+        return Head(feature_layer, module_named(module, feature_layer), "output", certain=False)
     _, head, certain = _watch(module, run)
     if not certain:
         warnings.warn(
@@ -62,7 +64,7 @@ def find_head(module: nn.Module, run: Run, feature_layer: str | None = None) -> 
             UserWarning,
             stacklevel=2,
         )
-    return Head(head.name, head.layer)
+    return Head(head.name, head.layer, certain=certain)
 
 
 def head_features(module_input: Tensor, head: nn.Module | None = None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from lightning_backdoor.trainer.training_set import TrainingSet
 
 __all__ = ["Split", "Unlearning"]
 
-MAX_LOSS = 0.02  # of accuracy on watched samples, beyond which an epoch is undone
+MAX_LOSS = 0.05  # of accuracy on watched samples, beyond which an epoch is undone
 LEAST_STEPS = 10  # of ascent in an epoch
 TOLERANCE = 0.005  # of accuracy, within which the model is as good as before
 
@@ -46,9 +45,9 @@ class Unlearning:
     """Epochs of D-BR inside a fit: asked for at the end of an epoch (or before the first one), they are the next ones.
 
     Batches of suspects, with the loss turned around, alternate with batches of trusted samples, so that what is
-    unlearned is the trigger rather than the class. Suspects that no longer get their label are left in peace. An epoch
-    that costs more than two points of accuracy is undone, and the next one has half its rate. It is over when suspects
-    get their label no more often than by chance and accuracy is back.
+    unlearned is the trigger rather than the class. An epoch that costs more than five points of accuracy is undone, and
+    the next one has half its rate. It is over when suspects get their label no more often than by mistake and accuracy
+    is back.
 
     Args:
         epochs: Largest number of epochs.
@@ -70,14 +69,13 @@ class Unlearning:
         self.undone: list[bool] = []
         self._tuning = FineTuning()
         self._rate = 1.0
-        self._left_to_unlearn: Tensor | None = None
         self._before: dict[str, Any] | None = None
         self._data: TrainingSet | None = None
         self._curation: Curation | None = None
         self._split: Split | None = None
         self._phases: Phases | None = None
         self._held: Any = None
-        self._ascent = Ascent(None)
+        self._ascent = Ascent(None, bounded=False)
 
     @property
     def left(self) -> int:
@@ -87,13 +85,11 @@ class Unlearning:
     def attach(self, data: TrainingSet, curation: Curation, split: Split) -> None:
         """Say which samples it is about; call before :meth:`begin` or :meth:`resume`."""
         self._data, self._curation, self._split = data, curation, split
-        self._ascent = Ascent(None if self._reference else math.log(data.num_classes))
+        self._ascent = Ascent(data.head.module if data.head.certain else None, bounded=not self._reference)
 
     def begin(self, trainer: Any, pl_module: Any, done: int) -> None:
         """Start with the next epoch, after ``done`` ones; call in ``on_train_epoch_end`` or ``on_train_start``."""
-        accuracy, obeyed = self._measure(trainer, pl_module)
-        self._left_to_unlearn = obeyed
-        self._note(accuracy, obeyed)
+        self._measure(trainer, pl_module)
         self._before = weights(trainer, pl_module)
         disown_the_past(trainer, pl_module, "D-BR")
         self._tuning.begin(trainer, self._epochs, self._lr, steady=self._reference, done=done)
@@ -118,11 +114,10 @@ class Unlearning:
         assert self._data is not None
         assert self._curation is not None
         assert self._split is not None
-        suspects = self._split.suspect if self._reference else self._left_to_unlearn
         keep, trusted = self._curation.keep, self._split.trusted
-        parts = (suspects, trusted if keep is None else trusted & keep)
+        parts = (self._split.suspect, trusted if keep is None else trusted & keep)
         self._phases = Phases(
-            [torch.zeros(0, dtype=torch.long) if part is None else part.nonzero().squeeze(1) for part in parts],
+            [part.nonzero().squeeze(1) for part in parts],
             size=batch_size_of(self._data.loader),
             least=(0, 0) if self._reference else (LEAST_STEPS, 2 * LEAST_STEPS),
             mixed=not self._reference,
@@ -138,17 +133,17 @@ class Unlearning:
         """Call in ``on_train_start`` (an epoch may be resumed in its middle) and ``on_train_epoch_start``."""
         self._ascent.at_epoch_start()
 
-    def at_batch_start(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
+    def at_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Know what a batch holds, and set the rate of its step; call in ``on_train_batch_start``."""
         self._tuning.at_batch_start(trainer, pl_module, batch_idx)
-        if self._phases is not None:
-            self._ascent.at_batch_start(trainer, self._phases, batch_idx)
+        if self._phases is not None and self._data is not None:
+            self._ascent.at_batch_start(trainer, self._phases, self._data.labels(batch), batch_idx)
             self._tuning.share = self._rate
 
-    def at_backward(self, trainer: Any, loss: Tensor) -> None:
+    def at_backward(self, loss: Tensor) -> None:
         """Turn the loss of suspects around; call in ``on_before_backward``."""
         if self._phases is not None:
-            self._ascent.at_backward(trainer, loss)
+            self._ascent.at_backward(loss)
 
     def at_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Limit the ascent; call in ``on_before_optimizer_step``."""
@@ -157,19 +152,18 @@ class Unlearning:
 
     def at_epoch_end(self, trainer: Any, pl_module: Any) -> bool:
         """Judge an epoch, and say whether it was the last one; call in ``on_train_epoch_end``."""
-        assert self._data is not None
         accuracy, obeyed = self._measure(trainer, pl_module)
-        harmful = not self._reference and self.accuracy[0] - accuracy > MAX_LOSS
-        self._note(accuracy, obeyed)
+        lost = self.accuracy[0] - accuracy
+        harmful = not self._reference and lost > MAX_LOSS
         self.undone.append(harmful)
         if harmful and self._before is not None:
             put_weights(trainer, pl_module, self._before, groups=False)
             disown_the_past(trainer, pl_module, "D-BR")
             self._rate /= 2
         elif not self._reference:
-            self._before, self._left_to_unlearn = weights(trainer, pl_module), obeyed
-        forgotten = self.obeyed[-1] <= 1 / self._data.num_classes and self.accuracy[0] - accuracy <= TOLERANCE
-        if self._tuning.at_epoch_end() or (forgotten and not self._reference):
+            self._before = weights(trainer, pl_module)
+        complete = not self._reference and lost <= TOLERANCE and obeyed <= self._by_mistake(accuracy)
+        if self._tuning.at_epoch_end() or complete:
             self.stop()
             return True
         self.resume(trainer)
@@ -178,7 +172,8 @@ class Unlearning:
     def stop(self) -> None:
         """End the repair, if there is one, and draw as before."""
         self._tuning.stop()
-        self._before = self._left_to_unlearn = None
+        self._ascent.release()
+        self._before = None
         if self._phases is not None and self._curation is not None:
             self._curation.set_phases(None)
             self._curation.refresh()
@@ -187,6 +182,7 @@ class Unlearning:
     def release(self) -> None:
         """Give everything back that belongs to the user; a repair that is not over can be resumed."""
         self._tuning.release()
+        self._ascent.release()
         self.let_go()
         if self._phases is not None and self._curation is not None:
             self._curation.set_phases(None)
@@ -200,7 +196,6 @@ class Unlearning:
             "undone": list(self.undone),
             "tuning": self._tuning.state_dict(),
             "rate": self._rate,
-            "left_to_unlearn": self._left_to_unlearn,
             "before": self._before,
         }
 
@@ -208,23 +203,24 @@ class Unlearning:
         """Continue where the checkpoint was written."""
         self.accuracy, self.obeyed = list(state_dict["accuracy"]), list(state_dict["obeyed"])
         self.undone, self._rate = list(state_dict["undone"]), state_dict["rate"]
-        self._left_to_unlearn, self._before = state_dict["left_to_unlearn"], state_dict["before"]
+        self._before = state_dict["before"]
         self._tuning.load_state_dict(state_dict["tuning"])
 
-    def _measure(self, trainer: Any, pl_module: Any) -> tuple[float, Tensor]:
-        """Accuracy on the watched samples, and which suspects get their label, bool ``(N,)``."""
+    def _measure(self, trainer: Any, pl_module: Any) -> tuple[float, float]:
+        """Note and return the shares of the watched samples and of the suspects that get their label."""
         assert self._data is not None
         assert self._split is not None
         looked_at = (self._split.watched | self._split.suspect).nonzero().squeeze(1)
         predicted = self._data.predict(trainer, pl_module, description="D-BR check", positions=looked_at)
-        right = torch.zeros_like(self._split.suspect)
-        right[looked_at] = predicted == self._split.labels[looked_at]
-        return float(right[self._split.watched].float().mean()), right & self._split.suspect
+        right = (predicted == self._split.labels[looked_at]).float()
+        self.accuracy.append(float(right[self._split.watched[looked_at]].mean()))
+        self.obeyed.append(float(right[self._split.suspect[looked_at]].mean()))
+        return self.accuracy[-1], self.obeyed[-1]
 
-    def _note(self, accuracy: float, obeyed: Tensor) -> None:
-        assert self._split is not None
-        self.accuracy.append(accuracy)
-        self.obeyed.append(float(obeyed.sum()) / int(self._split.suspect.sum()))
+    def _by_mistake(self, accuracy: float) -> float:
+        """Twice the share of images that get some wrong label by mistake: forgotten suspects are no more."""
+        assert self._data is not None
+        return 2 * (1 - accuracy) / (self._data.num_classes - 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""

@@ -61,7 +61,7 @@ def test_finds_planted_poisons_and_removes_the_backdoor(poisoned: Any, tmp_path:
     assert set(verdict.labels[verdict.trusted].tolist()) == set(range(10))
     assert share_right(module, attacked) < 0.15
     assert share_right(module, test) > share_right(undefended, test) - 0.02
-    assert trainer.current_epoch == 6 + len(callback.history[-1].undone) < 26, "it ended when it was complete"
+    assert trainer.current_epoch == 6 + len(callback.history[-1].undone)
     assert trainer.max_epochs == 6, "the user's limit is back"
     assert trainer.callback_metrics["backdoor/dbr/removed"] == verdict.suspect.sum()
     assert "The model was repaired" in (tmp_path / "report.html").read_text()
@@ -85,7 +85,7 @@ GIVEN = Verdict(torch.arange(64).float(), ~SUSPECT, 0.0, "known")
 
 def acting(**kwargs: Any) -> DBRCallback:
     """D-BR that unlearns four samples in three epochs, whatever the data look like."""
-    return DBRCallback(**{"verdict": GIVEN, "epochs": 3, "reference": True, **kwargs})
+    return DBRCallback(**{"verdict": GIVEN, "epochs": 3, "trusted": 0.2, "reference": True, **kwargs})
 
 
 def kinds(module: Net, epoch: int) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_backdoor.errors import DataError
+from lightning_backdoor.functional import forgetting_factors
 from lightning_backdoor.trainer.ascent import MAX_NORM, Ascent
 from lightning_backdoor.trainer.phases import Phases, require_batches
 
@@ -83,56 +84,73 @@ def test_loaders_whose_batches_cannot_be_known_are_refused() -> None:
     require_batches(DataLoader(data))
 
 
-def trainer(accumulate: int = 1, scale: float | None = None) -> Any:
-    scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
-    return SimpleNamespace(accumulate_grad_batches=accumulate, precision_plugin=SimpleNamespace(scaler=scaler))
+def trainer(accumulate: int = 1) -> Any:
+    return SimpleNamespace(accumulate_grad_batches=accumulate)
 
 
-def gradient(ascent: Ascent, where: Any, value: float) -> float:
-    weight = torch.tensor(value, requires_grad=True)
-    loss = weight * 1.0
-    ascent.at_backward(where, loss)
-    loss.backward()
-    return float(weight.grad)
+LABELS = torch.tensor([0, 1, 1])
+LOGITS = torch.tensor([[4.0, 1.0, 0.0], [2.0, 3.0, 1.0], [5.0, 0.0, 1.0]])  # the last one is forgotten
 
 
-@pytest.mark.parametrize(
-    ("bound", "value", "expected"),
-    [(None, 1.0, -1.0), (None, 50.0, -1.0), (math.log(10), 2.3, -1.0), (math.log(10), 2.4, 0.0)],
-)
-def test_gradients_of_suspects_change_their_sign_up_to_the_loss_of_chance(
-    bound: float | None, value: float, expected: float
-) -> None:
-    ascent = Ascent(bound)
-    ascent.at_batch_start(trainer(), phases(), 0)
-    assert gradient(ascent, trainer(), value) == expected
+def gradients(ascent: Ascent, batches: int = 1, loss: Any = F.cross_entropy) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value of the loss and its gradient at the logits of a batch."""
+    head = ascent._head or torch.nn.Identity()
+    for i in range(batches):
+        ascent.at_batch_start(trainer(), phases(), LABELS, i)
+    logits = LOGITS.clone().requires_grad_()
+    value = loss(head(logits), LABELS)
+    ascent.at_backward(value)
+    value.backward()
+    return value.detach(), logits.grad
 
 
-def test_gradients_of_trusted_samples_stay() -> None:
-    ascent = Ascent(1.0)
-    for i in range(3):
-        ascent.at_batch_start(trainer(), phases(), i)
-    assert gradient(ascent, trainer(), 9.0) == 1.0
+@pytest.mark.parametrize("weight", [1.0, 2.0 / 1024])
+def test_bounded_ascent_is_descent_on_the_chance_of_any_other_label_for_those_that_obey(weight: float) -> None:
+    def forget(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        chance = logits.softmax(dim=1)[range(len(labels)), labels]
+        return weight * -torch.log(1 - chance)[:2].sum() / len(labels)
+
+    logits = LOGITS.clone().requires_grad_()
+    forget(logits, LABELS).backward()
+    ascent = Ascent(torch.nn.Identity(), bounded=True)
+    value, found = gradients(ascent, loss=lambda *given: weight * F.cross_entropy(*given))
+    assert value > 0, "the logged loss is the user's"
+    torch.testing.assert_close(found, logits.grad)
+    assert not found[2].any()
+    ascent.release()
 
 
-def test_the_bound_is_on_the_loss_before_accumulation_and_scaling() -> None:
-    where = trainer(accumulate=4, scale=1024.0)
-    for value, expected in ((1.9, -1.0), (2.1, 0.0)):
-        ascent = Ascent(2.0)
-        ascent.at_batch_start(where, phases(), 0)
-        assert gradient(ascent, where, value * 1024 / 4) == expected
+def test_a_very_sure_model_still_feels_the_ascent() -> None:
+    factors = forgetting_factors(torch.tensor([[30.0, 0.0], [12.0, 0.0]]), torch.tensor([0, 0]))
+    assert torch.isfinite(factors).all()
+    assert (factors < -1e5).all()
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_without_a_head_or_bounds_the_whole_loss_changes_its_sign(bounded: bool) -> None:
+    head = None if bounded else torch.nn.Identity()
+    _, descent = gradients(Ascent(head, bounded=bounded), batches=3)
+    _, climb = gradients(Ascent(head, bounded=bounded), batches=1)
+    assert torch.equal(climb, -descent)
+
+
+def test_gradients_of_trusted_samples_stay_after_those_of_suspects() -> None:
+    logits = LOGITS.clone().requires_grad_()
+    F.cross_entropy(logits, LABELS).backward()
+    _, found = gradients(Ascent(torch.nn.Identity(), bounded=True), batches=3)
+    assert torch.equal(found, logits.grad)
 
 
 def test_only_steps_that_hold_suspects_are_clipped() -> None:
-    def norm(batches: int, bound: float | None, accumulate: int = 1) -> float:
-        ascent, weight = Ascent(bound), torch.zeros(1, requires_grad=True)
+    def norm(batches: int, bounded: bool, accumulate: int = 1) -> float:
+        ascent, weight = Ascent(None, bounded=bounded), torch.zeros(1, requires_grad=True)
         weight.grad = torch.tensor([50.0])
         for i in range(batches):
-            ascent.at_batch_start(trainer(accumulate), phases(), i)
+            ascent.at_batch_start(trainer(accumulate), phases(), LABELS, i)
         ascent.at_step(torch.optim.SGD([weight], lr=1.0))
         return float(weight.grad)
 
-    assert norm(1, 1.0) == pytest.approx(MAX_NORM, rel=1e-5)
-    assert norm(3, 1.0) == 50.0
-    assert norm(3, 1.0, accumulate=3) == pytest.approx(MAX_NORM, rel=1e-5)
-    assert norm(1, None) == 50.0
+    assert norm(1, True) == pytest.approx(MAX_NORM, rel=1e-5)
+    assert norm(3, True) == 50.0
+    assert norm(3, True, accumulate=3) == pytest.approx(MAX_NORM, rel=1e-5)
+    assert norm(1, False) == 50.0
