@@ -8,7 +8,7 @@ from typing import Any
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.training_set import TrainingSet
 
-__all__ = ["Repair", "evidence", "sentence"]
+__all__ = ["MEANING", "Repair", "evidence", "sentence"]
 
 MEANING = {
     "modes": "It says how suspicious the image looks to a detector that was trained to rely on triggers; above 0.5 it "
@@ -84,7 +84,7 @@ def evidence(repairs: list[Repair], data: TrainingSet, *, meaning: str, seconds:
     Args:
         repairs: All looks so far, at least one.
         data: Where the images come from.
-        meaning: Where the score is from: ``"modes"``, ``"fct"`` or ``"given"``.
+        meaning: One sentence that says what the score measures.
         seconds: Duration of what was done last.
         max_removed: The user's ``max_removed``.
     """
@@ -108,7 +108,7 @@ def evidence(repairs: list[Repair], data: TrainingSet, *, meaning: str, seconds:
     return Evidence(
         images=data.images,
         facts=facts,
-        score_meaning=MEANING[meaning],
+        score_meaning=meaning,
         wanted=max(repair.wanted for repair in repairs),
         max_removed=max_removed,
         treatment=f"The model was repaired: {sentence(latest, len(data))}" if latest.undone else "",

@@ -56,6 +56,7 @@ class Unlearning:
         reference: The authors' loop instead: all epochs, each of which goes through the suspects first and the trusted
             samples next, a constant rate, no bound of any kind.
         seed: Seed of the shuffles.
+        method: Name of the defence, for readers.
 
     Attributes:
         accuracy: Share of the watched samples that got their label, before and after every epoch.
@@ -63,8 +64,9 @@ class Unlearning:
         undone: For every epoch whether it was undone.
     """
 
-    def __init__(self, *, epochs: int, lr: float | None, reference: bool, seed: int) -> None:
+    def __init__(self, *, epochs: int, lr: float | None, reference: bool, seed: int, method: str) -> None:
         self._epochs, self._lr, self._reference, self._seed = epochs, lr, reference, seed
+        self._method = method
         self.accuracy: list[float] = []
         self.obeyed: list[float] = []
         self.undone: list[bool] = []
@@ -95,7 +97,7 @@ class Unlearning:
         self._left_to_unlearn = obeyed
         self._note(accuracy, obeyed)
         self._before = weights(trainer, pl_module)
-        disown_the_past(trainer, pl_module, "D-BR")
+        disown_the_past(trainer, pl_module, self._method)
         self._tuning.begin(trainer, self._epochs, self._lr, steady=self._reference, done=done)
         self.resume(trainer)
 
@@ -164,7 +166,7 @@ class Unlearning:
         self.undone.append(harmful)
         if harmful and self._before is not None:
             put_weights(trainer, pl_module, self._before, groups=False)
-            disown_the_past(trainer, pl_module, "D-BR")
+            disown_the_past(trainer, pl_module, self._method)
             self._rate /= 2
         elif not self._reference:
             self._before, self._left_to_unlearn = weights(trainer, pl_module), obeyed
@@ -216,7 +218,7 @@ class Unlearning:
         assert self._data is not None
         assert self._split is not None
         looked_at = (self._split.watched | self._split.suspect).nonzero().squeeze(1)
-        predicted = self._data.predict(trainer, pl_module, description="D-BR check", positions=looked_at)
+        predicted = self._data.predict(trainer, pl_module, description=f"{self._method} check", positions=looked_at)
         right = torch.zeros_like(self._split.suspect)
         right[looked_at] = predicted == self._split.labels[looked_at]
         return float(right[self._split.watched].float().mean()), right & self._split.suspect
@@ -224,7 +226,7 @@ class Unlearning:
     def _note(self, accuracy: float, obeyed: Tensor) -> None:
         assert self._split is not None
         self.accuracy.append(accuracy)
-        self.obeyed.append(float(obeyed.sum()) / int(self._split.suspect.sum()))
+        self.obeyed.append(float(obeyed.sum()) / max(int(self._split.suspect.sum()), 1))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
