@@ -21,7 +21,7 @@ from lightning_backdoor.functional.evidence import Decision
 from lightning_backdoor.trainer.compat import rank_zero_info
 from lightning_backdoor.trainer.training_set import Reading, TrainingSet
 
-__all__ = ["Baseline", "decision_of", "require_features"]
+__all__ = ["Baseline", "decision_of", "merged_signature", "require_features"]
 
 
 class Baseline(FilterCallback):
@@ -95,12 +95,7 @@ class Baseline(FilterCallback):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the arguments that are handed on as ``**common`` in signature, help and representation."""
         super().__init_subclass__(**kwargs)
-        merged: dict[str, inspect.Parameter] = {}
-        for base in cls.__mro__[: cls.__mro__.index(Baseline) + 1]:
-            for parameter in inspect.signature(vars(base).get("__init__", Baseline.__init__)).parameters.values():
-                if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                    merged.setdefault(parameter.name, parameter)
-        cls.__signature__ = inspect.Signature(list(merged.values()))  # type: ignore[attr-defined]
+        cls.__signature__ = merged_signature(cls)  # type: ignore[attr-defined]
 
     @abstractmethod
     def _judge(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor, str]:
@@ -162,6 +157,20 @@ def decision_of(scores: Tensor, keep: Tensor, rule: str, *, max_removed: float) 
         below = scores[scores < lowest]
         threshold = float(below.max() if len(below) else lowest - 1)
     return Decision(scores, keep, threshold, rule, (), wanted)
+
+
+def merged_signature(cls: type) -> inspect.Signature:
+    """The keyword arguments of a constructor, and of those that it hands its ``**`` arguments on to."""
+    merged: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            for parameter in parameters:
+                if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                    merged.setdefault(parameter.name, parameter)
+            if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+                break
+    return inspect.Signature(list(merged.values()))
 
 
 def require_features(features: Tensor, labels: Tensor) -> None:

@@ -39,7 +39,7 @@ def strip_scores(logits: Tensor, counts: Tensor | None = None) -> Tensor:
     """Minus the mean entropy of the answers to an image under several blendings; larger is more suspicious.
 
     From *STRIP: A Defence Against Trojan Attacks on Deep Neural Networks* (`Gao et al., 2019
-    <https://arxiv.org/abs/1902.06531>`_), equations 2 to 4: a trigger that survives blending forces one answer.
+    <https://arxiv.org/abs/1902.06531>`_): a trigger that survives blending forces one answer.
 
     Args:
         logits: Logits of every image under T blendings, float ``(N, T, K)``.

@@ -17,7 +17,7 @@ from lightning_backdoor.callbacks.defense import (
     require_same_data,
 )
 from lightning_backdoor.callbacks.repairing import RepairCallback
-from lightning_backdoor.callbacks.repairs import MEANING, Repair, evidence, sentence
+from lightning_backdoor.callbacks.repairs import MEANING, Repair
 from lightning_backdoor.callbacks.schedule import is_due
 from lightning_backdoor.callbacks.suspects import Judgement, from_verdict, judge
 from lightning_backdoor.errors import ArgumentError
@@ -219,12 +219,5 @@ class DBRCallback(RepairCallback):
         found = distinguish(trainer, pl_module, data, detector, units=self.suspect == "auto")
         return judge(found, self.verdict, suspect=self.suspect, trusted=self.trusted, max_removed=self.max_removed)
 
-    def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
-        data, repairs = self._training_set, self.history
-        assert data is not None
-        counts = {"removed": sum(past.removed for past in repairs), "epochs": len(repairs[-1].undone)}
-        pl_module.log_dict({f"backdoor/dbr/{name}": float(count) for name, count in counts.items()})
-        rank_zero_info(f"D-BR {sentence(repairs[-1], len(data))}")
-        meaning = "given" if self.given is not None else "modes" if self.suspect == "auto" else "fct"
-        shown = evidence(repairs, data, meaning=MEANING[meaning], seconds=seconds, max_removed=self.max_removed)
-        self._write_report(trainer, shown)
+    def _meaning(self) -> str:
+        return MEANING["given" if self.given is not None else "modes" if self.suspect == "auto" else "fct"]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.callbacks.defense import Defense, require_positive, require_rate
-from lightning_backdoor.callbacks.repairs import Repair
+from lightning_backdoor.callbacks.repairs import Repair, evidence, sentence
 from lightning_backdoor.callbacks.suspects import split_of
+from lightning_backdoor.trainer.compat import rank_zero_info
 from lightning_backdoor.trainer.etiquette import require_automatic
 from lightning_backdoor.trainer.limits import require_extendable
 from lightning_backdoor.trainer.phases import require_batches
@@ -27,7 +28,7 @@ class RepairCallback(Defense):
     """Base of the defences that unlearn some samples and learn others anew.
 
     It lends Lightning's hooks to the epochs of repair, and resumes them. Subclasses decide when to look, adopt a
-    verdict with ``trusted`` and ``suspect`` samples, call :meth:`_begin`, and tell the user (:meth:`_tell`).
+    verdict with ``trusted`` and ``suspect`` samples, note it in the history, and call :meth:`_begin`.
 
     Attributes:
         title: Name of the defence for readers.
@@ -60,8 +61,8 @@ class RepairCallback(Defense):
         """Adopt a verdict after ``done`` epochs of the fit, and begin a repair if there is something to repair."""
 
     @abstractmethod
-    def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
-        """Log, print one sentence, and write the report."""
+    def _meaning(self) -> str:
+        """One sentence that says what the score measures."""
 
     def _require(self, trainer: Any, pl_module: Any) -> None:
         """Say what cannot work with this training set."""
@@ -169,3 +170,13 @@ class RepairCallback(Defense):
             self._tell(trainer, pl_module, time.monotonic() - began)
             trainer.should_stop = trainer.should_stop or self._at_once()
         return True
+
+    def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
+        """Log, print one sentence, and write the report."""
+        data, repairs = self._training_set, self.history
+        assert data is not None
+        counts = {"removed": sum(past.removed for past in repairs), "epochs": len(repairs[-1].undone)}
+        pl_module.log_dict({f"backdoor/{self.method.lower()}/{name}": float(n) for name, n in counts.items()})
+        rank_zero_info(f"{self.title} {sentence(repairs[-1], len(data))}")
+        shown = evidence(repairs, data, meaning=self._meaning(), seconds=seconds, max_removed=self.max_removed)
+        self._write_report(trainer, shown)
