@@ -148,4 +148,4 @@ class ABL(RepairBaseline):
         self._tell(trainer, pl_module, time.monotonic() - began)
 
     def _meaning(self) -> str:
-        return "It is minus the loss of the image after the first epochs: poisoned images are learned fastest."
+        return "loss"

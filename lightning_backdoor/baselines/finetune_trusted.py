@@ -9,7 +9,7 @@ import torch
 
 from lightning_backdoor.baselines.repair import RepairBaseline
 from lightning_backdoor.callbacks.defense import require_fraction, require_same_data
-from lightning_backdoor.callbacks.repairs import MEANING, Repair
+from lightning_backdoor.callbacks.repairs import Repair
 from lightning_backdoor.callbacks.suspects import from_verdict
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.trainer.compat import rank_zero_info
@@ -85,4 +85,4 @@ class FineTuneTrusted(RepairBaseline):
         rank_zero_info(f"Fine-tuning on {self.history[-1].trusted:,} of {len(data):,} images follows.")
 
     def _meaning(self) -> str:
-        return MEANING["given"]
+        return "given"

@@ -17,7 +17,7 @@ from lightning_backdoor.callbacks.defense import (
     require_same_data,
 )
 from lightning_backdoor.callbacks.repairing import RepairCallback
-from lightning_backdoor.callbacks.repairs import MEANING, Repair
+from lightning_backdoor.callbacks.repairs import Repair
 from lightning_backdoor.callbacks.schedule import is_due
 from lightning_backdoor.callbacks.suspects import Judgement, from_verdict, judge
 from lightning_backdoor.errors import ArgumentError
@@ -220,4 +220,4 @@ class DBRCallback(RepairCallback):
         return judge(found, self.verdict, suspect=self.suspect, trusted=self.trusted, max_removed=self.max_removed)
 
     def _meaning(self) -> str:
-        return MEANING["given" if self.given is not None else "modes" if self.suspect == "auto" else "fct"]
+        return "given" if self.given is not None else "modes" if self.suspect == "auto" else "fct"

@@ -62,7 +62,7 @@ class RepairCallback(Defense):
 
     @abstractmethod
     def _meaning(self) -> str:
-        """One sentence that says what the score measures."""
+        """Where the score is from; see :func:`~lightning_backdoor.callbacks.repairs.evidence`."""
 
     def _require(self, trainer: Any, pl_module: Any) -> None:
         """Say what cannot work with this training set."""

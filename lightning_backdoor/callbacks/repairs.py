@@ -8,13 +8,14 @@ from typing import Any
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.training_set import TrainingSet
 
-__all__ = ["MEANING", "Repair", "evidence", "sentence"]
+__all__ = ["Repair", "evidence", "sentence"]
 
 MEANING = {
     "modes": "It says how suspicious the image looks to a detector that was trained to rely on triggers; above 0.5 it "
     "belongs to a second population inside its class.",
     "fct": "It measures how far the features of a detector move when the image is turned and shifted.",
     "given": "It is the score of the verdict that was handed in.",
+    "loss": "It is minus the loss of the image after a few epochs: poisoned images are learned fastest.",
 }
 
 
@@ -85,7 +86,7 @@ def evidence(repairs: list[Repair], data: TrainingSet, *, meaning: str, seconds:
     Args:
         repairs: All looks so far, at least one.
         data: Where the images come from.
-        meaning: One sentence that says what the score measures.
+        meaning: Where the score is from: ``"modes"``, ``"fct"``, ``"given"`` or ``"loss"``.
         seconds: Duration of what was done last.
         max_removed: The user's ``max_removed``.
     """
@@ -109,7 +110,7 @@ def evidence(repairs: list[Repair], data: TrainingSet, *, meaning: str, seconds:
     return Evidence(
         images=data.images,
         facts=facts,
-        score_meaning=meaning,
+        score_meaning=MEANING[meaning],
         wanted=max(repair.wanted for repair in repairs),
         max_removed=max_removed,
         treatment=f"The model was repaired: {sentence(latest, len(data))}" if latest.undone else "",
