@@ -39,7 +39,7 @@ def easiness_scores(logits: Tensor, labels: Tensor) -> Tensor:
     Example:
         >>> import torch
         >>> easiness_scores(torch.tensor([[0.0, 0.0], [0.0, 99.0]]), torch.tensor([0, 1]))
-        tensor([-0.6931, -0.0000])
+        tensor([-0.6931,  0.0000])
     """
     return -F.cross_entropy(logits, labels, reduction="none")
 
