@@ -1,6 +1,6 @@
 """Training-time defence against backdoors, as drop-in callbacks for PyTorch Lightning."""
 
-from lightning_backdoor import attacks, functional, metrics
+from lightning_backdoor import attacks, baselines, functional, metrics
 from lightning_backdoor.callbacks import BackdoorMonitor, DBRCallback, NONECallback, UltraCleanCallback
 from lightning_backdoor.verdict import Verdict
 
@@ -13,6 +13,7 @@ __all__ = [
     "UltraCleanCallback",
     "Verdict",
     "attacks",
+    "baselines",
     "functional",
     "metrics",
 ]

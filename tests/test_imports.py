@@ -22,6 +22,7 @@ ALLOWED = {
     "metrics": {"metrics", "functional", "errors"},
     "trainer": {"trainer", "data", "surgery", "functional", "errors"},
     "report": {"report", "verdict", "functional", "errors"},
+    "baselines": {"baselines", "callbacks", "trainer", "data", "functional", "verdict", "errors"},
     "verdict": {"errors"},
     "errors": set(),
 }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 
-from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback, attacks
+from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback, Verdict, attacks, baselines, functional
 
 TARGET = 0
 
@@ -53,9 +53,17 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "NONE-paper": NONECallback.from_paper,
     "D-BR": DBRCallback,
     "D-BR-paper": DBRCallback.from_paper,
+    "AC": baselines.ActivationClustering,
+    "spectral": baselines.SpectralSignatures,
+    "STRIP": lambda: baselines.STRIP(draws=20),
+    "deep-kNN": baselines.DeepKNN,
+    "ABL": lambda: baselines.ABL(epochs=5),
 }
 
-AT_THE_END = ("NONE", "NONE-paper", "random-reset", "D-BR", "D-BR-paper")
+BASELINES = ("AC", "spectral", "STRIP", "deep-kNN", "fine-tune", "ABL")
+"""Defences from the literature."""
+
+AT_THE_END = ("NONE", "NONE-paper", "random-reset", "D-BR", "D-BR-paper", *BASELINES[:-1])
 """Defences that act when training is about to end: they share the undefended training up to its last epoch."""
 
 
@@ -68,6 +76,14 @@ def filtered(dataset: Dataset[Any], defence: str, poisoned: torch.Tensor, size: 
     keep = torch.ones(len(poisoned), dtype=torch.bool)
     keep[removed] = False
     return Subset(dataset, keep.nonzero().squeeze(1).tolist())
+
+
+def clean_share(labels: torch.Tensor, poisoned: torch.Tensor, seed: int, share: float = 0.05) -> Verdict:
+    """Trust a share of the samples of every class, none of them poisoned: what papers on fine-tuning start from."""
+    scores = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed))
+    keep = torch.ones_like(poisoned)
+    trusted = functional.select_trusted(scores, labels, ~poisoned, share)
+    return Verdict(scores, keep, torch.inf, f"clean({share:g})", labels, trusted=trusted)
 
 
 def grid() -> list[tuple[str, str]]:
@@ -85,4 +101,5 @@ def grid() -> list[tuple[str, str]]:
         *((attack, "ultraclean-paper") for attack in one_target),
         *((attack, "D-BR") for attack in ATTACKS),
         *((attack, "D-BR-paper") for attack in ATTACKS),
+        *((attack, baseline) for baseline in BASELINES for attack in ATTACKS),
     ]

@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from examples.evidence import data, model
-from examples.evidence.cells import AT_THE_END, ATTACKS, CALLBACKS, filtered
+from examples.evidence.cells import AT_THE_END, ATTACKS, CALLBACKS, clean_share, filtered
 from examples.evidence.random_reset import RandomReset
-from lightning_backdoor import NONECallback, __version__, attacks, metrics
+from lightning_backdoor import NONECallback, __version__, attacks, baselines, metrics
 
 BATCH = 128
 
@@ -37,7 +37,8 @@ def run_cell(
         train: Clean training images.
         test: Clean test images.
         attack: Key of ``ATTACKS``.
-        defence: ``"undefended"``, ``"perfect"``, ``"random"``, ``"random-reset"`` or a key of ``CALLBACKS``.
+        defence: ``"undefended"``, ``"perfect"``, ``"random"``, ``"random-reset"``, ``"fine-tune"`` or a key of
+            ``CALLBACKS``.
         epochs: Epochs of one training.
         seed: Seed of the poison, the weights and the batches.
         reference: For the two random baselines, the row of the defence whose size they have.
@@ -51,6 +52,9 @@ def run_cell(
     if defence == "random-reset":
         labels = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
         callback = RandomReset(reference["units"], labels, ~poisoned, seed)
+    if defence == "fine-tune":
+        labels = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
+        callback = baselines.FineTuneTrusted(verdict=clean_share(labels, poisoned, seed), epochs=5)
     if defence in ("perfect", "random"):
         dataset = filtered(dataset, defence, poisoned, reference.get("removed", 0), seed)
     shared = cache / f"{attack}-{len(train)}-{epochs}-{seed}.ckpt"

@@ -8,7 +8,7 @@ from examples.evidence.cells import ATTACKS
 
 DEFENCES = (
     "undefended", "ultraclean", "NONE", "D-BR", "perfect", "random", "random-reset", "ultraclean-paper", "NONE-paper",
-    "D-BR-paper",
+    "D-BR-paper", "AC", "spectral", "STRIP", "deep-kNN", "fine-tune", "ABL",
 )  # fmt: skip
 
 

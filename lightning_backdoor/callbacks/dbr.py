@@ -5,38 +5,32 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_backdoor.callbacks.defense import (
-    Defense,
     require_fraction,
     require_one_of,
     require_positive,
-    require_rate,
     require_same_data,
 )
-from lightning_backdoor.callbacks.repairs import Repair, evidence, sentence
+from lightning_backdoor.callbacks.repairing import RepairCallback
+from lightning_backdoor.callbacks.repairs import Repair
 from lightning_backdoor.callbacks.schedule import is_due
-from lightning_backdoor.callbacks.suspects import Judgement, from_verdict, judge, split_of
+from lightning_backdoor.callbacks.suspects import Judgement, from_verdict, judge
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.distinguish import Detector, detector_units, distinguish
-from lightning_backdoor.trainer.etiquette import require_automatic
-from lightning_backdoor.trainer.limits import about_to_end, require_extendable
-from lightning_backdoor.trainer.phases import require_batches
+from lightning_backdoor.trainer.limits import about_to_end
 from lightning_backdoor.trainer.training_set import Reading
-from lightning_backdoor.trainer.unlearning import Unlearning
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["DBRCallback"]
 
 
-class DBRCallback(Defense):
+class DBRCallback(RepairCallback):
     """Repair a model: unlearn the images that a backdoor was learned from, and learn trustworthy ones anew.
 
     Implements D-BR (*Effective Backdoor Defense by Exploiting Sensitivity of Poisoned Samples*, `Chen et al., 2022
@@ -98,6 +92,7 @@ class DBRCallback(Defense):
     """
 
     method: ClassVar[str] = "DBR"
+    title: ClassVar[str] = "D-BR"
     kept_as: ClassVar[dict[str, str]] = {"verdict": "given"}
 
     def __init__(
@@ -128,11 +123,17 @@ class DBRCallback(Defense):
         name: str | None = None,
     ) -> None:
         reading = Reading(forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed)
-        super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
+        super().__init__(
+            epochs=epochs,
+            lr=lr,
+            reference=reference,
+            max_removed=max_removed,
+            reading=reading,
+            report_dir=report_dir,
+            name=name,
+        )
         self.given = verdict
         self.warmup_epochs = 0 if warmup_epochs == 0 else require_positive("warmup_epochs", warmup_epochs)
-        self.epochs = require_positive("epochs", epochs) or 1
-        self.lr = require_rate("lr", lr)
         self.trusted = require_fraction("trusted", trusted)
         share = require_one_of("suspect", suspect, ("auto",)) if isinstance(suspect, str) else suspect
         self.suspect = share if share == "auto" else require_fraction("suspect", share)
@@ -140,11 +141,7 @@ class DBRCallback(Defense):
         self.detector_steps = require_positive("detector_steps", detector_steps) or 1
         self.draws = require_positive("draws", draws) or 1
         self.transform = transform
-        self.reference = reference
-        self.history: list[Repair] = []
-        self._last_look: int | None = None
         self._initial: dict[str, Tensor] | None = None  # weights that training started from
-        self._run = self._new_run()
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> DBRCallback:
@@ -154,24 +151,16 @@ class DBRCallback(Defense):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the curation of the training loader; before a checkpoint is loaded, keep the first weights."""
-        if stage == "fit":
-            require_automatic(pl_module, "D-BR unlearns")
-            require_extendable(trainer, "D-BR")
-            self._run, self.history, self._last_look = self._new_run(), [], None
-            if self.detector == "fresh" and self.given is None:
-                self._initial = {k: v.detach().to("cpu", copy=True) for k, v in pl_module.state_dict().items()}
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.detector == "fresh" and self.given is None:
+            self._initial = {k: v.detach().to("cpu", copy=True) for k, v in pl_module.state_dict().items()}
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Continue a repair that was interrupted, or keep a finished training open for one."""
-        self._run.hold(trainer, expected=self.warmup_epochs == 0 and not self.history)
+    def _at_once(self) -> bool:
+        return self.warmup_epochs == 0
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that the training set can be read and repaired with; with ``warmup_epochs=0``, look at once."""
-        super().on_train_start(trainer, pl_module)
+    def _require(self, trainer: Any, pl_module: Any) -> None:
         data = self._training_set
         assert data is not None
-        require_batches(data.loader)
         if self.given is not None:
             require_same_data(self.given, data)
         elif self.trusted * len(data) < data.num_classes:
@@ -181,44 +170,10 @@ class DBRCallback(Defense):
             )
         elif self.suspect == "auto":
             detector_units(trainer, pl_module, data)  # a model without any is refused
-        if self._run.left:
-            self._attach()
-            self._run.resume(trainer)
-        elif self.warmup_epochs == 0:
-            if not self.history and not trainer.fast_dev_run:
-                self._look(trainer, pl_module, trainer.current_epoch)
-            trainer.should_stop = trainer.should_stop or not self._run.left
-        self._run.let_go()
-        if self._run.left and self._curation is not None:
-            self._curation.restart_iterator()
-            self._run.at_epoch_start()
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin an epoch of repair, if there is one."""
-        if self._last_look is not None and trainer.current_epoch < self._last_look:  # another defence went back
-            self._run.stop()
-            self._last_look = None
-        self._run.at_epoch_start()
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Know what the batch holds, and set the rate of its step."""
-        self._run.at_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        """Turn the loss of suspects around."""
-        self._run.at_backward(loss)
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Limit the ascent."""
-        self._run.at_step(optimizer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Look when it is time; judge an epoch of repair when it is over."""
-        if self._run.left:
-            began = time.monotonic()
-            if self._run.at_epoch_end(trainer, pl_module):
-                self._tell(trainer, pl_module, time.monotonic() - began)
-                trainer.should_stop = trainer.should_stop or self.warmup_epochs == 0
+        if self._repaired(trainer, pl_module):
             return
         acted = any(past.suspects for past in self.history)
         ends, warmup = not acted and about_to_end(trainer), self.warmup_epochs or sys.maxsize
@@ -232,35 +187,13 @@ class DBRCallback(Defense):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a repair lasts, with the weights to go back to."""
-        return {
-            **super().state_dict(),
-            "done": [done.state_dict() for done in self.history],
-            "last_look": self._last_look,
-            "run": self._run.state_dict(),
-            "initial": None if self.history else self._initial,
-        }
+        return {**super().state_dict(), "initial": None if self.history else self._initial}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue an interrupted run."""
         super().load_state_dict(state_dict)
         if state_dict:
-            self.history = [Repair(**done) for done in state_dict["done"]]
-            self._last_look = state_dict["last_look"]
             self._initial = state_dict["initial"] or self._initial
-            self._run.load_state_dict(state_dict["run"])
-
-    def _leave(self) -> None:
-        self._run.release()
-        super()._leave()
-
-    def _new_run(self) -> Unlearning:
-        return Unlearning(epochs=self.epochs, lr=self.lr, reference=self.reference, seed=self.reading.seed)
-
-    def _attach(self) -> None:
-        assert self.verdict is not None
-        assert self._training_set is not None
-        assert self._curation is not None
-        self._run.attach(self._training_set, self._curation, split_of(self.verdict, self.reading.seed))
 
     def _look(self, trainer: Any, pl_module: Any, done: int) -> None:
         """Tell suspects, drop them, and let their repair follow."""
@@ -273,8 +206,7 @@ class DBRCallback(Defense):
         if lacking:
             rank_zero_warn(f"D-BR: no repair, since no image of the classes {lacking} can be trusted. Raise `trusted`.")
         elif suspects:
-            self._attach()
-            self._run.begin(trainer, pl_module, done)
+            self._begin(trainer, pl_module, done)
         self._tell(trainer, pl_module, time.monotonic() - began)
 
     def _judgement(self, trainer: Any, pl_module: Any) -> Judgement:
@@ -287,14 +219,5 @@ class DBRCallback(Defense):
         found = distinguish(trainer, pl_module, data, detector, units=self.suspect == "auto")
         return judge(found, self.verdict, suspect=self.suspect, trusted=self.trusted, max_removed=self.max_removed)
 
-    def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
-        """Log, print one sentence, and write the report."""
-        data, run, repairs = self._training_set, self._run, self.history
-        assert data is not None
-        repairs[-1] = replace(repairs[-1], accuracy=(*run.accuracy,), obeyed=(*run.obeyed,), undone=(*run.undone,))
-        counts = {"removed": sum(past.removed for past in repairs), "epochs": len(run.undone)}
-        pl_module.log_dict({f"backdoor/dbr/{name}": float(count) for name, count in counts.items()})
-        rank_zero_info(f"D-BR {sentence(repairs[-1], len(data))}")
-        meaning = "given" if self.given is not None else "modes" if self.suspect == "auto" else "fct"
-        shown = evidence(repairs, data, meaning=meaning, seconds=seconds, max_removed=self.max_removed)
-        self._write_report(trainer, shown)
+    def _meaning(self) -> str:
+        return "given" if self.given is not None else "modes" if self.suspect == "auto" else "fct"

@@ -11,12 +11,6 @@ from lightning_backdoor.trainer.training_set import TrainingSet
 
 __all__ = ["Look", "evidence", "largest_separation", "sentence"]
 
-MEANINGS = {
-    "auto": "It measures whether the image belongs to a second population inside its class, by what the model sees in "
-    "it and how that moves when the image is gently denoised.",
-    "paper": "It measures how much the answer of the model changes when the image is gently denoised.",
-}
-
 
 @dataclass(frozen=True)
 class Look:
@@ -74,14 +68,22 @@ def largest_separation(looks: list[Look]) -> float:
 
 
 def evidence(
-    looks: list[Look], data: TrainingSet, *, score: str, by_modes: bool, seconds: float, max_removed: float
+    looks: list[Look],
+    data: TrainingSet,
+    *,
+    meaning: str,
+    denoised: bool = False,
+    by_modes: bool = False,
+    seconds: float,
+    max_removed: float,
 ) -> Evidence:
     """What the report shows beside the verdict that all looks together led to.
 
     Args:
         looks: All looks so far, at least one.
         data: Where the images come from.
-        score: The user's ``score``.
+        meaning: One sentence that says what the score measures.
+        denoised: Show the images denoised, too.
         by_modes: Whether second modes were looked for at all.
         seconds: Duration of the latest scan.
         max_removed: The user's ``max_removed``.
@@ -94,14 +96,14 @@ def evidence(
     rewound = {look.rewinds for look in looks if look.removed}
     return Evidence(
         images=data.images,
-        denoised=lambda indices: [denoise(data.images(indices)) for denoise in DENOISERS],
+        denoised=(lambda indices: [denoise(data.images(indices)) for denoise in DENOISERS]) if denoised else None,
         facts={
             "scans after": ", ".join(look.when for look in looks),
             "seconds of the last scan": round(seconds, 1),
             "images read with": data.transform.description,
             **({"classes with a second mode": ", ".join(modes) or "none"} if by_modes else {}),
         },
-        score_meaning=MEANINGS[score],
+        score_meaning=meaning,
         wanted=max(look.wanted for look in looks),
         max_removed=max_removed,
         rewound=rewound.pop() if len(rewound) == 1 else None,  # some of the times is neither yes nor no

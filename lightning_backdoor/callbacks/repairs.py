@@ -15,6 +15,7 @@ MEANING = {
     "belongs to a second population inside its class.",
     "fct": "It measures how far the features of a detector move when the image is turned and shifted.",
     "given": "It is the score of the verdict that was handed in.",
+    "loss": "It is minus the loss of the image after a few epochs: poisoned images are learned fastest.",
 }
 
 
@@ -27,7 +28,7 @@ class Repair:
         removed: Samples that it removed from training.
         wanted: Samples that the rule pointed at in all, before ``max_removed`` limited it.
         modes: Label and separation of every second mode that was found.
-        suspects: Samples to be unlearned; 0 if nothing is to be repaired.
+        suspects: Samples to be unlearned; 0 if nothing is to be repaired, or by learning alone.
         trusted: Samples to be learned anew.
         accuracy: Share of the watched samples that got their label, before and after every epoch of repair.
         obeyed: Share of the suspects that got their label, before and after every epoch.
@@ -62,7 +63,7 @@ def sentence(repair: Repair, total: int) -> str:
         repair: The latest one.
         total: Samples of the training set.
     """
-    if not repair.suspects:
+    if not repair.suspects and not repair.undone:
         return f"looked at {total:,} training images: nothing stands out, nothing to repair."
     if not repair.undone:
         return (
@@ -72,9 +73,10 @@ def sentence(repair: Repair, total: int) -> str:
     accuracy, obeyed = repair.outcome
     epochs = f"{len(repair.undone)} epoch{'s' if len(repair.undone) > 1 else ''}"
     back = f"; {sum(repair.undone)} of them cost too much accuracy and were undone" if any(repair.undone) else ""
+    suspects = f", of suspects given their label {repair.obeyed[0]:.1%} -> {obeyed:.1%}" if repair.suspects else ""
     return (
-        f"after {epochs} of repair: accuracy on training images {repair.accuracy[0]:.1%} -> {accuracy:.1%}, of "
-        f"suspects given their label {repair.obeyed[0]:.1%} -> {obeyed:.1%}{back}."
+        f"after {epochs} of repair: accuracy on training images {repair.accuracy[0]:.1%} -> {accuracy:.1%}{suspects}"
+        f"{back}."
     )
 
 
@@ -84,7 +86,7 @@ def evidence(repairs: list[Repair], data: TrainingSet, *, meaning: str, seconds:
     Args:
         repairs: All looks so far, at least one.
         data: Where the images come from.
-        meaning: Where the score is from: ``"modes"``, ``"fct"`` or ``"given"``.
+        meaning: Where the score is from: ``"modes"``, ``"fct"``, ``"given"`` or ``"loss"``.
         seconds: Duration of what was done last.
         max_removed: The user's ``max_removed``.
     """

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_backdoor.callbacks.defense import (
-    Defense,
-    require_class,
-    require_fraction,
-    require_one_of,
-    require_positive,
-)
-from lightning_backdoor.callbacks.looks import Look, evidence, largest_separation, sentence
-from lightning_backdoor.callbacks.schedule import is_due, warmup_or_half
+from lightning_backdoor.callbacks.defense import require_class, require_fraction, require_one_of
+from lightning_backdoor.callbacks.filtering import FilterCallback
+from lightning_backdoor.callbacks.looks import evidence, largest_separation, sentence
+from lightning_backdoor.callbacks.schedule import warmup_or_half
 from lightning_backdoor.functional.evidence import Decision, add_removed, decide
-from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
+from lightning_backdoor.trainer.compat import rank_zero_info
 from lightning_backdoor.trainer.denoised_scan import DenoisedScan
-from lightning_backdoor.trainer.limits import about_to_end
-from lightning_backdoor.trainer.rewind import Rewind, require_rewindable
 from lightning_backdoor.trainer.training_set import Reading
-from lightning_backdoor.verdict import Verdict
 
 __all__ = ["UltraCleanCallback"]
 
-MAX_REWINDS = 2
+MEANINGS = {
+    "auto": "It measures whether the image belongs to a second population inside its class, by what the model sees in "
+    "it and how that moves when the image is gently denoised.",
+    "paper": "It measures how much the answer of the model changes when the image is gently denoised.",
+}
 
 
-class UltraCleanCallback(Defense):
+class UltraCleanCallback(FilterCallback):
     """Drop training images that gentle denoising exposes as triggered, and train on what is left.
 
     Implements UltraClean (`Zhao and Lao, 2023 <https://arxiv.org/abs/2312.10657>`_) inside a Trainer. After a warm-up
@@ -115,19 +110,21 @@ class UltraCleanCallback(Defense):
         name: str | None = None,
     ) -> None:
         reading = Reading(forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed)
-        super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
-        self.warmup_epochs = require_positive("warmup_epochs", warmup_epochs)
+        super().__init__(
+            warmup_epochs=warmup_epochs,
+            max_removed=max_removed,
+            rewind=rewind,
+            rescore_every=rescore_every,
+            reading=reading,
+            report_dir=report_dir,
+            name=name,
+        )
         self.score = require_one_of("score", score, ("auto", "paper"))
         self.output = require_one_of("output", output, ("logits", "softmax"))
         self.rule = require_one_of("rule", rule, ("auto", "fraction"))
         self.fraction = require_fraction("fraction", fraction)
         self.target_class = require_class("target_class", target_class)
-        self.rewind = rewind
-        self.rescore_every = require_positive("rescore_every", rescore_every)
         self.cache_bytes = cache_bytes
-        self._last_scan: int | None = None  # epochs before it, counted from the last rewind
-        self._looks: list[Look] = []
-        self._rewind = Rewind()
         self._scanner: DenoisedScan | None = None
 
     @classmethod
@@ -135,115 +132,21 @@ class UltraCleanCallback(Defense):
         """Use the paper's score (L1 on softmax outputs) and cut (a fraction of 0.2), which always removes images."""
         return cls(**{"score": "paper", "output": "softmax", "rule": "fraction", **overrides})
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Join the curation; before a checkpoint is loaded, keep the weights that the user started from."""
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        self._rewind = Rewind()  # the start of an earlier fit is none of this one
-        self._last_scan = None if self.verdict is None else trainer.current_epoch
-        if self.rewind:
-            require_rewindable(trainer)
-            self._rewind.before_checkpoint(trainer, pl_module)
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Continue a run that was interrupted between the decision and the rewind."""
-        self._rewind.at_fit_start(trainer, pl_module)
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the training set can be read, and note where a rewind goes back to."""
         super().on_train_start(trainer, pl_module)
         assert self._training_set is not None
         self._training_set.require_class("target_class", self.target_class)
-        if self.rewind and self._looks_again():
-            self._rewind.at_train_start(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Go back to the start of fit if the epoch before removed samples."""
-        if self._last_scan is not None and trainer.current_epoch < self._last_scan:
-            self._last_scan = 0  # another defence went back
-        if self._rewind.carry_out(trainer, pl_module) and self._curation is not None:
-            self._curation.restart_iterator()
-            self._last_scan = 0
-            if not self._looks_again():
-                self._rewind.forget()
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Scan, decide and prune when it is time."""
-        if self._rewind.is_due or not self._is_due(trainer):
-            return
-        if trainer.fast_dev_run:
-            rank_zero_info("UltraClean: fast_dev_run trains too little for a verdict; no scan.")
-            return
-        began = time.monotonic()
-        found = self._scan(trainer, pl_module)
-        decision = trainer.strategy.broadcast(self._decide(found), src=0)  # float ties must not tell ranks apart
-        removed = self._adopt(
-            Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, found["labels"])
-        )
-        self._last_scan = trainer.current_epoch + 1
-        if removed and self.rewind and self._rewind.count < MAX_REWINDS:
-            self._rewind.ask(trainer)
-        modes = tuple((mode.label, mode.separation) for mode in decision.modes)
-        run, rewinds = self._rewind.count + 1, self._rewind.is_due
-        self._looks.append(Look(self._last_scan, run, removed, decision.wanted, rewinds, modes))
-        self._tell(trainer, pl_module, time.monotonic() - began)
-        if not self._looks_again():
-            self._forget_images()
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say so if training ended before the scan."""
-        if self.verdict is None and not trainer.fast_dev_run:
-            rank_zero_warn(
-                "UltraClean: training ended before the scan. Train longer, or with a smaller `warmup_epochs`."
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values only; while a rewind may come, they include what it goes back to."""
-        looks = [look.state_dict() for look in self._looks]
-        return {
-            **super().state_dict(),
-            "last_scan": self._last_scan,
-            "looks": looks,
-            "rewind": self._rewind.state_dict(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue an interrupted run."""
-        super().load_state_dict(state_dict)
-        if state_dict:
-            self._last_scan = state_dict["last_scan"]
-            self._looks = [Look(**look) for look in state_dict["looks"]]
-            self._rewind.load_state_dict(state_dict["rewind"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
         return {**super().__getstate__(), "_scanner": None}
 
-    def _leave(self) -> None:
-        super()._leave()
-        self._forget_images()
+    def _first_scan(self, trainer: Any) -> int:
+        return warmup_or_half(self.warmup_epochs, trainer.max_epochs)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the loader and the Trainer's limits back."""
-        self._rewind.release(trainer)
-        super().on_exception(trainer, pl_module, exception)
-
-    def _is_due(self, trainer: Any) -> bool:
-        wanted = self._last_scan is None or (self.rewind and self._looks_again())
-        ends = wanted and about_to_end(trainer)
-        return is_due(
-            trainer.current_epoch + 1,
-            last_scan=self._last_scan,
-            warmup=warmup_or_half(self.warmup_epochs, trainer.max_epochs),
-            every=self.rescore_every,
-            ends=ends,
-        )
-
-    def _looks_again(self) -> bool:
-        """Whether another scan may follow: the first one, a periodic one, or the last look at the end."""
-        last_look = self.rewind and self.rule == "auto" and self._rewind.count < MAX_REWINDS
-        return self._last_scan is None or self.rescore_every is not None or last_look
+    def _last_look(self) -> bool:
+        return bool(self.rule == "auto")
 
     def _scan(self, trainer: Any, pl_module: Any) -> dict[str, Tensor]:
         if self._scanner is None:
@@ -276,7 +179,6 @@ class UltraCleanCallback(Defense):
         return add_removed(decision, old.scores, old.keep, threshold=threshold, max_removed=self.max_removed)
 
     def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
-        """Log, print one sentence, and write the report of all looks so far."""
         assert self.verdict is not None
         assert self._training_set is not None
         removed, separation = float(len(self.verdict.removed)), largest_separation(self._looks)
@@ -285,7 +187,8 @@ class UltraCleanCallback(Defense):
         shown = evidence(
             self._looks,
             self._training_set,
-            score=self.score,
+            meaning=MEANINGS[self.score],
+            denoised=True,
             by_modes=(self.score, self.rule) != ("paper", "fraction"),
             seconds=seconds,
             max_removed=self.max_removed,

@@ -55,6 +55,7 @@ class Unlearning:
         reference: The authors' loop instead: all epochs, each of which goes through the suspects first and the trusted
             samples next, a constant rate, no bound of any kind.
         seed: Seed of the shuffles.
+        method: Name of the defence, for readers.
 
     Attributes:
         accuracy: Share of the watched samples that got their label, before and after every epoch.
@@ -62,8 +63,9 @@ class Unlearning:
         undone: For every epoch whether it was undone.
     """
 
-    def __init__(self, *, epochs: int, lr: float | None, reference: bool, seed: int) -> None:
+    def __init__(self, *, epochs: int, lr: float | None, reference: bool, seed: int, method: str) -> None:
         self._epochs, self._lr, self._reference, self._seed = epochs, lr, reference, seed
+        self._method = method
         self.accuracy: list[float] = []
         self.obeyed: list[float] = []
         self.undone: list[bool] = []
@@ -91,7 +93,7 @@ class Unlearning:
         """Start with the next epoch, after ``done`` ones; call in ``on_train_epoch_end`` or ``on_train_start``."""
         self._measure(trainer, pl_module)
         self._before = weights(trainer, pl_module)
-        disown_the_past(trainer, pl_module, "D-BR")
+        disown_the_past(trainer, pl_module, self._method)
         self._tuning.begin(trainer, self._epochs, self._lr, steady=self._reference, done=done)
         self.resume(trainer)
 
@@ -158,7 +160,7 @@ class Unlearning:
         self.undone.append(harmful)
         if harmful and self._before is not None:
             put_weights(trainer, pl_module, self._before, groups=False)
-            disown_the_past(trainer, pl_module, "D-BR")
+            disown_the_past(trainer, pl_module, self._method)
             self._rate /= 2
         elif not self._reference:
             self._before = weights(trainer, pl_module)
@@ -211,10 +213,10 @@ class Unlearning:
         assert self._data is not None
         assert self._split is not None
         looked_at = (self._split.watched | self._split.suspect).nonzero().squeeze(1)
-        predicted = self._data.predict(trainer, pl_module, description="D-BR check", positions=looked_at)
+        predicted = self._data.predict(trainer, pl_module, description=f"{self._method} check", positions=looked_at)
         right = (predicted == self._split.labels[looked_at]).float()
         self.accuracy.append(float(right[self._split.watched[looked_at]].mean()))
-        self.obeyed.append(float(right[self._split.suspect[looked_at]].mean()))
+        self.obeyed.append(float(right[self._split.suspect[looked_at]].sum()) / max(int(self._split.suspect.sum()), 1))
         return self.accuracy[-1], self.obeyed[-1]
 
     def _by_mistake(self, accuracy: float) -> float:

@@ -1,0 +1,39 @@
+"""Defences from the literature, small and plainly named, to stand beside ours; most remove images from clean data."""
+
+from lightning_backdoor.baselines.abl import ABL, easiness_scores
+from lightning_backdoor.baselines.activation_clustering import (
+    ActivationClustering,
+    activation_clusters,
+    select_clusters,
+)
+from lightning_backdoor.baselines.baseline import Baseline
+from lightning_backdoor.baselines.deep_knn import DeepKNN, deep_knn_scores
+from lightning_backdoor.baselines.finetune_trusted import FineTuneTrusted
+from lightning_backdoor.baselines.random_filter import RandomFilter
+from lightning_backdoor.baselines.repair import RepairBaseline
+from lightning_backdoor.baselines.spectral_signatures import (
+    SpectralSignatures,
+    select_per_class,
+    spectral_signature_scores,
+)
+from lightning_backdoor.baselines.strip import STRIP, select_by_rejection, strip_scores
+
+__all__ = [
+    "ABL",
+    "STRIP",
+    "ActivationClustering",
+    "Baseline",
+    "DeepKNN",
+    "FineTuneTrusted",
+    "RandomFilter",
+    "RepairBaseline",
+    "SpectralSignatures",
+    "activation_clusters",
+    "deep_knn_scores",
+    "easiness_scores",
+    "select_by_rejection",
+    "select_clusters",
+    "select_per_class",
+    "spectral_signature_scores",
+    "strip_scores",
+]

@@ -1,0 +1,29 @@
+"""Principal components of the features of one class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["principal_components"]
+
+
+def principal_components(features: Tensor, count: int) -> Tensor:
+    """Coordinates of samples along their directions of largest variance, from the smaller of two inner products.
+
+    Args:
+        features: Float ``(n, D)``, n at least 1.
+        count: Directions wanted, at least 1.
+
+    Returns:
+        Double ``(n, min(count, n, D))``, largest variance first, means zero; signs are arbitrary.
+    """
+    centred = features.double()
+    centred = centred - centred.mean(dim=0)
+    if len(centred) > centred.shape[1]:
+        _, vectors = torch.linalg.eigh(centred.T @ centred)
+        coordinates: Tensor = centred @ vectors
+    else:
+        values, vectors = torch.linalg.eigh(centred @ centred.T)
+        coordinates = vectors * values.clamp(min=0).sqrt()
+    return coordinates.flip(1)[:, :count]

@@ -1,0 +1,146 @@
+"""STRIP: drop the images whose label the network is sure of whatever they are blended with."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.baselines.baseline import Baseline
+from lightning_backdoor.callbacks.defense import require_fraction, require_positive
+from lightning_backdoor.data.pixels import check_finite
+from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.trainer.training_set import TrainingSet
+
+__all__ = ["STRIP", "blend", "select_by_rejection", "strip_scores"]
+
+TO_SIGMA = 1.4826  # median absolute deviation of a normal distribution to its standard deviation
+
+
+def blend(pixels: Tensor, overlay: Tensor, weight: float = 0.5) -> Tensor:
+    """Superimpose one image on others.
+
+    Args:
+        pixels: uint8 ``(B, C, H, W)``.
+        overlay: uint8 ``(C, H, W)``.
+        weight: Share of the overlay, in ``(0, 1)``.
+
+    Returns:
+        uint8 ``(B, C, H, W)``, rounded.
+    """
+    mixed = pixels.float() * (1 - weight) + overlay.float() * weight
+    return mixed.round().clamp(0, 255).to(torch.uint8)
+
+
+def strip_scores(logits: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Minus the mean entropy of the answers to an image under several blendings; larger is more suspicious.
+
+    From *STRIP: A Defence Against Trojan Attacks on Deep Neural Networks* (`Gao et al., 2019
+    <https://arxiv.org/abs/1902.06531>`_): a trigger that survives blending forces one answer.
+
+    Args:
+        logits: Logits of every image under T blendings, float ``(N, T, K)``.
+        counts: Blendings that count, bool ``(N, T)``, at least one per image; all by default.
+
+    Returns:
+        Float ``(N,)`` in bits, between ``-log2(K)`` and 0.
+
+    Raises:
+        ArgumentError: ``logits`` has another shape.
+
+    Example:
+        >>> import torch
+        >>> strip_scores(torch.tensor([[[0.0, 0.0], [99.0, 0.0]]]))
+        tensor([-0.5000])
+    """
+    if logits.ndim != 3 or not logits.shape[1]:
+        raise ArgumentError(f"`logits` must have shape (N, T, K) with T >= 1, got {tuple(logits.shape)}.")
+    logs = logits.double().log_softmax(dim=2)
+    entropies = -(logs.exp() * logs).sum(dim=2) / math.log(2)
+    counted = torch.ones_like(entropies) if counts is None else counts.to(entropies)
+    return -((entropies * counted).sum(dim=1) / counted.sum(dim=1)).float()
+
+
+def select_by_rejection(scores: Tensor, false_rejection: float) -> Tensor:
+    """Keep the scores below the quantile of a normal distribution of which clean samples exceed a known share.
+
+    The paper fits the distribution to clean data; here median and median absolute deviation of all data stand for it,
+    which poisons hardly move while they are few.
+
+    Args:
+        scores: Float ``(N,)``; larger is more suspicious.
+        false_rejection: Share of clean samples that may be removed, in ``(0, 1)``.
+
+    Returns:
+        Samples that stay, bool ``(N,)``.
+    """
+    middle = scores.double().quantile(0.5)
+    sigma = TO_SIGMA * (scores.double() - middle).abs().quantile(0.5)
+    return scores.double() <= middle + NormalDist().inv_cdf(1 - false_rejection) * sigma
+
+
+class STRIP(Baseline):
+    """Drop images on which the network does not waver when others are blended in, and train on what is left.
+
+    Implements STRIP (`Gao et al., 2019 <https://arxiv.org/abs/1902.06531>`_), a test of inputs, as a filter of training
+    data. ``draws`` forward passes. Assumes that the trigger survives blending and that poisons are few. A baseline:
+    **it removes about** ``false_rejection`` **of clean data**, more if their entropies have a long lower tail.
+
+    Differs from the paper: there is no clean data, so the images that are blended in come from the training set, the
+    same for all images, and the entropies of clean images are estimated from all.
+
+    Args:
+        draws: Images that are blended in, one after the other.
+        weight: Their share of the blend, in ``(0, 1)``.
+        false_rejection: Share of clean images that may be removed, in ``(0, 1)``.
+        **common: Arguments of every baseline, see :class:`~lightning_backdoor.baselines.Baseline`.
+
+    Example:
+        >>> STRIP(draws=20)
+        STRIP(draws=20)
+    """
+
+    method: ClassVar[str] = "STRIP"
+    meaning: ClassVar[str] = "It measures how sure the model stays of its answer when other images are blended in."
+
+    def __init__(self, *, draws: int = 100, weight: float = 0.5, false_rejection: float = 0.01, **common: Any) -> None:
+        super().__init__(**common)
+        self.draws = require_positive("draws", draws) or 1
+        self.weight = require_fraction("weight", weight)
+        self.false_rejection = require_fraction("false_rejection", false_rejection)
+        self._bank: tuple[Tensor, Tensor] | None = None  # positions and pixels of the images that are blended in
+
+    def _scan(self, trainer: Any, pl_module: Any) -> dict[str, Tensor]:
+        data = self._training_set
+        assert data is not None
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.reading.seed))
+        positions = order[: self.draws + 1]  # one more, for the images that are among them themselves
+        self._bank = positions, data.images(positions.tolist()).to(pl_module.device)
+        return super()._scan(trainer, pl_module)
+
+    def _measure(
+        self, trainer: Any, pl_module: Any, data: TrainingSet, indices: Tensor, batch: Any
+    ) -> dict[str, Tensor]:
+        assert self._bank is not None
+        positions, overlays = self._bank
+        images = data.layout.images(batch)
+        check_finite(images, indices)
+        pixels = data.pixels.to_pixels(images).to(pl_module.device)
+        answers = []
+        for overlay in overlays:
+            mixed = data.pixels.to_model(blend(pixels, overlay, self.weight), like=images)
+            logits, _ = data.outputs(trainer, pl_module, data.layout.with_images(batch, mixed))
+            answers.append(logits)
+        others = indices[:, None] != positions
+        others[others.all(dim=1), -1] = False  # as many blendings for every image
+        return {"scores": strip_scores(torch.stack(answers, dim=1), others.to(pl_module.device))}
+
+    def _judge(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor, str]:
+        scores = found["scores"]
+        return scores, select_by_rejection(scores, self.false_rejection), f"rejection({self.false_rejection:g})"
+
+    def _forget_images(self) -> None:
+        self._bank = None

@@ -1,0 +1,182 @@
+"""What defences share that repair a model: epochs of unlearning and relearning, within a fit or beyond its plan."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.callbacks.defense import Defense, require_positive, require_rate
+from lightning_backdoor.callbacks.repairs import Repair, evidence, sentence
+from lightning_backdoor.callbacks.suspects import split_of
+from lightning_backdoor.trainer.compat import rank_zero_info
+from lightning_backdoor.trainer.etiquette import require_automatic
+from lightning_backdoor.trainer.limits import require_extendable
+from lightning_backdoor.trainer.phases import require_batches
+from lightning_backdoor.trainer.training_set import Reading
+from lightning_backdoor.trainer.unlearning import Unlearning
+
+__all__ = ["RepairCallback"]
+
+
+class RepairCallback(Defense):
+    """Base of the defences that unlearn some samples and learn others anew.
+
+    It lends Lightning's hooks to the epochs of repair, and resumes them. Subclasses decide when to look, adopt a
+    verdict with ``trusted`` and ``suspect`` samples, note it in the history, and call :meth:`_begin`.
+
+    Attributes:
+        title: Name of the defence for readers.
+        history: What each look found and what came out of its repair.
+    """
+
+    title: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        epochs: int,
+        lr: float | None,
+        reference: bool,
+        max_removed: float,
+        reading: Reading,
+        report_dir: str | Path | None,
+        name: str | None,
+    ) -> None:
+        super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
+        self.epochs = require_positive("epochs", epochs) or 1
+        self.lr = require_rate("lr", lr)
+        self.reference = reference
+        self.history: list[Repair] = []
+        self._last_look: int | None = None
+        self._run = self._new_run()
+
+    @abstractmethod
+    def _look(self, trainer: Any, pl_module: Any, done: int) -> None:
+        """Adopt a verdict after ``done`` epochs of the fit, and begin a repair if there is something to repair."""
+
+    @abstractmethod
+    def _meaning(self) -> str:
+        """Where the score is from; see :func:`~lightning_backdoor.callbacks.repairs.evidence`."""
+
+    def _require(self, trainer: Any, pl_module: Any) -> None:
+        """Say what cannot work with this training set."""
+
+    def _at_once(self) -> bool:
+        """Whether to repair the weights as they are at the start of the fit, which ends with the repair."""
+        return False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the curation of the training loader."""
+        if stage == "fit":
+            require_automatic(pl_module, f"{self.title} unlearns")
+            require_extendable(trainer, self.title)
+            self._run, self.history, self._last_look = self._new_run(), [], None
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Continue a repair that was interrupted, or keep a finished training open for one."""
+        self._run.hold(trainer, expected=self._at_once() and not self.history)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check that the training set can be read and repaired with; resume a repair, or begin one that comes first."""
+        super().on_train_start(trainer, pl_module)
+        assert self._training_set is not None
+        require_batches(self._training_set.loader)
+        self._require(trainer, pl_module)
+        if self._run.left:
+            self._attach()
+            self._run.resume(trainer)
+        elif self._at_once():
+            if not self.history and not trainer.fast_dev_run:
+                self._look(trainer, pl_module, trainer.current_epoch)
+            trainer.should_stop = trainer.should_stop or not self._run.left
+        self._run.let_go()
+        if self._run.left and self._curation is not None:
+            self._curation.restart_iterator()
+            self._run.at_epoch_start()
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin an epoch of repair, if there is one."""
+        if self._last_look is not None and trainer.current_epoch < self._last_look:  # another defence went back
+            self._run.stop()
+            self._last_look = None
+        self._run.at_epoch_start()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Know what the batch holds, and set the rate of its step."""
+        self._run.at_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """Turn the loss of suspects around."""
+        self._run.at_backward(loss)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Limit the ascent."""
+        self._run.at_step(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values only; while a repair lasts, with the weights to go back to."""
+        return {
+            **super().state_dict(),
+            "done": [done.state_dict() for done in self.history],
+            "last_look": self._last_look,
+            "run": self._run.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue an interrupted run."""
+        super().load_state_dict(state_dict)
+        if state_dict:
+            self.history = [Repair(**done) for done in state_dict["done"]]
+            self._last_look = state_dict["last_look"]
+            self._run.load_state_dict(state_dict["run"])
+
+    def _leave(self) -> None:
+        self._run.release()
+        super()._leave()
+
+    def _new_run(self) -> Unlearning:
+        return Unlearning(
+            epochs=self.epochs, lr=self.lr, reference=self.reference, seed=self.reading.seed, method=self.title
+        )
+
+    def _attach(self) -> None:
+        assert self.verdict is not None
+        assert self._training_set is not None
+        assert self._curation is not None
+        self._run.attach(self._training_set, self._curation, split_of(self.verdict, self.reading.seed))
+
+    def _begin(self, trainer: Any, pl_module: Any, done: int) -> None:
+        """Let a repair by the verdict follow."""
+        self._attach()
+        self._run.begin(trainer, pl_module, done)
+
+    def _repaired(self, trainer: Any, pl_module: Any) -> bool:
+        """Judge an epoch of repair, and say whether there was one; call in ``on_train_epoch_end``."""
+        if not self._run.left:
+            return False
+        began = time.monotonic()
+        if self._run.at_epoch_end(trainer, pl_module):
+            run = self._run
+            self.history[-1] = replace(
+                self.history[-1], accuracy=(*run.accuracy,), obeyed=(*run.obeyed,), undone=(*run.undone,)
+            )
+            self._tell(trainer, pl_module, time.monotonic() - began)
+            trainer.should_stop = trainer.should_stop or self._at_once()
+        return True
+
+    def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
+        """Log, print one sentence, and write the report."""
+        data, repairs = self._training_set, self.history
+        assert data is not None
+        counts = {"removed": sum(past.removed for past in repairs), "epochs": len(repairs[-1].undone)}
+        pl_module.log_dict({f"backdoor/{self.method.lower()}/{name}": float(n) for name, n in counts.items()})
+        rank_zero_info(f"{self.title} {sentence(repairs[-1], len(data))}")
+        shown = evidence(repairs, data, meaning=self._meaning(), seconds=seconds, max_removed=self.max_removed)
+        self._write_report(trainer, shown)
