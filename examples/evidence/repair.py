@@ -1,6 +1,6 @@
 """``python -m examples.evidence.repair``: what does each part of D-BR add, and what if other scores choose the samples?
 
-Starts from the undefended network of ``python -m examples.evidence run`` before its last epoch. With the true poisons as
+Starts from the undefended network of ``python -m examples.evidence run`` before its last epoch. With the poisons as
 suspects: unlearn only, relearn only, both. Then both with the 5 % most and the 20 % least suspicious by FCT (of
 ``python -m examples.evidence.consistency``), loss, confidence and susceptibility, and with D-BR's own choice. One JSON
 line per finished row in ``repair.jsonl``; a run that was interrupted goes on with the first missing one.
