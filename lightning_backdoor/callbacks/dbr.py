@@ -13,19 +13,15 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.callbacks.defense import (
-    Defense,
-    require_fraction,
     require_one_of,
     require_positive,
     require_rate,
-    require_same_data,
 )
+from lightning_backdoor.callbacks.detecting import Detecting
 from lightning_backdoor.callbacks.repairs import Repair, evidence, sentence
 from lightning_backdoor.callbacks.schedule import is_due
-from lightning_backdoor.callbacks.suspects import Judgement, from_verdict, judge, split_of
-from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.callbacks.suspects import split_of
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.distinguish import Detector, detector_units, distinguish
 from lightning_backdoor.trainer.etiquette import require_automatic
 from lightning_backdoor.trainer.limits import about_to_end, require_extendable
 from lightning_backdoor.trainer.phases import require_batches
@@ -36,7 +32,7 @@ from lightning_backdoor.verdict import Verdict
 __all__ = ["DBRCallback"]
 
 
-class DBRCallback(Defense):
+class DBRCallback(Detecting):
     """Repair a model: unlearn the images that a backdoor was learned from, and learn trustworthy ones anew.
 
     Implements D-BR (*Effective Backdoor Defense by Exploiting Sensitivity of Poisoned Samples*, `Chen et al., 2022
@@ -98,7 +94,6 @@ class DBRCallback(Defense):
     """
 
     method: ClassVar[str] = "DBR"
-    kept_as: ClassVar[dict[str, str]] = {"verdict": "given"}
 
     def __init__(
         self,
@@ -128,22 +123,17 @@ class DBRCallback(Defense):
         name: str | None = None,
     ) -> None:
         reading = Reading(forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed)
-        super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
-        self.given = verdict
+        super().__init__(
+            verdict=verdict, trusted=trusted, suspect=suspect, detector_steps=detector_steps, draws=draws,
+            transform=transform, max_removed=max_removed, reading=reading, report_dir=report_dir, name=name,
+        )  # fmt: skip
         self.warmup_epochs = 0 if warmup_epochs == 0 else require_positive("warmup_epochs", warmup_epochs)
         self.epochs = require_positive("epochs", epochs) or 1
         self.lr = require_rate("lr", lr)
-        self.trusted = require_fraction("trusted", trusted)
-        share = require_one_of("suspect", suspect, ("auto",)) if isinstance(suspect, str) else suspect
-        self.suspect = share if share == "auto" else require_fraction("suspect", share)
         self.detector = require_one_of("detector", detector, ("copy", "fresh"))
-        self.detector_steps = require_positive("detector_steps", detector_steps) or 1
-        self.draws = require_positive("draws", draws) or 1
-        self.transform = transform
         self.reference = reference
         self.history: list[Repair] = []
         self._last_look: int | None = None
-        self._initial: dict[str, Tensor] | None = None  # weights that training started from
         self._run = self._new_run()
 
     @classmethod
@@ -172,15 +162,7 @@ class DBRCallback(Defense):
         data = self._training_set
         assert data is not None
         require_batches(data.loader)
-        if self.given is not None:
-            require_same_data(self.given, data)
-        elif self.trusted * len(data) < data.num_classes:
-            raise ArgumentError(
-                f"`trusted` must leave at least one image for each of {data.num_classes} classes, got {self.trusted} "
-                f"of {len(data)} images. Pass a larger share, or the `verdict` of another defence."
-            )
-        elif self.suspect == "auto":
-            detector_units(trainer, pl_module, data)  # a model without any is refused
+        self._judge().require(trainer, pl_module, data)
         if self._run.left:
             self._attach()
             self._run.resume(trainer)
@@ -257,15 +239,14 @@ class DBRCallback(Defense):
         return Unlearning(epochs=self.epochs, lr=self.lr, reference=self.reference, seed=self.reading.seed)
 
     def _attach(self) -> None:
-        assert self.verdict is not None
-        assert self._training_set is not None
-        assert self._curation is not None
-        self._run.attach(self._training_set, self._curation, split_of(self.verdict, self.reading.seed))
+        curation, data, verdict = self._known()
+        self._run.attach(data, curation, split_of(verdict, self.reading.seed))
 
     def _look(self, trainer: Any, pl_module: Any, done: int) -> None:
         """Tell suspects, drop them, and let their repair follow."""
         began = time.monotonic()
-        judgement = trainer.strategy.broadcast(self._judgement(trainer, pl_module), src=0)  # float ties
+        assert self._training_set is not None
+        judgement = self._judge().judge(trainer, pl_module, self._training_set, self.verdict)
         removed = self._adopt(judgement.verdict)
         suspects, trusted, lacking = judgement.counts
         self._last_look = done
@@ -277,16 +258,6 @@ class DBRCallback(Defense):
             self._run.begin(trainer, pl_module, done)
         self._tell(trainer, pl_module, time.monotonic() - began)
 
-    def _judgement(self, trainer: Any, pl_module: Any) -> Judgement:
-        data = self._training_set
-        assert data is not None
-        if self.given is not None:
-            return from_verdict(self.given, data.read_labels(trainer, pl_module), trusted=self.trusted)
-        seed = self.reading.seed
-        detector = Detector(self.detector, self._initial, self.detector_steps, self.draws, self.transform, seed)
-        found = distinguish(trainer, pl_module, data, detector, units=self.suspect == "auto")
-        return judge(found, self.verdict, suspect=self.suspect, trusted=self.trusted, max_removed=self.max_removed)
-
     def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
         """Log, print one sentence, and write the report."""
         data, run, repairs = self._training_set, self._run, self.history
@@ -295,6 +266,11 @@ class DBRCallback(Defense):
         counts = {"removed": sum(past.removed for past in repairs), "epochs": len(run.undone)}
         pl_module.log_dict({f"backdoor/dbr/{name}": float(count) for name, count in counts.items()})
         rank_zero_info(f"D-BR {sentence(repairs[-1], len(data))}")
-        meaning = "given" if self.given is not None else "modes" if self.suspect == "auto" else "fct"
-        shown = evidence(repairs, data, meaning=meaning, seconds=seconds, max_removed=self.max_removed)
+        shown = evidence(
+            repairs,
+            data,
+            meaning=self._judge().meaning,
+            seconds=seconds,
+            max_removed=self.max_removed,
+        )
         self._write_report(trainer, shown)
