@@ -1,7 +1,7 @@
 """Training-time defence against backdoors, as drop-in callbacks for PyTorch Lightning."""
 
 from lightning_backdoor import attacks, baselines, functional, metrics
-from lightning_backdoor.callbacks import BackdoorMonitor, DBRCallback, NONECallback, UltraCleanCallback
+from lightning_backdoor.callbacks import BackdoorMonitor, DBRCallback, DSTCallback, NONECallback, UltraCleanCallback
 from lightning_backdoor.verdict import Verdict
 
 __version__ = "0.1.0"
@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackdoorMonitor",
     "DBRCallback",
+    "DSTCallback",
     "NONECallback",
     "UltraCleanCallback",
     "Verdict",

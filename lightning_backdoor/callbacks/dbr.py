@@ -10,19 +10,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_backdoor.callbacks.defense import (
-    require_fraction,
-    require_one_of,
-    require_positive,
-    require_same_data,
-)
+from lightning_backdoor.callbacks.defense import require_one_of, require_positive
+from lightning_backdoor.callbacks.detecting import Detecting
 from lightning_backdoor.callbacks.repairing import RepairCallback
 from lightning_backdoor.callbacks.repairs import Repair
 from lightning_backdoor.callbacks.schedule import is_due
-from lightning_backdoor.callbacks.suspects import Judgement, from_verdict, judge
-from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.distinguish import Detector, detector_units, distinguish
 from lightning_backdoor.trainer.limits import about_to_end
 from lightning_backdoor.trainer.training_set import Reading
 from lightning_backdoor.verdict import Verdict
@@ -30,7 +23,7 @@ from lightning_backdoor.verdict import Verdict
 __all__ = ["DBRCallback"]
 
 
-class DBRCallback(RepairCallback):
+class DBRCallback(Detecting, RepairCallback):
     """Repair a model: unlearn the images that a backdoor was learned from, and learn trustworthy ones anew.
 
     Implements D-BR (*Effective Backdoor Defense by Exploiting Sensitivity of Poisoned Samples*, `Chen et al., 2022
@@ -93,7 +86,6 @@ class DBRCallback(RepairCallback):
 
     method: ClassVar[str] = "DBR"
     title: ClassVar[str] = "D-BR"
-    kept_as: ClassVar[dict[str, str]] = {"verdict": "given"}
 
     def __init__(
         self,
@@ -124,24 +116,12 @@ class DBRCallback(RepairCallback):
     ) -> None:
         reading = Reading(forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed)
         super().__init__(
-            epochs=epochs,
-            lr=lr,
-            reference=reference,
-            max_removed=max_removed,
-            reading=reading,
-            report_dir=report_dir,
-            name=name,
-        )
-        self.given = verdict
+            verdict=verdict, trusted=trusted, suspect=suspect, detector_steps=detector_steps, draws=draws,
+            transform=transform, max_removed=max_removed, reading=reading, report_dir=report_dir, name=name,
+            epochs=epochs, lr=lr, reference=reference,
+        )  # fmt: skip
         self.warmup_epochs = 0 if warmup_epochs == 0 else require_positive("warmup_epochs", warmup_epochs)
-        self.trusted = require_fraction("trusted", trusted)
-        share = require_one_of("suspect", suspect, ("auto",)) if isinstance(suspect, str) else suspect
-        self.suspect = share if share == "auto" else require_fraction("suspect", share)
         self.detector = require_one_of("detector", detector, ("copy", "fresh"))
-        self.detector_steps = require_positive("detector_steps", detector_steps) or 1
-        self.draws = require_positive("draws", draws) or 1
-        self.transform = transform
-        self._initial: dict[str, Tensor] | None = None  # weights that training started from
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> DBRCallback:
@@ -161,15 +141,7 @@ class DBRCallback(RepairCallback):
     def _require(self, trainer: Any, pl_module: Any) -> None:
         data = self._training_set
         assert data is not None
-        if self.given is not None:
-            require_same_data(self.given, data)
-        elif self.trusted * len(data) < data.num_classes:
-            raise ArgumentError(
-                f"`trusted` must leave at least one image for each of {data.num_classes} classes, got {self.trusted} "
-                f"of {len(data)} images. Pass a larger share, or the `verdict` of another defence."
-            )
-        elif self.suspect == "auto":
-            detector_units(trainer, pl_module, data)  # a model without any is refused
+        self._judge().require(trainer, pl_module, data)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Look when it is time; judge an epoch of repair when it is over."""
@@ -198,7 +170,8 @@ class DBRCallback(RepairCallback):
     def _look(self, trainer: Any, pl_module: Any, done: int) -> None:
         """Tell suspects, drop them, and let their repair follow."""
         began = time.monotonic()
-        judgement = trainer.strategy.broadcast(self._judgement(trainer, pl_module), src=0)  # float ties
+        assert self._training_set is not None
+        judgement = self._judge().judge(trainer, pl_module, self._training_set, self.verdict)
         removed = self._adopt(judgement.verdict)
         suspects, trusted, lacking = judgement.counts
         self._last_look = done
@@ -209,15 +182,5 @@ class DBRCallback(RepairCallback):
             self._begin(trainer, pl_module, done)
         self._tell(trainer, pl_module, time.monotonic() - began)
 
-    def _judgement(self, trainer: Any, pl_module: Any) -> Judgement:
-        data = self._training_set
-        assert data is not None
-        if self.given is not None:
-            return from_verdict(self.given, data.read_labels(trainer, pl_module), trusted=self.trusted)
-        seed = self.reading.seed
-        detector = Detector(self.detector, self._initial, self.detector_steps, self.draws, self.transform, seed)
-        found = distinguish(trainer, pl_module, data, detector, units=self.suspect == "auto")
-        return judge(found, self.verdict, suspect=self.suspect, trusted=self.trusted, max_removed=self.max_removed)
-
     def _meaning(self) -> str:
-        return "given" if self.given is not None else "modes" if self.suspect == "auto" else "fct"
+        return self._judge().meaning

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_backdoor.callbacks.compromised import judge_samples
+from lightning_backdoor.callbacks.defense import require_same_data
+from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.consistency import select_trusted
 from lightning_backdoor.functional.evidence import Decision, add_removed, decide
-from lightning_backdoor.trainer.distinguish import Distinguished
+from lightning_backdoor.trainer.distinguish import Detector, Distinguished, detector_units, distinguish
+from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.trainer.unlearning import Split
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["Judgement", "from_verdict", "judge", "split_of"]
+__all__ = ["Judge", "Judgement", "from_verdict", "judge", "masks_of", "split_of"]
 
 WATCHED = 1024
 
@@ -36,10 +40,62 @@ class Judgement:
     @property
     def counts(self) -> tuple[int, int, list[int]]:
         """Suspects, trusted samples, and the classes without any of the latter."""
-        labels, suspect, trusted = _masks(self.verdict)
+        labels, suspect, trusted = masks_of(self.verdict)
         present = torch.unique(labels).tolist()
         lacking = sorted(set(present) - set(labels[trusted].tolist()))
         return int(suspect.sum()), int(trusted.sum()), lacking
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who tells suspects and trusted samples: a detector, or the verdict of another defence.
+
+    Attributes:
+        given: That verdict; there is no detector then.
+        detector: How the detector is trained.
+        suspect: ``"auto"``, or a share of all samples; see :func:`judge`.
+        trusted: Share of the samples of each class.
+        max_removed: Largest share of all samples that may be suspected.
+    """
+
+    given: Verdict | None
+    detector: Detector
+    suspect: str | float
+    trusted: float
+    max_removed: float
+
+    @property
+    def meaning(self) -> str:
+        """Where the scores are from: ``"given"``, ``"modes"`` or ``"fct"``."""
+        return "given" if self.given is not None else "modes" if self.suspect == "auto" else "fct"
+
+    def require(self, trainer: Any, pl_module: Any, data: TrainingSet) -> None:
+        """Check at the start of a fit what can be checked then.
+
+        Raises:
+            ArgumentError: ``trusted`` leaves less than one sample for each class.
+            DataError: The verdict is on other data.
+            ModelError: The model has no units that could be asked.
+        """
+        if self.given is not None:
+            require_same_data(self.given, data)
+        elif self.trusted * len(data) < data.num_classes:
+            raise ArgumentError(
+                f"`trusted` must leave at least one image for each of {data.num_classes} classes, got {self.trusted} "
+                f"of {len(data)} images. Pass a larger share, or the `verdict` of another defence."
+            )
+        elif self.suspect == "auto":
+            detector_units(trainer, pl_module, data)
+
+    def judge(self, trainer: Any, pl_module: Any, data: TrainingSet, earlier: Verdict | None) -> Judgement:
+        """Judge all samples; every process must call it and gets the same judgement."""
+        if self.given is not None:
+            judgement = from_verdict(self.given, data.read_labels(trainer, pl_module), trusted=self.trusted)
+        else:
+            found = distinguish(trainer, pl_module, data, self.detector, units=self.suspect == "auto")
+            judgement = judge(found, earlier, suspect=self.suspect, trusted=self.trusted, max_removed=self.max_removed)
+        agreed: Judgement = trainer.strategy.broadcast(judgement, src=0)  # float ties
+        return agreed
 
 
 def judge(
@@ -87,7 +143,7 @@ def split_of(verdict: Verdict, seed: int) -> Split:
 
     Where there are none of these, trusted ones.
     """
-    labels, suspect, trusted = _masks(verdict)
+    labels, suspect, trusted = masks_of(verdict)
     pool = verdict.keep & ~trusted
     positions = (pool if bool(pool.any()) else trusted).nonzero().squeeze(1)
     order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
@@ -96,7 +152,8 @@ def split_of(verdict: Verdict, seed: int) -> Split:
     return Split(labels, suspect, trusted, watched)
 
 
-def _masks(verdict: Verdict) -> tuple[Tensor, Tensor, Tensor]:
+def masks_of(verdict: Verdict) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels, suspects and trusted samples of a verdict that has them all."""
     labels, suspect, trusted = verdict.labels, verdict.suspect, verdict.trusted
     assert labels is not None
     assert suspect is not None

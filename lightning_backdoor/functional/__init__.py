@@ -13,6 +13,7 @@ from lightning_backdoor.functional.hyperplane import (
 )
 from lightning_backdoor.functional.inversion import InvertedTrigger, PixelModel, invert_trigger
 from lightning_backdoor.functional.modes import Mode, find_modes, mode_scores
+from lightning_backdoor.functional.neighbours import neighbour_agreement, reconsider_uncertain
 from lightning_backdoor.functional.shared import find_shared_modes
 from lightning_backdoor.functional.splits import split_units
 from lightning_backdoor.functional.susceptibility import susceptibility_scores
@@ -38,7 +39,9 @@ __all__ = [
     "mixed_cross_entropy",
     "mode_scores",
     "natural_break",
+    "neighbour_agreement",
     "nl_means",
+    "reconsider_uncertain",
     "select_fraction",
     "select_trusted",
     "split_by_rank",

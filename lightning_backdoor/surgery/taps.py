@@ -36,6 +36,8 @@ class Taps:
         place: Record what comes out of a layer, or the first argument that goes in.
         pooling: Over all positions of a sample, the largest value or the mean (see :func:`pool`).
         gradients: Leave the values in the graph, so that a loss on them can be differentiated.
+        cut: What runs after a layer gets its values without their graph, and records one of its own even where
+            gradients are off: a loss on the outputs then reaches what runs after the layer alone.
 
     Raises:
         ModelError: A name does not exist.
@@ -49,18 +51,23 @@ class Taps:
         place: Place = "output",
         pooling: Pooling = "mean",
         gradients: bool = False,
+        cut: bool = False,
     ) -> None:
         self._layers = {name: module_named(module, name) for name in names}
         self._place = place
         self._pooling = pooling
         self._gradients = gradients
+        self._cut = cut
         self._values: dict[str, Tensor] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Taps:
         self._stack.enter_context(eager_forward())
         for name, layer in self._layers.items():
-            handle = layer.register_forward_hook(self._recorder(name))
+            if self._place == "input":
+                handle = layer.register_forward_pre_hook(self._recorder(name))
+            else:
+                handle = layer.register_forward_hook(self._recorder(name))
             self._stack.callback(handle.remove)
         return self
 
@@ -87,14 +94,31 @@ class Taps:
         self._values = {}
         return values
 
-    def _recorder(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def record(layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            value = first_tensor(arguments if self._place == "input" else output)
+    def _recorder(self, name: str) -> Callable[..., Any]:
+        def record(layer: nn.Module, arguments: tuple[Any, ...], output: Any = None) -> Any:
+            given = arguments if self._place == "input" else output
+            value = first_tensor(given)
             if value is not None:
                 value = value if self._gradients else value.detach()
                 self._values[name] = pool(value, channel_axis(layer, value), self._pooling)
+            if not self._cut:
+                return None
+            torch.set_grad_enabled(True)
+            return _detached(given)
 
         return record
+
+
+def _detached(value: Any) -> Any:
+    """The same nested value with every tensor out of the graph."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return type(value)({key: _detached(item) for key, item in value.items()})
+    if isinstance(value, tuple | list):
+        items = [_detached(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
 
 
 def pool(values: Tensor, axis: int, pooling: Pooling = "mean") -> Tensor:

@@ -15,7 +15,15 @@ from lightning_backdoor.errors import TrainerError
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["forward_context", "prepare_batch", "require_automatic", "require_unsharded", "unobtrusive"]
+__all__ = [
+    "evaluation_mode",
+    "forward_context",
+    "prepare_batch",
+    "quiet",
+    "require_automatic",
+    "require_unsharded",
+    "unobtrusive",
+]
 
 SHARDED_STRATEGIES = frozenset({"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"})
 
@@ -35,13 +43,20 @@ def unobtrusive(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     with ExitStack() as stack:
         for context in (
             isolated_rng(),
-            _evaluation_mode(pl_module),
+            evaluation_mode(pl_module),
             _validation_stage(trainer),
             _muted(pl_module),
             _borrowed_buffers(trainer, pl_module),
             torch.no_grad(),
         ):
             stack.enter_context(context)
+        yield
+
+
+@contextmanager
+def quiet(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """The part of :func:`unobtrusive` for a pass that trains: no logs, no augmentation by ``trainer.training``."""
+    with _validation_stage(trainer), _muted(pl_module):
         yield
 
 
@@ -98,7 +113,8 @@ def _before_batch_transfer(pl_module: LightningModule) -> Any:
 
 
 @contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Every module is in evaluation mode; afterwards each has its own flag again."""
     # Flags are written one by one: `train()` may be overridden by the user and would unfreeze frozen layers.
     flags = [(child, child.training) for child in module.modules()]
     try:

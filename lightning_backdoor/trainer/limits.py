@@ -9,11 +9,23 @@ from weakref import WeakKeyDictionary
 
 from lightning_backdoor.errors import TrainerError
 
-__all__ = ["about_to_end", "beyond_plan", "hold_open", "planned_epochs", "release", "require_extendable"]
+__all__ = [
+    "about_to_end",
+    "beyond_plan",
+    "hold_open",
+    "planned_epochs",
+    "release",
+    "require_extendable",
+    "require_planned",
+]
 
 _UNREACHABLE = 10**9
 _NOT_EXTENDABLE = {
     "Timer": "Limit the run by `max_epochs` or `max_steps` instead of `max_time`.",
+    "StochasticWeightAveraging": "Use Lightning's WeightAveraging.",
+}
+_NOT_PLANNED = {
+    "BaseFinetuning": "Vary `requires_grad` before the fit.",
     "StochasticWeightAveraging": "Use Lightning's WeightAveraging.",
 }
 _HELD: WeakKeyDictionary[Any, tuple[tuple[int | None, int | None, int], set[int]]] = WeakKeyDictionary()
@@ -77,6 +89,29 @@ def require_extendable(trainer: Any, method: str) -> None:
     for name, remedy in _NOT_EXTENDABLE.items():
         if name in classes:
             raise TrainerError(f"{method} may add epochs of its own, which does not go together with {name}. {remedy}")
+
+
+def require_planned(trainer: Any, method: str) -> None:
+    """Raise if the number of epochs is not known, or a callback changes the optimizer on its way.
+
+    Args:
+        trainer: The Trainer.
+        method: Name of the defence that plans by epochs and has an optimizer of its own.
+
+    Raises:
+        TrainerError: There is no ``max_epochs``, or ``max_steps`` may come before it, or there is such a callback.
+    """
+    if trainer.fast_dev_run:
+        return
+    if trainer.max_epochs in (None, -1) or trainer.max_steps != -1:
+        raise TrainerError(
+            f"{method} plans its stages by epochs, got max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}. "
+            "Pass Trainer(max_epochs=...) alone."
+        )
+    classes = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
+    for name, remedy in _NOT_PLANNED.items():
+        if name in classes:
+            raise TrainerError(f"{method} trains by an optimizer of its own, which {name} would change. {remedy}")
 
 
 def _planned(trainer: Any) -> tuple[int | None, int | None]:

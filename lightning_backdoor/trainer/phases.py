@@ -46,6 +46,7 @@ class Phases:
         self._least, self._mixed = tuple(least), mixed
         self._parts, self._size, self._seed, self._rank, self._world = tuple(parts), size, seed, rank, world
         self._epoch = epoch
+        self._drawn: tuple[int, list[list[int]]] = (-1, [])
 
     @property
     def lengths(self) -> list[int]:
@@ -59,6 +60,12 @@ class Phases:
     def phase_of(self, place: int) -> int:
         """Phase of the batch that is drawn at some place, counted from 0; a new pass begins after the last one."""
         return self._order()[place % len(self)]
+
+    def positions_of(self, place: int) -> Tensor:
+        """Dataset positions of the batch that is drawn at some place of the current epoch, as in :meth:`phase_of`."""
+        if self._drawn[0] != self._epoch():
+            self._drawn = self._epoch(), list(self)
+        return torch.tensor(self._drawn[1][place % len(self)])
 
     def _order(self) -> list[int]:
         """Phase of every batch of an epoch."""

@@ -106,9 +106,14 @@ class TrainingSet:
             )
         return labels
 
-    def outputs(self, trainer: Any, pl_module: Any, batch: Any, *, gradients: bool = False) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, K)`` and penultimate features ``(B, D)`` of a batch as the loader gave it, float32."""
-        with Taps(pl_module, [self.head.name], place=self.head.place, gradients=gradients) as taps:
+    def outputs(
+        self, trainer: Any, pl_module: Any, batch: Any, *, gradients: bool = False, cut: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, K)`` and penultimate features ``(B, D)`` of a batch as the loader gave it, float32.
+
+        With ``gradients`` features can be differentiated; with ``cut`` a loss on the logits does not go beyond them.
+        """
+        with Taps(pl_module, [self.head.name], place=self.head.place, gradients=gradients, cut=cut) as taps:
             logits = _logits(trainer, pl_module, self.layout, self.reading, batch)
             return logits, taps.read()[self.head.name]
 
@@ -128,6 +133,14 @@ class TrainingSet:
             return {"predicted": _logits(trainer, pl_module, self.layout, self.reading, batch).argmax(dim=1)}
 
         return self.scan(trainer, pl_module, step, description=description, positions=positions)["predicted"]
+
+    def features(self, trainer: Any, pl_module: Any, *, description: str, positions: Tensor | None = None) -> Tensor:
+        """Penultimate features of all samples, float32 ``(N, D)``, or of those at ``positions``, ``(M, D)``."""
+
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            return {"features": self.outputs(trainer, pl_module, batch)[1]}
+
+        return self.scan(trainer, pl_module, step, description=description, positions=positions)["features"]
 
     def read_labels(self, trainer: Any, pl_module: Any) -> Tensor:
         """Labels of all samples, long ``(N,)``."""

@@ -243,7 +243,7 @@ def test_a_resumed_run_never_repeats_the_detector(monkeypatch: pytest.MonkeyPatc
         _, module = run([callback], ckpt=path)
         assert torch.equal(callback.verdict.scores, whole.verdict.scores), path.name
         assert same_state(plain, module), path.name
-    monkeypatch.setattr("lightning_backdoor.callbacks.dbr.distinguish", None)
+    monkeypatch.setattr("lightning_backdoor.callbacks.suspects.distinguish", None)
     for path in saver.paths[5:]:  # after it
         _, module = run([DBRCallback(**settings)], ckpt=path)
         assert same_state(plain, module), path.name

@@ -1,0 +1,62 @@
+"""What D-BR and D-ST share: a detector, or another defence, that tells suspects and trusted samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from lightning_backdoor.callbacks.defense import Defense, require_fraction, require_one_of, require_positive
+from lightning_backdoor.callbacks.suspects import Judge
+from lightning_backdoor.trainer.distinguish import Detector
+from lightning_backdoor.trainer.training_set import Reading, TrainingSet
+from lightning_backdoor.verdict import Verdict
+
+__all__ = ["Detecting"]
+
+
+class Detecting(Defense):
+    """Base of the defences that act on suspects and on trusted samples; ``further`` arguments are for other bases."""
+
+    kept_as: ClassVar[dict[str, str]] = {"verdict": "given"}
+
+    def __init__(
+        self,
+        *,
+        verdict: Verdict | None,
+        trusted: float,
+        suspect: Literal["auto"] | float,
+        detector_steps: int,
+        draws: int,
+        transform: Callable[[Tensor], Tensor] | None,
+        max_removed: float,
+        reading: Reading,
+        report_dir: str | Path | None,
+        name: str | None,
+        **further: Any,
+    ) -> None:
+        super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name, **further)
+        self.given = verdict
+        self.detector: Literal["copy", "fresh"] = "fresh"
+        self._initial: dict[str, Tensor] | None = None  # weights that a fresh detector starts from; None: as they are
+        self.trusted = require_fraction("trusted", trusted)
+        share = require_one_of("suspect", suspect, ("auto",)) if isinstance(suspect, str) else suspect
+        self.suspect = share if share == "auto" else require_fraction("suspect", share)
+        self.detector_steps = require_positive("detector_steps", detector_steps) or 1
+        self.draws = require_positive("draws", draws) or 1
+        self.transform = transform
+
+    def _judge(self) -> Judge:
+        detector = Detector(
+            self.detector, self._initial, self.detector_steps, self.draws, self.transform, self.reading.seed
+        )
+        return Judge(self.given, detector, self.suspect, self.trusted, self.max_removed)
+
+    def _known(self) -> tuple[Any, TrainingSet, Verdict]:
+        """Curation, training set and verdict, while a fit runs and the verdict is passed."""
+        assert self._curation is not None
+        assert self._training_set is not None
+        assert self.verdict is not None
+        return self._curation, self._training_set, self.verdict

@@ -1,0 +1,81 @@
+"""D-ST's second look: what the features that were learned say about trusted and uncertain images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lightning_backdoor.callbacks.suspects import masks_of
+from lightning_backdoor.functional.neighbours import neighbour_agreement, reconsider_uncertain
+from lightning_backdoor.trainer.compat import rank_zero_warn
+from lightning_backdoor.trainer.flagged_batches import Flags
+from lightning_backdoor.trainer.training_set import TrainingSet
+from lightning_backdoor.verdict import Verdict
+
+__all__ = ["accuracy_on_trusted", "flags_of", "second_look"]
+
+POOR = 0.5  # accuracy on trusted samples that is worth a warning
+
+
+def flags_of(verdict: Verdict) -> Flags:
+    """What a verdict says of every sample, for the two stages."""
+    labels, suspect, trusted = masks_of(verdict)
+    return Flags(labels, trusted, suspect)
+
+
+def second_look(
+    trainer: Any,
+    pl_module: Any,
+    data: TrainingSet,
+    verdict: Verdict,
+    k: int,
+    *,
+    readmit: bool,
+    max_removed: float,
+) -> tuple[float, Verdict, int, int]:
+    """Ask the neighbours of trusted samples, and those of uncertain ones on which side they are.
+
+    Every process must call it and gets the same answer.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule under training.
+        data: The training set.
+        verdict: Judgement on its samples.
+        k: Number of neighbours.
+        readmit: Let uncertain samples change sides.
+        max_removed: Largest share of all samples that may be suspect.
+
+    Returns:
+        Share of the neighbours of trusted samples that have their label; the verdict; how many samples became trusted
+        and suspect.
+    """
+    flags = flags_of(verdict)
+    asked = flags.trusted.new_ones(len(data)) if readmit else flags.trusted
+    positions = asked.nonzero().squeeze(1)
+    features = data.features(trainer, pl_module, description="D-ST neighbours", positions=positions)
+    agreement = neighbour_agreement(features, flags.labels[asked], flags.trusted[asked], k)
+    mean = float(agreement[flags.trusted[asked]].mean())
+    if not readmit:
+        return mean, verdict, 0, 0
+    budget = int(max_removed * len(agreement)) - int(flags.suspect.sum())
+    uncertain = verdict.keep & ~flags.trusted & ~flags.suspect
+    found = reconsider_uncertain(agreement, flags.labels, flags.trusted, uncertain, most=budget)
+    more, fewer = trainer.strategy.broadcast(found, src=0)  # float ties
+    suspect, trusted = flags.suspect | fewer, flags.trusted | more
+    changed = replace(verdict, keep=verdict.keep & ~suspect, trusted=trusted, suspect=suspect)
+    return mean, changed, int(more.sum()), int(fewer.sum())
+
+
+def accuracy_on_trusted(trainer: Any, pl_module: Any, data: TrainingSet, verdict: Verdict) -> float:
+    """Share of the trusted samples that get their label; warns if it is poor."""
+    flags = flags_of(verdict)
+    positions = flags.trusted.nonzero().squeeze(1)
+    predicted = data.predict(trainer, pl_module, description="D-ST check", positions=positions)
+    accuracy = float((predicted == flags.labels[positions]).float().mean())
+    if accuracy < POOR:
+        rank_zero_warn(
+            f"D-ST: the model gives {accuracy:.1%} of the trusted images their label. Two stages need many epochs: "
+            "raise `max_epochs` or `trusted`, or repair an ordinary training by DBRCallback."
+        )
+    return accuracy
