@@ -15,7 +15,7 @@ from lightning_backdoor.errors import ArgumentError
 
 __all__ = ["SampleSpecific"]
 
-BATCH = 64
+BATCH = 32
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -57,20 +57,20 @@ class SampleSpecific(Trigger):
         *,
         bits: int = 16,
         eps: float = 16,
-        steps: int = 300,
-        weight: float = 0.5,
+        steps: int = 400,
+        weight: float = 0.2,
         seed: int = 0,
     ) -> SampleSpecific:
         """Train an encoder and a decoder on images and random messages, and draw the attacker's message.
 
-        Adam lowers the binary cross-entropy of the decoded bits plus ``weight`` times the mean square of the encoder's
-        values. Seconds on a CPU for small images.
+        Adam lowers the binary cross-entropy of the decoded bits and, in the second half, ``weight`` times the mean
+        square of the encoder's values besides. Ten seconds on a CPU for 32x32 images.
 
         Args:
             images: Clean images, uint8 ``(N, C, H, W)``, of sides from 8 pixels.
             bits: Length of the message, at least 1.
             eps: Largest change of a grey level, above 0.
-            steps: Number of steps of Adam, each on 64 images, at least 1.
+            steps: Number of steps of Adam, each on 32 images, at least 1.
             weight: Weight of the size of the change, at least 0.
             seed: Seed of the networks, the batches and the messages. The global random state is left alone.
 
@@ -82,15 +82,16 @@ class SampleSpecific(Trigger):
                 raise ArgumentError(f"`{name}` must be above 0, got {value}.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            encoder, decoder = Encoder(images.shape[1], bits), make_decoder(images.shape[1], bits)
+            encoder, decoder = Encoder(images.shape[1], bits), Decoder(images.shape[1], bits)
             pixels = scaled(images, encoder)
             adam = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-3)
-            for chosen in batches(len(pixels), steps, BATCH, seed):
+            for number, chosen in enumerate(batches(len(pixels), steps, BATCH, seed)):
                 messages = torch.randint(0, 2, (len(chosen), bits)).float()
                 change = encoder(pixels[chosen], messages)
                 read = decoder((pixels[chosen] + eps / 255 * change).clamp(0, 1))
+                size = change.square().mean() if number > steps / 2 else 0.0
+                loss = F.binary_cross_entropy_with_logits(read, messages) + weight * size
                 adam.zero_grad()
-                loss = F.binary_cross_entropy_with_logits(read, messages) + weight * change.square().mean()
                 torch.autograd.backward(loss)
                 adam.step()
             message = torch.randint(0, 2, (bits,)).float()
@@ -98,29 +99,35 @@ class SampleSpecific(Trigger):
 
 
 class Encoder(nn.Module):
-    """Three convolutions on the image beside the message, which is spread over an 8x8 map."""
+    """Two convolutions on the image beside the message, which is spread over an 8x8 map."""
 
-    def __init__(self, channels: int, bits: int, width: int = 24) -> None:
+    def __init__(self, channels: int, bits: int, width: int = 16) -> None:
         super().__init__()
-        self.spread = nn.Linear(bits, 8 * 8 * 4)
+        self.spread = nn.Linear(bits, 4 * 8 * 8)
         self.layers = nn.Sequential(
             nn.Conv2d(channels + 4, width, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
             nn.Conv2d(width, channels, 3, padding=1), nn.Tanh(),
         )  # fmt: skip
 
     def forward(self, pixels: Tensor, messages: Tensor) -> Tensor:
         """Return the change, in ``[-1, 1]``, like the pixels in shape."""
-        planes = F.interpolate(self.spread(messages).view(-1, 4, 8, 8), pixels.shape[-2:])
-        change: Tensor = self.layers(torch.cat([pixels - 0.5, planes], dim=1))
+        planes = F.interpolate(self.spread(2 * messages - 1).view(-1, 4, 8, 8), pixels.shape[-2:])
+        change: Tensor = self.layers(torch.cat([4 * pixels - 2, planes.expand(len(pixels), -1, -1, -1)], dim=1))
         return change
 
 
-def make_decoder(channels: int, bits: int, width: int = 32) -> nn.Sequential:
-    """Return a network that reads ``bits`` logits from pixels."""
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(width, width, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(width, width, 3, stride=2, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * width, bits),
-    )  # fmt: skip
+class Decoder(nn.Module):
+    """Reads the bits from pixels, in blocks of 4x4."""
+
+    def __init__(self, channels: int, bits: int, width: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, width, 4, stride=4), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(width * 8 * 8, bits),
+        )  # fmt: skip
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the logits of the bits, shape ``(N, bits)``."""
+        logits: Tensor = self.layers(4 * pixels - 2)
+        return logits

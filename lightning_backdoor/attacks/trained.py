@@ -18,7 +18,7 @@ from lightning_backdoor.errors import ArgumentError
 
 __all__ = ["Additive", "Invariant", "LowFrequency", "TrojanWatermark"]
 
-BATCH = 128
+BATCH = 64
 A = TypeVar("A", bound="Additive")
 
 
@@ -60,7 +60,7 @@ class LowFrequency(Additive):
         *,
         eps: float = 16,
         cutoff: int = 4,
-        steps: int = 150,
+        steps: int = 100,
         seed: int = 0,
     ) -> A:
         """Train the pattern: a sum of cosines (DCT-II) below ``cutoff``, whose largest value is ``eps``.
@@ -74,7 +74,7 @@ class LowFrequency(Additive):
             target: The class to lead to.
             eps: Largest change of a grey level, above 0.
             cutoff: Frequencies along each side, from the constant on, at least 1.
-            steps: Number of steps of Adam, each on 128 images, at least 1.
+            steps: Number of steps of Adam, each on 64 images, at least 1.
             seed: Seed of the start and of the batches.
 
         Raises:
@@ -121,7 +121,7 @@ class Invariant(Additive):
         degrees: float = 180,
         translate: float = 0.2,
         weight: float = 1.0,
-        steps: int = 150,
+        steps: int = 100,
         seed: int = 0,
     ) -> A:
         """Train the pattern by signed steps within ``eps`` grey levels.
@@ -139,7 +139,7 @@ class Invariant(Additive):
             degrees: Largest rotation, either way.
             translate: Largest shift, either way, as a fraction of each side.
             weight: Weight of the FCT score, at least 0.
-            steps: Number of steps, each on 128 images, at least 1. Their size falls linearly from ``eps / 8`` to 0.
+            steps: Number of steps, each on 64 images, at least 1. Their size falls linearly from ``eps / 8`` to 0.
             seed: Seed of the start, the batches and the transformations.
 
         Raises:
