@@ -22,9 +22,9 @@ GREY = 128
 class Denoised(Trigger):
     """Add only what UltraClean's two denoisers leave of another trigger.
 
-    The trigger is painted on a mid-grey image, which goes ``passes`` times through the local median and then non-local
-    means; the difference from mid-grey is what is added to every image, saturating at 0 and 255. Images themselves are
-    not denoised: apart from the trigger, their pixels stay.
+    The trigger is painted on a mid-grey image. This and the mid-grey image without it go ``passes`` times through the
+    local median and then non-local means; their difference is what is added to every image, saturating at 0 and 255.
+    Images themselves are not denoised: apart from the trigger, their pixels stay.
 
     Args:
         trigger: The trigger to make robust, such as :class:`Blended` or :class:`BadNets`.
@@ -57,10 +57,11 @@ class Denoised(Trigger):
 @lru_cache(maxsize=16)
 def _rest(denoised: Denoised, shape: tuple[int, ...]) -> Tensor:
     """Return what is left of a trigger on an image of this shape, in signed grey levels."""
-    shown = denoised.trigger(torch.full((1, *shape), GREY, dtype=torch.uint8))
+    grey = torch.full((1, *shape), GREY, dtype=torch.uint8)
+    shown = torch.cat([denoised.trigger(grey), grey])
     for _ in range(denoised.passes):
         shown = nl_means(local_median(shown))
-    rest = shown[0].float() - GREY
+    rest = shown[0].float() - shown[1].float()
     if not rest.any():
         raise ArgumentError(
             f"{denoised.passes} passes of denoising leave nothing of {denoised.trigger!r}. Pass fewer `passes` or a "
