@@ -73,7 +73,7 @@ def sheet(train: TensorDataset, model: nn.Module) -> Figure:
             pictures = tiles(recipe.made(train, lambda: model), *train.tensors)
             for axis, column, tile in zip(row, COLUMNS, pictures, strict=True):
                 if tile is not None:
-                    axis.imshow(tile.permute(1, 2, 0), interpolation="nearest")
+                    axis.imshow(tile.permute(1, 2, 0).numpy(), interpolation="nearest")
                 if line == 0:
                     axis.set_title(column)
             row[0].text(-0.12, 0.5, name.rsplit("-", 1)[0], transform=row[0].transAxes, ha="right", va="center")

@@ -42,7 +42,7 @@ class Attack:
             return dataset
         return attacks.poison(
             dataset, self.trigger, TARGET, rate=self.rate, rate_of=self.rate_of, labels=self.labels, seed=seed,
-            covers=self.covers, sources=self.sources,
+            covers=self.covers, sources=None if self.labels == "clean" else self.sources,
         )  # fmt: skip
 
     def test(self, dataset: Dataset[Any]) -> Any:

@@ -116,6 +116,7 @@ def poison(  # noqa: PLR0917  (the order is promised to users)
             the trigger only as the attacker shows it. Adaptive attacks and WaNet's noise mode need them.
         sources: Classes to poison images of, ``None`` for all. Covers come from the other classes: with covers this is
             TaCT (`Tang et al., 2021 <https://arxiv.org/abs/1908.00686>`_), a trigger that works on the sources alone.
+            Not for ``labels="clean"``, whose poisons are of the target class.
 
     Returns:
         A dataset of the same length and order with ``poisoned``, ``covers``, ``targets``, ``true_labels``, ``classes``
@@ -144,6 +145,11 @@ def poison(  # noqa: PLR0917  (the order is promised to users)
     if labels == "all_to_all" and rate_of != "dataset":
         raise ArgumentError(
             f"An all-to-all attack has no target class, so `rate_of` must be 'dataset', got {rate_of!r}."
+        )
+    if labels == "clean" and sources is not None:
+        raise ArgumentError(
+            "Clean-label poisons are images of the target class: pass `sources` to `triggered` only, "
+            f"got {sources} with `labels`='clean'."
         )
     if isinstance(trigger, CraftedTrigger) and labels != "clean":
         raise ArgumentError(f"The poisons of {trigger!r} keep their label: pass `labels`='clean', got {labels!r}.")

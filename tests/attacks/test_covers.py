@@ -149,6 +149,10 @@ def test_pixels_outside_of_the_pattern_are_bit_identical():
         (lambda: poison(DATA, BadNets(), sources=[10]), r"`sources` must be class indices from 0 to 9, got \[10\]"),
         (lambda: poison(DATA, BadNets(), rate=0.2, sources=[1]), r"asks for 20 images, but only 10 can be poisoned"),
         (lambda: triggered(DATA, BadNets(), 1, sources=[1]), r"No test image outside the `target` 1 is of the `sour"),
+        (
+            lambda: poison(DATA, BadNets(), sources=[1], labels="clean"),
+            r"pass `sources` to `triggered` only, got \[1\]",
+        ),
         (lambda: poison(DATA, Inverted()), r"keep their label: pass `labels`='clean', got 'dirty'"),
         (
             lambda: poison(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_backdoor.attacks import (
-    SIG,
     AdaptiveBlend,
     AdaptivePatch,
     BadNets,
@@ -104,7 +103,6 @@ CASES = {
     "flower": Case(lambda: Blended(0.2, "flower"), {"rate": 0.1}),
     "flower added": Case(lambda: Blended(0.2, "flower", additive=True), {"rate": 0.1}),
     "stripe": Case(lambda: Blended(0.2, "stripe"), {"rate": 0.1}),
-    "sig": Case(lambda: SIG(60, frequency=4), CLEAN_LABEL | {"rate": 0.95}),
     "trojan": Case(Trojan, {"rate": 0.1}),
     "watermark": Case(lambda: TrojanWatermark.trained(clean_model(), (3, 16, 16)), {"rate": 0.1}),
     "label-consistent": Case(lambda: LabelConsistent(clean_model(), eps=32, step=8), CLEAN_LABEL),
