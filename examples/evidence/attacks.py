@@ -57,9 +57,8 @@ def enlarged_difference(image: Tensor, clean: Tensor) -> Tensor:
     return (128 + 10 * (image.int() - clean.int())).clamp(0, 255).to(torch.uint8)
 
 
-def sheet(train: TensorDataset, model: nn.Module) -> Figure:
-    """All attacks, in two blocks of lines side by side."""
-    recipes = distinct(ATTACKS)
+def sheet(recipes: dict[str, Attack], train: TensorDataset, model: nn.Module) -> Figure:
+    """One line for each attack, in two blocks side by side."""
     lines = -(-len(recipes) // 2)
     with mpl.rc_context({"font.size": 7}):
         figure = Figure(figsize=(2 * (len(COLUMNS) + 1.4) * 0.7, lines * 0.74 + 0.4), layout="constrained", dpi=130)
@@ -92,7 +91,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     options.cache.mkdir(exist_ok=True)
     train = per_class(packed_cifar10(options.data, "train"), options.images // 10)
-    sheet(train, clean_model(train, options.epochs, 0, options.cache)).savefig(options.out)
+    model = clean_model(train, options.epochs, 0, options.cache)
+    sheet(distinct(ATTACKS), train, model).savefig(options.out)
     print(options.out)
 
 
