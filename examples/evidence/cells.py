@@ -3,41 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Subset
+from torch import nn
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback, Verdict, attacks, baselines, functional
 
 TARGET = 0
+SOURCE = 1  # of attacks that work on one class alone
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A poisoned training set: the trigger, how much of it, and on which labels."""
+    """A poisoned training set: the trigger, how much of it, and on which labels.
+
+    ``make`` stands for a trigger that has to be made first, from clean training images and a classifier of pixels in
+    ``[0, 1]`` trained on them; :meth:`made` makes it.
+    """
 
     trigger: attacks.Trigger | None = None
     rate: float = 0.0
     rate_of: str = "dataset"
     labels: str = "dirty"
+    covers: float = 0.0
+    sources: tuple[int, ...] | None = None
+    make: Callable[[TensorDataset, nn.Module], attacks.Trigger] | None = None
+
+    def made(self, train: TensorDataset, model: Callable[[], nn.Module]) -> Attack:
+        """The same attack with its trigger; ``model`` is asked for the classifier only if one is needed."""
+        return self if self.make is None else replace(self, trigger=self.make(train, model()), make=None)
 
     def train(self, dataset: Dataset[Any], seed: int) -> Any:
         """The training set under this attack."""
         if self.trigger is None:
             return dataset
         return attacks.poison(
-            dataset, self.trigger, TARGET, rate=self.rate, rate_of=self.rate_of, labels=self.labels, seed=seed
-        )
+            dataset, self.trigger, TARGET, rate=self.rate, rate_of=self.rate_of, labels=self.labels, seed=seed,
+            covers=self.covers, sources=None if self.labels == "clean" else self.sources,
+        )  # fmt: skip
 
     def test(self, dataset: Dataset[Any]) -> Any:
         """The triggered test set; for clean data that of BadNets, to know the success rate of chance."""
         labels = "all_to_all" if self.labels == "all_to_all" else "dirty"
-        return attacks.triggered(dataset, self.trigger or attacks.BadNets(), TARGET, labels=labels)
+        return attacks.triggered(
+            dataset, self.trigger or attacks.BadNets(), TARGET, labels=labels, sources=self.sources
+        )
 
 
-ATTACKS: dict[str, Attack] = {
+def _hidden(train: TensorDataset, model: nn.Module) -> attacks.Trigger:
+    images, labels = train.tensors
+    return attacks.HiddenTrigger(model, images[labels == SOURCE])
+
+
+STANDARD: dict[str, Attack] = {
     "clean": Attack(),
     "badnets-1%": Attack(attacks.BadNets(), 0.01),
     "badnets-5%": Attack(attacks.BadNets(), 0.05),
@@ -45,6 +66,43 @@ ATTACKS: dict[str, Attack] = {
     "sig-80%": Attack(attacks.SIG(), 0.8, "target_class", "clean"),
     "all-to-all-10%": Attack(attacks.BadNets(), 0.1, "dataset", "all_to_all"),
 }
+"""The attacks of the full grid, each with every defence."""
+
+FURTHER: dict[str, Attack] = {
+    "label-specific-5%": Attack(attacks.BadNets("square"), 0.05, "dataset", "all_to_all"),
+    "flower-10%": Attack(attacks.Blended(0.2, "flower"), 0.1),
+    "flower-added-10%": Attack(attacks.Blended(0.2, "flower", additive=True), 0.1),
+    "stripe-10%": Attack(attacks.Blended(0.2, "stripe"), 0.1),
+    "trojan-10%": Attack(attacks.Trojan(), 0.1),
+    "watermark-10%": Attack(rate=0.1, make=lambda _, model: attacks.TrojanWatermark.trained(model)),
+    "label-consistent-40%": Attack(
+        rate=0.4, rate_of="target_class", labels="clean", make=lambda _, model: attacks.LabelConsistent(model)
+    ),
+    "hidden-trigger-40%": Attack(rate=0.4, rate_of="target_class", labels="clean", sources=(SOURCE,), make=_hidden),
+    "wanet-10%": Attack(attacks.WaNet(), 0.1, covers=0.2),
+    "low-frequency-5%": Attack(
+        rate=0.05, make=lambda train, model: attacks.LowFrequency.trained(model, train.tensors[0], TARGET)
+    ),
+    "sample-specific-10%": Attack(rate=0.1, make=lambda train, _: attacks.SampleSpecific.trained(train.tensors[0])),
+    "colour-curve-5%": Attack(attacks.ColourCurve(), 0.05),
+}
+"""More published attacks."""
+
+ADAPTIVE: dict[str, Attack] = {
+    "adap-blend-0.3%": Attack(attacks.AdaptiveBlend(pattern="flower"), 0.003, covers=0.003),
+    "adap-blend-2%": Attack(attacks.AdaptiveBlend(pattern="flower"), 0.02, covers=0.02),
+    "adap-patch-0.3%": Attack(attacks.AdaptivePatch(), 0.003, covers=0.006),
+    "adap-patch-2%": Attack(attacks.AdaptivePatch(), 0.02, covers=0.04),
+    "tact-0.3%": Attack(attacks.BadNets("square"), 0.003, covers=0.003, sources=(SOURCE,)),
+    "tact-2%": Attack(attacks.BadNets("square"), 0.02, covers=0.02, sources=(SOURCE,)),
+    "denoised-5%": Attack(attacks.Denoised(attacks.Blended(0.2, "flower")), 0.05),
+    "invariant-5%": Attack(
+        rate=0.05, make=lambda train, model: attacks.Invariant.trained(model, train.tensors[0], TARGET)
+    ),
+}
+"""Attacks that know a defence and work around it."""
+
+ATTACKS: dict[str, Attack] = STANDARD | FURTHER | ADAPTIVE
 
 CALLBACKS: dict[str, Callable[[], Any]] = {
     "ultraclean": UltraCleanCallback,
@@ -88,18 +146,18 @@ def clean_share(labels: torch.Tensor, poisoned: torch.Tensor, seed: int, share: 
 
 def grid() -> list[tuple[str, str]]:
     """All cells in the order in which they run: what later cells need comes first."""
-    one_target = [name for name in ATTACKS if name != "all-to-all-10%"]
+    one_target = [name for name in STANDARD if name != "all-to-all-10%"]
     poisoned = [name for name in one_target if name != "clean"]
     return [
-        *((attack, "undefended") for attack in ATTACKS),
+        *((attack, "undefended") for attack in STANDARD),
         *((attack, "ultraclean") for attack in one_target),
-        *((attack, "NONE") for attack in ATTACKS),
+        *((attack, "NONE") for attack in STANDARD),
         *((attack, "perfect") for attack in poisoned),
         *((attack, "random") for attack in poisoned),
         *((attack, "random-reset") for attack in poisoned),
-        *((attack, "NONE-paper") for attack in ATTACKS),
+        *((attack, "NONE-paper") for attack in STANDARD),
         *((attack, "ultraclean-paper") for attack in one_target),
-        *((attack, "D-BR") for attack in ATTACKS),
-        *((attack, "D-BR-paper") for attack in ATTACKS),
-        *((attack, baseline) for baseline in BASELINES for attack in ATTACKS),
+        *((attack, "D-BR") for attack in STANDARD),
+        *((attack, "D-BR-paper") for attack in STANDARD),
+        *((attack, baseline) for baseline in BASELINES for attack in STANDARD),
     ]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from examples.evidence import data, model
 from examples.evidence.cells import AT_THE_END, ATTACKS, CALLBACKS, clean_share, filtered
 from examples.evidence.random_reset import RandomReset
-from lightning_backdoor import NONECallback, __version__, attacks, baselines, metrics
+from lightning_backdoor import NONECallback, __version__, attacks, baselines, functional, metrics
 
 BATCH = 128
 
@@ -44,7 +44,7 @@ def run_cell(
         reference: For the two random baselines, the row of the defence whose size they have.
         cache: Folder for the checkpoints of undefended trainings before their last epoch.
     """
-    recipe = ATTACKS[attack]
+    recipe = ATTACKS[attack].made(train, lambda: clean_model(train, epochs, seed, cache))
     dataset = recipe.train(train, seed)
     truth = attacks.poisoned_mask(dataset)
     poisoned = torch.zeros(len(train), dtype=torch.bool) if truth is None else truth
@@ -57,7 +57,7 @@ def run_cell(
         callback = baselines.FineTuneTrusted(verdict=clean_share(labels, poisoned, seed), epochs=5)
     if defence in ("perfect", "random"):
         dataset = filtered(dataset, defence, poisoned, reference.get("removed", 0), seed)
-    shared = cache / f"{attack}-{len(train)}-{epochs}-{seed}.ckpt"
+    shared = checkpoint(cache, attack, len(train), epochs, seed)
     late = defence in AT_THE_END and shared.exists()
     callbacks = [] if callback is None else [callback]
     if defence == "undefended":
@@ -106,6 +106,21 @@ class _BeforeTheLastEpoch(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch == self.epochs - 2:
             trainer.save_checkpoint(self.path)
+
+
+def checkpoint(cache: Path, attack: str, images: int, epochs: int, seed: int) -> Path:
+    """Where the undefended training under ``attack`` is kept as it was before its last epoch."""
+    return cache / f"{attack}-{images}-{epochs}-{seed}.ckpt"
+
+
+def clean_model(train: TensorDataset, epochs: int, seed: int, cache: Path) -> functional.PixelModel:
+    """The classifier that an attacker has: trained on clean data, from the cache or else now; pixels in ``[0, 1]``."""
+    path = checkpoint(cache, "clean", len(train), epochs, seed)
+    if not path.exists():
+        train_network(train, [_BeforeTheLastEpoch(path, epochs)], epochs, seed, None)
+    network = model.Classifier(steps=1)
+    network.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    return functional.PixelModel(network.eval(), std=1 / 255)
 
 
 def train_network(

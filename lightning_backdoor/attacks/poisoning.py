@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from lightning_backdoor.attacks.raw import RawSource, from_pixels, label_like, to_pixels
+from lightning_backdoor.attacks.triggers import CraftedTrigger
 from lightning_backdoor.errors import ArgumentError
 
 __all__ = ["PoisonedDataset", "poison", "poisoned_mask", "triggered"]
 
 RateOf = Literal["dataset", "non_target", "target_class"]
 Labels = Literal["dirty", "clean", "all_to_all"]
+_MASKS = ("poisoned", "covers")
 
 
 class PoisonedDataset(Dataset[Any]):
@@ -26,7 +29,9 @@ class PoisonedDataset(Dataset[Any]):
     pixels and back), so nothing but the trigger tells them apart. Items keep their container, image kind and dtype.
 
     Attributes:
-        poisoned: Which items carry the trigger, bool, shape ``(N,)``. Ground truth: for attacks and metrics only.
+        poisoned: Which items teach the backdoor: trigger and attack label, bool, shape ``(N,)``. Ground truth: for
+            attacks and metrics only.
+        covers: Which items are cover samples: trigger and their own label, bool, shape ``(N,)``; none is ``poisoned``.
         targets: Labels as a victim receives them, ``N`` ints, in the container of the user's dataset (tensor if none).
         true_labels: Labels before the attack, long, shape ``(N,)``.
         classes: Names of the classes, ``None`` if the user's dataset does not say.
@@ -41,17 +46,23 @@ class PoisonedDataset(Dataset[Any]):
         positions: Tensor,
         poisoned: Tensor,
         labels: Tensor,
+        *,
+        covers: Tensor | None = None,
+        crafted: Tensor | None = None,
     ) -> None:
         self.trigger = trigger
         self.transform: Callable[[Any], Any] | None = source.transform
         self.classes = source.classes
         self.poisoned = poisoned
+        self.covers = torch.zeros_like(poisoned) if covers is None else covers
         self.targets = source.targets(labels)
         self.true_labels = source.labels[positions]
         self._labels: list[int] = labels.tolist()
         self._source = source
         self._positions: list[int] = positions.tolist()
-        self._painted = poisoned.tolist()
+        self._painted: dict[int, Callable[[Tensor], Tensor]] = dict.fromkeys(_places(poisoned), trigger)
+        self._painted |= dict.fromkeys(_places(self.covers), _form(trigger, "on_covers"))
+        self._crafted = {} if crafted is None else dict(zip(_places(poisoned), crafted, strict=True))
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -60,15 +71,18 @@ class PoisonedDataset(Dataset[Any]):
         index = range(len(self))[index]
         item, image, label = self._source(self._positions[index])
         pixels = to_pixels(image)
-        if self._painted[index]:
-            pixels = self.trigger(pixels)
+        if index in self._crafted:
+            pixels = self._crafted[index]
+        elif index in self._painted:
+            pixels = self._painted[index](pixels)
         image = from_pixels(pixels, like=image)
         if self.transform is not None:
             image = self.transform(image)
         return self._source.rebuilt(item, image, label_like(self._labels[index], like=label))
 
     def __repr__(self) -> str:
-        return f"<PoisonedDataset: {int(self.poisoned.sum())} of {len(self)} images with {self.trigger!r}>"
+        covers = f" and {int(self.covers.sum())} covers" if self.covers.any() else ""
+        return f"<PoisonedDataset: {int(self.poisoned.sum())}{covers} of {len(self)} images with {self.trigger!r}>"
 
 
 def poison(  # noqa: PLR0917  (the order is promised to users)
@@ -79,6 +93,8 @@ def poison(  # noqa: PLR0917  (the order is promised to users)
     rate_of: RateOf = "dataset",
     labels: Labels = "dirty",
     seed: int = 0,
+    covers: float = 0.0,
+    sources: Sequence[int] | None = None,
 ) -> PoisonedDataset:
     """Return ``dataset`` as an attacker would hand it over.
 
@@ -95,13 +111,20 @@ def poison(  # noqa: PLR0917  (the order is promised to users)
         labels: ``"dirty"``: images outside the target class are labelled ``target``; ``"clean"``: images of the target
             class keep their label; ``"all_to_all"``: any image, label ``(y + 1) mod K``.
         seed: Seed of the choice. With the same seed, a higher rate poisons a superset.
+        covers: Fraction, of the same images as ``rate``, of cover samples: images outside the target class that get the
+            trigger (in its form for covers, see :class:`WaNet`) and keep their label, so that a model learns to obey
+            the trigger only as the attacker shows it. Adaptive attacks and WaNet's noise mode need them.
+        sources: Classes to poison images of, ``None`` for all. Covers come from the other classes: with covers this is
+            TaCT (`Tang et al., 2021 <https://arxiv.org/abs/1908.00686>`_), a trigger that works on the sources alone.
+            Not for ``labels="clean"``, whose poisons are of the target class.
 
     Returns:
-        A dataset of the same length and order with ``poisoned``, ``targets``, ``true_labels``, ``classes`` and
-        ``transform``. Poisoning a poisoned dataset adds to it: images poisoned before are not chosen again.
+        A dataset of the same length and order with ``poisoned``, ``covers``, ``targets``, ``true_labels``, ``classes``
+        and ``transform``. Poisoning a poisoned dataset adds to it: poisons and covers are not chosen again.
 
     Raises:
-        ArgumentError: If an argument is out of range, or the rate asks for no image or for more than there are.
+        ArgumentError: If an argument is out of range, or a rate asks for no image or for more than there are, or the
+            trigger is crafted (:class:`CraftedTrigger`) and ``labels`` are not ``"clean"``.
         DataError: If the dataset is empty, iterable, or its items cannot be understood.
 
     Example:
@@ -114,31 +137,52 @@ def poison(  # noqa: PLR0917  (the order is promised to users)
     """
     _check_choice("labels", labels, get_args(Labels))
     _check_choice("rate_of", rate_of, get_args(RateOf))
-    if not 0 <= rate <= 1:
-        raise ArgumentError(f"`rate` must be a fraction between 0 and 1, got {rate}. For five per cent, pass 0.05.")
+    for name, share in {"rate": rate, "covers": covers}.items():
+        if not 0 <= share <= 1:
+            raise ArgumentError(
+                f"`{name}` must be a fraction between 0 and 1, got {share}. For five per cent, pass 0.05."
+            )
     if labels == "all_to_all" and rate_of != "dataset":
         raise ArgumentError(
             f"An all-to-all attack has no target class, so `rate_of` must be 'dataset', got {rate_of!r}."
         )
+    if labels == "clean" and sources is not None:
+        raise ArgumentError(
+            "Clean-label poisons are images of the target class: pass `sources` to `triggered` only, "
+            f"got {sources} with `labels`='clean'."
+        )
+    if isinstance(trigger, CraftedTrigger) and labels != "clean":
+        raise ArgumentError(f"The poisons of {trigger!r} keep their label: pass `labels`='clean', got {labels!r}.")
     source = RawSource(dataset)
     classes = _count_classes(source)
     _check_target(target, classes)
-    before = poisoned_mask(dataset)
-    before = torch.zeros(len(source.labels), dtype=torch.bool) if before is None else before
-    in_target = source.labels == target
-    base = {"dataset": torch.ones_like(in_target), "non_target": ~in_target, "target_class": in_target}[rate_of]
-    eligible = {"dirty": ~in_target, "clean": in_target, "all_to_all": torch.ones_like(in_target)}[labels] & ~before
-    chosen = _choose(eligible, _count(rate, int(base.sum()), int(eligible.sum()), rate_of, labels), seed)
+    nothing = torch.zeros(len(source.labels), dtype=torch.bool)
+    poisons, screens = (nothing if mask is None else mask for mask in map(partial(_carried, dataset), _MASKS))
+    in_target, in_sources = source.labels == target, _in_sources(source.labels, sources, classes)
+    base = {"dataset": ~nothing, "non_target": ~in_target, "target_class": in_target}[rate_of]
+    usable = {"dirty": ~in_target, "clean": in_target, "all_to_all": ~nothing}[labels] & in_sources
+    chosen = _choose(
+        "rate", rate, base, usable & ~(poisons | screens), seed=seed, how=f"poisoned with `labels`={labels!r}"
+    )
+    honest = (~nothing if labels == "all_to_all" else ~in_target) & (~in_sources if sources is not None else ~nothing)
+    screen = _choose("covers", covers, base, honest & ~(poisons | screens | chosen), seed=seed, how="covers")
     attacked = torch.where(chosen, _attack_labels(source.labels, target, labels, classes), source.labels)
-    result = PoisonedDataset(source, trigger, torch.arange(len(chosen)), chosen, attacked)
-    result.poisoned = chosen | before
+    crafted = _crafted(source, trigger, chosen, target) if isinstance(trigger, CraftedTrigger) else None
+    result = PoisonedDataset(
+        source, trigger, torch.arange(len(chosen)), chosen, attacked, covers=screen, crafted=crafted
+    )
+    result.poisoned, result.covers = chosen | poisons, screen | screens
     truth = _carried(dataset, "true_labels")
     result.true_labels = source.labels if truth is None else truth
     return result
 
 
 def triggered(
-    dataset: Dataset[Any], trigger: Callable[[Tensor], Tensor], target: int = 0, labels: Labels = "dirty"
+    dataset: Dataset[Any],
+    trigger: Callable[[Tensor], Tensor],
+    target: int = 0,
+    labels: Labels = "dirty",
+    sources: Sequence[int] | None = None,
 ) -> PoisonedDataset:
     """Return the test set of the attack success rate: every image with the trigger, labelled as the attacker wants.
 
@@ -147,6 +191,7 @@ def triggered(
         trigger: The trigger of training; its test-time form is used (``trigger.at_test()``, see :class:`SIG`).
         target: The attacked class. Its images are left out: they would count as a success without any trigger.
         labels: As for :func:`poison`. ``"all_to_all"`` uses all images with the label ``(y + 1) mod K``.
+        sources: Classes whose images are used, ``None`` for all. For an attack with ``sources``, pass the same ones.
 
     Returns:
         A dataset of (image, attack label) with the ground truth in ``true_labels``, for the recovered accuracy.
@@ -160,14 +205,17 @@ def triggered(
     classes = _count_classes(source)
     _check_target(target, classes)
     used = torch.ones(len(source.labels), dtype=torch.bool) if labels == "all_to_all" else source.labels != target
-    positions = used.nonzero().squeeze(1)
-    if not len(positions):
+    if not used.any():
         raise ArgumentError(
             f"All {len(used)} test images belong to the `target` {target}: pass test data of other classes."
         )
+    used &= _in_sources(source.labels, sources, classes)
+    positions = used.nonzero().squeeze(1)
+    if not len(positions):
+        raise ArgumentError(f"No test image outside the `target` {target} is of the `sources` {sources}.")
     aim: Labels = "all_to_all" if labels == "all_to_all" else "dirty"
     attacked = _attack_labels(source.labels, target, aim, classes)[positions]
-    shown = trigger.at_test() if hasattr(trigger, "at_test") else trigger
+    shown = _form(trigger, "at_test")
     return PoisonedDataset(source, shown, positions, torch.ones(len(positions), dtype=torch.bool), attacked)
 
 
@@ -190,22 +238,44 @@ def _attack_labels(labels: Tensor, target: int, kind: Labels, classes: int) -> T
     return (labels + 1) % classes if kind == "all_to_all" else torch.full_like(labels, target)
 
 
-def _count(rate: float, base: int, eligible: int, rate_of: str, labels: str) -> int:
-    count = math.floor(rate * base + 0.5)
-    if count > eligible:
+def _form(trigger: Callable[[Tensor], Tensor], form: str) -> Callable[[Tensor], Tensor]:
+    """Return a trigger as shown at test time or on covers; plain functions have one form."""
+    return getattr(trigger, form)() if hasattr(trigger, form) else trigger
+
+
+def _places(mask: Tensor) -> list[int]:
+    return mask.nonzero().squeeze(1).tolist()
+
+
+def _crafted(source: RawSource, trigger: CraftedTrigger, chosen: Tensor, target: int) -> Tensor | None:
+    """Return the crafted poisons, in the order of their positions."""
+    images = [to_pixels(source(position)[1]) for position in _places(chosen)]
+    if len({image.shape for image in images}) > 1:
         raise ArgumentError(
-            f"`rate` {rate} of {base} images (`rate_of`={rate_of!r}) asks for {count} poisoned images, but only "
-            f"{eligible} can be poisoned with `labels`={labels!r}. Pass a lower `rate` or another `rate_of`."
+            f"The poisons of {trigger!r} are crafted together, so the images must have one size. Resize them first."
+        )
+    return trigger.craft(torch.stack(images), target) if images else None
+
+
+def _in_sources(labels: Tensor, sources: Sequence[int] | None, classes: int) -> Tensor:
+    if sources is None:
+        return torch.ones_like(labels, dtype=torch.bool)
+    if not sources or not all(0 <= source < classes for source in sources):
+        raise ArgumentError(f"`sources` must be class indices from 0 to {classes - 1}, got {sources}.")
+    return torch.isin(labels, torch.tensor(sources))
+
+
+def _choose(name: str, rate: float, base: Tensor, eligible: Tensor, *, seed: int, how: str) -> Tensor:
+    """Return a random mask of ``rate`` times the images in ``base``, among the eligible."""
+    size, candidates = int(base.sum()), eligible.nonzero().squeeze(1)
+    count = math.floor(rate * size + 0.5)
+    if count > len(candidates):
+        raise ArgumentError(
+            f"`{name}` {rate} of {size} images asks for {count} images, but only {len(candidates)} can be {how}. "
+            f"Pass a lower `{name}` or another `rate_of`."
         )
     if rate > 0 and count == 0:
-        raise ArgumentError(
-            f"`rate` {rate} of {base} images (`rate_of`={rate_of!r}) rounds to no image. Pass a higher `rate`, or 0."
-        )
-    return count
-
-
-def _choose(eligible: Tensor, count: int, seed: int) -> Tensor:
-    candidates = eligible.nonzero().squeeze(1)
+        raise ArgumentError(f"`{name}` {rate} of {size} images rounds to no image. Pass a higher `{name}`, or 0.")
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
     chosen = torch.zeros_like(eligible)
     chosen[candidates[order[:count]]] = True

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_backdoor.attacks import SIG, BadNets, Blended, Trojan, poisoning, triggers
+from lightning_backdoor.attacks import SIG, BadNets, Blended, Trojan, blends, patches, poisoning, warps
 from lightning_backdoor.errors import ArgumentError
 
 ALL = [
@@ -31,7 +31,7 @@ def pictures(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("module", [triggers, poisoning])
+@pytest.mark.parametrize("module", [blends, patches, poisoning, warps])
 def test_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -167,7 +167,10 @@ def test_trojan_square_keeps_its_proportion():
         (lambda: BadNets(margin=-1), r"`margin` must be at least 0"),
         (lambda: BadNets(size=9)(torch.zeros(1, 8, 8, dtype=torch.uint8)), r"`size` 9 .* 8x8 .*smaller `size`"),
         (lambda: Blended(0), r"`alpha` must be in \(0, 1\], got 0"),
-        (lambda: Blended(pattern="kitty"), r"`pattern` must be 'noise' or 'stripe' or a uint8 image, got 'kitty'"),
+        (
+            lambda: Blended(pattern="kitty"),
+            r"`pattern` must be 'noise' or 'stripe' or 'flower' or a uint8 image, got 'kitty'",
+        ),
         (lambda: Blended(pattern=torch.rand(3, 4, 4)), r"`pattern` must be a uint8 image .*float32.*convert"),
         (
             lambda: Blended(pattern=torch.zeros(3, 4, 4, dtype=torch.uint8))(torch.zeros(1, 4, 4, dtype=torch.uint8)),
