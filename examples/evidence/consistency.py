@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 
 from examples.evidence import model
-from examples.evidence.cells import ATTACKS
+from examples.evidence.cells import ATTACKS, STANDARD
 from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.run import BATCH
 from lightning_backdoor import attacks, functional
@@ -70,7 +70,7 @@ def scores(dataset: Any, network: str, start: str, *, steps: int, repulsion: int
 
 def cells(steps: int) -> list[tuple[str, str, str, int]]:
     """Attack, network, start and steps of centre repulsion."""
-    attacked = [name for name in ATTACKS if name != "clean"]
+    attacked = [name for name in STANDARD if name != "clean"]
     main = [
         (attack, model.NAME, start, steps * r) for attack in attacked for start in ("fresh", "copy") for r in (0, 1)
     ]
