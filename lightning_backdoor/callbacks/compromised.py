@@ -29,7 +29,9 @@ Chosen = tuple[int, int, int, float]
 """Place of the layer, unit, class that drives it furthest, and score."""
 
 
-def judge_samples(measured: Measured, earlier: Verdict | None, *, rule: str, max_removed: float) -> Decision:
+def judge_samples(
+    measured: Measured, earlier: Verdict | None, *, rule: str, max_removed: float, shared: bool = True
+) -> Decision:
     """Judge all samples; what an earlier verdict removed stays removed.
 
     Args:
@@ -37,13 +39,14 @@ def judge_samples(measured: Measured, earlier: Verdict | None, *, rule: str, max
         earlier: The verdict of an earlier round.
         rule: ``"auto"`` looks for second populations, ``"paper"`` cuts the raw bias at its natural break.
         max_removed: Largest share of the samples that may be removed in all, in ``(0, 1)``.
+        shared: Look for a second population of all labels, too, as under an all-to-all attack.
     """
     keep = torch.ones(len(measured.labels), dtype=torch.bool) if earlier is None else earlier.keep
     if rule == "paper":
         decision = decide_by_break(measured.raw_bias[keep], max_removed=max_removed)
     else:
         decision = decide(
-            measured.responses[keep], measured.bias[keep], measured.labels[keep], shared=True, max_removed=max_removed
+            measured.responses[keep], measured.bias[keep], measured.labels[keep], shared=shared, max_removed=max_removed
         )
     if earlier is None or bool(keep.all()):
         return decision

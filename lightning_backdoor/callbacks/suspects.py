@@ -112,7 +112,8 @@ def judge(
     """
     if isinstance(suspect, str):
         assert found.units is not None
-        decision = judge_samples(replace(found.units, bias=found.fct), earlier, rule="auto", max_removed=max_removed)
+        measured = replace(found.units, bias=found.fct)  # a mode of all labels may be a style: nothing could confirm it
+        decision = judge_samples(measured, earlier, rule="auto", max_removed=max_removed, shared=False)
     else:
         decision = _share(found, earlier, suspect, max_removed)
     suspects = ~decision.keep

@@ -37,7 +37,7 @@ class FineTuning:
     def __init__(self) -> None:
         self.left = 0
         self.share = 1.0
-        self._steady = False
+        self._steady = self._pauses = False
         self._epochs = 0
         self._until = 0  # epochs that the fit has had at the end of the phase
         self._lr: float | None = None
@@ -47,7 +47,14 @@ class FineTuning:
         self._held: Any = None
 
     def begin(
-        self, trainer: Any, epochs: int, lr: float | None, *, steady: bool = False, done: int | None = None
+        self,
+        trainer: Any,
+        epochs: int,
+        lr: float | None,
+        *,
+        steady: bool = False,
+        pause: bool = False,
+        done: int | None = None,
     ) -> None:
         """Start the phase with the next epoch; call in ``on_train_epoch_end``, or with ``done`` elsewhere.
 
@@ -56,11 +63,12 @@ class FineTuning:
             epochs: Length of the phase, at least 1.
             lr: Learning rate of its first step; ``None``: 5 % of the largest that each parameter group has had.
             steady: Keep this rate to the end, and leave batch norms alone.
+            pause: Let schedulers wait within the plan, too: the phase may have more steps than they were made for.
             done: Epochs that the fit has had; ``None``: with the one that ends.
         """
         self.left = self._epochs = epochs
         self._until = (trainer.current_epoch + 1 if done is None else done) + epochs
-        self._lr, self._steady = lr, steady
+        self._lr, self._steady, self._pauses = lr, steady, pause
         self._factor = self.share = 1.0
         self._hold(trainer)
 
@@ -130,19 +138,27 @@ class FineTuning:
             self._given_back.callback(optimizer.register_step_pre_hook(rates.lend).remove)
             self._given_back.callback(optimizer.register_step_post_hook(rates.give_back).remove)
         self._took_over = True
-        for config in trainer.lr_scheduler_configs if beyond_plan(trainer) else ():
+        for config in trainer.lr_scheduler_configs if self._pauses or beyond_plan(trainer) else ():
             if config.frequency != _NEVER:
                 self._given_back.callback(setattr, config, "frequency", config.frequency)
                 config.frequency = _NEVER
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only."""
-        return {"left": self.left, "epochs": self._epochs, "until": self._until, "lr": self._lr, "steady": self._steady}
+        return {
+            "left": self.left,
+            "epochs": self._epochs,
+            "until": self._until,
+            "lr": self._lr,
+            "steady": self._steady,
+            "pauses": self._pauses,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
         self.left, self._epochs = state_dict["left"], state_dict["epochs"]
-        self._until, self._lr, self._steady = state_dict["until"], state_dict["lr"], state_dict["steady"]
+        self._until, self._lr = state_dict["until"], state_dict["lr"]
+        self._steady, self._pauses = state_dict["steady"], state_dict["pauses"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""

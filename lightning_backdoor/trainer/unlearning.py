@@ -94,7 +94,7 @@ class Unlearning:
         self._measure(trainer, pl_module)
         self._before = weights(trainer, pl_module)
         disown_the_past(trainer, pl_module, self._method)
-        self._tuning.begin(trainer, self._epochs, self._lr, steady=self._reference, done=done)
+        self._tuning.begin(trainer, self._epochs, self._lr, steady=self._reference, pause=True, done=done)
         self.resume(trainer)
 
     def hold(self, trainer: Any, *, expected: bool) -> None:

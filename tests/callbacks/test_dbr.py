@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_backdoor import DBRCallback, NONECallback, Verdict, attacks
+from lightning_backdoor.callbacks.compromised import judge_samples
+from lightning_backdoor.callbacks.suspects import judge
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError, TrainerError
+from lightning_backdoor.trainer.distinguish import Distinguished
+from lightning_backdoor.trainer.unit_scan import Measured
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     Net,
@@ -180,6 +184,31 @@ def test_an_epoch_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch) -> N
     assert same_state(undefended, module)
     assert callback.history[0].undone == (True, True, True)
     assert callback._run._rate == 0.125
+
+
+def test_a_schedule_made_for_the_plan_waits_while_an_epoch_of_repair_has_more_steps() -> None:
+    class OneCycle(Net):
+        def configure_optimizers(self) -> Any:
+            sgd = torch.optim.SGD(self.parameters(), lr=0.05)
+            cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, 0.05, total_steps=16)
+            return {"optimizer": sgd, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+    callback = acting(warmup_epochs=0, reference=False, epochs=2, trusted=0.9)
+    module = OneCycle()
+    make_trainer([callback], 4).fit(module, loader_of(Pictures()))
+    assert len(module.drawn) > 16, "more steps than the schedule has"
+    assert module.lr_schedulers().last_epoch == 0
+
+
+def test_a_second_population_of_all_labels_is_not_unlearned() -> None:
+    units = torch.zeros(400, 3)
+    labels = torch.arange(400) % 4
+    units[torch.arange(400) // 4 % 5 == 0, 0] = 9.0  # a style: the same in every label
+    units += 0.5 * torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    measured = Measured(labels, labels, units, units.norm(dim=1), units.norm(dim=1), torch.zeros(3, 4), ())
+    found = Distinguished(labels, units.norm(dim=1), measured)
+    assert judge_samples(measured, None, rule="auto", max_removed=0.3).shared
+    assert not judge(found, None, suspect="auto", trusted=0.2, max_removed=0.3).verdict.suspect.any()
 
 
 def test_a_verdict_with_masks_is_taken_as_it_is() -> None:
