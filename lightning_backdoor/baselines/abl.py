@@ -15,6 +15,7 @@ from lightning_backdoor.callbacks.defense import require_fraction, require_posit
 from lightning_backdoor.callbacks.repairs import Repair
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.decisions import select_fraction
+from lightning_backdoor.trainer.ascent import loss_scale
 from lightning_backdoor.trainer.compat import rank_zero_info
 from lightning_backdoor.trainer.limits import about_to_end
 from lightning_backdoor.verdict import Verdict
@@ -93,9 +94,7 @@ class ABL(RepairBaseline):
         if self._last_look is not None:
             super().on_before_backward(trainer, pl_module, loss)
             return
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
-        if float(loss.detach()) * trainer.accumulate_grad_batches / scale < self.gamma:
+        if float(loss.detach()) / loss_scale(trainer) < self.gamma:
             loss.mul_(-1.0)  # recorded: gradients turn, too
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

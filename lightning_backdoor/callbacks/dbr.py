@@ -54,7 +54,8 @@ class DBRCallback(Detecting, RepairCallback):
         detector: ``"copy"`` starts from the model, ``"fresh"`` from the weights before training (kept in checkpoints).
         detector_steps: Steps in which the detector learns the labels, and as many of centre repulsion.
         draws: Transformations per image.
-        transform: Replaces turning and shifting: takes and returns pixels, uint8 ``(B, C, H, W)``.
+        transform: Replaces turning and shifting: takes and returns the pixels of one image, uint8 ``(1, C, H, W)``. It
+            is called for every image under a seed of its own.
         reference: The authors' loop without these bounds: every epoch, suspects first, with a constant rate.
         max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``.
         report_dir: Folder for the report (with ``name``, a sub-folder of it). ``None``: beside the logger's files;
@@ -125,7 +126,11 @@ class DBRCallback(Detecting, RepairCallback):
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> DBRCallback:
-        """Use the authors' shares, detector, rate and unbounded loop; this always unlearns images."""
+        """Use the authors' shares, rate and unbounded loop, with a detector from fresh weights.
+
+        This always unlearns images. What is left of the differences: trusted images are chosen class by class, and the
+        detector is trained by ``detector_steps`` of AdamW, the model repaired by the user's optimizer.
+        """
         paper = {"suspect": 0.05, "trusted": 0.2, "detector": "fresh", "draws": 1, "lr": 1e-4, "epochs": 20}
         return cls(**{**paper, "reference": True, **overrides})
 
@@ -134,6 +139,11 @@ class DBRCallback(Detecting, RepairCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.detector == "fresh" and self.given is None:
             self._initial = {k: v.detach().to("cpu", copy=True) for k, v in pl_module.state_dict().items()}
+
+    @property
+    def _acted(self) -> bool:
+        """Whether a look found something; none follows then."""
+        return any(past.suspects for past in self.history)
 
     def _at_once(self) -> bool:
         return self.warmup_epochs == 0
@@ -147,10 +157,9 @@ class DBRCallback(Detecting, RepairCallback):
         """Look when it is time; judge an epoch of repair when it is over."""
         if self._repaired(trainer, pl_module):
             return
-        acted = any(past.suspects for past in self.history)
-        ends, warmup = not acted and about_to_end(trainer), self.warmup_epochs or sys.maxsize
+        ends, warmup = not self._acted and about_to_end(trainer), self.warmup_epochs or sys.maxsize
         done = trainer.current_epoch + 1
-        if acted or not is_due(done, last_scan=self._last_look, warmup=warmup, every=None, ends=ends):
+        if self._acted or not is_due(done, last_scan=self._last_look, warmup=warmup, every=None, ends=ends):
             return
         if trainer.fast_dev_run:
             rank_zero_info("D-BR: fast_dev_run trains too little for a verdict; no look.")
@@ -159,7 +168,7 @@ class DBRCallback(Detecting, RepairCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a repair lasts, with the weights to go back to."""
-        return {**super().state_dict(), "initial": None if self.history else self._initial}
+        return {**super().state_dict(), "initial": None if self._acted else self._initial}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue an interrupted run."""

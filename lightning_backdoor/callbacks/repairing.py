@@ -110,15 +110,15 @@ class RepairCallback(Defense):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Know what the batch holds, and set the rate of its step."""
-        self._run.at_batch_start(trainer, pl_module, batch, batch_idx)
+        self._run.at_batch_start(trainer, pl_module, batch_idx)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Turn the loss of suspects around."""
-        self._run.at_backward(loss)
+        self._run.at_backward(trainer, loss)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Limit the ascent."""
-        self._run.at_step(optimizer)
+        self._run.at_step(trainer, optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a repair lasts, with the weights to go back to."""

@@ -17,7 +17,7 @@ from lightning_backdoor.functional.neighbours import neighbour_agreement, recons
 from lightning_backdoor.functional.shared import find_shared_modes
 from lightning_backdoor.functional.splits import split_units
 from lightning_backdoor.functional.susceptibility import susceptibility_scores
-from lightning_backdoor.functional.unlearning import forgetting_factors
+from lightning_backdoor.functional.unlearning import forgetting_loss
 
 __all__ = [
     "Decision",
@@ -32,7 +32,7 @@ __all__ = [
     "fct_scores",
     "find_modes",
     "find_shared_modes",
-    "forgetting_factors",
+    "forgetting_loss",
     "invert_trigger",
     "limit_removed",
     "local_median",

@@ -1,30 +1,28 @@
-"""Bounded unlearning: how the gradient of a cross-entropy turns into one that forgets."""
+"""Bounded unlearning: a loss that forgets the label of an image and ends when it is forgotten."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_backdoor.errors import ArgumentError
 
-__all__ = ["forgetting_factors"]
+__all__ = ["forgetting_loss"]
 
 
-def forgetting_factors(logits: Tensor, labels: Tensor) -> Tensor:
-    """What the gradient of each sample's cross-entropy is multiplied with to forget its label.
+def forgetting_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of ``-log (1 - p)``, with ``p`` the probability of a sample's label; descending on it forgets the labels.
 
-    Plain ascent on ``-log p``, ``p`` the probability of the label, stands still where a model is sure (its gradient
-    vanishes with ``1 - p``) and never ends where it is not. Times ``-p / (1 - p)``, the gradient of ``-log p`` becomes
-    that of ``-log (1 - p)``: steep where the model is sure, and small when the label is forgotten. Samples that are
-    not given their label any more have a factor of 0.
+    Plain ascent on ``-log p`` stands still where a model is sure (its gradient vanishes with ``1 - p``) and never ends
+    where it is not. This is steep where the model is sure, and small when the label is forgotten. Samples that are not
+    given their label any more count as 0.
 
     Args:
-        logits: Float ``(B, K)``.
+        logits: Float ``(B, K)``, K at least 2.
         labels: Labels to forget, long ``(B,)``.
 
     Returns:
-        Float32 ``(B,)``, at most 0.
+        Float32 scalar, at least 0.
 
     Raises:
         ArgumentError: The shapes do not fit.
@@ -32,12 +30,15 @@ def forgetting_factors(logits: Tensor, labels: Tensor) -> Tensor:
     Example:
         >>> import torch
         >>> logits = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()
-        >>> forgetting_factors(logits, torch.tensor([0, 0]))
-        tensor([-9.0000,  0.0000])
+        >>> forgetting_loss(logits, torch.tensor([0, 0]))
+        tensor(1.1513)
     """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+    if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
         raise ArgumentError(
-            f"`logits` must have shape (B, K) and `labels` (B,), got {tuple(logits.shape)} and {tuple(labels.shape)}."
+            f"`logits` must have shape (B, K), K >= 2, and `labels` (B,), got {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}."
         )
-    losses = F.cross_entropy(logits.float(), labels, reduction="none").clamp(min=torch.finfo(torch.float32).eps)
-    return torch.where(logits.argmax(dim=1) == labels, -1 / losses.expm1(), 0.0)
+    logits = logits.float()
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    losses = logits.logsumexp(dim=1) - others.logsumexp(dim=1)
+    return torch.where(logits.argmax(dim=1) == labels, losses, 0.0).mean()

@@ -17,7 +17,7 @@ from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.errors import DataError, ModelError
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores
 from lightning_backdoor.surgery.units import UnitLayer, find_units
-from lightning_backdoor.trainer.etiquette import unobtrusive
+from lightning_backdoor.trainer.etiquette import quiet, unobtrusive
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.trainer.unit_scan import Measured, UnitScan
 
@@ -40,7 +40,7 @@ class Detector:
         initial: State of the module before training; only for ``"fresh"``.
         steps: Steps of ordinary training without augmentation.
         draws: Transformations per sample, whose scores are averaged.
-        transform: ``transform(pixels)`` takes and returns uint8 ``(B, C, H, W)``; ``None``: :func:`turn_and_shift`.
+        transform: ``transform(pixels)`` takes and returns uint8 ``(1, C, H, W)``; ``None``: :func:`turn_and_shift`.
         seed: Seed of the order of the samples and of the transformations.
         repulsion_steps: Steps of centre repulsion after these; ``None``: as many.
     """
@@ -105,8 +105,8 @@ def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detec
     with unobtrusive(trainer, pl_module):
         twin = _twin(pl_module, detector)
         twin.trainer = trainer
-        with unobtrusive(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
-            _train(trainer, twin, data, detector)
+        with quiet(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
+            _train(trainer, twin, data, detector)  # batch norms keep what they learn: not `unobtrusive`
         _agree(trainer, twin)
         found = _look(trainer, twin, data, detector)
         if len(torch.unique(found["labels"])) < 2:
@@ -231,6 +231,9 @@ def _moved(pixels: Tensor, indices: Tensor, draw: int, detector: Detector) -> Te
     seed = detector.seed * detector.draws + draw
     if detector.transform is None:
         return turn_and_shift(pixels, indices, seed=seed)
+    moved = []
     with isolated_rng():
-        seed_all(seed * 1_000_003 + int(indices[0]))
-        return detector.transform(pixels)
+        for image, index in zip(torch.split(pixels, 1), indices.tolist(), strict=True):
+            seed_all(seed * 1_000_003 + index)  # the same for an image in whatever batch and process it is
+            moved.append(detector.transform(image))
+    return torch.cat(moved)

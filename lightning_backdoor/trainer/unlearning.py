@@ -135,25 +135,26 @@ class Unlearning:
         """Call in ``on_train_start`` (an epoch may be resumed in its middle) and ``on_train_epoch_start``."""
         self._ascent.at_epoch_start()
 
-    def at_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def at_batch_start(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
         """Know what a batch holds, and set the rate of its step; call in ``on_train_batch_start``."""
         self._tuning.at_batch_start(trainer, pl_module, batch_idx)
-        if self._phases is not None and self._data is not None:
-            self._ascent.at_batch_start(trainer, self._phases, self._data.labels(batch), batch_idx)
+        if self._phases is not None and self._split is not None:
+            self._ascent.at_batch_start(trainer, self._phases, self._split.labels, batch_idx)
             self._tuning.share = self._rate
 
-    def at_backward(self, loss: Tensor) -> None:
+    def at_backward(self, trainer: Any, loss: Tensor) -> None:
         """Turn the loss of suspects around; call in ``on_before_backward``."""
         if self._phases is not None:
-            self._ascent.at_backward(loss)
+            self._ascent.at_backward(trainer, loss)
 
-    def at_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def at_step(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
         """Limit the ascent; call in ``on_before_optimizer_step``."""
         if self._phases is not None:
-            self._ascent.at_step(optimizer)
+            self._ascent.at_step(trainer, optimizer)
 
     def at_epoch_end(self, trainer: Any, pl_module: Any) -> bool:
         """Judge an epoch, and say whether it was the last one; call in ``on_train_epoch_end``."""
+        self._ascent.release()
         accuracy, obeyed = self._measure(trainer, pl_module)
         lost = self.accuracy[0] - accuracy
         harmful = not self._reference and lost > MAX_LOSS

@@ -176,6 +176,47 @@ def test_bounded_it_alternates_freezes_batch_norms_and_gives_everything_back() -
     assert trainer.max_epochs == 2
 
 
+def test_labels_mixed_on_the_device_do_not_matter() -> None:
+    class Mixing(Net):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            if not self.trainer.training:
+                return batch
+            return {**batch, "label": nn.functional.one_hot(batch["label"], 4).float()}
+
+    torch.manual_seed(0)
+    module = Mixing()
+    make_trainer([acting(reference=False)], 2).fit(module, loader_of(Pictures()))
+    assert kinds(module, 2) == ORDER
+    _, usual = fit([acting(reference=False)], epochs=2)
+    for name, value in usual.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value)
+
+
+def test_a_fresh_detector_can_be_resumed_until_something_was_found(tmp_path: Path) -> None:
+    callback = DBRCallback(warmup_epochs=1, detector="fresh", detector_steps=2)
+    saver = SaveAll(tmp_path)
+    run([callback, saver])
+    assert [look.epochs for look in callback.history] == [1, 3], "nothing found: it looks again at the end"
+    states = [torch.load(path, weights_only=True)["callbacks"]["lightning_backdoor.DBR"] for path in saver.paths]
+    between = [state["initial"] for state in states if len(state["done"]) == 1]
+    assert between
+    assert all(same_state(callback._initial, initial) for initial in between)
+
+
+@pytest.mark.parametrize("detector", ["copy", "fresh"])
+def test_the_detector_keeps_the_statistics_that_its_batch_norms_learned(
+    detector: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(
+        "lightning_backdoor.trainer.distinguish._agree", lambda _, twin: seen.append(twin.body[1].num_batches_tracked)
+    )
+    _, undefended = fit([], epochs=1)
+    fit([DBRCallback(suspect=0.1, detector=detector, detector_steps=3, epochs=1)], epochs=1)
+    started = int(undefended.body[1].num_batches_tracked) if detector == "copy" else 0
+    assert [int(batches) for batches in seen] == [started + 6], "three steps of labels and three of centre repulsion"
+
+
 def test_an_epoch_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     _, undefended = fit([])
     monkeypatch.setattr("lightning_backdoor.trainer.unlearning.MAX_LOSS", -2.0)
@@ -296,6 +337,20 @@ def test_another_transformation_and_no_transformation() -> None:
     callback = DBRCallback(suspect=0.1, detector_steps=1, epochs=1, transform=lambda pixels: pixels)
     fit([callback])
     assert float(callback.verdict.scores.abs().max()) == 0, "features that do not move"
+
+
+def test_a_random_transformation_of_an_image_depends_on_no_batch() -> None:
+    def noisy(pixels: Tensor) -> Tensor:
+        return torch.randint(0, 256, pixels.shape, dtype=torch.uint8)
+
+    scores = []
+    for size in (16, 5):
+        callback = DBRCallback(suspect=0.1, epochs=1, transform=noisy, draws=1, batch_size=size, detector_steps=1)
+        with pytest.MonkeyPatch.context() as patch:  # weights as they are: their training depends on the batch size
+            patch.setattr("lightning_backdoor.trainer.distinguish._train", lambda *_: None)
+            fit([callback], epochs=1)
+        scores.append(callback.verdict.scores)
+    torch.testing.assert_close(*scores)
 
 
 @pytest.mark.parametrize("package", [pl, lightning_pytorch])
