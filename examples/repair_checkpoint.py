@@ -77,7 +77,7 @@ def main() -> None:
         trigger = TRIGGERS[options.attack]
         dataset = attacks.poison(train, trigger, 0, rate=options.rate)
         held_out["ASR"] = attacks.triggered(test, trigger, 0)
-    dataset.transform = transforms(options.size, train=True)
+    dataset.transform = transforms(options.size, train=options.data is not None)  # no mirrored digits
     for part in held_out.values():
         part.transform = transforms(options.size, train=False)
 

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         done = {(row["attack"], row["defence"], row["seed"]): row for row in rows(options.results)}
         if (attack, defence, options.seed) in done:
             continue
-        if options.only and not any(word in f"{attack}/{defence}" for word in options.only):
+        if options.only and not any(word in f"{attack}/{defence}/" for word in options.only):
             continue
         reference = done.get((attack, REFERENCE.get(defence, ""), options.seed), {})
         if defence in REFERENCE and reference.get("removed", 0) == 0:
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="*", help="run only cells whose attack/defence contains one of these words")
+    parser.add_argument("--only", nargs="*", help="run only cells whose attack/defence/ contains one of these words")
     options = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
