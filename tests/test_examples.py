@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -106,3 +107,18 @@ def test_the_timm_example_runs(tmp_path: Path, path: str | None) -> None:
         "undefended",
         "ultraclean",
     ]
+
+
+@pytest.mark.slow
+def test_the_repair_example_repairs_what_it_is_given(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/repair_checkpoint.py")]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900)
+    assert found.returncode == 0, found.stderr
+    lines = {line[:14].strip(): line.split() for line in found.stdout.splitlines() if "->" in line}
+    before, after = (float(lines["ASR"][place]) for place in (1, 3))
+    assert before > 90
+    assert after < 20
+    assert float(lines["clean accuracy"][4]) > 97
+    saved = torch.load(tmp_path / "repaired.pt", weights_only=True)
+    timm.create_model("test_resnet", num_classes=10).load_state_dict(saved)
+    assert (tmp_path / "backdoor_report/report.html").exists()
