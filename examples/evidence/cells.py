@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 
-from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback, attacks
+from lightning_backdoor import DBRCallback, DSTCallback, NONECallback, UltraCleanCallback, attacks
 
 TARGET = 0
 
@@ -53,6 +53,7 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "NONE-paper": NONECallback.from_paper,
     "D-BR": DBRCallback,
     "D-BR-paper": DBRCallback.from_paper,
+    "D-ST": DSTCallback,
 }
 
 AT_THE_END = ("NONE", "NONE-paper", "random-reset", "D-BR", "D-BR-paper")
@@ -85,4 +86,5 @@ def grid() -> list[tuple[str, str]]:
         *((attack, "ultraclean-paper") for attack in one_target),
         *((attack, "D-BR") for attack in ATTACKS),
         *((attack, "D-BR-paper") for attack in ATTACKS),
+        *((attack, "D-ST") for attack in ATTACKS),
     ]

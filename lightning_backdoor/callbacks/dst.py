@@ -44,7 +44,7 @@ class DSTCallback(Detecting):
     Beside the contrastive stage the classifier learns trusted images, without any influence on the features, so that
     validation means something at any time. Monitor what validation logs: what ``training_step`` logs is not there.
 
-    Assumes nothing. Costs twice to three times the user's epochs and needs many: most labels are not used.
+    Assumes nothing. An epoch costs two to three ordinary ones, and many are needed: most labels are not used.
 
     Differs from the paper: suspects come from evidence instead of a share, which unlearns clean images on clean data;
     all classes are trusted equally; uncertain images can change sides between the stages; AdamW trains convolutional
@@ -182,6 +182,8 @@ class DSTCallback(Detecting):
             trainer.should_stop = True
         elif self._run.stage is not None:
             self._attach()
+            if self._run.done < trainer.current_epoch:  # saved by a callback whose turn came first
+                self.on_train_epoch_end(trainer, pl_module)
             self._run.go_on(trainer, pl_module)
         elif not self.history and trainer.fast_dev_run:
             rank_zero_info("D-ST: fast_dev_run trains too little for two stages; ordinary training.")
@@ -211,7 +213,7 @@ class DSTCallback(Detecting):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Ask the neighbours when it is time, change to the classifier, and judge the end."""
-        run, plan, done = self._run, self._run.plan, trainer.current_epoch + 1
+        run, plan = self._run, self._run.plan
         if plan is None or run.stage in (None, "done"):
             return
         began = time.monotonic()
@@ -219,21 +221,20 @@ class DSTCallback(Detecting):
         pl_module.log("backdoor/dst/loss", run.losses[-1])
         self.history[-1] = replace(self.history[-1], losses=(*run.losses,))
         if run.neighbours_are_due:
-            self._ask_neighbours(trainer, pl_module, change=done >= plan.change)
-        ends = done >= plan.until or about_to_end(trainer)
+            self._ask_neighbours(trainer, pl_module, change=run.done >= plan.change)
+        ends = run.done >= plan.until or about_to_end(trainer)
         if ends:
             accuracy = accuracy_on_trusted(trainer, pl_module, *self._known()[1:])
             self.history[-1] = replace(self.history[-1], accuracy=accuracy, early=run.stage == "contrastive")
             pl_module.log("backdoor/dst/trusted_accuracy", accuracy)
-            if done >= plan.until:
+            if run.done >= plan.until:
                 run.finish()
-        if ends or done == plan.change:
+        if ends or run.done == plan.change:
             self._tell(trainer, time.monotonic() - began)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while features are learned, with the projection."""
-        done = [done.state_dict() for done in self.history]
-        return {**super().state_dict(), "done": done, "run": self._run.state_dict()}
+        return {**super().state_dict(), "done": [d.state_dict() for d in self.history], "run": self._run.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue an interrupted run."""
@@ -294,7 +295,4 @@ class DSTCallback(Detecting):
         """Print one sentence, and write the report."""
         data = self._known()[1]
         rank_zero_info(f"D-ST {sentence(self.history[-1], len(data))}")
-        shown = evidence(
-            self.history[-1], data, meaning=self._judge().meaning, seconds=seconds, max_removed=self.max_removed
-        )
-        self._write_report(trainer, shown)
+        self._write_report(trainer, evidence(self.history[-1], data, self._judge(), seconds))
