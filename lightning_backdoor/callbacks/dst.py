@@ -53,8 +53,8 @@ class DSTCallback(Detecting):
     Args:
         verdict: Verdict of another defence: what it removed is suspect. There is no detector then.
         classifier_epochs: Epochs of the second stage; ``None``: a tenth of all, at least one.
-        lr: Largest learning rate of the features (AdamW, with warm-up and cosine). ``None``: 0.002 for models with batch
-            norms, 0.0005 for others.
+        lr: Largest learning rate of the features (AdamW, with warm-up and cosine). ``None``: 0.002 with batch
+            norms in the model, 0.0005 without.
         temperature: Of the contrastive loss; small values weigh the nearest images most.
         weight: Weight of the suspects in the second stage, at least 0 (the paper's lambda_p).
         projection: Width of the projection that the contrastive loss sees.
