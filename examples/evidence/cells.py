@@ -10,7 +10,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback, Verdict, attacks, baselines, functional
+from lightning_backdoor import (
+    DBRCallback,
+    DSTCallback,
+    NONECallback,
+    UltraCleanCallback,
+    Verdict,
+    attacks,
+    baselines,
+    functional,
+)
 
 TARGET = 0
 SOURCE = 1  # of attacks that work on one class alone
@@ -111,6 +120,7 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "NONE-paper": NONECallback.from_paper,
     "D-BR": DBRCallback,
     "D-BR-paper": DBRCallback.from_paper,
+    "D-ST": DSTCallback,
     "AC": baselines.ActivationClustering,
     "spectral": baselines.SpectralSignatures,
     "STRIP": lambda: baselines.STRIP(draws=20),
@@ -159,5 +169,6 @@ def grid() -> list[tuple[str, str]]:
         *((attack, "ultraclean-paper") for attack in one_target),
         *((attack, "D-BR") for attack in STANDARD),
         *((attack, "D-BR-paper") for attack in STANDARD),
+        *((attack, "D-ST") for attack in STANDARD),
         *((attack, baseline) for baseline in BASELINES for attack in STANDARD),
     ]

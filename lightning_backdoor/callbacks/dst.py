@@ -44,7 +44,7 @@ class DSTCallback(Detecting):
     Beside the contrastive stage the classifier learns trusted images, without any influence on the features, so that
     validation means something at any time. Monitor what validation logs: what ``training_step`` logs is not there.
 
-    Assumes nothing. Costs twice to three times the user's epochs and needs many: most labels are not used.
+    Assumes nothing. An epoch costs two to three ordinary ones, and many are needed: most labels are not used.
 
     Differs from the paper: suspects come from evidence instead of a share, which unlearns clean images on clean data;
     all classes are trusted equally; uncertain images can change sides between the stages; AdamW trains convolutional
@@ -53,20 +53,23 @@ class DSTCallback(Detecting):
     Args:
         verdict: Verdict of another defence: what it removed is suspect. There is no detector then.
         classifier_epochs: Epochs of the second stage; ``None``: a tenth of all, at least one.
-        lr: Largest learning rate of the features (AdamW, with warm-up and cosine). ``None``: 0.001.
+        lr: Largest learning rate of the features (AdamW, with warm-up and cosine). ``None``: 0.002 with batch
+            norms in the model, 0.0005 without.
         temperature: Of the contrastive loss; small values weigh the nearest images most.
         weight: Weight of the suspects in the second stage, at least 0 (the paper's lambda_p).
         projection: Width of the projection that the contrastive loss sees.
         reference_mask: Positives of the authors' code: all images with the label of a trusted one.
         readmit: Let the neighbours of uncertain images decide whether they are trusted or suspect in the second stage.
         neighbours: Trusted images that are asked, for that and for the log.
-        views: Replaces the strong augmentation: takes and returns pixels, uint8 ``(B, C, H, W)``.
+        views: Replaces the strong augmentation: takes and returns the pixels of one
+            image, uint8 ``(1, C, H, W)``.
         trusted: Share of the images of every class whose labels count, in ``(0, 1)``.
         suspect: ``"auto"`` looks for second populations; a number in ``(0, 1)`` is the share of all images, those that
             move most, that is suspect in any case.
         detector_steps: Steps in which the detector learns the labels, and as many of centre repulsion.
         draws: Transformations per image.
-        transform: Replaces turning and shifting in the detector: takes and returns pixels, uint8 ``(B, C, H, W)``.
+        transform: Replaces turning and shifting in the detector: takes and returns the pixels of one
+            image, uint8 ``(1, C, H, W)``.
         max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``.
         report_dir: Folder for the report (with ``name``, a sub-folder of it). ``None``: beside the logger's files;
             without a logger there is no report.
@@ -182,6 +185,8 @@ class DSTCallback(Detecting):
             trainer.should_stop = True
         elif self._run.stage is not None:
             self._attach()
+            if self._run.done < trainer.current_epoch:  # saved by a callback whose turn came first
+                self.on_train_epoch_end(trainer, pl_module)
             self._run.go_on(trainer, pl_module)
         elif not self.history and trainer.fast_dev_run:
             rank_zero_info("D-ST: fast_dev_run trains too little for two stages; ordinary training.")
@@ -211,7 +216,7 @@ class DSTCallback(Detecting):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Ask the neighbours when it is time, change to the classifier, and judge the end."""
-        run, plan, done = self._run, self._run.plan, trainer.current_epoch + 1
+        run, plan = self._run, self._run.plan
         if plan is None or run.stage in (None, "done"):
             return
         began = time.monotonic()
@@ -219,21 +224,20 @@ class DSTCallback(Detecting):
         pl_module.log("backdoor/dst/loss", run.losses[-1])
         self.history[-1] = replace(self.history[-1], losses=(*run.losses,))
         if run.neighbours_are_due:
-            self._ask_neighbours(trainer, pl_module, change=done >= plan.change)
-        ends = done >= plan.until or about_to_end(trainer)
+            self._ask_neighbours(trainer, pl_module, change=run.done >= plan.change)
+        ends = run.done >= plan.until or about_to_end(trainer)
         if ends:
             accuracy = accuracy_on_trusted(trainer, pl_module, *self._known()[1:])
             self.history[-1] = replace(self.history[-1], accuracy=accuracy, early=run.stage == "contrastive")
             pl_module.log("backdoor/dst/trusted_accuracy", accuracy)
-            if done >= plan.until:
+            if run.done >= plan.until:
                 run.finish()
-        if ends or done == plan.change:
+        if ends or run.done == plan.change:
             self._tell(trainer, time.monotonic() - began)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while features are learned, with the projection."""
-        done = [done.state_dict() for done in self.history]
-        return {**super().state_dict(), "done": done, "run": self._run.state_dict()}
+        return {**super().state_dict(), "done": [d.state_dict() for d in self.history], "run": self._run.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue an interrupted run."""
@@ -294,7 +298,4 @@ class DSTCallback(Detecting):
         """Print one sentence, and write the report."""
         data = self._known()[1]
         rank_zero_info(f"D-ST {sentence(self.history[-1], len(data))}")
-        shown = evidence(
-            self.history[-1], data, meaning=self._judge().meaning, seconds=seconds, max_removed=self.max_removed
-        )
-        self._write_report(trainer, shown)
+        self._write_report(trainer, evidence(self.history[-1], data, self._judge(), seconds))

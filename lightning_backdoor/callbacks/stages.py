@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_backdoor.callbacks.repairs import MEANING
+from lightning_backdoor.callbacks.suspects import Judge
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.training_set import TrainingSet
 
@@ -78,15 +79,14 @@ def sentence(training: Training, total: int) -> str:
     return f"looked at {total:,} training images: {groups}. Features are learned first, the classifier next."
 
 
-def evidence(training: Training, data: TrainingSet, *, meaning: str, seconds: float, max_removed: float) -> Evidence:
+def evidence(training: Training, data: TrainingSet, judge: Judge, seconds: float) -> Evidence:
     """What the report shows beside the verdict.
 
     Args:
         training: The latest one.
         data: Where the images come from.
-        meaning: Where the score is from: ``"modes"``, ``"fct"`` or ``"given"``.
+        judge: Who told suspects.
         seconds: Duration of what was done last.
-        max_removed: The user's ``max_removed``.
     """
     facts: dict[str, str | int | float] = {
         "seconds of the last step": round(seconds, 1),
@@ -111,9 +111,9 @@ def evidence(training: Training, data: TrainingSet, *, meaning: str, seconds: fl
     return Evidence(
         images=data.images,
         facts=facts,
-        score_meaning=MEANING[meaning],
+        score_meaning=MEANING[judge.meaning],
         wanted=training.wanted,
-        max_removed=max_removed,
+        max_removed=judge.max_removed,
         treatment=f"The model was trained in two stages: {sentence(training, len(data))}" if training.losses else "",
         tables={"Training, epoch by epoch": (head, rows)} if rows else {},
     )

@@ -59,6 +59,7 @@ They begin at the running Trainer, at its module, or at an object of the named c
 TORCH_LEDGER = {
     "torch.nn.Module._buffers": "ranks scan with their own batch-norm statistics",
     "torch.nn.modules.batchnorm._BatchNorm": "the package cannot be imported",
+    "torch.optim.Optimizer._step_supports_amp_scaling": "the ascent's limit is off by the loss scale (fused, float16)",
     "torch.utils.data.DataLoader._iterator": "a clone shares the running workers of its loader",
     "torch.utils.data.dataloader._BaseDataLoaderIter": "the package cannot be imported",
 }

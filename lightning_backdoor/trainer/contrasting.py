@@ -87,13 +87,18 @@ class Contrasting:
         self._batches: FlaggedBatches | None = None
         self._batch: Batch | None = None
         self._takeover: Takeover | None = None
-        self._values: list[Tensor] = []
+        self._total, self._steps = torch.zeros(()), 0  # of the losses of the current epoch
         self._progress = 0.0
 
     @property
     def features_epochs(self) -> int:
         """Epochs of the first stage; 0 while D-ST does not act."""
         return 0 if self.plan is None else self.plan.change - self.plan.first
+
+    @property
+    def done(self) -> int:
+        """Epochs that the fit has had when the last noted one was over."""
+        return len(self.losses) + (0 if self.plan is None else self.plan.first)
 
     @property
     def neighbours_are_due(self) -> bool:
@@ -145,11 +150,9 @@ class Contrasting:
         self._draw(trainer)
         self._takeover = Takeover(trainer, pl_module, self._batches.see, lambda: self._step(trainer, pl_module))
         self._batches.restart()
-        self._values = []
 
     def at_epoch_start(self) -> None:
         """Call in ``on_train_epoch_start``."""
-        self._values = []
         if self._batches is not None:
             self._batches.at_epoch_start()
 
@@ -172,10 +175,9 @@ class Contrasting:
 
     def at_epoch_end(self, trainer: Any) -> None:
         """Note the loss of the epoch; call in ``on_train_epoch_end``."""
-        assert self.plan is not None
-        if self._values:
-            mean = trainer.strategy.reduce(torch.stack(self._values).mean(), reduce_op="mean")
-            self.losses = [*self.losses[: trainer.current_epoch - self.plan.first], float(mean)]
+        mean = trainer.strategy.reduce(self._total / max(self._steps, 1), reduce_op="mean")
+        self.losses.append(float(mean))
+        self._total, self._steps = torch.zeros(()), 0
 
     def change(self, trainer: Any, pl_module: Any, flags: Flags) -> None:
         """Go on with the classifier; call in ``on_train_epoch_end``."""
@@ -200,6 +202,8 @@ class Contrasting:
             "plan": None if self.plan is None else asdict(self.plan),
             "stage": self.stage,
             "losses": list(self.losses),
+            "total": self._total.cpu(),
+            "steps": self._steps,
             "parts": None if self._parts is None else asdict(self._parts),
             "projection": None if projection is None else {k: v.cpu().clone() for k, v in projection.items()},
         }
@@ -209,6 +213,7 @@ class Contrasting:
         plan, parts, projection = state_dict["plan"], state_dict["parts"], state_dict["projection"]
         self.plan = None if plan is None else Plan(**plan)
         self.stage, self.losses = state_dict["stage"], list(state_dict["losses"])
+        self._total, self._steps = state_dict["total"], state_dict["steps"]
         self._parts = None if parts is None else Parts(**parts)
         self._projection = None
         if projection is not None and self._parts is not None:
@@ -229,7 +234,7 @@ class Contrasting:
                 loss = self._contrastive(trainer, pl_module)
             else:
                 loss = self._mixed(trainer, pl_module)
-        self._values.append(loss.detach())
+        self._total, self._steps = self._total.to(loss.device) + loss.detach().float(), self._steps + 1
         if trainer.world_size > 1:  # DDP waits for a gradient of every parameter
             loss = loss + 0 * sum(parameter.sum() for parameter in pl_module.parameters() if parameter.requires_grad)
         return loss
@@ -244,7 +249,7 @@ class Contrasting:
         loss = ss_contrastive_loss(
             projected, batch.labels, batch.trusted, recipe.temperature, reference_mask=recipe.reference_mask
         )
-        self._optimizer.set_rates(outputs[0][1], self._progress)
+        self._optimizer.set_rates(trainer, outputs[0][1], self._progress)
         logits, trusted = torch.cat([logits for logits, _ in outputs]), batch.trusted.repeat(2)
         return loss + mixed_cross_entropy(logits, batch.labels.repeat(2), trusted, torch.zeros_like(trusted))
 
@@ -254,7 +259,7 @@ class Contrasting:
         assert data is not None
         with evaluation_mode(pl_module), torch.no_grad():
             logits, features = data.outputs(trainer, pl_module, batch.views[0], cut=True)
-        self._optimizer.set_rates(features, self._progress)
+        self._optimizer.set_rates(trainer, features, self._progress)
         return mixed_cross_entropy(logits, batch.labels, batch.trusted, batch.suspect, self._recipe.weight)
 
     def _share_done(self, trainer: Any, batch_idx: int) -> float:
@@ -276,4 +281,4 @@ class Contrasting:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
         running = ("_data", "_flags", "_batches", "_batch", "_takeover")
-        return {**self.__dict__, **dict.fromkeys(running), "_values": [], "_optimizer": OwnOptimizer()}
+        return {**self.__dict__, **dict.fromkeys(running), "_optimizer": OwnOptimizer()}

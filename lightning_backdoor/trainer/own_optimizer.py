@@ -104,10 +104,11 @@ class OwnOptimizer:
         trainer.optimizers = [self._optimizer]
         trainer.strategy.lr_scheduler_configs = []
 
-    def set_rates(self, features: Tensor, progress: float) -> None:
-        """Set the rates of the step that comes; call before it.
+    def set_rates(self, trainer: Any, features: Tensor, progress: float) -> None:
+        """Set the rates of the step that comes, the same ones in every process; call before it.
 
         Args:
+            trainer: The running Trainer.
             features: Those of the batch, float ``(B, D)``.
             progress: Share of the stage that is over, in ``[0, 1)``.
         """
@@ -115,7 +116,7 @@ class OwnOptimizer:
         classifier, *backbone = self._optimizer.param_groups
         for group in backbone:
             group["lr"] = self._peak * warm_cosine(progress, WARMUP)
-        size = float(features.detach().abs().sum(dim=1).mean())
+        size = float(trainer.strategy.reduce(features.detach().abs().sum(dim=1).mean(), reduce_op="mean"))
         classifier["lr"] = LOGIT_STEP / max(size, 1e-6) * warm_cosine(progress, 0.0)
 
 

@@ -147,7 +147,11 @@ def test_private_names_exist(package: str) -> None:
 @pytest.mark.parametrize("name", TORCH_LEDGER)
 def test_private_names_of_torch_exist(name: str) -> None:
     holder, _, attribute = name.rpartition(".")
-    found = {"torch.nn.Module": torch.nn.Linear(1, 1), "torch.utils.data.DataLoader": DataLoader(Points())}
+    found = {
+        "torch.nn.Module": torch.nn.Linear(1, 1),
+        "torch.optim.Optimizer": torch.optim.Adam([torch.zeros(1, requires_grad=True)], fused=True),
+        "torch.utils.data.DataLoader": DataLoader(Points()),
+    }
     assert hasattr(found.get(holder) or importlib.import_module(holder), attribute), TORCH_LEDGER[name]
 
 

@@ -42,6 +42,18 @@ def test_one_phase_after_the_other_and_every_sample_once() -> None:
     assert max(map(len, drawn)) - min(map(len, drawn[:2])) <= 2
 
 
+def test_positions_of_a_place_are_those_that_are_drawn_there_in_any_epoch() -> None:
+    epoch = [0]
+    some = Phases(
+        (SUSPECTS, TRUSTED), size=4, least=(0, 0), mixed=True, seed=0, rank=1, world=2, epoch=lambda: epoch[0]
+    )
+    orders = []
+    for epoch[0] in (0, 1, 0):
+        orders.append([some.positions_of(place).tolist() for place in range(len(some) + 1)])
+        assert orders[-1] == [*list(some), next(iter(some))]
+    assert orders[0] == orders[2] != orders[1]
+
+
 def test_mixed_phases_are_spread_over_the_epoch() -> None:
     some = phases(mixed=True, least=(2, 4), size=8)
     assert kinds(list(some)) == "sttstt"
