@@ -12,7 +12,7 @@ from lightning_backdoor.callbacks.defense import require_fraction, require_same_
 from lightning_backdoor.callbacks.repairs import Repair
 from lightning_backdoor.callbacks.suspects import from_verdict
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.trainer.compat import rank_zero_info
+from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.limits import about_to_end
 from lightning_backdoor.verdict import Verdict
 
@@ -75,7 +75,10 @@ class FineTuneTrusted(RepairBaseline):
     def _look(self, trainer: Any, pl_module: Any, done: int) -> None:
         data = self._training_set
         assert data is not None
-        found = from_verdict(self.given, data.read_labels(trainer, pl_module), trusted=self.trusted).verdict
+        judgement = from_verdict(self.given, data.read_labels(trainer, pl_module), trusted=self.trusted)
+        found, lacking = judgement.verdict, judgement.counts[2]
+        if lacking:
+            rank_zero_warn(f"Fine-tuning: no image of the classes {lacking} is trusted; the model may forget them.")
         verdict = replace(found, suspect=torch.zeros_like(found.keep))  # nothing is unlearned
         removed = self._adopt(verdict)
         self._last_look = done

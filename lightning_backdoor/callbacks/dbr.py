@@ -52,6 +52,8 @@ class DBRCallback(Detecting, RepairCallback):
         suspect: ``"auto"`` looks for second populations; a number in ``(0, 1)`` is the share of all images, those that
             move most, that is unlearned in any case.
         detector: ``"copy"`` starts from the model, ``"fresh"`` from the weights before training (kept in checkpoints).
+            These are the weights at the start of ``fit``, before ``ckpt_path`` is loaded: where a suspicious model is
+            handed to ``fit``, ``"fresh"`` is a copy, too.
         detector_steps: Steps in which the detector learns the labels, and as many of centre repulsion.
         draws: Transformations per image.
         transform: Replaces turning and shifting: takes and returns the pixels of one image, uint8 ``(1, C, H, W)``. It

@@ -76,7 +76,7 @@ class Ascent:
             loss.mul_(-1.0)  # recorded: gradients turn, too
             return
         forgetting = torch.stack([forgetting_loss(logits, self._labels.to(logits.device)) for logits in seen]).mean()
-        loss.mul_(0.0).add_((forgetting * loss_scale(trainer)).to(loss))  # recorded, too
+        loss.copy_((forgetting * loss_scale(trainer)).to(loss))  # recorded, too; a loss without end is forgotten
 
     def at_step(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
         """Limit the gradient; call in ``on_before_optimizer_step``."""

@@ -151,6 +151,12 @@ def test_least_suspicious_samples_are_trusted_where_a_verdict_names_none() -> No
     assert module.epochs()[1:] == [(1, list(range(16)))]
 
 
+def test_says_which_classes_no_trusted_sample_has() -> None:
+    given = replace(GIVEN, trusted=TRUSTED & (torch.arange(64) % 8 == 1))
+    with pytest.warns(UserWarning, match=r"no image of the classes \[.+\] is trusted; the model may forget them"):
+        fit([FineTuneTrusted(verdict=given, epochs=1)], epochs=1)
+
+
 def test_fine_tunes_a_finished_checkpoint_and_ends(tmp_path: Path) -> None:
     saver = SaveAll(tmp_path)
     run([saver], val=False, epochs=2)

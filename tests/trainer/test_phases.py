@@ -116,6 +116,7 @@ def gradients(
     logits = logits.clone().requires_grad_()
     value = loss(head(logits).float(), LABELS)
     ascent.at_backward(running, value)
+    assert bool(value.isfinite())
     value.backward()
     ascent.release()
     assert logits.grad is not None
@@ -153,8 +154,9 @@ def test_forgetting_loss_literally_and_where_the_label_has_all_the_probability()
     [
         lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=0.3),
         lambda logits, labels: F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 3).float()),
+        lambda logits, labels: F.cross_entropy(logits, labels) + torch.inf,
     ],
-    ids=["smoothed", "binary"],
+    ids=["smoothed", "binary", "infinite"],
 )
 def test_bounded_ascent_forgets_whatever_the_loss_of_the_user(loss: Any) -> None:
     usual = gradients(Ascent(torch.nn.Identity(), bounded=True))
