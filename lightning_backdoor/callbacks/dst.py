@@ -68,8 +68,7 @@ class DSTCallback(Detecting):
             move most, that is suspect in any case.
         detector_steps: Steps in which the detector learns the labels, and as many of centre repulsion.
         draws: Transformations per image.
-        transform: Replaces turning and shifting in the detector: takes and returns the pixels of one
-            image, uint8 ``(1, C, H, W)``.
+        transform: Replaces turning and shifting in the detector: from one image, uint8 ``(1, C, H, W)``, to another.
         max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``.
         report_dir: Folder for the report (with ``name``, a sub-folder of it). ``None``: beside the logger's files;
             without a logger there is no report.
