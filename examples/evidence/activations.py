@@ -6,6 +6,7 @@ digits with eight of them, poisoned and clean, and prints what NONE finds. Ten m
 
 from __future__ import annotations
 
+import argparse
 import logging
 import warnings
 
@@ -36,6 +37,9 @@ def trained(activation: type[nn.Module], dataset: Dataset, callbacks: list[pl.Ca
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", help="names of the activations; all by default")
+    only = parser.parse_args().only
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     clean, test = digits()
@@ -46,6 +50,8 @@ def main() -> None:
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for activation in ACTIVATIONS:
+        if only and activation.__name__ not in only:
+            continue
         undefended = trained(activation, poisoned, [])
         defence, quiet = NONECallback(rounds=4), NONECallback(rounds=4)
         defended, untouched = trained(activation, poisoned, [defence]), trained(activation, clean, [quiet])

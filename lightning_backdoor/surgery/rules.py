@@ -112,8 +112,9 @@ def _staged(strand: Strand, stage: tuple[Slice, ...], labels: Tensor) -> Strand:
 
 @register_rule(
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish",
-    "hardtanh", "hardsigmoid", "sigmoid", "tanh", "softplus", "softsign", "logsigmoid", "clamp", "clamp_min",
+    "hardtanh", "hardsigmoid", "sigmoid", "tanh", "softplus", "softsign", "log_sigmoid", "clamp", "clamp_min",
     "clamp_max", "abs", "square", "sqrt", "pow", "exp", "neg", "sign", "erf", "threshold", "hardshrink", "softshrink",
+    "tanhshrink",
     "nan_to_num", "round", "floor", "ceil",
 )  # fmt: skip
 def _function(call: Call) -> Pairs:

@@ -151,6 +151,19 @@ def test_what_can_be_cut(body: Any, layers: dict[str, nn.Module], expected: list
             names(net)
 
 
+ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Tanh, nn.Tanhshrink, nn.Hardtanh, nn.Hardswish,
+    nn.Hardsigmoid, nn.Sigmoid, nn.LogSigmoid,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_units_pass_every_activation(activation: type[nn.Module]) -> None:
+    net = Net(lambda net, x: net.act(net.norm(x)).mean((2, 3)), norm=nn.BatchNorm2d(6), act=activation())
+    assert names(net) == ["conv"]
+
+
 def _unwatched(x: Tensor) -> Tensor:
     with torch._C.DisableTorchFunction():
         return x.sigmoid()
