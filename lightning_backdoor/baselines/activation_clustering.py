@@ -149,6 +149,7 @@ class ActivationClustering(Baseline):
     """
 
     method: ClassVar[str] = "ActivationClustering"
+    title: ClassVar[str] = "Activation Clustering"
     meaning: ClassVar[str] = (
         "It measures how much nearer the features of the image are to the smaller of two clusters of its class than to "
         "the larger one."

@@ -115,7 +115,7 @@ class Baseline(FilterCallback):
             labels = data.labels(batch).clone()  # transfer hooks may change a batch in place
             return {"labels": labels, **self._measure(trainer, pl_module, data, indices, batch)}
 
-        return data.scan(trainer, pl_module, step, description=f"{self.method} scan")
+        return data.scan(trainer, pl_module, step, description=f"{self.title or self.method} scan")
 
     def _decide(self, found: dict[str, Tensor]) -> Decision:
         scores, keep, rule = self._judge(found)
@@ -125,7 +125,7 @@ class Baseline(FilterCallback):
         assert self.verdict is not None
         assert self._training_set is not None
         pl_module.log_dict({f"backdoor/{self.method.lower()}/removed": float(len(self.verdict.removed))})
-        rank_zero_info(f"{self.method} {sentence(self._looks, len(self.verdict))}")
+        rank_zero_info(f"{self.title or self.method} {sentence(self._looks, len(self.verdict))}")
         limit, meaning = self.max_removed, self.meaning
         self._write_report(
             trainer,

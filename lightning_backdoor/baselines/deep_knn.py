@@ -80,6 +80,7 @@ class DeepKNN(Baseline):
     """
 
     method: ClassVar[str] = "DeepKNN"
+    title: ClassVar[str] = "Deep k-NN"
     meaning: ClassVar[str] = (
         "It measures how much more frequent another label is than the image's own one among the images with similar "
         "features."

@@ -32,6 +32,7 @@ class RandomFilter(Baseline):
     """
 
     method: ClassVar[str] = "RandomFilter"
+    title: ClassVar[str] = "Random filter"
     meaning: ClassVar[str] = "It is a random number."
 
     def __init__(self, *, fraction: float = 0.05, **common: Any) -> None:

@@ -87,6 +87,7 @@ class SpectralSignatures(Baseline):
     """
 
     method: ClassVar[str] = "SpectralSignatures"
+    title: ClassVar[str] = "Spectral Signatures"
     meaning: ClassVar[str] = (
         "It measures how far the features of the image reach along the direction in which its class varies most."
     )

@@ -75,12 +75,14 @@ class Defense(CallbackBase):
     training loader, opens the training set at the start, and keeps the verdict in checkpoints.
 
     Attributes:
-        method: Name of the defence in logs, reports and checkpoints.
+        method: Name of the defence in logs and checkpoints.
+        title: Name of the defence for readers; the method where it is empty.
         kept_as: Arguments that are kept under another name than their own.
         verdict: The latest verdict, ``None`` while the defence has not acted.
     """
 
     method: ClassVar[str]
+    title: ClassVar[str] = ""
     kept_as: ClassVar[dict[str, str]] = {}
 
     def __init__(
@@ -193,7 +195,7 @@ class Defense(CallbackBase):
         named = replace(evidence, classes=getattr(self._training_set.loader.dataset, "classes", None))
         with isolated_rng():
             try:
-                write_report(folder, self.verdict, method=self.method, evidence=named)
+                write_report(folder, self.verdict, method=self.title or self.method, evidence=named)
             except Exception as error:  # a picture must never end somebody's training
                 rank_zero_warn(f"The report in {folder} is incomplete: {type(error).__name__}: {error}")
 

@@ -6,7 +6,7 @@ import time
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +31,8 @@ class RepairCallback(Defense):
     verdict with ``trusted`` and ``suspect`` samples, note it in the history, and call :meth:`_begin`.
 
     Attributes:
-        title: Name of the defence for readers.
         history: What each look found and what came out of its repair.
     """
-
-    title: ClassVar[str]
 
     def __init__(
         self,

@@ -68,7 +68,9 @@ def test_finds_planted_poisons_and_removes_the_backdoor(poisoned: Any, tmp_path:
     assert trainer.current_epoch == 6 + len(callback.history[-1].undone)
     assert trainer.max_epochs == 6, "the user's limit is back"
     assert trainer.callback_metrics["backdoor/dbr/removed"] == verdict.suspect.sum()
-    assert "The model was repaired" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "D-BR report" in page
+    assert "The model was repaired" in page
 
 
 def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> None:
