@@ -74,6 +74,7 @@ def measured(device: str) -> Iterator[Meter]:
 def _forget_peak(device: str) -> bool:
     """Begin a new peak; ``False`` where the system keeps the old one."""
     if device == "cuda":
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats()
         return True
     try:

@@ -22,11 +22,14 @@ WORK: dict[str, tuple[float, float]] = {
     "D-BR": (0.1, 70),
     "D-BR-paper": (0.1, 40),
     "D-ST": (2.5, 20),
-    "STRIP": (0.1, 12),
+    "AC": (1, 2),
+    "spectral": (1, 2),
+    "STRIP": (1, 7),
+    "deep-kNN": (1, 3),
+    "fine-tune": (0.1, 7),
     "ABL": (1.1, 5),
 }
 """Expected time of a defence: a multiple of an undefended training, and epochs whatever its length."""
-BASELINE_WORK = (0.1, 7)
 
 SECONDS_PER_EPOCH = {
     NAME: (11.7, 20_000),  # measured, two CPU threads
@@ -70,7 +73,7 @@ class Cell:
     @property
     def seconds(self) -> float:
         """Expected time, on the hardware of ``SECONDS_PER_EPOCH``."""
-        share, further = WORK.get(self.defence, BASELINE_WORK)
+        share, further = WORK[self.defence]
         seconds, images = SECONDS_PER_EPOCH[self.setting.model]
         return (share * self.setting.epochs + further) * seconds * self.setting.images / images
 

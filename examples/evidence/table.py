@@ -74,9 +74,10 @@ def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
     return {group: found[group] for group in sorted(found, key=place)}
 
 
-def place(group: Group) -> tuple[int, int]:
-    """Where an attack and a defence stand in a table."""
-    return list(ATTACKS).index(group[0]), DEFENCES.index(group[1])
+def place(group: Group) -> tuple[int, float, int]:
+    """Where an attack and a defence stand in a table: attacks of one kind by their rate."""
+    kinds = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in ATTACKS))
+    return kinds.index(group[0].rsplit("-", 1)[0]), ATTACKS[group[0]].rate, DEFENCES.index(group[1])
 
 
 def void_trainings(rows: Iterable[Row]) -> set[tuple[Setting, str, int]]:

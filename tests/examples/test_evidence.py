@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.evidence import rows
+from examples.evidence import repair, rows
 from examples.evidence.__main__ import listing, main
 from examples.evidence.cells import ATTACKS, BASELINES, STANDARD
 from examples.evidence.cost import measured
@@ -26,6 +27,7 @@ from examples.evidence.published import CHEN_SETTING, FIGURES, ours
 from examples.evidence.results import cost, detection, headline, missing, on_clean_data, page
 from examples.evidence.run import checkpoint
 from examples.evidence.table import DEFENCES, markdown, repair_table
+from lightning_backdoor import Verdict
 
 EVIDENCE = Path(rows.__file__).parent
 OLD = {"dataset": "CIFAR-10 (JPEG)", "images": 20_000, "model": NAME, "epochs": 12, "seed": 0, "poisons": 1000}
@@ -48,6 +50,9 @@ def test_a_key_knows_setting_attack_defence_and_seed() -> None:
     assert len(known) == 9
     assert rows.cell_key(Cell(Setting(), "badnets-5%", "NONE")) in known
     assert rows.cell_key(Cell(Setting(images=400), "badnets-5%", "NONE")) not in known
+    repaired = {**rows.identity(Setting(), "badnets-5%", 0), "row": "FCT"}
+    others = [rows.identity(Setting(images=500), "badnets-5%", 0) | {"row": "FCT"}, repaired | {"row": "loss"}]
+    assert len({rows.key(found, "row") for found in (repaired, *others)}) == 3
 
 
 def test_rows_that_differ_in_measurement_alone_are_the_same_cell() -> None:
@@ -187,6 +192,13 @@ def test_the_plain_table_has_a_column_of_seeds_only_with_several() -> None:
         "| badnets-1% (void) | 200 | undefended | 80.0 | 49.0 | 0 | – | – | – | 100 |",
     ]
     assert "| badnets-5% | 1,000 | NONE | 1 | 76.0 | 4.0 |" in markdown(ROWS)
+    lines = markdown([row(f"{name}%", "NONE", 0.8, 0.0) for name in ("sig-80", "badnets-10", "blended-1", "badnets-5")])
+    assert [line.split()[1] for line in lines.splitlines()[2:]] == [
+        "badnets-5%",
+        "badnets-10%",
+        "blended-1%",
+        "sig-80%",
+    ]
     other = markdown([*ROWS[:1], row("clean", "NONE", 0.5, 0.1, images=500)])
     assert other.split("\n\n")[1] == f"{NAME}, 500 images, 12 epochs, recipe one-cycle:"
 
@@ -303,3 +315,37 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(SystemExit, match="260 training images, not 20,000"):
         command(f"run {common} --epochs 2 --only badnets-5%/undefended/seed-0")
     assert [json.loads(line)["attack"] for line in written.splitlines()] == ["badnets-5%"] * 2
+
+
+def test_repairs_are_kept_and_not_done_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, images in {"train": 200, "test": 30}.items():
+        pack(tmp_path, split, images, 0)
+    none = torch.zeros(200, dtype=torch.bool)
+    verdict = Verdict(torch.zeros(200), ~none, 0.5, "given", suspect=torch.arange(200) < 5, trusted=none)
+    callback = SimpleNamespace(verdict=verdict, history=[SimpleNamespace(undone=(True, False))])
+    made = []
+
+    def two(*_: Any) -> dict[str, Any]:
+        return {name: lambda name=name: (made.append(name), callback)[1] for name in ("unlearn", "relearn")}
+
+    monkeypatch.setattr(repair, "treatments", two)
+    monkeypatch.setattr(repair, "train_network", lambda *_: Classifier(steps=1).eval())
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    results = tmp_path / "repair.jsonl"
+    words = f"--data {tmp_path} --cache {tmp_path} --results {results} --attacks badnets-5% --images"
+    for images in ("200", "200", "100"):
+        if images == "100":
+            callback.verdict = Verdict(*(column[:100] for column in (verdict.scores, verdict.keep)), 0.5, "given",
+                suspect=verdict.suspect[:100], trusted=none[:100])  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["repair", *words.split(), images])
+        repair.main()
+    found = rows.read(results)
+    assert [(line["row"], line["images"]) for line in found] == [
+        ("unlearn", 200), ("relearn", 200), ("unlearn", 100), ("relearn", 100),
+    ]  # fmt: skip
+    assert made == ["unlearn", "relearn"] * 2, "the second run found all done"
+    assert {(line["suspects"], line["epochs_undone"], line["poisons"]) for line in found[:2]} == {(5, 1, 10)}
+    assert {"dataset", "model", "seed", "hardware", "versions", "command", "epochs"} <= set(found[0])
+    assert repair_table(found) in capsys.readouterr().out
