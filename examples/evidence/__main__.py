@@ -1,22 +1,26 @@
-"""``python -m examples.evidence run|table``: measure every cell once, and print what was measured.
+"""``python -m examples.evidence run|table|results|plot``: measure every cell once, and show what was measured.
 
-One JSON line per finished cell in ``results.jsonl``; a run that was interrupted goes on with the first missing cell.
+``run`` goes through the cells of a protocol (``--protocol``), one JSON line per finished cell in ``results.jsonl``; a
+run that was interrupted goes on with the first missing cell, and ``run --list`` says which there are. ``table`` prints
+the rows, ``results`` writes ``RESULTS.md`` and ``plot`` its figures.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import sys
 import warnings
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from examples.evidence.cells import grid
+from examples.evidence import rows
 from examples.evidence.data import packed_cifar10, per_class
+from examples.evidence.plot import draw
+from examples.evidence.protocols import PROTOCOLS, Cell, hours
+from examples.evidence.results import page
 from examples.evidence.run import run_cell
 from examples.evidence.table import markdown
 
@@ -24,60 +28,82 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 REFERENCE = {"random": "ultraclean", "random-reset": "NONE"}
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """Finished cells; a line that an interruption cut short does not count."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
+def cells(options: argparse.Namespace) -> list[Cell]:
+    """The cells of the protocol that were asked for, in its order, with the changes that were asked for."""
+    changes = {name: getattr(options, name) for name in ("images", "epochs") if getattr(options, name) is not None}
+    found = [replace(cell, setting=replace(cell.setting, **changes)) for cell in PROTOCOLS[options.protocol].cells]
+    if options.seed is not None:
+        found = [replace(cell, seed=options.seed) for cell in found]
+    words = options.only or [""]
+    return [cell for cell in dict.fromkeys(found) if any(word in cell.name for word in words)]
+
+
+def listing(wanted: Iterable[Cell], done: Iterable[tuple[object, ...]]) -> str:
+    """One line per cell, and how many are missing."""
+    known, lines, left = set(done), [], []
+    for cell in wanted:
+        finished = rows.cell_key(cell) in known
+        left += [] if finished else [cell]
+        lines.append(f"{'done' if finished else f'{cell.seconds:,.0f} s':>8}  {cell.name} ({cell.setting})")
+    return "\n".join([*lines, f"{len(left)} of {len(lines)} cells are missing: about {hours(left):.1f} hours."])
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the missing cells."""
     torch.set_num_threads(options.threads)
     options.cache.mkdir(exist_ok=True)
-    train = per_class(packed_cifar10(options.data, "train"), options.images // 10)
-    test = packed_cifar10(options.data, "test")
-    for attack, defence in grid():
-        done = {(row["attack"], row["defence"], row["seed"]): row for row in rows(options.results)}
-        if (attack, defence, options.seed) in done:
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    everything, test = (packed_cifar10(options.data, split) for split in ("train", "test"))
+    for cell in cells(options):
+        done = {rows.key(row): row for row in rows.read(options.results)}
+        if rows.cell_key(cell) in done:
             continue
-        if options.only and not any(word in f"{attack}/{defence}/" for word in options.only):
+        like = replace(cell, defence=REFERENCE.get(cell.defence, ""))
+        reference = done.get(rows.cell_key(like), {})
+        if cell.defence in REFERENCE and reference.get("removed", 0) == 0:
             continue
-        reference = done.get((attack, REFERENCE.get(defence, ""), options.seed), {})
-        if defence in REFERENCE and reference.get("removed", 0) == 0:
-            continue
+        train = per_class(everything, cell.setting.images // 10)
+        if len(train) != cell.setting.images:
+            raise SystemExit(f"There are {len(train):,} training images, not {cell.setting.images:,}; pass --images.")
         row = run_cell(
-            train, test, attack, defence,
-            epochs=options.epochs, seed=options.seed, reference=reference, cache=options.cache,
-        )  # fmt: skip
-        row["command"] = "python -m examples.evidence " + " ".join(sys.argv[1:])
-        with options.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{attack:12} {defence:18} accuracy {row['clean_accuracy']:.3f} ASR {row['asr']:.3f}", flush=True)
+            cell, train, test, reference=reference, cache=options.cache, device=device, workers=options.workers
+        )
+        rows.append(options.results, row)
+        print(f"{cell.name:45} accuracy {row['clean_accuracy']:.3f} ASR {row['asr']:.3f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("action", choices=["run", "table", "results", "plot"])
+    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="mini", help="two CPU cores, or one GPU")
+    parser.add_argument("--list", action="store_true", help="say which cells have run and which have not; run none")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of cifar10_<split>.npz")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="folder for shared checkpoints")
-    parser.add_argument("--images", type=int, default=20_000, help="training images, the same number of each class")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--workers", type=int, default=0, help="processes of the training loader")
+    parser.add_argument("--images", type=int, help="training images, the same number of each class")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seed", type=int, help="in place of the seeds of the protocol")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="*", help="run only cells whose attack/defence/ contains one of these words")
+    parser.add_argument("--only", nargs="*", help="only cells whose model/attack/defence/seed-N/ contains one of these")
     options = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
-    if options.action == "run":
+    found = rows.read(options.results)
+    folder = options.results.parent
+    if options.action == "run" and options.list:
+        print(listing(cells(options), map(rows.key, found)))
+    elif options.action == "run":
         run(options)
+    elif options.action == "table":
+        print(markdown(found))
+    elif options.action == "plot":
+        print(*draw(found, folder / "figures"), sep="\n")
     else:
-        print(markdown(rows(options.results)))
+        path = folder / "RESULTS.md"
+        path.write_text(page(found, rows.read(folder / "repair.jsonl")))
+        print(path)
 
 
 if __name__ == "__main__":

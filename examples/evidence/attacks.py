@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 
 from examples.evidence.cells import ATTACKS, SOURCE, TARGET, Attack
 from examples.evidence.data import packed_cifar10, per_class
+from examples.evidence.protocols import Setting
 from examples.evidence.run import clean_model
 from lightning_backdoor.attacks import CraftedTrigger
 
@@ -91,7 +92,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     options.cache.mkdir(exist_ok=True)
     train = per_class(packed_cifar10(options.data, "train"), options.images // 10)
-    model = clean_model(train, options.epochs, 0, options.cache)
+    model = clean_model(train, Setting(images=len(train), epochs=options.epochs), 0, options.cache)
     sheet(distinct(ATTACKS), train, model).savefig(options.out)
     print(options.out)
 

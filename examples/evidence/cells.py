@@ -1,4 +1,4 @@
-"""The cells of the benchmark: which attack meets which defence."""
+"""The attacks and the defences of the benchmark."""
 
 from __future__ import annotations
 
@@ -111,7 +111,14 @@ ADAPTIVE: dict[str, Attack] = {
 }
 """Attacks that know a defence and work around it."""
 
-ATTACKS: dict[str, Attack] = STANDARD | FURTHER | ADAPTIVE
+RATES: dict[str, Attack] = {
+    **{f"badnets-{rate:g}%": Attack(attacks.BadNets(), rate / 100) for rate in (0.1, 0.5, 10)},
+    **{f"blended-{rate:g}%": Attack(attacks.Blended(), rate / 100) for rate in (0.1, 0.5, 1, 10)},
+    "sig-10%": Attack(attacks.SIG(), 0.1, "target_class", "clean"),
+}
+"""Standard attacks at more poison rates."""
+
+ATTACKS: dict[str, Attack] = STANDARD | FURTHER | ADAPTIVE | RATES
 
 CALLBACKS: dict[str, Callable[[], Any]] = {
     "ultraclean": UltraCleanCallback,
@@ -152,23 +159,3 @@ def clean_share(labels: torch.Tensor, poisoned: torch.Tensor, seed: int, share: 
     keep = torch.ones_like(poisoned)
     trusted = functional.select_trusted(scores, labels, ~poisoned, share)
     return Verdict(scores, keep, torch.inf, f"clean({share:g})", labels, trusted=trusted)
-
-
-def grid() -> list[tuple[str, str]]:
-    """All cells in the order in which they run: what later cells need comes first."""
-    one_target = [name for name in STANDARD if name != "all-to-all-10%"]
-    poisoned = [name for name in one_target if name != "clean"]
-    return [
-        *((attack, "undefended") for attack in STANDARD),
-        *((attack, "ultraclean") for attack in one_target),
-        *((attack, "NONE") for attack in STANDARD),
-        *((attack, "perfect") for attack in poisoned),
-        *((attack, "random") for attack in poisoned),
-        *((attack, "random-reset") for attack in poisoned),
-        *((attack, "NONE-paper") for attack in STANDARD),
-        *((attack, "ultraclean-paper") for attack in one_target),
-        *((attack, "D-BR") for attack in STANDARD),
-        *((attack, "D-BR-paper") for attack in STANDARD),
-        *((attack, "D-ST") for attack in STANDARD),
-        *((attack, baseline) for baseline in BASELINES for attack in STANDARD),
-    ]

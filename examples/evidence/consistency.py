@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 
-from examples.evidence import model
+from examples.evidence import model, networks
 from examples.evidence.cells import ATTACKS, STANDARD
 from examples.evidence.data import packed_cifar10, per_class
-from examples.evidence.run import BATCH
+from examples.evidence.protocols import Setting
+from examples.evidence.run import BATCH, checkpoint, labels_of
 from lightning_backdoor import attacks, functional
 from lightning_backdoor.callbacks.defense import Defense
 from lightning_backdoor.trainer.distinguish import Detector, distinguish
@@ -52,13 +53,13 @@ class Look(Defense):
         trainer.should_stop = True
 
 
-def scores(dataset: Any, network: str, start: str, *, steps: int, repulsion: int, checkpoint: Path | None) -> Tensor:
+def scores(dataset: Any, network: str, start: str, *, steps: int, repulsion: int, start_from: Path | None) -> Tensor:
     """FCT of all training images, (N,)."""
     pl.seed_everything(0, verbose=False)
     loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, drop_last=True)
     module = model.Classifier(steps=12 * len(loader), network=network)
-    if checkpoint is not None:
-        module.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    if start_from is not None:
+        module.load_state_dict(torch.load(start_from, weights_only=True)["state_dict"])
     look = Look(start, steps, repulsion)
     trainer = pl.Trainer(
         max_epochs=1, min_epochs=0, limit_train_batches=1, accelerator="cpu", precision="bf16-mixed", callbacks=[look],
@@ -72,7 +73,7 @@ def cells(steps: int) -> list[tuple[str, str, str, int]]:
     """Attack, network, start and steps of centre repulsion."""
     attacked = [name for name in STANDARD if name != "clean"]
     main = [
-        (attack, model.NAME, start, steps * r) for attack in attacked for start in ("fresh", "copy") for r in (0, 1)
+        (attack, networks.NAME, start, steps * r) for attack in attacked for start in ("fresh", "copy") for r in (0, 1)
     ]
     return main + [("blended-5%", network, "fresh", steps * r) for network in OTHERS for r in (0, 1)]
 
@@ -98,13 +99,13 @@ def main() -> None:
     for attack, network, start, repulsion in cells(options.steps):
         dataset = ATTACKS[attack].train(clean, 0)
         poisoned = attacks.poisoned_mask(dataset)
-        labels = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
+        labels = labels_of(dataset)
         kept = options.cache / f"fct-{attack}-{network}-{start}-{options.steps}-{repulsion}-{len(dataset)}.pt"
-        checkpoint = options.cache / f"{attack}-{len(dataset)}-12-0.ckpt" if start == "copy" else None
-        if checkpoint is not None and not checkpoint.exists():
-            raise SystemExit(f"No {checkpoint}. First: python -m examples.evidence run --only {attack}/undefended")
+        shared = checkpoint(options.cache, Setting(images=len(dataset)), attack, 0) if start == "copy" else None
+        if shared is not None and not shared.exists():
+            raise SystemExit(f"No {shared}. First: python -m examples.evidence run --only {attack}/undefended")
         if not kept.exists():
-            fct = scores(dataset, network, start, steps=options.steps, repulsion=repulsion, checkpoint=checkpoint)
+            fct = scores(dataset, network, start, steps=options.steps, repulsion=repulsion, start_from=shared)
             torch.save(fct, kept)
         fct = torch.load(kept, weights_only=True)
         found[attack, network, start, repulsion] = fct, poisoned
@@ -138,7 +139,7 @@ def draw(found: dict[tuple[str, str, str, int], tuple[Tensor, Tensor]], path: Pa
         for mask, colour, name in ((~poisoned, "tab:blue", "clean"), (poisoned, "tab:red", "poisoned")):
             axes.hist(logs[mask].tolist(), bins=edges, density=True, alpha=0.6, color=colour, label=name)
         title = f"{attack}, {start}{', repulsion' if repulsion else ''}"
-        axes.set_title(title if network == model.NAME else f"{title}\n{network}", fontsize=8)
+        axes.set_title(title if network == networks.NAME else f"{title}\n{network}", fontsize=8)
         axes.set_yticks([])
         axes.tick_params(labelsize=7)
         axes.set_xlabel("log10 FCT", fontsize=7)

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from examples.evidence.data import packed_cifar10, per_class
-from examples.evidence.run import accuracy, train_network
+from examples.evidence.protocols import Setting
+from examples.evidence.run import accuracy, checkpoint, train_network
 from lightning_backdoor import NONECallback, metrics
 
 IMAGES = 1000  # of the test set; half of them make triggers, the other half score them
@@ -35,13 +36,14 @@ def main() -> None:
     torch.set_num_threads(2)
     train = per_class(packed_cifar10(options.data, "train"), options.images // 10)
     test = packed_cifar10(options.data, "test")
-    shared = options.cache / f"clean-{len(train)}-{options.epochs}-0.ckpt"
+    setting = Setting(images=len(train), epochs=options.epochs)
+    shared = checkpoint(options.cache, setting, "clean", 0)
     few = per_class(test, IMAGES // 10)
     defence = NONECallback(samples="keep", rounds=options.rounds, reset_fraction=options.reset_fraction)
     print("| | clean accuracy | units reset | REASR@2% | @4% | @6% | @8% | @10% | @12% |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, callbacks in {"undefended": [], "NONE": [defence]}.items():
-        network = train_network(train, callbacks, options.epochs, 0, shared if shared.exists() else None)
+        network = train_network(train, callbacks, setting, 0, shared if shared.exists() else None)
         reasr = metrics.REASR(network, std=1 / 255, candidates=2, steps=80)
         reasr.update(*few.tensors)
         rates = [f"{100 * float(rate):.1f}" for key, rate in reasr.compute().items() if "@" in key]

@@ -9,9 +9,7 @@ line per finished row in ``repair.jsonl``; a run that was interrupted goes on wi
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,15 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.evidence import model
+from examples.evidence import rows
 from examples.evidence.cells import ATTACKS
+from examples.evidence.cost import measured
 from examples.evidence.data import packed_cifar10, per_class
-from examples.evidence.run import accuracy, train_network
+from examples.evidence.protocols import Setting
+from examples.evidence.run import accuracy, checkpoint, labels_of, restored, train_network
+from examples.evidence.table import repair_table
 from lightning_backdoor import DBRCallback, Verdict, attacks, baselines, functional
 from lightning_backdoor.callbacks.suspects import split_of
 
 RESULTS = Path(__file__).with_name("repair.jsonl")
-EPOCHS = 12  # of the undefended network
 
 
 class UnlearnOnly(DBRCallback):
@@ -72,16 +72,14 @@ def scores_of(network: torch.nn.Module, images: Tensor, labels: Tensor) -> dict[
     }
 
 
-def rows(attack: str, dataset: Any, cache: Path) -> dict[str, Callable[[], pl.Callback]]:
+def treatments(attack: str, dataset: Any, setting: Setting, cache: Path) -> dict[str, Callable[[], pl.Callback]]:
     """Name of each row, and what makes its callback."""
     poisoned = attacks.poisoned_mask(dataset)
     images = torch.stack([dataset[i][0] for i in range(len(dataset))])
-    labels = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
-    checkpoint = torch.load(cache / f"{attack}-{len(dataset)}-{EPOCHS}-0.ckpt", weights_only=True)
-    network = model.Classifier(steps=1)
-    network.load_state_dict(checkpoint["state_dict"])
-    fct = cache / f"fct-{attack}-{model.NAME}-copy-200-200-{len(dataset)}.pt"
-    chosen = {"FCT": lambda: torch.load(fct, weights_only=True), **scores_of(network.eval(), images, labels)}
+    labels = labels_of(dataset)
+    network = restored(checkpoint(cache, setting, attack, 0), setting)
+    fct = cache / f"fct-{attack}-{setting.model}-copy-200-200-{len(dataset)}.pt"
+    chosen = {"FCT": lambda: torch.load(fct, weights_only=True), **scores_of(network, images, labels)}
     truth = verdict_by(torch.rand(len(dataset), generator=torch.Generator().manual_seed(0)), labels, poisoned)
     return {
         "true poisons: unlearn only": lambda: UnlearnOnly(verdict=truth),
@@ -93,11 +91,6 @@ def rows(attack: str, dataset: Any, cache: Path) -> dict[str, Callable[[], pl.Ca
         },
         "split units (default)": lambda: DBRCallback(trusted=0.2),
     }
-
-
-def finished(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(row["attack"], row["row"]): row for row in map(json.loads, lines)}
 
 
 def main() -> None:
@@ -113,37 +106,30 @@ def main() -> None:
     torch.set_num_threads(2)
     clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
     test = packed_cifar10(options.data, "test")
+    setting = Setting(images=len(clean))
     for attack in options.attacks:
         dataset = ATTACKS[attack].train(clean, 0)
         poisoned = attacks.poisoned_mask(dataset)
-        for name, make in rows(attack, dataset, options.cache).items():
-            if (attack, name) in finished(options.results):
+        for name, make in treatments(attack, dataset, setting, options.cache).items():
+            known = {**rows.identity(setting, attack, 0), **rows.poison(int(poisoned.sum()), len(dataset)), "row": name}
+            if rows.key(known, "row") in {rows.key(row, "row") for row in rows.read(options.results)}:
                 continue
             callback = make()
-            network = train_network(
-                dataset, [callback], EPOCHS, 0, options.cache / f"{attack}-{len(dataset)}-{EPOCHS}-0.ckpt"
-            )
+            with measured("cpu") as meter:
+                shared = checkpoint(options.cache, setting, attack, 0)
+                network = train_network(dataset, [callback], setting, 0, shared)
             suspect, trusted = callback.verdict.suspect, callback.verdict.trusted
-            row = {
-                "attack": attack,
-                "row": name,
+            found = {
                 "clean_accuracy": accuracy(network, test),
                 "asr": accuracy(network, ATTACKS[attack].test(test)),
                 "suspects": int(suspect.sum()),
                 "poisons_among_suspects": int((suspect & poisoned).sum()),
                 "poisons_among_trusted": int((trusted & poisoned).sum()),
                 "epochs_undone": sum(callback.history[-1].undone),
-                "command": "python -m examples.evidence.repair " + " ".join(sys.argv[1:]),
+                **meter.row(len(dataset), setting.epochs - 1),
             }
-            with options.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    print("| attack | D-BR with | clean accuracy | ASR | poisons among suspects | poisons among trusted |")
-    print("|---|---|---:|---:|---:|---:|")
-    for row in finished(options.results).values():
-        print(
-            f"| {row['attack']} | {row['row']} | {100 * row['clean_accuracy']:.1f} | {100 * row['asr']:.1f} "
-            f"| {row['poisons_among_suspects']:,} of {row['suspects']:,} | {row['poisons_among_trusted']:,} |"
-        )
+            rows.append(options.results, {**known, **found, **rows.circumstances("examples.evidence.repair", "cpu")})
+    print(repair_table(rows.read(options.results)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,79 +10,64 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from examples.evidence import data, model
+from examples.evidence import model, rows
 from examples.evidence.cells import AT_THE_END, ATTACKS, CALLBACKS, clean_share, filtered
+from examples.evidence.cost import measured
+from examples.evidence.protocols import Cell, Setting
 from examples.evidence.random_reset import RandomReset
-from lightning_backdoor import NONECallback, __version__, attacks, baselines, functional, metrics
+from lightning_backdoor import NONECallback, attacks, baselines, functional, metrics
 
 BATCH = 128
 
 
 def run_cell(
+    cell: Cell,
     train: TensorDataset,
     test: TensorDataset,
-    attack: str,
-    defence: str,
     *,
-    epochs: int,
-    seed: int,
-    reference: dict[str, Any],
+    reference: rows.Row,
     cache: Path,
-) -> dict[str, Any]:
-    """Train under ``attack`` with ``defence`` and return the row of the result file.
+    device: str = "cpu",
+    workers: int = 0,
+) -> rows.Row:
+    """Train one cell, and return its row of the result file.
 
     Args:
-        train: Clean training images.
+        cell: The attack, the defence (``"undefended"``, ``"perfect"``, ``"random"``, ``"random-reset"``,
+            ``"fine-tune"`` or a key of ``CALLBACKS``), the seed of the poison, the weights and the batches.
+        train: Clean training images, as many as the setting of the cell says.
         test: Clean test images.
-        attack: Key of ``ATTACKS``.
-        defence: ``"undefended"``, ``"perfect"``, ``"random"``, ``"random-reset"``, ``"fine-tune"`` or a key of
-            ``CALLBACKS``.
-        epochs: Epochs of one training.
-        seed: Seed of the poison, the weights and the batches.
         reference: For the two random baselines, the row of the defence whose size they have.
         cache: Folder for the checkpoints of undefended trainings before their last epoch.
+        device: ``"cpu"`` or ``"cuda"``.
+        workers: Worker processes of the training loader.
     """
-    recipe = ATTACKS[attack].made(train, lambda: clean_model(train, epochs, seed, cache))
+    setting, seed, defence = cell.setting, cell.seed, cell.defence
+    recipe = ATTACKS[cell.attack].made(train, lambda: clean_model(train, setting, seed, cache, device))
     dataset = recipe.train(train, seed)
     truth = attacks.poisoned_mask(dataset)
     poisoned = torch.zeros(len(train), dtype=torch.bool) if truth is None else truth
-    callback = CALLBACKS[defence]() if defence in CALLBACKS else None
-    if defence == "random-reset":
-        labels = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
-        callback = RandomReset(reference["units"], labels, ~poisoned, seed)
-    if defence == "fine-tune":
-        labels = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
-        callback = baselines.FineTuneTrusted(verdict=clean_share(labels, poisoned, seed), epochs=5)
+    callback = _callback(defence, dataset, poisoned, seed, reference)
     if defence in ("perfect", "random"):
         dataset = filtered(dataset, defence, poisoned, reference.get("removed", 0), seed)
-    shared = checkpoint(cache, attack, len(train), epochs, seed)
+    shared = checkpoint(cache, setting, cell.attack, seed)
     late = defence in AT_THE_END and shared.exists()
     callbacks = [] if callback is None else [callback]
     if defence == "undefended":
-        callbacks.append(_BeforeTheLastEpoch(shared, epochs))
-    began = time.perf_counter()
-    network = train_network(dataset, callbacks, epochs, seed, shared if late else None)
-    seconds = time.perf_counter() - began
+        callbacks.append(_BeforeTheLastEpoch(shared, setting.epochs))
+    with measured(device) as meter:
+        network = train_network(
+            dataset, callbacks, setting, seed, shared if late else None, device=device, workers=workers
+        )
     row = {
-        "dataset": data.NAME,
-        "images": len(train),
-        "model": model.NAME,
-        "attack": attack,
-        "poisons": int(poisoned.sum()),
+        **rows.identity(setting, cell.attack, seed),
+        **rows.poison(int(poisoned.sum()), len(train)),
         "defence": defence,
-        "epochs": epochs,
-        "seed": seed,
-        "clean_accuracy": accuracy(network, test),
-        "asr": accuracy(network, recipe.test(test)),
+        "clean_accuracy": accuracy(network, test, device),
+        "asr": accuracy(network, recipe.test(test), device),
         "removed": len(train) - len(dataset) if callback is None else int((~callback.verdict.keep).sum()),
-        "seconds": round(seconds, 1),
-        "epochs_shared_with_undefended": epochs - 1 if late else 0,
-        "versions": {
-            "lightning_backdoor": __version__,
-            "torch": torch.__version__,
-            "pytorch_lightning": pl.__version__,
-        },
-        "hardware": f"{torch.get_num_threads()} CPU threads, {platform.machine()}",
+        **meter.row(len(train), setting.epochs - 1 if late else 0),
+        **rows.circumstances("examples.evidence", device),
     }
     if callback is not None:
         rates = metrics.DetectionRates()
@@ -95,6 +78,20 @@ def run_cell(
         row["units"] = dict(Counter(layer for done in callback.history for layer, *_ in done.units))
         row["undone"] = any(done.undone for done in callback.history)
     return row
+
+
+def _callback(defence: str, dataset: Any, poisoned: torch.Tensor, seed: int, reference: rows.Row) -> Any:
+    """The callback of a defence, or ``None`` for what is no callback."""
+    if defence == "random-reset":
+        return RandomReset(reference["units"], labels_of(dataset), ~poisoned, seed)
+    if defence == "fine-tune":
+        return baselines.FineTuneTrusted(verdict=clean_share(labels_of(dataset), poisoned, seed), epochs=5)
+    return CALLBACKS[defence]() if defence in CALLBACKS else None
+
+
+def labels_of(dataset: Any) -> torch.Tensor:
+    """Labels as a victim receives them, long (N,)."""
+    return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
 
 
 class _BeforeTheLastEpoch(pl.Callback):
@@ -108,41 +105,61 @@ class _BeforeTheLastEpoch(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def checkpoint(cache: Path, attack: str, images: int, epochs: int, seed: int) -> Path:
+def checkpoint(cache: Path, setting: Setting, attack: str, seed: int) -> Path:
     """Where the undefended training under ``attack`` is kept as it was before its last epoch."""
-    return cache / f"{attack}-{images}-{epochs}-{seed}.ckpt"
+    usual = Setting(images=setting.images, epochs=setting.epochs)
+    other = "" if setting == usual else f"-{setting.model}-{setting.recipe}"
+    return cache / f"{attack}-{setting.images}-{setting.epochs}-{seed}{other}.ckpt"
 
 
-def clean_model(train: TensorDataset, epochs: int, seed: int, cache: Path) -> functional.PixelModel:
+def clean_model(
+    train: TensorDataset, setting: Setting, seed: int, cache: Path, device: str = "cpu"
+) -> functional.PixelModel:
     """The classifier that an attacker has: trained on clean data, from the cache or else now; pixels in ``[0, 1]``."""
-    path = checkpoint(cache, "clean", len(train), epochs, seed)
+    path = checkpoint(cache, setting, "clean", seed)
     if not path.exists():
-        train_network(train, [_BeforeTheLastEpoch(path, epochs)], epochs, seed, None)
-    network = model.Classifier(steps=1)
-    network.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-    return functional.PixelModel(network.eval(), std=1 / 255)
+        train_network(train, [_BeforeTheLastEpoch(path, setting.epochs)], setting, seed, None, device=device)
+    return functional.PixelModel(restored(path, setting), std=1 / 255)
+
+
+def restored(path: Path, setting: Setting) -> model.Classifier:
+    """The network of a checkpoint, for evaluation, on the CPU."""
+    network = model.Classifier(steps=1, network=setting.model, recipe=setting.recipe)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    return network.eval()
 
 
 def train_network(
-    dataset: Dataset[Any], callbacks: list[pl.Callback], epochs: int, seed: int, checkpoint: Path | None
+    dataset: Dataset[Any],
+    callbacks: list[pl.Callback],
+    setting: Setting,
+    seed: int,
+    checkpoint: Path | None,
+    *,
+    device: str = "cpu",
+    workers: int = 0,
 ) -> model.Classifier:
+    """Train the network of a setting with callbacks, from a checkpoint on if there is one."""
     pl.seed_everything(seed, verbose=False)
-    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, drop_last=True)
-    network = model.Classifier(steps=epochs * len(loader))
+    loader = DataLoader(
+        dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
+    )
+    network = model.Classifier(setting.epochs * len(loader), setting.model, setting.recipe)
     trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", precision="bf16-mixed", callbacks=callbacks, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=setting.epochs, accelerator=device, devices=1, precision="bf16-mixed", callbacks=callbacks,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(network, loader, ckpt_path=checkpoint)
     return network.eval()
 
 
 @torch.no_grad()
-def accuracy(network: model.Classifier, dataset: Dataset[Any]) -> float:
+def accuracy(network: model.Classifier, dataset: Dataset[Any], device: str = "cpu") -> float:
     """Share of the images that get the label of the dataset."""
     metric = metrics.RecoveredAccuracy()
+    network.to(device)
     for images, labels in DataLoader(dataset, batch_size=500):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = network(images)
-        metric.update(logits.float(), labels)
+        with torch.autocast(device, torch.bfloat16):
+            logits = network(images.to(device))
+        metric.update(logits.float().cpu(), labels)
     return float(metric.compute())

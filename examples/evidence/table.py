@@ -1,34 +1,118 @@
-"""The result rows as a Markdown table."""
+"""Result rows as Markdown tables."""
 
 from __future__ import annotations
 
-from typing import Any
+import statistics
+from collections.abc import Iterable, Sequence
 
 from examples.evidence.cells import ATTACKS
+from examples.evidence.protocols import Setting
+from examples.evidence.rows import Row, setting_of
 
 DEFENCES = (
-    "undefended", "ultraclean", "NONE", "D-BR", "perfect", "random", "random-reset", "ultraclean-paper", "NONE-paper",
-    "D-BR-paper", "AC", "spectral", "STRIP", "deep-kNN", "fine-tune", "ABL",
+    "undefended", "ultraclean", "NONE", "D-BR", "D-ST", "perfect", "random", "random-reset", "ultraclean-paper",
+    "NONE-paper", "D-BR-paper", "AC", "spectral", "STRIP", "deep-kNN", "fine-tune", "ABL",
 )  # fmt: skip
+TOOK = 0.5  # undefended ASR below which an attack did not take
+
+Group = tuple[str, str]
+"""Attack and defence."""
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """One line per cell, attacks together; in per cent."""
+def markdown(rows: list[Row]) -> str:
+    """One line per cell, attacks together; in per cent. Settings other than the first have a table of their own."""
+    parts = []
+    void = void_trainings(rows)
+    for setting, found in by_setting(rows).items():
+        lines = []
+        seeds = len({row["seed"] for row in found}) > 1
+        for row in sorted(found, key=lambda r: (*place((r["attack"], r["defence"])), r["seed"])):
+            lines.append([
+                marked(row["attack"], _training(row) in void), f"{row['poisons']:,}", row["defence"],
+                *([str(row["seed"])] if seeds else []), percent([row["clean_accuracy"]]), percent([row["asr"]]),
+                f"{row['removed']:,}", percent([row.get("tpr")], 2), percent([row.get("fpr")], 2),
+                number([row.get("auroc")], 3), f"{row['seconds']:.0f}",
+            ])  # fmt: skip
+        head = ["attack", "poisons", "defence", *(["seed"] if seeds else []), "clean accuracy", "ASR", "removed"]
+        body = table([*head, "TPR", "FPR", "AUROC", "seconds"], lines, left=("attack", "defence"))
+        parts.append(body if setting == Setting() else f"{setting}:\n\n{body}")
+    return "\n\n".join(parts)
+
+
+def repair_table(rows: list[Row]) -> str:
+    """Rows of ``repair.jsonl``."""
     lines = [
-        "| attack | poisons | defence | clean accuracy | ASR | removed | TPR | FPR | AUROC | seconds |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    attacks = list(ATTACKS)
-    for row in sorted(rows, key=lambda r: (attacks.index(r["attack"]), DEFENCES.index(r["defence"]), r["seed"])):
-        rates = [_percent(row.get(name)) for name in ("tpr", "fpr")]
-        auroc = row.get("auroc")
-        lines.append(
-            f"| {row['attack']} | {row['poisons']:,} | {row['defence']} | {100 * row['clean_accuracy']:.1f} "
-            f"| {100 * row['asr']:.1f} | {row['removed']:,} | {' | '.join(rates)} "
-            f"| {'–' if auroc is None else f'{auroc:.3f}'} | {row['seconds']:.0f} |"
-        )
-    return "\n".join(lines)
+        [
+            row["attack"], row["row"], percent([row["clean_accuracy"]]), percent([row["asr"]]),
+            f"{row['poisons_among_suspects']:,} of {row['suspects']:,}", f"{row['poisons_among_trusted']:,}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = ["attack", "D-BR with", "clean accuracy", "ASR", "poisons among suspects", "poisons among trusted"]
+    return table(head, lines, left=("attack", "D-BR with"))
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f}"
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str]) -> str:
+    """A Markdown table; columns that are not in ``left`` hold numbers."""
+    rule = "".join(f"{'---' if name in left else '---:'}|" for name in head)
+    return "\n".join([_line(head), f"|{rule}", *map(_line, lines)])
+
+
+def by_setting(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
+    """The rows of each setting, the default first."""
+    found: dict[Setting, list[Row]] = {}
+    for row in rows:
+        found.setdefault(setting_of(row), []).append(row)
+    return dict(sorted(found.items(), key=lambda item: (item[0] != Setting(), str(item[0]))))
+
+
+def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
+    """The rows of one setting by attack and defence, over their seeds, in the order of the tables."""
+    found: dict[Group, list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["attack"], row["defence"]), []).append(row)
+    return {group: found[group] for group in sorted(found, key=place)}
+
+
+def place(group: Group) -> tuple[int, float, int]:
+    """Where an attack and a defence stand in a table: attacks of one kind by their rate."""
+    kinds = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in ATTACKS))
+    return kinds.index(group[0].rsplit("-", 1)[0]), ATTACKS[group[0]].rate, DEFENCES.index(group[1])
+
+
+def void_trainings(rows: Iterable[Row]) -> set[tuple[Setting, str, int]]:
+    """Setting, attack and seed where the attack did not take: an undefended success rate below one half."""
+    undefended = [row for row in rows if row["defence"] == "undefended" and row["attack"] != "clean"]
+    return {_training(row) for row in undefended if row["asr"] < TOOK}
+
+
+def is_void(rows: Iterable[Row], void: set[tuple[Setting, str, int]]) -> bool:
+    """Whether the attack did not take in one of the rows."""
+    return any(_training(row) in void for row in rows)
+
+
+def marked(text: str, void: bool) -> str:
+    """``text`` with the mark of a void cell."""
+    return f"{text} (void)" if void else text
+
+
+def percent(values: Iterable[float | None], digits: int = 1) -> str:
+    """Mean in per cent; with several values, ± their standard deviation."""
+    return number([None if value is None else 100 * value for value in values], digits)
+
+
+def number(values: Iterable[float | None], digits: int) -> str:
+    """Mean; with several values, ± their standard deviation; – if there is none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = f"{round(statistics.fmean(known), digits) + 0.0:.{digits}f}"  # never -0.0
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+
+
+def _training(row: Row) -> tuple[Setting, str, int]:
+    return setting_of(row), row["attack"], row["seed"]
+
+
+def _line(entries: Iterable[str]) -> str:
+    return f"| {' | '.join(entries)} |"

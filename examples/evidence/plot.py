@@ -1,0 +1,83 @@
+"""Figures of the results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from examples.evidence.cells import ATTACKS
+from examples.evidence.protocols import OURS, Setting
+from examples.evidence.rows import Row
+from examples.evidence.table import DEFENCES, by_setting, grouped
+from lightning_backdoor.report.figures import blank_figure, own_style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#4a5058", "#2f78b7", "#c24a15", "#3c8d5a", "#8a5bb0")
+
+
+def draw(rows: Iterable[Row], folder: Path) -> list[Path]:
+    """Write ``asr.png`` and ``rates.png`` of the default setting, and return their paths."""
+    found = by_setting(rows).get(Setting(), [])
+    folder.mkdir(exist_ok=True)
+    paths = [folder / "asr.png", folder / "rates.png"]
+    with own_style():
+        for path, make in zip(paths, (squares, rates), strict=True):
+            make(found).savefig(path, dpi=90)
+    return paths
+
+
+def squares(rows: list[Row]) -> Figure:
+    """Mean ASR in per cent, defences down and attacks across; dark is bad."""
+    cells = grouped(rows)
+    attacks = list(dict.fromkeys(attack for attack, _ in cells))
+    defences = [name for name in DEFENCES if any(defence == name for _, defence in cells)]
+    figure = blank_figure(1.9 + 0.85 * len(attacks), 1.5 + 0.32 * len(defences))
+    axes = figure.add_subplot()
+    shown = [[mean(cells.get((attack, defence))) for attack in attacks] for defence in defences]
+    axes.imshow(
+        [[float("nan") if rate is None else rate for rate in line] for line in shown], "Oranges", vmin=0, vmax=130
+    )
+    for down, line in enumerate(shown):
+        for across, rate in enumerate(line):
+            axes.text(across, down, "–" if rate is None else f"{rate:.0f}", ha="center", va="center", fontsize=9)
+    axes.set_aspect("auto")
+    axes.set_xticks(range(len(attacks)), attacks, rotation=35, ha="right", fontsize=9)
+    axes.set_yticks(range(len(defences)), defences, fontsize=9)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_title("Attack success rate, per cent", fontsize=11)
+    figure.set_layout_engine("tight")
+    return figure
+
+
+def rates(rows: list[Row]) -> Figure:
+    """Mean ASR over the poison rate, for the attacks that were run at several rates."""
+    cells, kinds = grouped(rows), (("badnets", "clean"), ("blended",))  # clean data are tested with BadNets' trigger
+    figure = blank_figure(9, 3.4)
+    for place, shown in enumerate(kinds):
+        axes = figure.add_subplot(1, len(kinds), place + 1)
+        for defence, colour in zip(("undefended", *OURS), COLOURS, strict=True):
+            points = sorted(
+                (100 * ATTACKS[attack].rate, mean(cell))
+                for (attack, name), cell in cells.items()
+                if name == defence and attack.rsplit("-", 1)[0] in shown
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=defence, markersize=4)
+        axes.set(ylim=(-3, 103), title=shown[0], xlabel="poisoned images, per cent")
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlim(-0.03, 13)
+        axes.set_xticks([0, 0.1, 0.5, 1, 5, 10], ["0", "0.1", "0.5", "1", "5", "10"])
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("attack success rate, per cent")
+    figure.axes[0].legend(frameon=False, fontsize=9)
+    figure.set_layout_engine("tight")
+    return figure
+
+
+def mean(cell: list[Row] | None) -> float | None:
+    """Mean ASR over seeds, in per cent."""
+    return None if not cell else 100 * sum(row["asr"] for row in cell) / len(cell)

@@ -1,0 +1,149 @@
+"""The protocols of the benchmark: which cells are run, in which order, and how long that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from examples.evidence.cells import BASELINES, STANDARD
+from examples.evidence.model import RECIPE
+from examples.evidence.networks import NAME
+
+OURS = ("ultraclean", "NONE", "D-BR", "D-ST")
+WORK: dict[str, tuple[float, float]] = {
+    "undefended": (1, 0),
+    "perfect": (1, 0),
+    "random": (1, 0),
+    "ultraclean": (1.8, 0),
+    "ultraclean-paper": (1.5, 1),
+    "NONE": (0.2, 3),
+    "NONE-paper": (0.2, 3),
+    "random-reset": (0.2, 2),
+    "D-BR": (0.1, 70),
+    "D-BR-paper": (0.1, 40),
+    "D-ST": (2.5, 20),
+    "AC": (1, 2),
+    "spectral": (1, 2),
+    "STRIP": (1, 7),
+    "deep-kNN": (1, 3),
+    "fine-tune": (0.1, 7),
+    "ABL": (1.1, 5),
+}
+"""Expected time of a defence: a multiple of an undefended training, and epochs whatever its length."""
+
+SECONDS_PER_EPOCH = {
+    NAME: (11.7, 20_000),  # measured, two CPU threads
+    "resnet18": (8, 50_000),  # these and the following are guesses for one H100
+    "preact-resnet18": (8, 50_000),
+    "vgg16-bn": (6, 50_000),
+    "vgg19-bn": (6, 50_000),
+    "convnext-atto": (9, 50_000),
+    "vit-tiny": (8, 50_000),
+}
+"""Seconds of an epoch over so many images."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How every training of a cell is done: the network, the training images, the epochs and the recipe."""
+
+    model: str = NAME
+    images: int = 20_000
+    epochs: int = 12
+    recipe: str = RECIPE
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.images:,} images, {self.epochs} epochs, recipe {self.recipe}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training under one attack with one defence."""
+
+    setting: Setting
+    attack: str
+    defence: str
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """What ``--only`` searches."""
+        return f"{self.setting.model}/{self.attack}/{self.defence}/seed-{self.seed}/"
+
+    @property
+    def seconds(self) -> float:
+        """Expected time, on the hardware of ``SECONDS_PER_EPOCH``."""
+        share, further = WORK[self.defence]
+        seconds, images = SECONDS_PER_EPOCH[self.setting.model]
+        return (share * self.setting.epochs + further) * seconds * self.setting.images / images
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A list of cells in the order in which they run: the most telling first, and what later ones need before them."""
+
+    name: str
+    hardware: str
+    cells: tuple[Cell, ...]
+
+
+def hours(cells: Iterable[Cell]) -> float:
+    """Expected time of cells, one after the other."""
+    return sum(cell.seconds for cell in cells) / 3600
+
+
+def product(setting: Setting, attacks: Iterable[str], defences: Iterable[str], seed: int = 0) -> list[Cell]:
+    """Every defence under every attack, defence by defence. UltraClean does not look for all-to-all attacks."""
+    names = list(attacks)
+    return [
+        Cell(setting, attack, defence, seed)
+        for defence in defences
+        for attack in names
+        if not (defence.startswith("ultraclean") and attack.startswith("all-to-all"))
+    ]
+
+
+def mini() -> Protocol:
+    """For two CPU cores: the small network, all standard attacks, and their rates and seeds."""
+    here, one_target = Setting(), [name for name in STANDARD if name not in ("clean", "all-to-all-10%")]
+    further = ("label-consistent-40%", "wanet-10%", "trojan-10%", "adap-blend-2%", "adap-patch-2%", "tact-2%")
+    cells = [
+        *product(here, STANDARD, ("undefended", *OURS)),
+        *product(here, one_target, ("perfect", "random", "random-reset")),
+    ]
+    for seed in (1, 2):
+        cells += product(here, ("badnets-5%", "blended-5%"), ("undefended", *OURS, "perfect"), seed)
+    cells += [
+        *product(here, ("badnets-10%", "blended-1%", "blended-10%"), ("undefended", *OURS)),
+        *product(here, STANDARD, ("NONE-paper", "ultraclean-paper", "D-BR-paper")),
+        *product(here, STANDARD, BASELINES),
+        *product(here, further, ("undefended", "ultraclean", "NONE")),
+    ]
+    return Protocol("mini", "two CPU cores", tuple(cells))
+
+
+def full() -> Protocol:
+    """For one GPU: ResNet-18 by the papers' recipes, then five architectures from ten per cent of poison to none."""
+    own = {name: Setting("resnet18", 50_000, 200, name) for name in ("NONE", "D-BR")}
+    filtering = Setting("vgg16-bn", 50_000, 200, "UltraClean")
+    cells = [
+        *product(own["NONE"], ("clean", "badnets-5%", "label-specific-5%"), ("undefended", "NONE", "NONE-paper")),
+        *product(
+            own["D-BR"],
+            ("clean", "badnets-10%", "all-to-all-10%", "trojan-10%", "stripe-10%", "flower-10%", "sig-10%"),
+            ("undefended", "D-BR", "D-BR-paper", "D-ST"),
+        ),
+        *product(
+            filtering,
+            ("clean", "badnets-10%", "flower-added-10%"),
+            ("undefended", "ultraclean", "ultraclean-paper"),
+        ),
+    ]
+    rates = [f"{trigger}-{rate}%" for rate in ("5", "1", "10", "0.5", "0.1") for trigger in ("badnets", "blended")]
+    for model in ("resnet18", "preact-resnet18", "vgg19-bn", "convnext-atto", "vit-tiny"):
+        recipe = "adamw" if model in ("convnext-atto", "vit-tiny") else "BackdoorBench"
+        cells += product(Setting(model, 50_000, 100, recipe), ("clean", *rates), ("undefended", *OURS))
+    return Protocol("full", "one GPU", tuple(cells))
+
+
+PROTOCOLS = {protocol.name: protocol for protocol in (mini(), full())}
