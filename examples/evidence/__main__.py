@@ -102,7 +102,8 @@ def main() -> None:
         print(*draw(found, folder / "figures"), sep="\n")
     else:
         path = folder / "RESULTS.md"
-        path.write_text(page(found, rows.read(folder / "repair.jsonl")))
+        ablations = (rows.read(folder / f"{name}.jsonl") for name in ("repair", "consistency", "stages"))
+        path.write_text(page(found, *ablations))
         print(path)
 
 

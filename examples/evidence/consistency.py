@@ -2,9 +2,9 @@
 
 For every attack of the benchmark a detector is trained as D-BR and D-ST train it, from fresh weights and from a copy of
 the undefended network, and every training image gets its FCT with and without centre repulsion; for Blended also by a
-pre-activation network with GELU and by a small vision transformer. Prints AUROC, the precision of the 5 % that move
-most, and the share of poisons among the 20 % that move least (chance: their share of all). Scores are kept in the
-cache; a run that was interrupted goes on with the first missing one. ``--figure`` draws the histograms.
+pre-activation network with GELU and by a small vision transformer. AUROC, the precision of the 5 % that move most, and
+the share of poisons among the 20 % that move least (chance: their share of all) go to ``consistency.jsonl``, histograms
+to ``figures/fct.png``. Scores are kept in the cache; a run that was interrupted goes on with the first missing one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 
-from examples.evidence import model, networks
+from examples.evidence import model, networks, rows
 from examples.evidence.cells import ATTACKS, STANDARD
 from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.protocols import Setting
 from examples.evidence.run import BATCH, checkpoint, labels_of
+from examples.evidence.table import consistency_table
 from lightning_backdoor import attacks, functional
 from lightning_backdoor.callbacks.defense import Defense
 from lightning_backdoor.trainer.distinguish import Detector, distinguish
 from lightning_backdoor.trainer.training_set import Reading
 
+RESULTS = Path(__file__).with_name("consistency.jsonl")
 OTHERS = ("preact-gelu", "vit")  # on Blended alone
 
 
@@ -84,22 +86,17 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache"))
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--steps", type=int, default=200, help="of the labels, and as many of centre repulsion")
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--figure", type=Path, default=RESULTS.parent / "figures" / "fct.png")
     options = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     torch.set_num_threads(2)
     clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
     found = {}
-    print(
-        "| attack | network | detector | centre repulsion | AUROC | among its labels | precision of the top 5 % "
-        "| poisons in the lowest 20 % |"
-    )
-    print("|---|---|---|---|---:|---:|---:|---:|")
     for attack, network, start, repulsion in cells(options.steps):
         dataset = ATTACKS[attack].train(clean, 0)
         poisoned = attacks.poisoned_mask(dataset)
-        labels = labels_of(dataset)
         kept = options.cache / f"fct-{attack}-{network}-{start}-{options.steps}-{repulsion}-{len(dataset)}.pt"
         shared = checkpoint(options.cache, Setting(images=len(dataset)), attack, 0) if start == "copy" else None
         if shared is not None and not shared.exists():
@@ -109,16 +106,30 @@ def main() -> None:
             torch.save(fct, kept)
         fct = torch.load(kept, weights_only=True)
         found[attack, network, start, repulsion] = fct, poisoned
-        trusted, suspect = functional.split_by_rank(fct)
-        same = torch.isin(labels, labels[poisoned].unique())
-        print(
-            f"| {attack} | {network} | {start} | {'yes' if repulsion else 'no'} | {_auroc(fct, poisoned):.3f} "
-            f"| {_auroc(fct[same], poisoned[same]):.3f} | {100 * poisoned[suspect].float().mean():.1f} % "
-            f"| {100 * poisoned[trusted].float().mean():.2f} % of {100 * poisoned.float().mean():.1f} % |",
-            flush=True,
-        )
-    if options.figure:
-        draw(found, options.figure)
+        known = {
+            **rows.identity(Setting(network, len(dataset)), attack, 0),
+            **rows.poison(int(poisoned.sum()), len(dataset)),
+            "row": f"{start}, {options.steps} steps" + f", {repulsion} of centre repulsion" * (repulsion > 0),
+        }
+        if rows.key(known, "row") not in {rows.key(row, "row") for row in rows.read(options.results)}:
+            measured = separation(fct, labels_of(dataset), poisoned)
+            rows.append(
+                options.results, {**known, **measured, **rows.circumstances("examples.evidence.consistency", "cpu")}
+            )
+    print(consistency_table(rows.read(options.results)))
+    draw(found, options.figure)
+
+
+def separation(fct: Tensor, labels: Tensor, poisoned: Tensor) -> rows.Row:
+    """AUROC, also among the labels that poisons have; shares of poisons in the top 5 % and in the lowest 20 %."""
+    trusted, suspect = functional.split_by_rank(fct)
+    same = torch.isin(labels, labels[poisoned].unique())
+    return {
+        "auroc": _auroc(fct, poisoned),
+        "auroc_within_labels": _auroc(fct[same], poisoned[same]),
+        "precision_of_suspects": float(poisoned[suspect].float().mean()),
+        "poisons_among_trusted": float(poisoned[trusted].float().mean()),
+    }
 
 
 def _auroc(fct: Tensor, poisoned: Tensor) -> float:
@@ -127,13 +138,13 @@ def _auroc(fct: Tensor, poisoned: Tensor) -> float:
 
 def draw(found: dict[tuple[str, str, str, int], tuple[Tensor, Tensor]], path: Path) -> None:
     """Histograms of clean and poisoned images, one for each line of the table."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  (only with --figure)
+    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import)
 
     columns = 4
-    rows = -(-len(found) // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.2 * rows), layout="constrained")
+    lines = -(-len(found) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.2 * lines), layout="constrained")
     for place, ((attack, network, start, repulsion), (fct, poisoned)) in enumerate(found.items()):
-        axes = figure.add_subplot(rows, columns, place + 1)
+        axes = figure.add_subplot(lines, columns, place + 1)
         logs = fct.clamp(min=float(fct[fct > 0].min())).log10()
         edges = torch.linspace(float(logs.min()), float(logs.max()), 60).tolist()
         for mask, colour, name in ((~poisoned, "tab:blue", "clean"), (poisoned, "tab:red", "poisoned")):

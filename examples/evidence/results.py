@@ -12,20 +12,22 @@ from examples.evidence.rows import Row, cell_key, key
 from examples.evidence.table import (
     DEFENCES,
     by_setting,
+    consistency_table,
     grouped,
     is_void,
     marked,
     number,
     percent,
     repair_table,
+    stages_table,
     table,
     void_trainings,
 )
 
 
-def page(rows: list[Row], repairs: list[Row]) -> str:
-    """The whole page, from the rows of ``results.jsonl`` and of ``repair.jsonl``."""
-    parts = [INTRODUCTION.format(count=len(rows), repairs=len(repairs))]
+def page(rows: list[Row], repairs: list[Row], consistency: list[Row], stages: list[Row]) -> str:
+    """The whole page, from the rows of ``results.jsonl``, ``repair.jsonl``, ``consistency.jsonl``, ``stages.jsonl``."""
+    parts = [INTRODUCTION.format(count=len(rows))]
     for setting, found in by_setting(rows).items():
         dataset, hardware = (
             "; ".join(sorted({row[name] for row in found if name in row})) for name in ("dataset", "hardware")
@@ -40,9 +42,14 @@ def page(rows: list[Row], repairs: list[Row]) -> str:
             f"### On clean data\n\n{on_clean_data(found)}",
             f"### Cost\n\n{COST}\n\n{cost(found)}",
         ]
+    ablations = (
+        (f"Does FCT tell poisons?\n\n{CONSISTENCY}", consistency_table, consistency),
+        (f"What each part of D-BR adds\n\n{REPAIR}", repair_table, repairs),
+        (f"Whose labels the features of D-ST learn from\n\n{STAGES}", stages_table, stages),
+    )
     parts += [
         f"## Beside published figures\n\n{PUBLISHED}\n\n{published(rows)}\n\n{published_detection()}",
-        f"## What each part of D-BR adds\n\n{REPAIR}\n\n{repair_table(repairs) if repairs else 'Not run.'}",
+        *(f"## {heading}\n\n{made(found) if found else 'Not run.'}" for heading, made, found in ablations),
         "## Not run",
         *(missing(protocol, rows) for protocol in PROTOCOLS.values()),
     ]
@@ -165,8 +172,8 @@ def _median(values: list[float], digits: int) -> str:
 
 INTRODUCTION = """# What was measured
 
-Written by `python -m examples.evidence results` from the {count} rows of `results.jsonl` and the {repairs} rows of
-`repair.jsonl`; do not edit it. All rates are in per cent; several seeds are given as mean ± standard deviation.
+Written by `python -m examples.evidence results` from the {count} rows of `results.jsonl` and those of the ablations
+beside it; do not edit it. All rates are in per cent; several seeds are given as mean ± standard deviation.
 A cell is *void* where the attack did not take: the undefended model obeys the trigger in less than half of the images.
 – stands for what was not measured. `perfect` is a filter that knows the truth, `random` one that removes as many images
 by chance, `random-reset` drops the poisons and resets as many units by chance; names with `-paper` follow the papers.
@@ -184,5 +191,12 @@ are the authors' as far as they are known (protocol `full`); *not comparable* wh
 figure for the same attack in the small setting above is given for orientation. Their ten per cent are of the images
 that are not of the target class, ours of all; a photograph of a flower stands for Hello Kitty; our images were JPEG
 files. UltraClean's tables were not at hand."""
+CONSISTENCY = """Feature consistency towards transformations, by a detector from fresh weights and from a copy of the
+undefended network (`python -m examples.evidence.consistency`). D-BR as published suspects the 5 % that move most, and
+trusts the 20 % that move least: their share of poisons beside that of all images.
+
+![FCT of clean and poisoned images](figures/fct.png)"""
 REPAIR = """From the undefended network, with the true poisons as suspects, with those that scores choose, and with its
 own choice (`python -m examples.evidence.repair`)."""
+STAGES = """The first stage of D-ST with other labels than those of trusted images, without readmission
+(`python -m examples.evidence.stages`); D-ST's rows above have readmission."""

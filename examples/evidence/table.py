@@ -52,6 +52,33 @@ def repair_table(rows: list[Row]) -> str:
     return table(head, lines, left=("attack", "D-BR with"))
 
 
+def consistency_table(rows: list[Row]) -> str:
+    """Rows of ``consistency.jsonl``."""
+    lines = [
+        [
+            row["attack"], row["model"], row["row"], number([row["auroc"]], 3), number([row["auroc_within_labels"]], 3),
+            percent([row["precision_of_suspects"]]), percent([row["poisons_among_trusted"]], 2), percent([row["rate"]]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    left = ["attack", "network", "detector"]
+    rates = ["AUROC", "AUROC within labels", "poisons in the top 5 %", "in the lowest 20 %", "in all"]
+    return table([*left, *rates], lines, left=left)
+
+
+def stages_table(rows: list[Row]) -> str:
+    """Rows of ``stages.jsonl``."""
+    lines = [
+        [
+            row["attack"], row["row"], percent([row["clean_accuracy"]]), percent([row["asr"]]),
+            percent([row["neighbour_agreement"]]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    left = ["attack", "features learn"]
+    return table([*left, "clean accuracy", "ASR", "neighbours with the same label"], lines, left=left)
+
+
 def table(head: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str]) -> str:
     """A Markdown table; columns that are not in ``left`` hold numbers."""
     rule = "".join(f"{'---' if name in left else '---:'}|" for name in head)

@@ -220,13 +220,22 @@ def test_the_page_holds_all_tables_and_what_is_missing() -> None:
         "attack": "badnets-5%", "row": "FCT", "clean_accuracy": 0.7, "asr": 0.9, "suspects": 1000,
         "poisons_among_suspects": 30, "poisons_among_trusted": 7,
     }  # fmt: skip
-    written = page(ROWS, [repair])
+    look = {
+        "attack": "badnets-5%", "model": "resnet", "row": "fresh, 200 steps", "auroc": 0.5, "auroc_within_labels": 0.25,
+        "precision_of_suspects": 0.1, "poisons_among_trusted": 0.0, "rate": 0.05,
+    }  # fmt: skip
+    stage = {
+        "attack": "sig-80%", "row": "no labels", "clean_accuracy": 0.5, "asr": 0.01, "neighbour_agreement": 0.625
+    }  # fmt: skip
+    written = page(ROWS, [repair], [look], [stage])
+    assert "| badnets-5% | resnet | fresh, 200 steps | 0.500 | 0.250 | 10.0 | 0.00 | 5.0 |" in written
+    assert "| sig-80% | no labels | 50.0 | 1.0 | 62.5 |" in written
     assert repair_table([repair]).splitlines()[2] == "| badnets-5% | FCT | 70.0 | 90.0 | 30 of 1,000 | 7 |"
     for part in (headline(ROWS), detection(ROWS), on_clean_data(ROWS), cost(ROWS), repair_table([repair])):
         assert part in written
-    assert "8 rows of `results.jsonl` and the 1 rows" in written
+    assert "8 rows of `results.jsonl` and those" in written
     assert "### mini: 143 of 151 cells" in written
-    assert "Not run." in page([], [])
+    assert page([], [], [], []).count("Not run.") == 3
 
 
 def test_missing_cells_are_told_by_setting_seed_and_defence() -> None:
