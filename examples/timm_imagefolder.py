@@ -24,7 +24,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from lightning_backdoor import BackdoorMonitor, NONECallback, UltraCleanCallback, attacks, metrics
+from lightning_backdoor import (
+    BackdoorMonitor,
+    DBRCallback,
+    DSTCallback,
+    NONECallback,
+    UltraCleanCallback,
+    attacks,
+    metrics,
+)
 
 TRIGGERS = {
     "badnets": attacks.BadNets(),
@@ -38,6 +46,8 @@ DEFENCES = {
     "ultraclean-paper": lambda report: [UltraCleanCallback.from_paper(output="logits", report_dir=report)],
     "NONE": lambda report: [NONECallback(report_dir=report)],
     "NONE-paper": lambda report: [NONECallback.from_paper(report_dir=report)],
+    "D-BR": lambda report: [DBRCallback(report_dir=report)],
+    "D-ST": lambda report: [DSTCallback(report_dir=report)],
 }
 
 
