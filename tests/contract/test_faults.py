@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_backdoor.errors import BackdoorDefenseError
+from lightning_backdoor.errors import BackdoorDefenseError, ModelError
 from tests.callbacks.helpers import Pictures, loader_of, make_trainer
 from tests.contract.problem import BATCH, EPOCHS, WARNS, Loading, Net, assert_settled, fit, net_of, planted
 from tests.contract.registry import Entry, every_defence
@@ -56,20 +56,11 @@ class Robust(Net):
         return super().forward(255 * images.nan_to_num())
 
 
-BLIND = {"NONECallback", "ActivationClustering", "SpectralSignatures", "DeepKNN", "RandomFilter", "ABL"}
-"""They ask the model alone, and it answers."""
-
-
 @every_defence
-def test_an_image_that_is_not_a_number_is_named_or_does_not_matter(entry: Entry) -> None:
+def test_an_image_that_is_not_a_number_is_named(entry: Entry) -> None:
     torch.manual_seed(0)
     callback, module = entry.make(), Robust()
     trainer = make_trainer([callback], EPOCHS)
-    if entry.name in BLIND or "verdict" in entry.acting:
-        fit([], NotANumber(96), module=module, trainer=trainer)
-        assert entry.acted(callback, trainer)
-        assert callback.verdict.scores.isfinite().all()
-        return
     with pytest.raises(BackdoorDefenseError, match="90"):
         fit([], NotANumber(96), module=module, trainer=trainer)
     assert_settled(trainer, module)
@@ -155,15 +146,13 @@ def test_probabilities_are_warned_of_or_do_not_matter(entry: Entry) -> None:
 
 
 @every_defence
-def test_a_model_that_answers_nothing_finite_is_named_or_does_not_matter(entry: Entry) -> None:
+def test_a_model_that_answers_nothing_finite_is_refused_before_the_first_step(entry: Entry) -> None:
     torch.manual_seed(0)
     callback, module = entry.make(), Answers("not a number")
     trainer = make_trainer([callback], EPOCHS)
-    if refused := refusal(module, trainer):
-        assert re.search(r"(?i)nan|finite", refused), refused
-    else:
-        assert callback.verdict is not None
-        assert callback.verdict.scores.isfinite().all(), "a score that is not a number ranks nothing"
+    with pytest.raises(ModelError, match="answers NaN or infinity to the first training images"):
+        fit([], module=module, trainer=trainer)
+    assert trainer.global_step == 0
     assert_settled(trainer, module)
 
 
