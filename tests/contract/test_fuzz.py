@@ -131,8 +131,8 @@ def test_an_order_depends_on_the_seed_alone(mask: list[bool], size: int, seed: i
 def test_further_looks_never_bring_a_sample_back_nor_break_the_cap(
     n: int, first: float, more: float, cap: float, seed: int
 ) -> None:
-    COUNTS["fuzz cases"] += 1
     assume(more > first)
+    COUNTS["fuzz cases"] += 1
     generator = torch.Generator().manual_seed(seed)
     labels, budget = torch.arange(n) % 2, int(cap * n)
     scores, again = torch.rand(2, n, generator=generator)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback
+from lightning_backdoor import DBRCallback, NONECallback
 from lightning_backdoor.errors import DataError
 from tests.callbacks.helpers import same_state
 from tests.callbacks.test_ultraclean_resume import SaveAll
@@ -106,9 +106,6 @@ def test_resumed_on_other_data_it_is_refused(entry: Entry, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: UltraCleanCallback(warmup_epochs=3, rule="fraction"),
-        lambda: UltraCleanCallback(warmup_epochs=2, rule="fraction", rewind=False),
-        lambda: UltraCleanCallback(warmup_epochs=2, rule="fraction", rescore_every=1),
         lambda: NONECallback(rule="paper", warmup_epochs=1, finetune_epochs=1),
         lambda: NONECallback(rule="paper", rounds=2, finetune_epochs=1),
         lambda: DBRCallback(verdict=GIVEN, reference=True, epochs=2),
@@ -116,9 +113,6 @@ def test_resumed_on_other_data_it_is_refused(entry: Entry, tmp_path: Path) -> No
         lambda: DBRCallback(verdict=GIVEN, warmup_epochs=0, epochs=2),
     ],
     ids=[
-        "late",
-        "no rewind",
-        "rescore",
         "NONE inside the plan",
         "two rounds",
         "reference",
