@@ -61,8 +61,7 @@ class DSTCallback(Detecting):
         reference_mask: Positives of the authors' code: all images with the label of a trusted one.
         readmit: Let the neighbours of uncertain images decide whether they are trusted or suspect in the second stage.
         neighbours: Trusted images that are asked, for that and for the log.
-        views: Replaces the strong augmentation: takes and returns the pixels of one
-            image, uint8 ``(1, C, H, W)``.
+        views: Replaces the strong augmentation: takes and returns the pixels of one image, uint8 ``(1, C, H, W)``.
         trusted: Share of the images of every class whose labels count, in ``(0, 1)``.
         suspect: ``"auto"`` looks for second populations; a number in ``(0, 1)`` is the share of all images, those that
             move most, that is suspect in any case.
