@@ -15,6 +15,7 @@ from lightning_backdoor.callbacks.defense import require_fraction, require_posit
 from lightning_backdoor.callbacks.repairs import Repair
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.decisions import select_fraction
+from lightning_backdoor.functional.evidence import add_removed
 from lightning_backdoor.trainer.ascent import loss_scale
 from lightning_backdoor.trainer.compat import rank_zero_info
 from lightning_backdoor.trainer.limits import about_to_end
@@ -133,8 +134,11 @@ class ABL(RepairBaseline):
             return {"labels": labels, "scores": easiness_scores(logits, labels.to(logits.device))}
 
         found = data.scan(trainer, pl_module, step, description="ABL scan")
-        scores, rule = found["scores"], f"lowest_loss({self.isolate:g})"
-        judged = decision_of(scores, select_fraction(scores, self.isolate)[0], rule, max_removed=self.max_removed)
+        scores, rule, old = found["scores"], f"lowest_loss({self.isolate:g})", self.verdict
+        order = scores if old is None else scores.masked_fill(~old.keep, math.inf)  # what was isolated stays isolated
+        judged = decision_of(scores, select_fraction(order, self.isolate)[0], rule, max_removed=self.max_removed)
+        if old is not None:
+            judged = add_removed(judged, old.scores, old.keep, threshold=old.threshold, max_removed=self.max_removed)
         decision = trainer.strategy.broadcast(judged, src=0)  # float ties must not tell ranks apart
         keep = decision.keep
         removed = self._adopt(

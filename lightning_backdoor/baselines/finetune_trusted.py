@@ -58,7 +58,7 @@ class FineTuneTrusted(RepairBaseline):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Begin when training is about to end; count the epochs that follow."""
-        if self._repaired(trainer, pl_module) or self.history or not about_to_end(trainer):
+        if self._repaired(trainer, pl_module) or self._last_look is not None or not about_to_end(trainer):
             return
         if trainer.fast_dev_run:
             rank_zero_info("Fine-tuning: fast_dev_run trains too little to repair anything.")

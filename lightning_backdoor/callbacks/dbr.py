@@ -144,8 +144,8 @@ class DBRCallback(Detecting, RepairCallback):
 
     @property
     def _acted(self) -> bool:
-        """Whether a look found something; none follows then."""
-        return any(past.suspects for past in self.history)
+        """Whether a look found something, since the last rewind of another defence; none follows then."""
+        return self._last_look is not None and bool(self.history[-1].suspects)
 
     def _at_once(self) -> bool:
         return self.warmup_epochs == 0

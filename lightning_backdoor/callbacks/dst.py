@@ -191,7 +191,7 @@ class DSTCallback(Detecting):
             rank_zero_info("D-ST: fast_dev_run trains too little for two stages; ordinary training.")
         elif not self.history:
             require_one_loader(trainer)
-            if trainer.ckpt_path is not None:
+            if trainer.ckpt_path is not None and trainer.global_step:  # a tuner leaves a path, too, and no steps
                 raise TrainerError(
                     "D-ST trains from the start, but the checkpoint was written without it. Fit without `ckpt_path`, "
                     "or repair the model by DBRCallback(warmup_epochs=0)."

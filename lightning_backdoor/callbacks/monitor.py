@@ -142,6 +142,14 @@ class BackdoorMonitor(CallbackBase):
                 stacklevel=2,
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Remember that there was something to do: a finished run that is resumed validates no more."""
+        return {"has_logged": self._has_logged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue an interrupted run."""
+        self._has_logged = state_dict["has_logged"]
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the validation set."""
         self._built = (None, None)

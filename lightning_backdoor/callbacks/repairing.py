@@ -102,7 +102,7 @@ class RepairCallback(Defense):
         """Begin an epoch of repair, if there is one."""
         if self._last_look is not None and trainer.current_epoch < self._last_look:  # another defence went back
             self._run.stop()
-            self._last_look = None
+            self._run, self._last_look = self._new_run(), None
         self._run.at_epoch_start()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -38,12 +38,14 @@ def hold_open(trainer: Any, holder: object, until: int | None = None) -> None:
     Args:
         trainer: The running Trainer.
         holder: Who wants it open.
-        until: Epochs that the fit will have had by then, if that is known; progress displays show it.
+        until: Epochs that the fit will have had by then, if that is known; progress displays show it, or the plan
+            where that is longer.
     """
     loop = trainer.fit_loop
     if trainer not in _HELD:
         _HELD[trainer] = (loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps), set()
-    loop.min_epochs, loop.max_epochs = (_UNREACHABLE, -1) if until is None else (until, until)
+    planned = _planned(trainer)[0] or 0
+    loop.min_epochs, loop.max_epochs = (_UNREACHABLE, -1) if until is None else (until, max(until, planned))
     loop.epoch_loop.max_steps = -1
     _HELD[trainer][1].add(id(holder))
 

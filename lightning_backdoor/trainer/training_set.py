@@ -17,7 +17,7 @@ from lightning_backdoor.data.nesting import transforms_of
 from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
 from lightning_backdoor.data.views import check_dataset, scan_loader
-from lightning_backdoor.errors import ArgumentError, DataError
+from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.surgery.heads import Head, find_head
 from lightning_backdoor.surgery.taps import Taps
 from lightning_backdoor.trainer.etiquette import prepare_batch, unobtrusive
@@ -193,7 +193,7 @@ def open_training_set(
     Raises:
         ArgumentError: If images, labels or the pixel space cannot be told, naming the argument that helps.
         DataError: If the dataset is empty or iterable, an image is not finite, or labels are not class indices.
-        ModelError: If no logits come out of the model.
+        ModelError: If no logits come out of the model, or none that are finite.
     """
     size = check_dataset(loader.dataset)
     transform = choose_transform(loader, val_dataset, reading.eval_transform)
@@ -213,6 +213,11 @@ def open_training_set(
 
         def run() -> Tensor:
             found.append(_logits(trainer, pl_module, layout, reading, few))
+            if not bool(found[-1].isfinite().all()):
+                raise ModelError(
+                    "The model answers NaN or infinity to the first training images, so nothing can be told from its "
+                    "answers. Look for weights that have diverged, or pass `forward_fn`."
+                )
             return found[-1]
 
         head = find_head(pl_module, run, reading.feature_layer)

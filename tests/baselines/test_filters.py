@@ -23,9 +23,8 @@ from lightning_backdoor.baselines import (
 )
 from lightning_backdoor.errors import ArgumentError
 from tests.baselines.helpers import POISONS, Rigged, clean_as_well, red_corners
-from tests.callbacks.helpers import LIGHTNING_WARNS, Pictures, fit, loader_of, make_trainer, same_state
+from tests.callbacks.helpers import LIGHTNING_WARNS, Pictures, fit, loader_of, make_trainer
 from tests.callbacks.test_none import lightning_net
-from tests.callbacks.test_ultraclean_resume import SaveAll, run
 
 pytestmark = [
     *LIGHTNING_WARNS,
@@ -125,28 +124,6 @@ def test_looks_when_training_ends_goes_back_and_trains_on_what_is_left(cls: type
     assert trainer.callback_metrics[f"backdoor/{cls.__name__.lower()}/removed"] == 64 - len(kept)
     assert torch.equal(pickle.loads(pickle.dumps(callback)).verdict.keep, verdict.keep)
     assert html.escape(callback.meaning) in (tmp_path / "report.html").read_text()
-
-
-@every_filter
-def test_until_it_acts_the_training_is_bit_identical(cls: type[Baseline]) -> None:
-    _, plain = fit([], mislabelled(), epochs=2)
-    callback = acting(cls, rewind=False)
-    _, module = fit([callback], mislabelled(), epochs=2)
-    assert not callback.verdict.keep.all()
-    assert same_state(plain, module)
-    assert plain.logged == module.logged
-
-
-@every_filter
-def test_an_interrupted_run_ends_like_one_that_was_not(cls: type[Baseline], tmp_path: Path) -> None:
-    saver, whole = SaveAll(tmp_path), acting(cls, warmup_epochs=1)
-    _, plain = run([whole, saver], val=False, epochs=2, dataset=mislabelled())
-    assert len(saver.paths) == 3, "one epoch, and two after going back"
-    for path in saver.paths:
-        callback = acting(cls, warmup_epochs=1)
-        _, module = run([callback], path, val=False, epochs=2, dataset=mislabelled())
-        assert same_state(plain, module), path.name
-        assert torch.equal(callback.verdict.scores, whole.verdict.scores), path.name
 
 
 @every_filter

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning_pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -19,8 +17,7 @@ from lightning_backdoor import Verdict, baselines
 from lightning_backdoor.baselines import ABL, FineTuneTrusted, easiness_scores
 from lightning_backdoor.errors import ArgumentError, DataError
 from tests.baselines.helpers import POISONS, Rigged, red_corners
-from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pictures, fit, loader_of, make_trainer, same_state, state_of
-from tests.callbacks.test_none import lightning_net
+from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pictures, fit, make_trainer, same_state, state_of
 from tests.callbacks.test_ultraclean_resume import SaveAll, run
 
 pytestmark = [
@@ -164,48 +161,6 @@ def test_fine_tunes_a_finished_checkpoint_and_ends(tmp_path: Path) -> None:
     trainer, module = run([callback], saver.paths[-1], val=False, epochs=2)
     assert [epoch for epoch, _ in module.epochs()] == [2]
     assert trainer.current_epoch == 3
-
-
-MAKE = {
-    "ABL": lambda: ABL(isolate=0.1, gamma=1.3, epochs=2, warmup_epochs=1, name="mine"),
-    "FineTuneTrusted": lambda: FineTuneTrusted(verdict=GIVEN, epochs=2, name="mine"),
-}
-each = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
-
-
-@each
-def test_an_interrupted_run_ends_like_one_that_was_not(make: Any, tmp_path: Path) -> None:
-    saver, whole = SaveAll(tmp_path), make()
-    trainer, plain = run([whole, saver], val=False, epochs=2)
-    assert len(saver.paths) == 4
-    for path in saver.paths:
-        callback = make()
-        again, module = run([callback], path, val=False, epochs=2)
-        assert same_state(plain, module), path.name
-        assert torch.equal(callback.verdict.scores, whole.verdict.scores), path.name
-        assert callback.history == whole.history, path.name
-        assert again.current_epoch == trainer.current_epoch, path.name
-
-
-@each
-def test_the_other_package_a_second_fit_and_pickling(make: Any) -> None:
-    callback = make()
-    trainer = make_trainer([callback], 2, package=lightning_pytorch)
-    trainer.fit(lightning_net(), loader_of(Pictures()))
-    assert trainer.current_epoch == 4
-    again = make()
-    fit([again], epochs=2)
-    trainer, _ = fit([again], epochs=2)
-    assert trainer.current_epoch == 4
-    assert torch.equal(pickle.loads(pickle.dumps(again)).verdict.trusted, again.verdict.trusted)
-    assert again.state_key == f"lightning_backdoor.{type(again).__name__}.mine"
-
-
-def test_fast_dev_run_does_nothing() -> None:
-    for make in MAKE.values():
-        callback = make()
-        fit([callback], fast_dev_run=2)
-        assert callback.verdict is None
 
 
 def test_representation() -> None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning_pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -24,7 +23,6 @@ from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     Net,
     Pictures,
-    always,
     digits,
     fit,
     loader_of,
@@ -33,7 +31,7 @@ from tests.callbacks.helpers import (
     share_right,
     state_of,
 )
-from tests.callbacks.test_none import lightning_net, train_digits
+from tests.callbacks.test_none import train_digits
 from tests.callbacks.test_ultraclean_resume import SaveAll, run
 
 pytestmark = [
@@ -293,19 +291,6 @@ def test_nothing_to_repair_ends_the_fit_without_a_step() -> None:
     assert callback.verdict.keep.all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"reference": False}, {"warmup_epochs": 1}, {"warmup_epochs": 0}], ids=str)
-def test_an_interrupted_run_ends_like_one_that_was_not(settings: dict[str, Any], tmp_path: Path) -> None:
-    saver, whole = SaveAll(tmp_path), acting(**settings)
-    trainer, plain = run([whole, saver])
-    for path in saver.paths:
-        callback = acting(**settings)
-        again, module = run([callback], ckpt=path)
-        assert same_state(plain, module), path.name
-        assert torch.equal(callback.verdict.trusted, whole.verdict.trusted)
-        assert callback.history == whole.history, path.name
-        assert again.current_epoch == trainer.current_epoch, path.name
-
-
 def test_a_resumed_run_never_repeats_the_detector(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"suspect": 0.1, "detector_steps": 3, "epochs": 1, "detector": "fresh"}
     saver, whole = SaveAll(tmp_path), DBRCallback(**settings)
@@ -355,24 +340,6 @@ def test_a_random_transformation_of_an_image_depends_on_no_batch() -> None:
     torch.testing.assert_close(*scores)
 
 
-@pytest.mark.parametrize("package", [pl, lightning_pytorch])
-def test_works_with_both_packages(package: Any) -> None:
-    callback = acting()
-    torch.manual_seed(0)
-    trainer = make_trainer([callback], 2, package=package)
-    trainer.fit(Net() if package is pl else lightning_net(), loader_of(Pictures()))
-    assert trainer.current_epoch == 5
-
-
-@pytest.mark.parametrize("ultraclean_first", [True, False])
-def test_together_with_ultraclean(ultraclean_first: bool) -> None:
-    one, two = always(rewind=True), acting()
-    _, module = fit([one, two] if ultraclean_first else [two, one])
-    allowed = set((two.verdict.trusted & one.verdict.keep).nonzero().flatten().tolist())
-    assert [epoch for epoch, _ in module.epochs()] == [0, 1, 0, 1, 2, 3, 4, 5, 6]
-    assert set(module.drawn[-1][2]) == allowed
-
-
 def test_manual_optimization_is_refused_before_anything_happens() -> None:
     class Manual(Net):
         def __init__(self) -> None:
@@ -418,11 +385,3 @@ def test_representation_and_pickling() -> None:
     again = pickle.loads(pickle.dumps(callback))
     assert torch.equal(again.verdict.keep, callback.verdict.keep)
     assert again.history == callback.history
-
-
-def test_the_same_callback_serves_a_second_fit() -> None:
-    callback = acting()
-    fit([callback])
-    trainer, module = fit([callback])
-    assert trainer.current_epoch == 7
-    assert kinds(module, 4) == "st"

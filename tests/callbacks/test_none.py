@@ -24,7 +24,6 @@ from tests.callbacks.helpers import (
     DigitNet,
     Net,
     Pictures,
-    always,
     digits,
     fit,
     loader_of,
@@ -33,7 +32,7 @@ from tests.callbacks.helpers import (
     share_right,
     state_of,
 )
-from tests.callbacks.test_ultraclean_resume import SaveAll, run
+from tests.callbacks.test_ultraclean_resume import SaveAll
 
 pytestmark = [
     *LIGHTNING_WARNS,
@@ -198,17 +197,6 @@ def test_natural_mode_keeps_the_data_and_resets_units() -> None:
     assert module.epochs()[-1][1] == list(range(64))
 
 
-@pytest.mark.parametrize("package", [pl, lightning_pytorch])
-def test_works_with_both_packages(package: Any) -> None:
-    callback = acting()
-    torch.manual_seed(0)
-    module = Net() if package is pl else lightning_net()
-    trainer = make_trainer([callback], 2, package=package)
-    trainer.fit(module, loader_of(Pictures()))
-    assert trainer.current_epoch == 4
-    assert callback.history[0].units
-
-
 def lightning_net() -> Any:
     plain = Net()
 
@@ -251,23 +239,6 @@ def test_the_report_lists_the_units(tmp_path: Path) -> None:
     assert "units of 1 layers were reset, and the model was fine-tuned" in page
     assert f"<td>{layer}</td>" in page
     assert re.search(rf"<td[^>]*>{unit}</td>", page)
-
-
-@pytest.mark.parametrize("ultraclean_first", [True, False])
-def test_together_with_ultraclean(ultraclean_first: bool) -> None:
-    one, two = always(rewind=True), acting(finetune_epochs=1)
-    _, module = fit([one, two] if ultraclean_first else [two, one])
-    kept = (one.verdict.keep & two.verdict.keep).nonzero().flatten().tolist()
-    assert module.epochs()[-1][1] == kept
-    assert [epoch for epoch, _ in module.epochs()] == [0, 1, 0, 1, 2, 3, 4]
-
-
-def test_a_rewind_after_a_reset_makes_the_defence_look_again() -> None:
-    one, two = acting(warmup_epochs=1, finetune_epochs=1), always(warmup_epochs=3)
-    _, module = fit([one, two])
-    assert [epoch for epoch, _ in module.epochs()] == [0, 1, 2, 0, 1, 2, 3]
-    assert [past.epochs for past in one.history] == [1, 1], "before and after the rewind"
-    assert all(module.training for module in module.modules())
 
 
 def test_manual_optimization_is_refused_before_anything_happens() -> None:
@@ -314,29 +285,6 @@ def test_representation_and_pickling() -> None:
     again = pickle.loads(pickle.dumps(callback))
     assert torch.equal(again.verdict.keep, callback.verdict.keep)
     assert again.history == callback.history
-
-
-def test_the_same_callback_serves_a_second_fit() -> None:
-    callback = acting()
-    fit([callback])
-    first = callback.verdict
-    trainer, _ = fit([callback])
-    assert not bool((callback.verdict.keep & ~first.keep).any()), "removed samples stay removed"
-    assert trainer.current_epoch == 6
-
-
-@pytest.mark.parametrize("warmup_epochs", [None, 1])
-def test_an_interrupted_run_ends_like_one_that_was_not(warmup_epochs: int | None, tmp_path: Path) -> None:
-    saver = SaveAll(tmp_path)
-    plain_callback = acting(warmup_epochs=warmup_epochs)
-    _, plain = run([plain_callback, saver])
-    assert len(saver.paths) == 2 * (3 if warmup_epochs else 5)
-    for path in saver.paths:
-        callback = acting(warmup_epochs=warmup_epochs)
-        _, module = run([callback], ckpt=path)
-        assert same_state(plain, module), path.name
-        assert torch.equal(callback.verdict.keep, plain_callback.verdict.keep)
-        assert [past.units for past in callback.history] == [past.units for past in plain_callback.history]
 
 
 class SaveInEpoch(SaveAll):

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning_pytorch
 import pytest
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
@@ -19,7 +17,6 @@ from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     DigitNet,
     Net,
-    Pairs,
     Pictures,
     always,
     digits,
@@ -121,29 +118,6 @@ def test_a_scan_that_removes_nothing_leaves_no_trace(workers: int, precision: st
     for name, value in before.callback_metrics.items():
         assert torch.equal(value, after.callback_metrics[name]), name
     assert [m.training for m in alone.modules()] == [m.training for m in module.modules()]
-
-
-@pytest.mark.parametrize("package", [pl, lightning_pytorch], ids=["pytorch_lightning", "lightning.pytorch"])
-def test_works_in_the_trainers_of_both_packages(package: Any) -> None:
-    class Module(package.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
-
-        def forward(self, images: Any) -> Any:
-            return self.net(images.float() / 255)
-
-        def training_step(self, batch: Any, _: int) -> Any:
-            return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    callback = always(warmup_epochs=1)
-    trainer = make_trainer([callback], epochs=2, package=package)
-    trainer.fit(Module(), DataLoader(Pairs(), batch_size=16, shuffle=True))
-    assert len(callback.verdict.removed) == 16
-    assert trainer.current_epoch == 2
 
 
 def test_the_paper_removes_its_fraction() -> None:

@@ -71,21 +71,6 @@ def defence_of(cli: Any) -> UltraCleanCallback:
     return found
 
 
-@pytest.mark.parametrize("package", CLIS, ids=["pytorch_lightning", "lightning.pytorch"])
-def test_by_flag(package: Any) -> None:
-    flags = [
-        "--trainer.callbacks+=lightning_backdoor.UltraCleanCallback",
-        "--trainer.callbacks.warmup_epochs=1",
-        "--trainer.callbacks.rule=fraction",
-        "--trainer.callbacks.fraction=0.25",
-        "--trainer.max_epochs=1",
-    ]
-    cli = cli_of(package, ["fit", *QUIET, *flags])
-    callback = defence_of(cli)
-    assert len(callback.verdict.removed) == 16
-    assert repr(callback) == "UltraCleanCallback(warmup_epochs=1, rule='fraction', fraction=0.25)"
-
-
 YAML = """
 trainer:
   max_epochs: 1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -267,14 +265,3 @@ def test_the_verdict_survives_a_second_fit() -> None:
     kept = verdict.keep.nonzero().flatten().tolist()
     assert callback.verdict is verdict
     assert second.epochs() == [(epoch, kept) for epoch in range(3)]
-
-
-def test_pickled_and_copied_callbacks_carry_the_verdict() -> None:
-
-    callback = always(name="mine")
-    run([callback])
-    for twin in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
-        assert isinstance(twin, UltraCleanCallback)
-        assert twin.state_key == callback.state_key
-        assert torch.equal(twin.verdict.keep, callback.verdict.keep)
-        assert repr(twin) == repr(callback)
