@@ -39,10 +39,10 @@ class DSTCallback(Detecting):
     epochs train the classifier of the model on trusted and suspect images, and turn it a little away from the latter.
     If nothing is suspect, training is the user's own, bit by bit.
 
-    While it acts, D-ST takes the place of ``training_step``, optimizer, schedulers and sampler; the Trainer does
-    everything else (precision, processes, accumulation, clipping, validation, checkpoints, which are ordinary ones).
-    Beside the contrastive stage the classifier learns trusted images, without any influence on the features, so that
-    validation means something at any time. Monitor what validation logs: what ``training_step`` logs is not there.
+    While it acts, D-ST takes the place of ``training_step``, optimizer, schedulers and sampler; the Trainer does all
+    else (precision, processes, accumulation, clipping, validation, checkpoints). A checkpoint holds an ordinary model,
+    but only D-ST can resume it. Beside the features the classifier learns trusted images, without any influence on
+    them, so that validation means something at any time; what ``training_step`` logs is not there to be monitored.
 
     Assumes nothing. An epoch costs two to three ordinary ones, and many are needed: most labels are not used.
 
