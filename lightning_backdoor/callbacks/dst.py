@@ -114,7 +114,7 @@ class DSTCallback(Detecting):
         readmit: bool = True,
         neighbours: int = 20,
         views: Callable[[Tensor], Tensor] | None = None,
-        trusted: float = 0.2,
+        trusted: float = 0.5,
         suspect: Literal["auto"] | float = "auto",
         detector_steps: int = 200,
         draws: int = 2,
