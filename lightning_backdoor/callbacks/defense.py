@@ -68,6 +68,20 @@ def require_one_of(name: str, value: Any, options: tuple[str, ...]) -> Any:
     return value
 
 
+def require_alone(trainer: Any, defense: Defense) -> None:
+    """Check that no other defence is on the Trainer.
+
+    Raises:
+        TrainerError: There is one.
+    """
+    other = next((c for c in trainer.callbacks if isinstance(c, Defense) and c is not defense), None)
+    if other is not None:
+        raise TrainerError(
+            f"{defense.title} trains all epochs and cannot share a Trainer with {type(other).__name__}. Fit with that "
+            f"one first, and pass its verdict: {type(defense).__name__}(verdict=...)."
+        )
+
+
 class Defense(CallbackBase):
     """Base of the defences.
 

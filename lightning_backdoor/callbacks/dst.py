@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_backdoor.callbacks.defense import Defense, require_positive, require_rate
+from lightning_backdoor.callbacks.defense import require_alone, require_positive, require_rate
 from lightning_backdoor.callbacks.detecting import Detecting
 from lightning_backdoor.callbacks.neighbourhood import accuracy_on_trusted, flags_of, second_look
 from lightning_backdoor.callbacks.stages import Training, evidence, sentence
@@ -61,7 +61,8 @@ class DSTCallback(Detecting):
         reference_mask: Positives of the authors' code: all images with the label of a trusted one.
         readmit: Let the neighbours of uncertain images decide whether they are trusted or suspect in the second stage.
         neighbours: Trusted images that are asked, for that and for the log.
-        views: Replaces the strong augmentation: from one image, uint8 ``(1, C, H, W)``, to another.
+        views: Replaces the strong augmentation: takes and returns a batch, uint8 ``(B, C, H, W)``, and draws for
+            each of its images.
         trusted: Share of the images of every class whose labels count, in ``(0, 1)``.
         suspect: ``"auto"`` looks for second populations; a number in ``(0, 1)`` is the share of all images, those that
             move most, that is suspect in any case.
@@ -160,12 +161,7 @@ class DSTCallback(Detecting):
         if stage == "fit":
             require_automatic(pl_module, "D-ST trains")
             require_planned(trainer, "D-ST")
-            other = next((c for c in trainer.callbacks if isinstance(c, Defense) and c is not self), None)
-            if other is not None:
-                raise TrainerError(
-                    f"D-ST trains all epochs and cannot share a Trainer with {type(other).__name__}. Fit with that one "
-                    "first, and pass its verdict: DSTCallback(verdict=...)."
-                )
+            require_alone(trainer, self)
             self._run, self.history = self._new_run(), []
         super().setup(trainer, pl_module, stage)
 
@@ -183,6 +179,8 @@ class DSTCallback(Detecting):
             rank_zero_warn("D-ST: the training of this checkpoint is complete. Fit anew to train for more epochs.")
             trainer.should_stop = True
         elif self._run.stage is not None:
+            self._run.require_plan(trainer)
+            self.history[-1] = replace(self.history[-1], accuracy=None, early=False)  # it goes on
             self._attach()
             if self._run.done < trainer.current_epoch:  # saved by a callback whose turn came first
                 self.on_train_epoch_end(trainer, pl_module)
@@ -227,7 +225,7 @@ class DSTCallback(Detecting):
         ends = run.done >= plan.until or about_to_end(trainer)
         if ends:
             accuracy = accuracy_on_trusted(trainer, pl_module, *self._known()[1:])
-            self.history[-1] = replace(self.history[-1], accuracy=accuracy, early=run.stage == "contrastive")
+            self.history[-1] = replace(self.history[-1], accuracy=accuracy, early=run.done <= plan.change)
             pl_module.log("backdoor/dst/trusted_accuracy", accuracy)
             if run.done >= plan.until:
                 run.finish()
@@ -269,6 +267,7 @@ class DSTCallback(Detecting):
         pl_module.log("backdoor/dst/suspects", float(suspects))
         if suspects and lacking:
             rank_zero_warn(f"D-ST: ordinary training, since no image of the classes {lacking} can be trusted.")
+            self._known()[0].restart_iterator()
         elif suspects:
             self._attach()
             self._run.begin(trainer, pl_module)

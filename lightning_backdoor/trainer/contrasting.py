@@ -126,6 +126,19 @@ class Contrasting:
             )
         return Plan(first, until - classifier, until)
 
+    def require_plan(self, trainer: Any) -> None:
+        """Check that a run that is resumed ends where the one that was interrupted would have.
+
+        Raises:
+            TrainerError: It would train on after the last epoch of the plan, by the optimizer of the second stage.
+        """
+        assert self.plan is not None
+        if trainer.max_epochs > self.plan.until:
+            raise TrainerError(
+                f"D-ST has planned {self.plan.until} epochs and cannot go on to `max_epochs={trainer.max_epochs}`. "
+                f"Resume with `max_epochs={self.plan.until}`, or fit anew."
+            )
+
     def begin(self, trainer: Any, pl_module: Any) -> None:
         """Start with the next epoch; call in ``on_train_start``."""
         assert self._data is not None

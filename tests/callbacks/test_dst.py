@@ -263,6 +263,13 @@ def test_a_complete_training_is_not_continued(tmp_path: Path) -> None:
     assert same_state(plain, module)
 
 
+def test_a_resumed_training_keeps_to_its_plan(tmp_path: Path) -> None:
+    saver = SaveAll(tmp_path)
+    run([acting(), saver])
+    with pytest.raises(TrainerError, match="planned 4 epochs and cannot go on to `max_epochs=9`"):
+        make_trainer([acting()], 9).fit(Net(), loader_of(Pictures()), ckpt_path=saver.paths[0])
+
+
 def test_everything_comes_back_after_an_error() -> None:
     class Fails(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -308,6 +315,27 @@ def test_a_training_that_stops_early_says_so(caplog: pytest.LogCaptureFixture) -
     assert trainer.current_epoch < 8
     assert callback.history[-1].early
     assert "ended before the second stage" in caplog.text
+
+
+class StopAfter(pl.Callback):
+    """Ends training after so many epochs."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+def test_a_training_that_stops_between_the_stages_says_so_until_it_goes_on(tmp_path: Path) -> None:
+    saver, callback = SaveAll(tmp_path), acting(classifier_epochs=2)
+    run([StopAfter(2), callback, saver])
+    assert callback.history[-1].change == 2
+    assert callback.history[-1].early
+    later = acting(classifier_epochs=2)
+    run([later], ckpt=saver.paths[-1])
+    assert not later.history[-1].early
+    assert later.history[-1].accuracy is not None
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
@@ -418,10 +446,13 @@ def test_a_model_whose_parts_cannot_be_told_apart_or_learn() -> None:
             make_trainer([acting()]).fit(Frozen(part), loader_of(Pictures()))
 
 
-def test_a_class_without_trusted_images_is_left_to_ordinary_training() -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_class_without_trusted_images_is_left_to_ordinary_training(workers: int) -> None:
     trusted = torch.arange(64) % 16 == 5
+    callback, module = acting(verdict=replace(GIVEN, trusted=trusted, suspect=SUSPECT)), Net()
     with pytest.warns(UserWarning, match=r"no image of the classes \[0, 2, 3\] can be trusted"):
-        _, module = fit([acting(verdict=replace(GIVEN, trusted=trusted, suspect=SUSPECT))])
+        make_trainer([callback], 2).fit(module, loader_of(Pictures(), num_workers=workers))
+    assert module.drawn
     assert not {i for _, _, batch in module.drawn for i in batch} & set(SUSPECT.nonzero().flatten().tolist())
 
 

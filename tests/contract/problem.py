@@ -70,6 +70,8 @@ class Learner:
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", nn.functional.cross_entropy(self(batch["image"]), batch["label"]))
 
+    test_step = validation_step
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
         if not self.cycle:

@@ -139,6 +139,10 @@ def test_a_fit_without_training_is_refused_or_silent(entry: Entry) -> None:
 def test_validate_and_test_alone_do_not_wake_it(entry: Entry) -> None:
     callback = entry.make()
     run = fit([], clean())
-    trainer = make_trainer([callback])
+    trainer = make_trainer([callback], EPOCHS)
+    before = {name: value.clone() for name, value in run.module.state_dict().items()}
     trainer.validate(run.module, run.trainer.val_dataloaders, verbose=False)
-    assert getattr(callback, "verdict", None) is None
+    trainer.test(run.module, run.trainer.val_dataloaders, verbose=False)
+    assert not entry.acted(callback, trainer)
+    assert all(torch.equal(value, before[name]) for name, value in run.module.state_dict().items())
+    assert_settled(trainer, run.module)

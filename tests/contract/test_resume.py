@@ -72,6 +72,7 @@ def test_resumed_in_the_middle_of_an_epoch_it_goes_on_with_what_it_knew(entry: E
         if known is not None:
             assert torch.equal(callback.verdict.scores, known["scores"]), path.name
             drawn = {i for _, positions in run.module.epochs() for i in positions}
+            assert bool(drawn) == (entry.kind != "own"), "the steps of D-ST are its own"
             suspect = known.get("suspect", torch.zeros(len(known["keep"]), dtype=torch.bool))
             allowed = known["keep"] | (suspect & (entry.kind == "repair"))
             assert drawn <= set(allowed.nonzero().flatten().tolist()), path.name

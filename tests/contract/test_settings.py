@@ -72,13 +72,18 @@ def test_settings_of_the_trainer(entry: Entry, cell: str) -> None:
 
 @every
 def test_stochastic_weight_averaging(entry: Entry) -> None:
-    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
-    attempt(entry, "StochasticWeightAveraging", lambda: fit([entry.make(), averaging]))
+    averaging, callback = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1), entry.make()
+    run = attempt(entry, "StochasticWeightAveraging", lambda: fit([callback, averaging]))
+    assert run is None or entry.acted(callback, run.trainer)
 
 
 @every
 def test_a_time_limit(entry: Entry) -> None:
-    attempt(entry, "max_time", lambda: fit([entry.make()], max_time="00:01:00:00"))
+    callback = entry.make()
+    run = attempt(entry, "max_time", lambda: fit([callback], max_time="00:01:00:00"))
+    if run is not None:
+        assert entry.acted(callback, run.trainer)
+        assert_settled(run.trainer, run.module, run.loader, run.before)
 
 
 @every
