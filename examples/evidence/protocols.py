@@ -19,7 +19,7 @@ WORK: dict[str, tuple[float, float]] = {
     "NONE": (0.2, 3),
     "NONE-paper": (0.2, 3),
     "random-reset": (0.2, 2),
-    "D-BR": (0.1, 70),
+    "D-BR": (0.1, 15),
     "D-BR-paper": (0.1, 40),
     "D-ST": (2.5, 20),
     "AC": (1, 2),

@@ -81,7 +81,7 @@ def treatments(attack: str, dataset: Any, setting: Setting, cache: Path) -> dict
     fct = cache / f"fct-{attack}-{setting.model}-copy-200-200-{len(dataset)}.pt"
     chosen = {"FCT": lambda: torch.load(fct, weights_only=True), **scores_of(network, images, labels)}
     truth = verdict_by(torch.rand(len(dataset), generator=torch.Generator().manual_seed(0)), labels, poisoned)
-    return {
+    return {  # each with a fifth of every class to learn anew
         "true poisons: unlearn only": lambda: UnlearnOnly(verdict=truth),
         "true poisons: relearn only": lambda: baselines.FineTuneTrusted(verdict=truth, epochs=10),
         "true poisons: both": lambda: DBRCallback(verdict=truth),
@@ -89,7 +89,7 @@ def treatments(attack: str, dataset: Any, setting: Setting, cache: Path) -> dict
             name: lambda score=score: DBRCallback(verdict=verdict_by(score(), labels), trusted=0.2)
             for name, score in chosen.items()
         },
-        "split units (default)": lambda: DBRCallback(trusted=0.2),
+        "split units": lambda: DBRCallback(trusted=0.2),
     }
 
 

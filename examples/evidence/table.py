@@ -45,10 +45,11 @@ def repair_table(rows: list[Row]) -> str:
         [
             row["attack"], row["row"], percent([row["clean_accuracy"]]), percent([row["asr"]]),
             f"{row['poisons_among_suspects']:,} of {row['suspects']:,}", f"{row['poisons_among_trusted']:,}",
+            f"{row['epochs_undone']}",
         ]
         for row in rows
     ]  # fmt: skip
-    head = ["attack", "D-BR with", "clean accuracy", "ASR", "poisons among suspects", "poisons among trusted"]
+    head = ["attack", "D-BR with", "clean accuracy", "ASR", "poisons among suspects", "among trusted", "epochs undone"]
     return table(head, lines, left=("attack", "D-BR with"))
 
 

@@ -44,7 +44,7 @@ class DSTCallback(Detecting):
     but only D-ST can resume it. Beside the features the classifier learns trusted images, without any influence on
     them, so that validation means something at any time; what ``training_step`` logs is not there to be monitored.
 
-    Assumes nothing. An epoch costs two to three ordinary ones, and many are needed: most labels are not used.
+    Assumes nothing. An epoch passes every image twice, and many are needed: labels of untrusted images are not used.
 
     Differs from the paper: suspects come from evidence instead of a share, which unlearns clean images on clean data;
     all classes are trusted equally; uncertain images can change sides between the stages; AdamW trains convolutional

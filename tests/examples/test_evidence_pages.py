@@ -45,6 +45,8 @@ def test_detection_and_clean_data_keep_to_their_rows() -> None:
         "| badnets-1% (void) | NONE | 1 | 50.00 | 0.00 | 0.750 |",
         "| badnets-5% | NONE | 2 | 95.00 ± 7.07 | 0.10 ± 0.14 | 0.950 ± 0.071 |",
     ]
+    told = row("badnets-5%", "random-reset", 0.8, 1.0, tpr=1.0, fpr=0.0, auroc=1.0)
+    assert detection([*ROWS, told]) == detection(ROWS)
     assert on_clean_data(ROWS).splitlines()[2:] == [
         "| undefended | 1 | 80.2 | 0.0 | 0.00 |",
         "| NONE | 1 | 79.7 | -0.5 | 0.10 |",
@@ -93,7 +95,7 @@ def test_published_figures_stand_beside_the_same_setting_alone() -> None:
 def test_the_page_holds_all_tables_and_what_is_missing() -> None:
     repair = {
         "attack": "badnets-5%", "row": "FCT", "clean_accuracy": 0.7, "asr": 0.9, "suspects": 1000,
-        "poisons_among_suspects": 30, "poisons_among_trusted": 7,
+        "poisons_among_suspects": 30, "poisons_among_trusted": 7, "epochs_undone": 2,
     }  # fmt: skip
     look = {
         "attack": "badnets-5%", "model": "resnet", "row": "fresh, 200 steps", "auroc": 0.5, "auroc_within_labels": 0.25,
@@ -105,7 +107,7 @@ def test_the_page_holds_all_tables_and_what_is_missing() -> None:
     written = page(ROWS, [repair], [look], [stage])
     assert "| badnets-5% | resnet | fresh, 200 steps | 0.500 | 0.250 | 10.0 | 0.00 | 5.0 |" in written
     assert "| sig-80% | no labels | 50.0 | 1.0 | 62.5 |" in written
-    assert repair_table([repair]).splitlines()[2] == "| badnets-5% | FCT | 70.0 | 90.0 | 30 of 1,000 | 7 |"
+    assert repair_table([repair]).splitlines()[2] == "| badnets-5% | FCT | 70.0 | 90.0 | 30 of 1,000 | 7 | 2 |"
     for part in (headline(ROWS), detection(ROWS), on_clean_data(ROWS), cost(ROWS), repair_table([repair])):
         assert part in written
     assert "8 rows of `results.jsonl` and those" in written
