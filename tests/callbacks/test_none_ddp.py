@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +10,15 @@ import torch
 
 from tests.callbacks.ddp_none import main
 from tests.callbacks.helpers import LIGHTNING_WARNS
-from tests.trainer.ddp_scan import free_port
+from tests.processes import two_processes
 
 pytestmark = LIGHTNING_WARNS
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_two_processes_decide_and_train_as_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.callbacks.ddp_none", "2", str(tmp_path)]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, **address, "OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    main(1, tmp_path)
-    for process in ranks:
-        _, said = process.communicate(timeout=600)
-        assert process.returncode == 0, said[-3000:]
+    with two_processes("tests.callbacks.ddp_none", tmp_path):
+        main(1, tmp_path)
 
     def load(name: str, processes: int, rank: int) -> Any:
         return torch.load(tmp_path / f"{name}-{processes}-{rank}.pt", weights_only=True)
