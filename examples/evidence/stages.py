@@ -1,9 +1,9 @@
 """``python -m examples.evidence.stages``: whose labels should the features of D-ST learn from?
 
 The first stage of D-ST without any labels (CTL), with all labels (supervised) and with those of trusted images alone,
-by the paper's positives and by those of the authors' code; each without readmission, which D-ST's row of
-``python -m examples.evidence run`` has. One JSON line per finished row in ``stages.jsonl``; a run that was interrupted
-goes on with the first missing one.
+by the paper's positives and by those of the authors' code, all by contrast alone; and with the cross-entropy of trusted
+images beside it. None readmits, as D-ST's row of ``python -m examples.evidence run`` does. One JSON line per finished
+row in ``stages.jsonl``; a run that was interrupted goes on with the first missing one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class OtherLabels(DSTCallback):
     """D-ST whose first stage believes all labels, or none; the second stage is as ever."""
 
     def __init__(self, *, believed: bool, **arguments: Any) -> None:
-        super().__init__(readmit=False, **arguments)
+        super().__init__(guided=False, readmit=False, **arguments)
         self.believed = believed
 
     def _attach(self) -> None:
@@ -47,8 +47,11 @@ class OtherLabels(DSTCallback):
 VARIANTS: dict[str, Callable[[], DSTCallback]] = {
     "no labels (CTL)": lambda: OtherLabels(believed=False),
     "all labels (supervised)": lambda: OtherLabels(believed=True),
-    "trusted labels (SS-CTL)": lambda: DSTCallback(readmit=False),
-    "trusted labels, positives of the authors' code": lambda: DSTCallback(readmit=False, reference_mask=True),
+    "trusted labels (SS-CTL)": lambda: DSTCallback(guided=False, readmit=False),
+    "trusted labels, positives of the authors' code": lambda: DSTCallback(
+        guided=False, readmit=False, reference_mask=True
+    ),
+    "trusted labels, and their cross-entropy": lambda: DSTCallback(readmit=False),
 }
 
 
@@ -58,7 +61,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--attacks", nargs="+", default=["sig-80%", "badnets-5%"])
+    parser.add_argument("--attacks", nargs="+", default=["badnets-5%", "sig-80%"])
     options = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")

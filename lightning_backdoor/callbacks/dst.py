@@ -35,20 +35,18 @@ class DSTCallback(Detecting):
     <https://openreview.net/forum?id=AsH-Tx2U0Ug>`_) inside a Trainer, within its ``max_epochs``. Before the first
     epoch, a copy of the model is trained without augmentation and tells trusted and suspect images as for
     :class:`DBRCallback`. If any are suspect, all epochs but the last ones learn features by a semi-supervised
-    contrastive loss on two strong views of every image, in which only the labels of trusted images count. The last
-    epochs train the classifier of the model on trusted and suspect images, and turn it a little away from the latter.
-    If nothing is suspect, training is the user's own, bit by bit.
+    contrastive loss on two strong views of every image, and by cross-entropy of trusted ones; labels of all others do
+    not count. The last epochs train the classifier alone, on trusted and suspect images, and turn it a little away
+    from the latter. If nothing is suspect, training is the user's own, bit by bit.
 
     While it acts, D-ST takes the place of ``training_step``, optimizer, schedulers and sampler; the Trainer does all
     else (precision, processes, accumulation, clipping, validation, checkpoints). A checkpoint holds an ordinary model,
-    but only D-ST can resume it. Beside the features the classifier learns trusted images, without any influence on
-    them, so that validation means something at any time; what ``training_step`` logs is not there to be monitored.
-
-    Assumes nothing. An epoch passes every image twice, and many are needed: labels of untrusted images are not used.
+    but only D-ST can resume it. The classifier learns from the first epoch on, so that validation means something at
+    any time; what ``training_step`` logs is not there to be monitored. An epoch passes every image twice.
 
     Differs from the paper: suspects come from evidence instead of a share, which unlearns clean images on clean data;
-    all classes are trusted equally; uncertain images can change sides between the stages; AdamW trains convolutional
-    networks and transformers alike; the classifier is learned along.
+    more images are trusted, of all classes equally, and guide the features; uncertain images can change sides between
+    the stages; AdamW trains convolutional networks and transformers alike.
 
     Args:
         verdict: Verdict of another defence: what it removed is suspect. There is no detector then.
@@ -59,6 +57,8 @@ class DSTCallback(Detecting):
         weight: Weight of the suspects in the second stage, at least 0 (the paper's lambda_p).
         projection: Width of the projection that the contrastive loss sees.
         reference_mask: Positives of the authors' code: all images with the label of a trusted one.
+        guided: The features learn from the cross-entropy of trusted images as well; ``False``, as in the paper: by
+            contrast alone, which takes hundreds of epochs.
         readmit: Let the neighbours of uncertain images decide whether they are trusted or suspect in the second stage.
         neighbours: Trusted images that are asked, for that and for the log.
         views: Replaces the strong augmentation: takes and returns a batch, uint8 ``(B, C, H, W)``, and draws for
@@ -112,10 +112,11 @@ class DSTCallback(Detecting):
         weight: float = 1e-3,
         projection: int = 128,
         reference_mask: bool = False,
+        guided: bool = True,
         readmit: bool = True,
         neighbours: int = 20,
         views: Callable[[Tensor], Tensor] | None = None,
-        trusted: float = 0.5,
+        trusted: float = 0.8,
         suspect: Literal["auto"] | float = "auto",
         detector_steps: int = 200,
         draws: int = 2,
@@ -146,15 +147,15 @@ class DSTCallback(Detecting):
             raise ArgumentError(f"`weight` must be at least 0, got {weight}.")
         self.temperature, self.weight = temperature, weight
         self.projection = require_positive("projection", projection) or 1
-        self.reference_mask, self.readmit, self.views = reference_mask, readmit, views
+        self.reference_mask, self.guided, self.readmit, self.views = reference_mask, guided, readmit, views
         self.neighbours = require_positive("neighbours", neighbours) or 1
         self.history: list[Training] = []
         self._run = self._new_run()
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> DSTCallback:
-        """Use the authors' shares and positives by the paper, and no second look; this always suspects images."""
-        return cls(**{"suspect": 0.05, "trusted": 0.2, "draws": 1, "readmit": False, **overrides})
+        """Use the authors' shares and losses, and no second look; this always suspects images."""
+        return cls(**{"suspect": 0.05, "trusted": 0.2, "draws": 1, "guided": False, "readmit": False, **overrides})
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the curation of the training loader."""
@@ -249,7 +250,7 @@ class DSTCallback(Detecting):
 
     def _new_run(self) -> Contrasting:
         recipe = (self.classifier_epochs, self.lr, self.temperature, self.weight, self.projection, self.reference_mask)
-        return Contrasting(Recipe(*recipe, views=self.views, seed=self.reading.seed))
+        return Contrasting(Recipe(*recipe, guided=self.guided, views=self.views, seed=self.reading.seed))
 
     def _attach(self) -> None:
         curation, data, verdict = self._known()

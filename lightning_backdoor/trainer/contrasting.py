@@ -35,6 +35,7 @@ class Recipe:
         weight: Of suspects in the mixed cross-entropy.
         projection: Width of the projection.
         reference_mask: Positives of the authors' code instead of the paper's.
+        guided: Features learn from the cross-entropy of trusted images, too.
         views: See :class:`~lightning_backdoor.trainer.flagged_batches.FlaggedBatches`.
         seed: Seed of order, views and projection.
     """
@@ -45,6 +46,7 @@ class Recipe:
     weight: float
     projection: int
     reference_mask: bool
+    guided: bool
     views: Callable[[Tensor], Tensor] | None
     seed: int
 
@@ -61,9 +63,9 @@ class Plan:
 class Contrasting:
     """Trains a module by D-ST, in the place of its ``training_step`` and its optimizer, up to the planned last epoch.
 
-    The first stage learns features from two strong views of every image; beside it, and without any influence on them,
-    the classifier learns trusted images, so that validation means something at any time. The second stage leaves the
-    features as they are and trains the classifier alone, on trusted and suspect images.
+    The first stage learns features from two strong views of every image; beside it the classifier learns trusted
+    images, so that validation means something at any time, and guides the features unless the recipe forbids it. The
+    second stage leaves the features as they are and trains the classifier alone, on trusted and suspect images.
 
     Every batch is known by the positions that it holds. Its images go through the transfer hooks of the module as in
     evaluation: the views are all the augmentation there is.
@@ -257,7 +259,7 @@ class Contrasting:
         assert batch is not None
         assert data is not None
         assert self._projection is not None
-        outputs = [data.outputs(trainer, pl_module, view, gradients=True, cut=True) for view in batch.views]
+        outputs = [data.outputs(trainer, pl_module, v, gradients=True, cut=not recipe.guided) for v in batch.views]
         projected = torch.stack([self._projection(features) for _, features in outputs], dim=1)
         loss = ss_contrastive_loss(
             projected, batch.labels, batch.trusted, recipe.temperature, reference_mask=recipe.reference_mask

@@ -159,15 +159,32 @@ def test_first_the_features_and_then_the_classifier() -> None:
     assert rates[0] < rates[-1] < max(rates) <= 2e-3
 
 
-def test_the_classifier_has_no_influence_on_the_features() -> None:
+@pytest.mark.parametrize("guided", [True, False])
+def test_whether_the_classifier_guides_the_features(guided: bool) -> None:
     results = []
     for bias in (0.0, 3.0):
         torch.manual_seed(0)
         module, watch = Net(), Watch()
-        nn.init.constant_(module.head.bias, bias)
-        make_trainer([watch, acting(readmit=False)], 3).fit(module, loader_of(Pictures()))
+        nn.init.constant_(module.head.bias[0], bias)
+        make_trainer([watch, acting(readmit=False, guided=guided)], 3).fit(module, loader_of(Pictures()))
         results.append(watch.weights[-1])
-    assert {name for name in changed(*results)} == {"head.weight", "head.bias"}
+    assert ({name for name in changed(*results)} == {"head.weight", "head.bias"}) is not guided
+
+
+def test_only_trusted_labels_guide_the_features() -> None:
+    trusted, weights = [], []
+    suspect = torch.tensor([0, 1, 16, 17])  # of labels 0 and 1, in turns
+    for labels in ([0, 1, 0, 1], [1, 0, 1, 0]):
+        torch.manual_seed(0)
+        data, watch = Pictures(), Watch()
+        data.targets[suspect] = torch.tensor(labels)
+        given = replace(GIVEN, keep=~torch.isin(torch.arange(64), suspect))
+        callback = acting(verdict=given, readmit=False)
+        make_trainer([watch, callback], 3).fit(Net(), loader_of(data))
+        trusted.append(callback.verdict.trusted)
+        weights.append(watch.weights[-2])
+    assert torch.equal(*trusted)
+    assert not changed(*weights)
 
 
 class Seen(Net):
