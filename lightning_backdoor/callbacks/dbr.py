@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_backdoor.callbacks.defense import require_one_of, require_positive
+from lightning_backdoor.callbacks.defense import require_positive
 from lightning_backdoor.callbacks.detecting import Detecting
 from lightning_backdoor.callbacks.repairing import RepairCallback
 from lightning_backdoor.callbacks.repairs import Repair
@@ -53,7 +53,8 @@ class DBRCallback(Detecting, RepairCallback):
             move most, that is unlearned in any case.
         detector: ``"copy"`` starts from the model, ``"fresh"`` from the weights before training (kept in checkpoints).
             These are the weights at the start of ``fit``, before ``ckpt_path`` is loaded: where a suspicious model is
-            handed to ``fit``, ``"fresh"`` is a copy, too.
+            handed to ``fit``, ``"fresh"`` is a copy, too. Or a network of your own, which takes the images that
+            the model takes and returns logits of as many classes; it is copied, and trained from its weights.
         detector_steps: Steps in which the detector learns the labels, and as many of centre repulsion.
         draws: Transformations per image.
         transform: Replaces turning and shifting: takes and returns the pixels of one image, uint8 ``(1, C, H, W)``. It
@@ -99,7 +100,7 @@ class DBRCallback(Detecting, RepairCallback):
         lr: float | None = None,
         trusted: float = 0.5,
         suspect: Literal["auto"] | float = "auto",
-        detector: Literal["copy", "fresh"] = "copy",
+        detector: Literal["copy", "fresh"] | nn.Module = "copy",
         detector_steps: int = 200,
         draws: int = 2,
         transform: Callable[[Tensor], Tensor] | None = None,
@@ -119,12 +120,11 @@ class DBRCallback(Detecting, RepairCallback):
     ) -> None:
         reading = Reading(forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed)
         super().__init__(
-            verdict=verdict, trusted=trusted, suspect=suspect, detector_steps=detector_steps, draws=draws,
-            transform=transform, max_removed=max_removed, reading=reading, report_dir=report_dir, name=name,
-            epochs=epochs, lr=lr, reference=reference,
+            verdict=verdict, trusted=trusted, suspect=suspect, detector=detector, detector_steps=detector_steps,
+            draws=draws, transform=transform, max_removed=max_removed, reading=reading, report_dir=report_dir,
+            name=name, epochs=epochs, lr=lr, reference=reference,
         )  # fmt: skip
         self.warmup_epochs = 0 if warmup_epochs == 0 else require_positive("warmup_epochs", warmup_epochs)
-        self.detector = require_one_of("detector", detector, ("copy", "fresh"))
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> DBRCallback:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_backdoor.callbacks.defense import Defense, require_fraction, require_one_of, require_positive
 from lightning_backdoor.callbacks.suspects import Judge
@@ -28,6 +28,7 @@ class Detecting(Defense):
         verdict: Verdict | None,
         trusted: float,
         suspect: Literal["auto"] | float,
+        detector: Literal["copy", "fresh"] | nn.Module,
         detector_steps: int,
         draws: int,
         transform: Callable[[Tensor], Tensor] | None,
@@ -39,7 +40,8 @@ class Detecting(Defense):
     ) -> None:
         super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name, **further)
         self.given = verdict
-        self.detector: Literal["copy", "fresh"] = "fresh"
+        own = isinstance(detector, nn.Module)
+        self.detector = detector if own else require_one_of("detector", detector, ("copy", "fresh"))
         self._initial: dict[str, Tensor] | None = None  # weights that a fresh detector starts from; None: as they are
         self.trusted = require_fraction("trusted", trusted)
         share = require_one_of("suspect", suspect, ("auto",)) if isinstance(suspect, str) else suspect

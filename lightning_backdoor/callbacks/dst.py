@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_backdoor.callbacks.defense import require_alone, require_positive, require_rate
 from lightning_backdoor.callbacks.detecting import Detecting
@@ -53,7 +53,7 @@ class DSTCallback(Detecting):
         classifier_epochs: Epochs of the second stage; ``None``: a tenth of all, at least one.
         lr: Largest learning rate of the features (AdamW, with warm-up and cosine). ``None``: 0.002 with batch
             norms in the model, 0.0005 without.
-        temperature: Of the contrastive loss; small values weigh the nearest images most.
+        temperature: Of the contrastive loss, positive; small values weigh the nearest images most.
         weight: Weight of the suspects in the second stage, at least 0 (the paper's lambda_p).
         projection: Width of the projection that the contrastive loss sees.
         reference_mask: Positives of the authors' code: all images with the label of a trusted one.
@@ -66,7 +66,9 @@ class DSTCallback(Detecting):
         trusted: Share of the images of every class whose labels count, in ``(0, 1)``.
         suspect: ``"auto"`` looks for second populations; a number in ``(0, 1)`` is the share of all images, those that
             move most, that is suspect in any case.
-        detector_steps: Steps in which the detector learns the labels, and as many of centre repulsion.
+        detector: Starts from the weights of the model: ``"fresh"``, or ``"copy"``, at a lower rate, if they are
+            pretrained. Or a network of your own, which takes the images that the model takes, to as many logits.
+        detector_steps: Steps in which it learns the labels, and as many of centre repulsion.
         draws: Transformations per image.
         transform: Replaces turning and shifting in the detector: from one image, uint8 ``(1, C, H, W)``, to another.
         max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``.
@@ -118,6 +120,7 @@ class DSTCallback(Detecting):
         views: Callable[[Tensor], Tensor] | None = None,
         trusted: float = 0.8,
         suspect: Literal["auto"] | float = "auto",
+        detector: Literal["copy", "fresh"] | nn.Module = "fresh",
         detector_steps: int = 200,
         draws: int = 2,
         transform: Callable[[Tensor], Tensor] | None = None,
@@ -136,8 +139,9 @@ class DSTCallback(Detecting):
     ) -> None:
         reading = Reading(forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed)
         super().__init__(
-            verdict=verdict, trusted=trusted, suspect=suspect, detector_steps=detector_steps, draws=draws,
-            transform=transform, max_removed=max_removed, reading=reading, report_dir=report_dir, name=name,
+            verdict=verdict, trusted=trusted, suspect=suspect, detector=detector, detector_steps=detector_steps,
+            draws=draws, transform=transform, max_removed=max_removed, report_dir=report_dir, reading=reading,
+            name=name,
         )  # fmt: skip
         self.classifier_epochs = require_positive("classifier_epochs", classifier_epochs)
         self.lr = require_rate("lr", lr)
@@ -277,18 +281,13 @@ class DSTCallback(Detecting):
 
     def _ask_neighbours(self, trainer: Any, pl_module: Any, *, change: bool) -> None:
         """Measure the features; when it is time for the classifier, reconsider uncertain images and go on with it."""
-        (_, data, before), now = self._known(), self.history[-1]
+        _, data, before = self._known()
         mean, verdict, more, fewer = second_look(
             trainer, pl_module, data, before, self.neighbours, readmit=change and self.readmit,
             max_removed=self.max_removed,
         )  # fmt: skip
         pl_module.log("backdoor/dst/neighbour_agreement", mean)
-        self.history[-1] = replace(
-            now,
-            agreement=(*now.agreement, (len(now.losses), mean)),
-            readmitted=more, trusted=now.trusted + more,
-            doubted=fewer, suspects=now.suspects + fewer, removed=now.removed + fewer,
-        )  # fmt: skip
+        self.history[-1] = self.history[-1].asked(mean, more, fewer)
         if change:
             self._adopt(verdict)
             self._run.change(trainer, pl_module, flags_of(verdict))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning_backdoor.callbacks.repairs import MEANING
@@ -48,6 +48,18 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """Plain values that load with ``weights_only=True``."""
         return asdict(self)
+
+    def asked(self, agreement: float, more: int, fewer: int) -> Training:
+        """The same after the neighbours were asked, who made ``more`` samples trusted and ``fewer`` suspect."""
+        return replace(
+            self,
+            agreement=(*self.agreement, (len(self.losses), agreement)),
+            readmitted=more,
+            trusted=self.trusted + more,
+            doubted=fewer,
+            suspects=self.suspects + fewer,
+            removed=self.removed + fewer,
+        )
 
 
 def sentence(training: Training, total: int) -> str:

@@ -73,7 +73,8 @@ class Judge:
         """Check at the start of a fit what can be checked then.
 
         Raises:
-            ArgumentError: ``trusted`` leaves less than one sample for each class.
+            ArgumentError: ``trusted`` leaves less than one sample for each class, or the user's own detector has
+                another number of logits.
             DataError: The verdict is on other data.
             ModelError: The model has no units that could be asked.
         """
@@ -85,7 +86,7 @@ class Judge:
                 f"of {len(data)} images. Pass a larger share, or the `verdict` of another defence."
             )
         elif self.suspect == "auto":
-            detector_units(trainer, pl_module, data)
+            detector_units(trainer, pl_module, data, self.detector)
 
     def judge(self, trainer: Any, pl_module: Any, data: TrainingSet, earlier: Verdict | None) -> Judgement:
         """Judge all samples; every process must call it and gets the same judgement."""

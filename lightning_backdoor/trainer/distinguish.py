@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,10 +14,12 @@ from torch.nn import functional as F
 
 from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.data.random_state import isolated_rng, seed_all
-from lightning_backdoor.errors import DataError, ModelError
+from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores
+from lightning_backdoor.surgery.heads import find_head
 from lightning_backdoor.surgery.units import UnitLayer, find_units
 from lightning_backdoor.trainer.etiquette import quiet, unobtrusive
+from lightning_backdoor.trainer.outputs import call_model
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.trainer.unit_scan import Measured, UnitScan
 
@@ -25,7 +27,8 @@ __all__ = ["Detector", "Distinguished", "detector_units", "distinguish", "turn_a
 
 ANGLE = 180.0  # degrees, either way
 SHIFT = 0.2  # of the side, either way
-LR = {"copy": 1e-4, "fresh": 1e-3}  # of AdamW, which trains convolutional networks and transformers alike
+LR, LR_OF_COPY = 1e-3, 1e-4  # of AdamW, which trains convolutional networks and transformers alike
+HOSTED = "backdoor_detector"  # name of the user's own detector within a copy of the model
 STRONG, WEAK = 0.9, 0.1  # probabilities above and below which a sample is confidently of a class, or not
 
 Transform = Callable[[Tensor], Tensor]
@@ -36,7 +39,8 @@ class Detector:
     """How the detector is trained and what is asked of it.
 
     Attributes:
-        start: ``"copy"`` starts from the weights under repair, ``"fresh"`` from ``initial``.
+        start: ``"copy"`` starts from the weights under repair, ``"fresh"`` from ``initial``; a module of the user's own
+            takes the images that the model takes, and returns as many logits.
         initial: State of the module before training; only for ``"fresh"``.
         steps: Steps of ordinary training without augmentation.
         draws: Transformations per sample, whose scores are averaged.
@@ -45,7 +49,7 @@ class Detector:
         repulsion_steps: Steps of centre repulsion after these; ``None``: as many.
     """
 
-    start: Literal["copy", "fresh"]
+    start: Literal["copy", "fresh"] | nn.Module
     initial: dict[str, Tensor] | None
     steps: int
     draws: int
@@ -74,22 +78,25 @@ class Distinguished:
     units: Measured | None
 
 
-def detector_units(trainer: Any, pl_module: Any, data: TrainingSet) -> list[UnitLayer]:
-    """The layers whose units are asked.
+def detector_units(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector) -> list[UnitLayer]:
+    """The layers of the detector whose units are asked.
 
     Raises:
-        ModelError: The model has none.
+        ArgumentError: The detector is the user's own and has not as many logits as the model.
+        ModelError: It has no such layers.
     """
     with unobtrusive(trainer, pl_module):
-        return find_units(pl_module, data.few(trainer, pl_module), residual_mode="branch_only")
+        own = isinstance(detector.start, nn.Module)
+        module, data = _twin(trainer, pl_module, data, detector) if own else (pl_module, data)
+        return find_units(module, data.few(trainer, module), residual_mode="branch_only")
 
 
 def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector, *, units: bool) -> Distinguished:
     """Train a detector beside the model and look at every sample through it; the training does not notice.
 
-    The detector is a deep copy of the module. It learns the labels without augmentation, so that it relies on a trigger
-    wherever there is one, then turns the centres of the classes away from each other. Every process trains the same
-    detector on the same batches, so their number changes nothing.
+    The detector is a deep copy of the module, or of one of the user's own. It learns the labels without augmentation,
+    so that it relies on a trigger wherever there is one, then turns the centres of the classes away from each other.
+    Every process trains the same detector on the same batches, so their number changes nothing.
 
     Args:
         trainer: The running Trainer.
@@ -103,8 +110,7 @@ def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detec
         DataError: There is one class only.
     """
     with unobtrusive(trainer, pl_module):
-        twin = _twin(pl_module, detector)
-        twin.trainer = trainer
+        twin, data = _twin(trainer, pl_module, data, detector)
         with quiet(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
             _train(trainer, twin, data, detector)  # batch norms keep what they learn: not `unobtrusive`
         _agree(trainer, twin)
@@ -116,7 +122,7 @@ def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detec
             )
         measured = None
         if units:
-            layers = detector_units(trainer, pl_module, data)
+            layers = find_units(twin, data.few(trainer, twin), residual_mode="branch_only")
             measured = UnitScan(data, layers, strong=STRONG, weak=WEAK).measure(trainer, twin)
     metric = "mse" if float(found["smallest"].min()) >= 0 else "cosine"
     return Distinguished(found["labels"], found[metric], measured)
@@ -154,17 +160,39 @@ def _generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + index) * 0x9E3779B97F4A7C15 % 2**63)
 
 
-def _twin(pl_module: Any, detector: Detector) -> Any:
+def _twin(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector) -> tuple[Any, TrainingSet]:
+    """The module that holds the detector, and how the training set goes through it."""
     try:
-        twin = copy.deepcopy(pl_module)
+        twin, own = copy.deepcopy(pl_module), copy.deepcopy(detector.start)
     except Exception as error:
         raise ModelError(
             f"`{type(pl_module).__name__}` must be copied to train a detector, but `copy.deepcopy` failed: {error}. "
             "Pass the `verdict` of another defence instead."
         ) from error
-    if detector.start == "fresh" and detector.initial is not None:
+    twin.trainer = trainer
+    if isinstance(own, nn.Module):
+        return _host(trainer, twin, data, own)
+    if own == "fresh" and detector.initial is not None:
         twin.load_state_dict(detector.initial)
-    return twin
+    return twin, data
+
+
+def _host(trainer: Any, twin: Any, data: TrainingSet, own: nn.Module) -> tuple[Any, TrainingSet]:
+    """Let a copy of the user's module, whose transfer hooks prepare the batches, answer through another network."""
+    twin.requires_grad_(False)
+    twin.add_module(HOSTED, own.to(twin.device).eval())
+    reading = replace(
+        data.reading, feature_layer=None, forward_fn=lambda _, batch: call_model(own, data.layout.images(batch))
+    )
+    hosted = replace(data, reading=reading)
+    run = hosted.few(trainer, twin)
+    classes = run().shape[1]
+    if classes != data.num_classes:
+        raise ArgumentError(
+            f"`detector` must return logits of the {data.num_classes} classes of the model, got {classes}. Change its "
+            'last layer, or pass "fresh".'
+        )
+    return twin, replace(hosted, head=find_head(twin, run))
 
 
 def _train(trainer: Any, twin: Any, data: TrainingSet, detector: Detector) -> None:
@@ -174,7 +202,7 @@ def _train(trainer: Any, twin: Any, data: TrainingSet, detector: Detector) -> No
         raise ModelError("The module has no parameter that can learn (requires_grad=False). Unfreeze some layers.")
     for part in twin.modules():
         part.training = True  # not `train()`, which a module may override
-    optimizer = torch.optim.AdamW(parameters, lr=LR[detector.start])
+    optimizer = torch.optim.AdamW(parameters, lr=LR_OF_COPY if detector.start == "copy" else LR)
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     scaler = torch.amp.GradScaler(twin.device.type, enabled=scaled)
     with data.read(_order(data, detector)) as loader:

@@ -217,6 +217,50 @@ def test_the_detector_keeps_the_statistics_that_its_batch_norms_learned(
     assert [int(batches) for batches in seen] == [started + 6], "three steps of labels and three of centre repulsion"
 
 
+class Probe(nn.Module):
+    """A small network of the user's own, which sees pixels as the model does."""
+
+    def __init__(self, classes: int = 4, side: int = 8) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        )
+        self.head = nn.Linear(2 * side**2, classes)
+        self.batches = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.batches += self.training
+        return self.head(self.body(images.float() / 255))
+
+
+def test_a_detector_of_the_users_own_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    twins: list[Any] = []
+    monkeypatch.setattr("lightning_backdoor.trainer.distinguish._agree", lambda _, twin: twins.append(twin))
+    own = Probe()
+    before = state_of(own)
+    fit([DBRCallback(suspect=0.1, detector=own, detector_steps=3, epochs=1)], epochs=1)
+    assert same_state(before, own)
+    assert own.batches == 0
+    (twin,) = twins
+    assert twin.backdoor_detector.batches == 6, "three steps of labels and three of centre repulsion"
+    assert not same_state(before, twin.backdoor_detector)
+
+
+def test_a_detector_of_the_users_own_finds_planted_poisons(poisoned: Any) -> None:
+    torch.manual_seed(0)
+    callback = DBRCallback(detector=Probe(10, side=16), epochs=1)
+    train_digits(poisoned, [callback])
+    truth, suspect = poisoned.poisoned, callback.verdict.suspect
+    assert (suspect & truth).sum() >= 0.9 * truth.sum()
+    assert (suspect & ~truth).sum() <= 0.05 * len(truth)
+
+
+def test_a_detector_of_other_classes_is_refused_at_the_start() -> None:
+    with pytest.raises(ArgumentError, match="`detector` must return logits of the 4 classes of the model, got 5"):
+        fit([DBRCallback(detector=Probe(5))])
+
+
 def test_an_epoch_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     _, undefended = fit([])
     monkeypatch.setattr("lightning_backdoor.trainer.unlearning.MAX_LOSS", -2.0)
@@ -307,8 +351,9 @@ def test_a_resumed_run_never_repeats_the_detector(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("suspect", ["auto", 0.1])
-@pytest.mark.parametrize("detector", ["copy", "fresh"])
+@pytest.mark.parametrize("detector", ["copy", "fresh", "own"])
 def test_the_look_is_invisible_to_the_training(detector: Any, suspect: Any) -> None:
+    detector = Probe() if detector == "own" else detector
     callback = DBRCallback(suspect=suspect, detector=detector, detector_steps=3, warmup_epochs=2, epochs=1, lr=1e-30)
     moments = Moments()
     fit([callback, moments], epochs=3)
