@@ -117,3 +117,15 @@ def test_the_repair_example_repairs_what_it_is_given(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "repaired.pt", weights_only=True)
     timm.create_model("test_resnet", num_classes=10).load_state_dict(saved)
     assert (tmp_path / "backdoor_report/report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_secure_training_learns_digits_and_no_backdoor(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/secure_training.py")]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=1800)
+    assert found.returncode == 0, found.stderr
+    lines = {line[:16].strip(): line.split()[-2:] for line in found.stdout.splitlines()}
+    assert float(lines["undefended"][1]) > 90
+    assert float(lines["D-ST"][1]) < 15
+    assert float(lines["D-ST"][0]) > float(lines["undefended"][0]) - 2
+    assert (tmp_path / "backdoor_report/report.html").exists()

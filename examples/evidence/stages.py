@@ -79,10 +79,11 @@ def main() -> None:
             callback = make()
             with measured("cpu") as meter:
                 network = train_network(dataset, [callback], setting, 0, None)
+            agreement = callback.history[-1].agreement
             found = {
                 "clean_accuracy": accuracy(network, test),
                 "asr": accuracy(network, ATTACKS[attack].test(test)),
-                "neighbour_agreement": callback.history[-1].agreement[-1][1],
+                "neighbour_agreement": agreement[-1][1] if agreement else None,
                 **meter.row(len(dataset), 0),
             }
             rows.append(options.results, {**known, **found, **rows.circumstances("examples.evidence.stages", "cpu")})

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.evidence import repair, rows
+from examples.evidence import repair, rows, stages
 from examples.evidence.__main__ import listing, main
 from examples.evidence.cells import ATTACKS, BASELINES, STANDARD
 from examples.evidence.cost import measured
@@ -23,8 +23,8 @@ from examples.evidence.model import RECIPES, Classifier
 from examples.evidence.networks import NAME, NETWORKS
 from examples.evidence.protocols import PROTOCOLS, SECONDS_PER_EPOCH, Cell, Setting, hours
 from examples.evidence.run import checkpoint
-from examples.evidence.table import DEFENCES, repair_table
-from lightning_backdoor import Verdict
+from examples.evidence.table import DEFENCES, repair_table, stages_table
+from lightning_backdoor import DSTCallback, Verdict
 from tests.examples.helpers import row
 
 EVIDENCE = Path(rows.__file__).parent
@@ -228,3 +228,42 @@ def test_repairs_are_kept_and_not_done_twice(
     assert {(line["suspects"], line["epochs_undone"], line["poisons"]) for line in found[:2]} == {(5, 1, 10)}
     assert {"dataset", "model", "seed", "hardware", "versions", "command", "epochs"} <= set(found[0])
     assert repair_table(found) in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_stages_are_trained_by_the_labels_that_are_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, images in {"train": 200, "test": 30}.items():
+        pack(tmp_path, split, images, 0)
+    believed, trusted = [], []
+    attach = stages.OtherLabels._attach
+
+    def spied(callback: Any) -> None:
+        attach(callback)
+        believed.append(int(callback._run._flags.trusted.sum()))
+        trusted.append(int(callback.verdict.trusted.sum()))
+
+    monkeypatch.setattr(stages.OtherLabels, "_attach", spied)
+    quick = {"suspect": 0.1, "detector_steps": 2, "draws": 1, "classifier_epochs": 1}
+    variants = {
+        "none": lambda: stages.OtherLabels(believed=False, **quick),
+        "all": lambda: stages.OtherLabels(believed=True, **quick),
+        "nothing suspect": lambda: DSTCallback(**quick, max_removed=0.001),
+    }
+    monkeypatch.setattr(stages, "VARIANTS", variants)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    results = tmp_path / "stages.jsonl"
+    words = f"stages --data {tmp_path} --results {results} --attacks badnets-5% --images 200 --epochs 2"
+    monkeypatch.setattr(sys, "argv", words.split())
+    stages.main()
+    written = results.read_text()
+    stages.main()
+    assert results.read_text() == written, "finished rows do not run again"
+    assert believed == [0, 200]
+    assert all(0 < count < 200 for count in trusted)
+    found = rows.read(results)
+    assert [line["row"] for line in found] == list(variants)
+    assert [line["neighbour_agreement"] is None for line in found] == [False, False, True]
+    assert {"clean_accuracy", "asr", "epoch_equivalents", "poisons", "hardware", "command"} <= set(found[0])
+    assert stages_table(found) in capsys.readouterr().out
