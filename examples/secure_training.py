@@ -3,7 +3,9 @@
     python examples/secure_training.py --model resnet18 --data path/to/folder --epochs 100
 
 ``--data`` as for ``timm_imagefolder.py``; without it the data are scikit-learn's digits. ``--attack`` poisons them, so
-that the effect can be measured. Needs the ``examples`` extra.
+that the effect can be measured. ``--suspects D-BR`` lets D-BR judge the data after an ordinary training and hands its
+verdict to D-ST, whose own detector starts from nothing and sees little in a few hundred images per class. Needs the
+``examples`` extra.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from timm_imagefolder import TRIGGERS, Classifier, load, transforms
 from torch import Tensor
 from torch.utils.data import Subset
 
-from lightning_backdoor import DSTCallback, attacks
+from lightning_backdoor import DBRCallback, DSTCallback, attacks
 
 
 def shifted(pixels: Tensor) -> Tensor:
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--attack", choices=sorted(TRIGGERS), default="badnets")
     parser.add_argument("--rate", type=float, default=0.05)
+    parser.add_argument("--suspects", choices=["own", "D-BR"], default="own", help="who tells them")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3, help="of the ordinary trainings")
@@ -59,7 +62,12 @@ def main() -> None:
         fit(network, data, callbacks, options)
         return network
 
-    defence = DSTCallback(views=None if options.data else shifted, report_dir=options.report)
+    verdict = None
+    if options.suspects == "D-BR":
+        judge = DBRCallback()
+        trained(dataset, [judge])
+        verdict = judge.verdict
+    defence = DSTCallback(verdict=verdict, views=None if options.data else shifted, report_dir=options.report)
     runs = {
         "undefended": (dataset, []),
         "perfect filter": (Subset(dataset, (~dataset.poisoned).nonzero().flatten().tolist()), []),
@@ -76,5 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     main()
