@@ -18,6 +18,7 @@ from lightning_backdoor.errors import DataError, ModelError
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores
 from lightning_backdoor.surgery.units import UnitLayer, find_units
 from lightning_backdoor.trainer.etiquette import quiet, unobtrusive
+from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.trainer.unit_scan import Measured, UnitScan
 
@@ -80,7 +81,7 @@ def detector_units(trainer: Any, pl_module: Any, data: TrainingSet) -> list[Unit
     Raises:
         ModelError: The model has none.
     """
-    with unobtrusive(trainer, pl_module):
+    with unobtrusive(trainer, pl_module), in_unison(trainer, "search for units"):
         return find_units(pl_module, data.few(trainer, pl_module), residual_mode="branch_only")
 
 
@@ -103,10 +104,11 @@ def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detec
         DataError: There is one class only.
     """
     with unobtrusive(trainer, pl_module):
-        twin = _twin(pl_module, detector)
-        twin.trainer = trainer
-        with quiet(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
-            _train(trainer, twin, data, detector)  # batch norms keep what they learn: not `unobtrusive`
+        with in_unison(trainer, "training of the detector"):
+            twin = _twin(pl_module, detector)
+            twin.trainer = trainer
+            with quiet(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
+                _train(trainer, twin, data, detector)  # batch norms keep what they learn: not `unobtrusive`
         _agree(trainer, twin)
         found = _look(trainer, twin, data, detector)
         if len(torch.unique(found["labels"])) < 2:
