@@ -63,6 +63,7 @@ class TrainingSet:
     """Everything that is known about the training set after looking at a few images of it."""
 
     loader: DataLoader[Any]
+    size: int
     reading: Reading
     transform: EvalTransform
     layout: BatchLayout
@@ -73,7 +74,7 @@ class TrainingSet:
     """A few dataset positions and their labels, to know the dataset again."""
 
     def __len__(self) -> int:
-        return len(self.loader.dataset)  # type: ignore[arg-type]
+        return self.size
 
     def scan(
         self,
@@ -165,7 +166,17 @@ class TrainingSet:
 
     @contextmanager
     def read(self, indices: Sequence[int] | Tensor, num_workers: int | None = None) -> Iterator[DataLoader[Any]]:
-        """A loader of ``(indices, batch)`` at some dataset positions, in their order and without augmentation."""
+        """A loader of ``(indices, batch)`` at some dataset positions, in their order and without augmentation.
+
+        Raises:
+            DataError: The dataset has another length than at the start of the fit.
+        """
+        size = check_dataset(self.loader.dataset)
+        if size != self.size:
+            raise DataError(
+                f"The training dataset had {self.size} samples at the start of the fit and has {size} now, so that "
+                "positions may mean other images. Give it one length for the whole fit."
+            )
         workers = self.reading.num_workers if num_workers is None else num_workers
         with transforms_swapped(self.loader.dataset, self.transform):
             yield scan_loader(
@@ -234,7 +245,9 @@ def _open(trainer: Any, pl_module: Any, loader: DataLoader[Any], reading: Readin
         mean=reading.mean,
         std=reading.std,
     )
-    training_set = TrainingSet(loader, reading, transform, layout, pixels, head, logits.shape[1], (indices, indices))
+    training_set = TrainingSet(
+        loader, size, reading, transform, layout, pixels, head, logits.shape[1], (indices, indices)
+    )
     training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now
     return replace(training_set, probe=(indices, training_set.labels(batch)))
 
