@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.files import atomic_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,8 +97,9 @@ class Verdict:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the record to ``path``."""
-        torch.save(self.state_dict(), path)
+        """Write the record to ``path``; interrupted, it leaves whatever was there."""
+        with atomic_file(Path(path)) as file:
+            torch.save(self.state_dict(), file)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Verdict:

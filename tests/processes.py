@@ -1,4 +1,4 @@
-"""Two processes of one fit, as a launcher would start them."""
+"""Several processes of one fit, as a launcher would start them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tests.trainer.ddp_scan import free_port
 
 
 @contextmanager
-def two_processes(module: str, folder: Path) -> Iterator[None]:
-    """Run ``python -m module 2 folder`` in both, beside the block; afterwards both must have ended well."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+def processes(count: int, module: str, folder: Path) -> Iterator[None]:
+    """Run ``python -m module count folder`` in all, beside the block; afterwards all must have ended well."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), "NODE_RANK": "0"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", module, "2", str(folder)],
+            [sys.executable, "-m", module, str(count), str(folder)],
             cwd=Path(__file__).parents[1],
             env={**os.environ, **address, "OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         yield

@@ -21,9 +21,10 @@ ALLOWED = {
     "attacks": {"attacks", "functional", "errors"},
     "metrics": {"metrics", "functional", "errors"},
     "trainer": {"trainer", "data", "surgery", "functional", "errors"},
-    "report": {"report", "verdict", "functional", "errors"},
+    "report": {"report", "verdict", "functional", "files", "errors"},
     "baselines": {"baselines", "callbacks", "trainer", "data", "functional", "verdict", "errors"},
-    "verdict": {"errors"},
+    "verdict": {"files", "errors"},
+    "files": set(),
     "errors": set(),
 }
 KNOWS_THE_TRUTH = {"attacks", "metrics"}

@@ -67,6 +67,20 @@ def test_comes_back_from_disk(tmp_path: Path, extra: dict[str, Any], threshold: 
             assert ours == theirs
 
 
+def test_an_interrupted_save_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict().save(str(tmp_path / "verdict.pt"))
+
+    def half(state: Any, file: Any) -> None:
+        file.write(b"PK half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        verdict(threshold=3.0).save(tmp_path / "verdict.pt")
+    assert Verdict.load(tmp_path / "verdict.pt").threshold == 2.0
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 class Evil:
     """Runs code when it is unpickled."""
 

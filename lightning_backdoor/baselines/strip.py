@@ -13,6 +13,7 @@ from lightning_backdoor.baselines.baseline import Baseline
 from lightning_backdoor.callbacks.defense import require_fraction, require_positive
 from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
 
 __all__ = ["STRIP", "blend", "select_by_rejection", "strip_scores"]
@@ -118,7 +119,8 @@ class STRIP(Baseline):
         assert data is not None
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.reading.seed))
         positions = order[: self.draws + 1]  # one more, for the images that are among them themselves
-        self._bank = positions, data.images(positions.tolist()).to(pl_module.device)
+        with in_unison(trainer, "reading of the images to blend in"):
+            self._bank = positions, data.images(positions.tolist()).to(pl_module.device)
         return super()._scan(trainer, pl_module)
 
     def _measure(

@@ -17,6 +17,7 @@ from lightning_backdoor.surgery.reset import reset_units
 from lightning_backdoor.surgery.units import UnitLayer, find_units
 from lightning_backdoor.trainer.compat import rank_zero_info
 from lightning_backdoor.trainer.etiquette import unobtrusive
+from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.trainer.unit_scan import Measured
 from lightning_backdoor.verdict import Verdict
@@ -92,7 +93,7 @@ def find_layers(trainer: Any, pl_module: Any, data: TrainingSet, residual_mode: 
     Raises:
         ModelError: There is none, and no callback thaws layers later.
     """
-    with unobtrusive(trainer, pl_module):
+    with unobtrusive(trainer, pl_module), in_unison(trainer, "search for units"):
         found = find_units(pl_module, data.few(trainer, pl_module), residual_mode=residual_mode)
     trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     layers = [layer for layer in found if layer.trainable and id(layer.layer.weight) in trained]

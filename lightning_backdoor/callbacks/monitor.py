@@ -20,7 +20,7 @@ from lightning_backdoor.data.views import scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.metrics import AttackSuccessRate, DetectionRates, RecoveredAccuracy
 from lightning_backdoor.trainer.compat import CallbackBase
-from lightning_backdoor.trainer.etiquette import prepare_batch
+from lightning_backdoor.trainer.etiquette import prepare_batch, require_unsharded
 from lightning_backdoor.trainer.outputs import call_model
 from lightning_backdoor.trainer.scan import scan, shard
 from lightning_backdoor.verdict import Verdict
@@ -66,6 +66,7 @@ class BackdoorMonitor(CallbackBase):
     Raises:
         ArgumentError: If the arguments contradict each other.
         DataError: At the first validation, if the validation set cannot be read.
+        TrainerError: If the strategy shards the model.
     """
 
     def __init__(
@@ -109,6 +110,10 @@ class BackdoorMonitor(CallbackBase):
     def state_key(self) -> str:
         """Tell monitors of different names apart."""
         return ".".join(filter(None, ("lightning_backdoor", "monitor", self.name)))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a model that is in pieces."""
+        require_unsharded(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the triggered test set: what cannot be read is reported by the sanity check."""

@@ -148,7 +148,7 @@ class ScanLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:  # type: ignore[override]
         told = False
-        for indices, batch, unmixed in super().__iter__():
+        for indices, batch, unmixed in self._batches():
             if unmixed and not told:
                 told = True
                 warnings.warn(
@@ -157,6 +157,23 @@ class ScanLoader(DataLoader[Any]):
                     stacklevel=2,
                 )
             yield indices, batch
+
+    def _batches(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except (EOFError, ConnectionError, FileNotFoundError, RuntimeError) as error:
+            said = str(error)
+            if said.startswith("Caught ") or not (self.num_workers and _is_of_dead_worker(error)):
+                raise  # the user's own, perhaps handed on by a worker
+            raise DataError(
+                f"A worker process that reads the training images died ({type(error).__name__}: {said}), most often "
+                "for want of memory. Pass a smaller `num_workers` (0: none) or `batch_size`."
+            ) from error
+
+
+def _is_of_dead_worker(error: Exception) -> bool:
+    """Whether an error is what torch says of a dead worker, or what asking it for a tensor leads to."""
+    return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader worker (pid")
 
 
 def batch_size_of(loader: Any) -> int:

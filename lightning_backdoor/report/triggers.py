@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.files import atomic_file
 from lightning_backdoor.functional.inversion import InvertedTrigger, stamp
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.figures import blank_figure, own_style, png_bytes
-from lightning_backdoor.report.files import atomic_file
 from lightning_backdoor.report.sentences import count, percent
 from lightning_backdoor.report.tiles import three_channels
 

@@ -7,9 +7,9 @@ from os import PathLike
 from pathlib import Path
 
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.files import atomic_file
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.figures import contact_sheet, histogram
-from lightning_backdoor.report.files import atomic_file
 from lightning_backdoor.report.page import page
 from lightning_backdoor.report.sentences import summarise
 from lightning_backdoor.report.table import class_rows, csv_chunks

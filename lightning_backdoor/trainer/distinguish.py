@@ -20,6 +20,7 @@ from lightning_backdoor.surgery.heads import find_head
 from lightning_backdoor.surgery.units import UnitLayer, find_units
 from lightning_backdoor.trainer.etiquette import quiet, unobtrusive
 from lightning_backdoor.trainer.outputs import call_model
+from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.trainer.unit_scan import Measured, UnitScan
 
@@ -85,7 +86,7 @@ def detector_units(trainer: Any, pl_module: Any, data: TrainingSet, detector: De
         ArgumentError: The detector is the user's own and has not as many logits as the model.
         ModelError: It has no such layers.
     """
-    with unobtrusive(trainer, pl_module):
+    with unobtrusive(trainer, pl_module), in_unison(trainer, "search for units"):
         own = isinstance(detector.start, nn.Module)
         module, data = _twin(trainer, pl_module, data, detector) if own else (pl_module, data)
         return find_units(module, data.few(trainer, module), residual_mode="branch_only")
@@ -110,9 +111,10 @@ def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detec
         DataError: There is one class only.
     """
     with unobtrusive(trainer, pl_module):
-        twin, data = _twin(trainer, pl_module, data, detector)
-        with quiet(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
-            _train(trainer, twin, data, detector)  # batch norms keep what they learn: not `unobtrusive`
+        with in_unison(trainer, "training of the detector"):
+            twin, data = _twin(trainer, pl_module, data, detector)
+            with quiet(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
+                _train(trainer, twin, data, detector)  # batch norms keep what they learn: not `unobtrusive`
         _agree(trainer, twin)
         found = _look(trainer, twin, data, detector)
         if len(torch.unique(found["labels"])) < 2:
@@ -122,7 +124,8 @@ def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detec
             )
         measured = None
         if units:
-            layers = find_units(twin, data.few(trainer, twin), residual_mode="branch_only")
+            with in_unison(trainer, "search for units"):
+                layers = find_units(twin, data.few(trainer, twin), residual_mode="branch_only")
             measured = UnitScan(data, layers, strong=STRONG, weak=WEAK).measure(trainer, twin)
     metric = "mse" if float(found["smallest"].min()) >= 0 else "cosine"
     return Distinguished(found["labels"], found[metric], measured)

@@ -102,8 +102,8 @@ def require_unsharded(trainer: Trainer) -> None:
     sharded = SHARDED_STRATEGIES & {cls.__name__ for cls in type(trainer.strategy).__mro__}
     if sharded:
         raise TrainerError(
-            f"Trainer(strategy=...) must keep a whole copy of the model on each device to scan the training set, got "
-            f"{type(trainer.strategy).__name__}, which shards it. Pass strategy='ddp' or a single device."
+            "Trainer(strategy=...) must keep a whole copy of the model on each device, through which images are looked "
+            f"at, got {type(trainer.strategy).__name__}, which shards it. Pass strategy='ddp' or a single device."
         )
 
 

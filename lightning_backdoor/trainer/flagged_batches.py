@@ -107,7 +107,7 @@ class FlaggedBatches:
         indices, place = self._phases.positions_of(self._drawn), self._drawn
         self._seen, self._drawn = None, place + 1
         labels = flags.labels[indices]
-        if not torch.equal(self._data.labels(batch).cpu(), labels):
+        if not self._holds(batch, labels):
             raise DataError(
                 "The labels of a batch are not those of the samples that were drawn. Does `collate_fn` mix, drop or "
                 "sort samples? Use torch's default_collate: D-ST augments the images itself."
@@ -119,6 +119,12 @@ class FlaggedBatches:
             for i in range(count)
         ]
         return Batch(views, labels.to(device), flags.trusted[indices].to(device), flags.suspect[indices].to(device))
+
+    def _holds(self, batch: Any, labels: Tensor) -> bool:
+        try:
+            return torch.equal(self._data.labels(batch).cpu(), labels)
+        except DataError:  # not even class indices, but mixed ones
+            return False
 
     def release(self) -> None:
         """Draw by the user's samplers again."""

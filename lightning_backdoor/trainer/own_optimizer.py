@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ModelError
 from lightning_backdoor.trainer.etiquette import unobtrusive
+from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
 
 __all__ = ["OwnOptimizer", "Parts", "parts_of", "projection_head"]
@@ -45,8 +46,9 @@ def parts_of(trainer: Any, pl_module: Any, data: TrainingSet) -> Parts:
         gradients = torch.autograd.grad(value.sum(), list(named.values()), allow_unused=True, retain_graph=True)
         return tuple(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None)
 
-    with unobtrusive(trainer, pl_module), torch.enable_grad(), data.read(range(min(len(data), 2)), 0) as loader:
-        _, batch = next(iter(loader))
+    with unobtrusive(trainer, pl_module), in_unison(trainer, "search for the classifier"), torch.enable_grad():
+        with data.read(range(min(len(data), 2)), 0) as loader:
+            _, batch = next(iter(loader))
         logits, features = data.outputs(trainer, pl_module, batch, gradients=True, cut=True)
         backbone, classifier = reached(features), reached(logits)
     if not backbone or not classifier:

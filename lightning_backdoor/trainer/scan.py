@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_backdoor.errors import BackdoorDefenseError, DataError, ModelError
+from lightning_backdoor.errors import DataError, ModelError
 from lightning_backdoor.trainer.etiquette import unobtrusive
+from lightning_backdoor.trainer.processes import all_gather, in_unison
 from lightning_backdoor.trainer.progress import progress
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["all_gather", "scan", "shard"]
+__all__ = ["scan", "shard"]
 
 Step = Callable[[Tensor, Any], dict[str, Tensor]]
 
@@ -52,17 +53,15 @@ def scan(
         all processes together: for a whole dataset, to sample i.
 
     Raises:
+        BackdoorDefenseError: The scan failed in another process, and how.
         DataError: No samples, a position seen twice, or a batch whose results do not match its positions in number.
         ModelError: A result holds NaN.
     """
     with unobtrusive(trainer, pl_module):
-        failure: Exception | None = None
         table = _Table(len(cast("Sized", loader.dataset)))
-        try:
+        with in_unison(trainer, description):
             _fill(table, trainer, loader, step, description)
-        except Exception as error:  # raised below, where no process waits for another one
-            failure = error
-        positions, columns = _gather(trainer, table, failure)
+        positions, columns = _gather(trainer, table)
     order = positions.argsort()
     if bool((positions[order].diff() == 0).any()):
         raise DataError(
@@ -120,14 +119,9 @@ def _fill(table: _Table, trainer: Trainer, loader: Iterable[Any], step: Step, de
         )
 
 
-def _gather(trainer: Trainer, table: _Table, failure: Exception | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Bring all processes' rows together; a failure on one process becomes an error on every one."""
-    status = all_gather(trainer, torch.tensor([[0 if failure else table.filled, int(failure is not None)]]))
-    counts, failed = status[..., 0].flatten().tolist(), bool(status[..., 1].any())
-    if failure is not None:
-        raise failure
-    if failed:
-        raise BackdoorDefenseError("The scan of the training set failed on another process; its message says why.")
+def _gather(trainer: Trainer, table: _Table) -> tuple[Tensor, dict[str, Tensor]]:
+    """Bring all processes' rows together."""
+    counts = all_gather(trainer, torch.tensor([table.filled])).flatten().tolist()
     if sum(counts) == 0:
         raise DataError(
             "`loader` must yield at least one sample, got an empty dataset. Pass a training set with images."
@@ -155,15 +149,6 @@ def _gather_rows(trainer: Trainer, rows: Tensor, counts: list[int]) -> Tensor:
             here = part[: max(0, counts[rank] - first)]
             result[starts[rank] + first : starts[rank] + first + len(here)] = here
     return result
-
-
-def all_gather(trainer: Trainer, values: Tensor) -> Tensor:
-    """Stack a tensor ``(B, ...)`` of every process to ``(world, B, ...)``, bit by bit and for every dtype."""
-    if trainer.world_size == 1:
-        return values[None]
-    parcel = values.reshape(len(values), -1).contiguous().view(torch.uint8).to(trainer.strategy.root_device)
-    parcels = trainer.strategy.all_gather(parcel).cpu().contiguous()
-    return parcels.view(values.dtype).reshape(-1, *values.shape)
 
 
 def _refuse_nan(key: str, column: Tensor, positions: Tensor) -> None:

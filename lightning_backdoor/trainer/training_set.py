@@ -22,6 +22,7 @@ from lightning_backdoor.surgery.heads import Head, find_head
 from lightning_backdoor.surgery.taps import Taps
 from lightning_backdoor.trainer.etiquette import prepare_batch, unobtrusive
 from lightning_backdoor.trainer.outputs import call_model
+from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.scan import scan, shard
 
 __all__ = ["Reading", "TrainingSet", "open_training_set"]
@@ -62,6 +63,7 @@ class TrainingSet:
     """Everything that is known about the training set after looking at a few images of it."""
 
     loader: DataLoader[Any]
+    size: int
     reading: Reading
     transform: EvalTransform
     layout: BatchLayout
@@ -72,7 +74,7 @@ class TrainingSet:
     """A few dataset positions and their labels, to know the dataset again."""
 
     def __len__(self) -> int:
-        return len(self.loader.dataset)  # type: ignore[arg-type]
+        return self.size
 
     def scan(
         self,
@@ -164,7 +166,17 @@ class TrainingSet:
 
     @contextmanager
     def read(self, indices: Sequence[int] | Tensor, num_workers: int | None = None) -> Iterator[DataLoader[Any]]:
-        """A loader of ``(indices, batch)`` at some dataset positions, in their order and without augmentation."""
+        """A loader of ``(indices, batch)`` at some dataset positions, in their order and without augmentation.
+
+        Raises:
+            DataError: The dataset has another length than at the start of the fit.
+        """
+        size = check_dataset(self.loader.dataset)
+        if size != self.size:
+            raise DataError(
+                f"The training dataset had {self.size} samples at the start of the fit and has {size} now, so that "
+                "positions may mean other images. Give it one length for the whole fit."
+            )
         workers = self.reading.num_workers if num_workers is None else num_workers
         with transforms_swapped(self.loader.dataset, self.transform):
             yield scan_loader(
@@ -195,33 +207,37 @@ def open_training_set(
         DataError: If the dataset is empty or iterable, an image is not finite, or labels are not class indices.
         ModelError: If no logits come out of the model, or none that are finite.
     """
+    with unobtrusive(trainer, pl_module), in_unison(trainer, "first look at the training images"):
+        return _open(trainer, pl_module, loader, reading, val_dataset)
+
+
+def _open(trainer: Any, pl_module: Any, loader: DataLoader[Any], reading: Reading, val_dataset: Any) -> TrainingSet:
     size = check_dataset(loader.dataset)
     transform = choose_transform(loader, val_dataset, reading.eval_transform)
     probe = [i * size // min(size, _PROBE) for i in range(min(size, _PROBE))]
     workers = min(loader.num_workers, 1)  # a dataset that opens its files in workers is not opened here
-    with unobtrusive(trainer, pl_module):
-        with transforms_swapped(loader.dataset, transform):
-            (indices, batch), (_, few) = (
-                next(iter(scan_loader(loader, some, seed=reading.seed, batch_size=len(some), num_workers=workers)))
-                for some in (probe, probe[:_PROBE_FORWARD])
+    with transforms_swapped(loader.dataset, transform):
+        (indices, batch), (_, few) = (
+            next(iter(scan_loader(loader, some, seed=reading.seed, batch_size=len(some), num_workers=workers)))
+            for some in (probe, probe[:_PROBE_FORWARD])
+        )
+        transforms = transforms_of(loader.dataset)
+    layout = find_layout(batch, reading.batch_fn)
+    images = layout.images(batch)
+    check_finite(images, indices)
+    found: list[Tensor] = []
+
+    def run() -> Tensor:
+        found.append(_logits(trainer, pl_module, layout, reading, few))
+        if not bool(found[-1].isfinite().all()):
+            raise ModelError(
+                "The model answers NaN or infinity to the first training images, so nothing can be told from its "
+                "answers. Look for weights that have diverged, or pass `forward_fn`."
             )
-            transforms = transforms_of(loader.dataset)
-        layout = find_layout(batch, reading.batch_fn)
-        images = layout.images(batch)
-        check_finite(images, indices)
-        found: list[Tensor] = []
+        return found[-1]
 
-        def run() -> Tensor:
-            found.append(_logits(trainer, pl_module, layout, reading, few))
-            if not bool(found[-1].isfinite().all()):
-                raise ModelError(
-                    "The model answers NaN or infinity to the first training images, so nothing can be told from its "
-                    "answers. Look for weights that have diverged, or pass `forward_fn`."
-                )
-            return found[-1]
-
-        head = find_head(pl_module, run, reading.feature_layer)
-        logits = found[-1] if found else run()
+    head = find_head(pl_module, run, reading.feature_layer)
+    logits = found[-1] if found else run()
     pixels = infer_pixel_space(
         images,
         transform=transforms,
@@ -229,9 +245,10 @@ def open_training_set(
         mean=reading.mean,
         std=reading.std,
     )
-    training_set = TrainingSet(loader, reading, transform, layout, pixels, head, logits.shape[1], (indices, indices))
-    with unobtrusive(trainer, pl_module):
-        training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now
+    training_set = TrainingSet(
+        loader, size, reading, transform, layout, pixels, head, logits.shape[1], (indices, indices)
+    )
+    training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now
     return replace(training_set, probe=(indices, training_set.labels(batch)))
 
 

@@ -17,7 +17,7 @@ from lightning_backdoor.functional.hyperplane import (
     strong_thresholds,
 )
 from lightning_backdoor.surgery.units import UnitLayer
-from lightning_backdoor.trainer.scan import all_gather
+from lightning_backdoor.trainer.processes import all_gather
 from lightning_backdoor.trainer.training_set import TrainingSet
 
 __all__ = ["Measured", "UnitScan"]

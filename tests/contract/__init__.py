@@ -12,6 +12,8 @@ test. What is refused by design is refused in words that a cell asserts. ``pytho
 ``test_composition``  two and more defences on one Trainer, in both orders
 ``test_bad_input``    images that cannot be read or are not finite, datasets that shrink, labels of another kind
 ``test_faults``       other answers of a model, full disks, hostile names
+``test_processes``    several processes: one verdict, one model, and an error in one of them
+``test_killed``       processes that are killed in a look, in the nested stage, in a report: what resumes, what is whole
 ``test_fuzz``         samplers under any mask, size, world and epoch; looks that follow each other
 ====================  ================================================================================================
 """

@@ -15,6 +15,8 @@ _TITLES = {
     "test_faults": "faults survived",
     "test_bad_input": "bad inputs",
     "test_fuzz": "fuzz tests",
+    "test_killed": "faults survived",
+    "test_an_error_in_one_process_is_told_in_all": "faults survived",
 }
 
 
@@ -24,7 +26,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
     report = outcome.get_result()
     if not item.module.__name__.startswith("tests.contract.") or (report.when != "call" and not report.failed):
         return
-    title = _TITLES.get(item.module.__name__.rpartition(".")[2])
+    title = _TITLES.get(item.originalname, _TITLES.get(item.module.__name__.rpartition(".")[2]))
     entry = getattr(item, "callspec", None) and item.callspec.params.get("entry")
     if title is None and entry is None:
         return

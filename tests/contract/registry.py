@@ -39,9 +39,15 @@ from tests.contract.problem import EPOCHS, IMAGES
 BASES = {"Baseline", "RepairBaseline"}
 """Public classes that are there to be derived from."""
 
-PLACES = torch.arange(IMAGES)
-GIVEN = Verdict(PLACES.float(), PLACES % 8 != 3, 0.5, "known", trusted=(PLACES + 1) % 8 < 4, suspect=PLACES % 8 == 3)
-"""The verdict of another defence, which knew the truth."""
+
+def given(images: int = IMAGES) -> Verdict:
+    """The verdict of another defence, which knew the truth."""
+    places = torch.arange(images)
+    suspect = places % 8 == 3
+    return Verdict(places.float(), ~suspect, 0.5, "known", trusted=(places + 1) % 8 < 4, suspect=suspect)
+
+
+GIVEN = given()
 
 
 @dataclass(frozen=True)

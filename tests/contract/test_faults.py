@@ -1,19 +1,24 @@
-"""Faults around every defence: models that answer otherwise, disks that are full, hostile names."""
+"""Faults around every defence: other answers of a model, dead workers, mixed batches, full disks, hostile names."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torchvision.transforms import v2
 
-from lightning_backdoor.errors import ModelError
-from tests.callbacks.helpers import make_trainer
-from tests.contract.problem import EPOCHS, WARNS, Net, assert_settled, fit, planted
+from lightning_backdoor.errors import DataError, ModelError
+from tests.callbacks.helpers import Pictures, loader_of, make_trainer
+from tests.contract.problem import BATCH, EPOCHS, WARNS, Net, assert_settled, fit, net_of, planted
 from tests.contract.registry import Entry, every_defence
 
 pytestmark = WARNS
@@ -77,6 +82,69 @@ def test_a_model_that_answers_nothing_finite_is_refused_before_the_first_step(en
     with pytest.raises(ModelError, match="answers NaN or infinity to the first training images"):
         fit([], module=module, trainer=trainer)
     assert trainer.global_step == 0
+    assert_settled(trainer, module)
+
+
+class Fatal(Pictures):
+    """A worker that reads one image is killed, as where memory runs out."""
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        if i == 70 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
+
+
+@every_defence
+def test_a_worker_that_is_killed_ends_the_fit_and_nothing_else(entry: Entry) -> None:
+    callback, module = entry.make(num_workers=1), net_of()
+    trainer = make_trainer([callback], EPOCHS)
+    with pytest.raises((DataError, RuntimeError), match=r"(A|DataLoader) worker .*(died|killed by signal)"):
+        fit([], Fatal(96), module=module, trainer=trainer)
+    assert_settled(trainer, module)
+    assert callback.verdict is None
+    run = fit([callback])
+    assert entry.acted(callback, run.trainer)
+
+
+def mixing(items: list[Any]) -> dict[str, Tensor]:
+    """What a recipe with CutMix and MixUp does to a batch."""
+    batch = default_collate(items)
+    mix = v2.RandomChoice([v2.CutMix(num_classes=4), v2.MixUp(num_classes=4)])
+    images, labels = mix(batch["image"].float(), batch["label"])
+    return {**batch, "image": images, "label": labels}
+
+
+@every_defence
+def test_batches_with_mixed_labels_are_read_without_mixing_or_refused(entry: Entry) -> None:
+    callback, module = entry.make(), net_of()
+    trainer = make_trainer([callback], EPOCHS)
+    loader = loader_of(planted(), BATCH, collate_fn=mixing)
+    words = r"labels of a batch are not those .* Does `collate_fn` mix"
+    refused = pytest.raises(DataError, match=words) if entry.kind == "own" else nullcontext()
+    with pytest.warns(UserWarning, match=r"mixes labels \(CutMix or MixUp\)"), refused:
+        trainer.fit(module, loader)
+    assert entry.acted(callback, trainer)
+    assert_settled(trainer, module)
+
+
+class Growing(pl.Callback):
+    """A dataset that takes in further images in every epoch."""
+
+    def __init__(self, data: Pictures) -> None:
+        self.data = data
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        more = Pictures(8)
+        self.data.images = torch.cat([self.data.images, more.images])
+        self.data.targets = torch.cat([self.data.targets, more.targets])
+
+
+@every_defence
+def test_a_dataset_that_grows_under_way_is_refused(entry: Entry) -> None:
+    data, callback, module = planted(), entry.make(), net_of()
+    trainer = make_trainer([Growing(data), callback], EPOCHS)
+    with pytest.raises(DataError, match=r"had 96 samples at the start of the fit and has \d+ now"):
+        trainer.fit(module, DataLoader(data, batch_size=BATCH, shuffle=True))
     assert_settled(trainer, module)
 
 

@@ -71,6 +71,18 @@ def test_settings_of_the_trainer(entry: Entry, cell: str) -> None:
 
 
 @every
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_shard_the_model_are_refused(entry: Entry, name: str) -> None:
+    if not hasattr(pl.strategies, name):
+        pytest.skip(f"this Lightning has no {name}")
+    callback = entry.make()
+    trainer = make_trainer([callback], EPOCHS)
+    trainer._accelerator_connector.strategy = object.__new__(getattr(pl.strategies, name))  # needs no GPU, no DeepSpeed
+    with pytest.raises(TrainerError, match=rf"strategy=.*{name}, which shards it.*strategy='ddp'"):
+        callback.setup(trainer, net_of(), "fit")
+
+
+@every
 def test_stochastic_weight_averaging(entry: Entry) -> None:
     averaging, callback = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1), entry.make()
     run = attempt(entry, "StochasticWeightAveraging", lambda: fit([callback, averaging]))

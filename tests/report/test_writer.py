@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.files import atomic_file
 from lightning_backdoor.report import write_report
-from lightning_backdoor.report.files import atomic_file
 from lightning_backdoor.verdict import Verdict
 from tests.report.helpers import evidence, verdict
 

@@ -299,6 +299,6 @@ def test_training_on_two_ranks_is_bit_identical(two_ranks: list[dict[str, Any]])
 
 
 def test_failure_on_one_rank_ends_both(two_ranks: list[dict[str, Any]]) -> None:
-    assert two_ranks[0]["failure"].startswith("BackdoorDefenseError: ")
-    assert "another process" in two_ranks[0]["failure"]
+    said = "BackdoorDefenseError: fails on rank 1 failed in the process of rank 1: KeyError: 'only here'"
+    assert two_ranks[0]["failure"] == said
     assert two_ranks[1]["failure"] == "KeyError: 'only here'"
