@@ -15,6 +15,7 @@ _TITLES = {
     "test_faults": "faults survived",
     "test_bad_input": "bad inputs",
     "test_fuzz": "fuzz tests",
+    "test_fuzz_units": "fuzz tests",
     "test_killed": "faults survived",
     "test_an_error_in_one_process_is_told_in_all": "faults survived",
 }
