@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--attack", choices=sorted(TRIGGERS), default="badnets")
     parser.add_argument("--rate", type=float, default=0.05)
     parser.add_argument("--suspects", choices=["own", "D-BR"], default="own", help="who tells them")
+    parser.add_argument("--detector-steps", type=int, default=500, help="of D-ST's own; a small model needs many")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3, help="of the ordinary trainings")
@@ -67,7 +68,10 @@ def main() -> None:
         judge = DBRCallback()
         trained(dataset, [judge])
         verdict = judge.verdict
-    defence = DSTCallback(verdict=verdict, views=None if options.data else shifted, report_dir=options.report)
+    defence = DSTCallback(
+        verdict=verdict, detector_steps=options.detector_steps, views=None if options.data else shifted,
+        report_dir=options.report,
+    )  # fmt: skip
     runs = {
         "undefended": (dataset, []),
         "perfect filter": (Subset(dataset, (~dataset.poisoned).nonzero().flatten().tolist()), []),
