@@ -89,14 +89,18 @@ class Columns(Dataset[Any]):
         return [{name: column[i] for name, column in batch.items()} for i in range(len(keys))]
 
 
+def channels_first(batch: dict[str, Any]) -> dict[str, Any]:
+    """A transform of rows, as users of Hugging Face's library pass to ``with_transform``."""
+    images = [torch.tensor(image, dtype=torch.uint8).permute(2, 0, 1) for image in batch["pixel_values"]]
+    return {**batch, "pixel_values": images}
+
+
 def hugging_face() -> Any:
     """The library's own class, where it is installed."""
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        {"pixel_values": datasets.Array3D(shape=(3, 8, 8), dtype="uint8"), "labels": datasets.ClassLabel(4)}
-    )
-    columns = {"pixel_values": planted().images.numpy(), "labels": planted().targets.tolist()}
-    return datasets.Dataset.from_dict(columns, features=features).with_format("torch")
+    datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    images, labels = arrays()
+    table = datasets.table.InMemoryTable(pyarrow.table({"pixel_values": images.tolist(), "labels": labels}))
+    return datasets.Dataset(table, fingerprint="made").with_transform(channels_first)
 
 
 def generator() -> torch.Generator:

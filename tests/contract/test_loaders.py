@@ -24,7 +24,6 @@ pytestmark = [
     *WARNS,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore:Cannot (locate reference|pickle)"),  # what Hugging Face's datasets hash
 ]
 
 CURATING = [entry for entry in ENTRIES if entry.kind in ("filter", "repair")]
