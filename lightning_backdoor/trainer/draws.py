@@ -46,7 +46,7 @@ class Kept:
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask.detach().to("cpu", torch.bool, copy=True)
-        # nine bytes for each sample, where lists of Python's numbers take 44
+        # some ten bytes for each sample, where lists of Python's numbers take 44
         self.positions = array("q", self.mask.nonzero().squeeze(1).numpy().tobytes())
         self._flags = self.mask.numpy().tobytes()
 
