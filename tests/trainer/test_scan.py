@@ -163,6 +163,7 @@ class Quiet(Trap):
         return out
 
 
+@pytest.mark.skipif(pl.__version__ < "2.4", reason="torch cannot compile what Lightning 2.2 logs with")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch, while compiling
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
 def test_compiled_module_gives_the_scores_of_the_eager_one() -> None:
