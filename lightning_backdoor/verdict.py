@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ class Verdict:
         suspect: Samples that count as poisoned, bool, shape ``(N,)`` (D-BR and D-ST only).
 
     Raises:
-        ArgumentError: If the shapes disagree or a mask is not boolean.
+        ArgumentError: If the shapes disagree, a mask is not boolean, or a field is of another type.
 
     Example:
         >>> import torch
@@ -58,12 +58,18 @@ class Verdict:
             value = getattr(self, name)
             if value is None and name not in ("scores", "keep"):
                 continue
+            if not isinstance(value, Tensor):
+                raise ArgumentError(f"`{name}` must be a tensor, got {type(value).__name__}.")
             if value.shape != self.scores.shape or value.ndim != 1:
                 raise ArgumentError(
                     f"`{name}` must have shape (N,) like `scores` {tuple(self.scores.shape)}, got {tuple(value.shape)}."
                 )
             if name in _MASKS and value.dtype != torch.bool:
                 raise ArgumentError(f"`{name}` must be a boolean mask, got dtype {value.dtype}.")
+        if not isinstance(self.threshold, int | float) or not isinstance(self.rule, str):
+            raise ArgumentError(
+                f"`threshold` must be a number and `rule` a text, got {self.threshold!r} and {self.rule!r}."
+            )
 
     @property
     def removed(self) -> Tensor:
@@ -103,5 +109,15 @@ class Verdict:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Verdict:
-        """Read a record written by :meth:`save`. A file from a stranger cannot run code (``weights_only=True``)."""
-        return cls(**torch.load(path, map_location="cpu", weights_only=True))
+        """Read a record written by :meth:`save`. A file from a stranger cannot run code (``weights_only=True``).
+
+        Raises:
+            ArgumentError: The file holds something else.
+            pickle.UnpicklingError: The file would run code.
+        """
+        record = torch.load(path, map_location="cpu", weights_only=True)
+        names = {field.name for field in fields(cls)}
+        if not isinstance(record, dict) or not {"scores", "keep", "threshold", "rule"} <= record.keys() <= names:
+            held = f"a dict with {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__
+            raise ArgumentError(f"`path` must be a file that `Verdict.save` wrote, got {held} in {path}.")
+        return cls(**record)

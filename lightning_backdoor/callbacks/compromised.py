@@ -42,14 +42,15 @@ def judge_samples(
         max_removed: Largest share of the samples that may be removed in all, in ``(0, 1)``.
         shared: Look for a second population of all labels, too, as under an all-to-all attack.
     """
-    keep = torch.ones(len(measured.labels), dtype=torch.bool) if earlier is None else earlier.keep
+    keep = None if earlier is None or bool(earlier.keep.all()) else earlier.keep
+    rows = slice(None) if keep is None else keep  # a mask would copy the responses, which may be a gigabyte
     if rule == "paper":
-        decision = decide_by_break(measured.raw_bias[keep], max_removed=max_removed)
+        decision = decide_by_break(measured.raw_bias[rows], max_removed=max_removed)
     else:
         decision = decide(
-            measured.responses[keep], measured.bias[keep], measured.labels[keep], shared=shared, max_removed=max_removed
+            measured.responses[rows], measured.bias[rows], measured.labels[rows], shared=shared, max_removed=max_removed
         )
-    if earlier is None or bool(keep.all()):
+    if earlier is None or keep is None:
         return decision
     return add_removed(decision, earlier.scores, keep, threshold=earlier.threshold, max_removed=max_removed)
 

@@ -161,7 +161,8 @@ class UltraCleanCallback(FilterCallback):
 
     def _decide(self, found: dict[str, Tensor]) -> Decision:
         old, paper, by_fraction = self.verdict, self.score == "paper", self.rule == "fraction"
-        if old is not None and not by_fraction:  # beside what was removed, the clean rest of a class is a mode
+        # beside what was removed, the clean rest of a class is a mode; a mask that keeps all would copy a gigabyte
+        if old is not None and not by_fraction and not bool(old.keep.all()):
             found = {name: column[old.keep] for name, column in found.items()}
         decision = decide(
             found["susceptibility"][:, None] if paper else found["responses"],

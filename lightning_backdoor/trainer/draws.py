@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -44,16 +46,21 @@ class Kept:
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask.detach().to("cpu", torch.bool, copy=True)
-        self.positions: list[int] = self.mask.nonzero().squeeze(1).tolist()
-        self._flags: list[bool] = self.mask.tolist()
+        # some ten bytes for each sample, where lists of Python's numbers take 44
+        self.positions = array("q", self.mask.nonzero().squeeze(1).numpy().tobytes())
+        self._flags = self.mask.numpy().tobytes()
 
     def __len__(self) -> int:
         return len(self.positions)
 
+    def below(self, end: int) -> Sequence[int]:
+        """The kept positions below ``end``, in rising order."""
+        return self.positions if len(self.mask) <= end else self.positions[: bisect_left(self.positions, end)]
+
     def allows(self, index: Any) -> bool:
         """Whether a dataset position stays."""
         try:
-            return self._flags[operator.index(index)]
+            return bool(self._flags[operator.index(index)])
         except (TypeError, IndexError) as error:
             raise DataError(
                 f"The samplers of the training loader must yield dataset positions below {len(self._flags)}, got "
@@ -95,7 +102,7 @@ def restricted(
 
 
 def _sequential(sampler: SequentialSampler, kept: Kept) -> Draws:
-    return [index for index in kept.positions if index < len(sampler)]
+    return kept.below(len(sampler))
 
 
 def _subset(sampler: SubsetRandomSampler, kept: Kept) -> Draws:
@@ -103,12 +110,12 @@ def _subset(sampler: SubsetRandomSampler, kept: Kept) -> Draws:
 
 
 def _distributed(sampler: DistributedSampler[Any], kept: Kept) -> Draws:
-    return _Shard(sampler, [index for index in kept.positions if index < len(sampler.dataset)])  # type: ignore[arg-type]
+    return _Shard(sampler, kept.below(len(sampler.dataset)))  # type: ignore[arg-type]
 
 
 def _random(sampler: RandomSampler, kept: Kept) -> Draws:
     total = len(sampler.data_source)
-    population = [index for index in kept.positions if index < total]
+    population = kept.below(total)
     if not population:
         return []
     samples = _share(sampler.num_samples, len(population) / total)

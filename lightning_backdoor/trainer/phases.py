@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Phases:
 
     def phase_of(self, place: int) -> int:
         """Phase of the batch that is drawn at some place, counted from 0; a new pass begins after the last one."""
-        return self._order()[place % len(self)]
+        return self._order[place % len(self)]
 
     def positions_of(self, place: int) -> Tensor:
         """Dataset positions of the batch that is drawn at some place of the current epoch, as in :meth:`phase_of`."""
@@ -67,6 +68,7 @@ class Phases:
             self._drawn = self._epoch(), list(self)
         return torch.tensor(self._drawn[1][place % len(self)])
 
+    @cached_property
     def _order(self) -> list[int]:
         """Phase of every batch of an epoch."""
         places = [
@@ -85,7 +87,7 @@ class Phases:
             iter(self._cut(part[torch.randperm(len(part), generator=generator)], batches))
             for part, batches in zip(self._parts, self.lengths, strict=True)
         ]
-        for phase in self._order():
+        for phase in self._order:
             yield next(phases[phase]).tolist()
 
     def _cut(self, order: Tensor, batches: int) -> Sequence[Tensor]:

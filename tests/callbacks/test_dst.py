@@ -34,6 +34,7 @@ from tests.callbacks.helpers import (
 )
 from tests.callbacks.test_none import lightning_net, train_digits
 from tests.callbacks.test_ultraclean_resume import SaveAll
+from tests.trainer._recording import SAFE_LOADING
 
 pytestmark = [
     *LIGHTNING_WARNS,
@@ -220,7 +221,7 @@ def test_stage_one_draws_everything_twice_and_stage_two_trusted_and_suspect() ->
 def run(callbacks: list[Any], ckpt: Path | None = None, **kwargs: Any) -> Any:
     torch.manual_seed(0)
     module, trainer = Net(), make_trainer(callbacks, 4, **kwargs)
-    extra = {} if ckpt is None else {"weights_only": True}
+    extra = {} if ckpt is None else SAFE_LOADING
     trainer.fit(module, loader_of(Pictures()), loader_of(Pictures(seed=1)), ckpt_path=ckpt, **extra)
     return trainer, module
 

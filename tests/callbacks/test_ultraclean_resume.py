@@ -27,6 +27,7 @@ from tests.callbacks.helpers import (
     same_state,
     state_of,
 )
+from tests.trainer._recording import SAFE_LOADING
 
 pytestmark = [
     *LIGHTNING_WARNS,
@@ -57,7 +58,7 @@ class SaveAll(pl.Callback):
 def run(callbacks: list[Any], ckpt: Path | None = None, val: bool = True, epochs: int = 3, **kwargs: Any) -> Any:
     torch.manual_seed(0)
     module, trainer = Net(), make_trainer(callbacks, epochs)
-    extra = {} if ckpt is None else {"weights_only": True}
+    extra = {} if ckpt is None else SAFE_LOADING
     trainer.fit(
         module,
         loader_of(kwargs.pop("dataset", None) or Pictures(), **kwargs),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.callbacks.helpers import LIGHTNING_WARNS, Pictures, loader_of, make_trainer
+from tests.trainer._recording import SAFE_LOADING
 
 EPOCHS = 3
 IMAGES = 96  # 24 of each of four classes: more than the 20 below which a class is not looked at
@@ -150,7 +151,7 @@ def fit(
     data = planted() if data is None else data
     loader = DataLoader(data, batch_size=BATCH, shuffle=True) if shuffle else loader_of(data, BATCH)
     before = dict(vars(loader))
-    extra = {} if ckpt is None else {"weights_only": True}
+    extra = {} if ckpt is None else SAFE_LOADING
     trainer.fit(module, loader, DataLoader(Pictures(32, seed=1), batch_size=16), ckpt_path=ckpt, **extra)
     return Run(trainer, module, loader, before)
 

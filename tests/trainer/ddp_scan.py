@@ -61,7 +61,7 @@ class Probe(pl.Callback):
 
 
 def fit(callbacks: list[Any]) -> dict[str, Tensor]:
-    pl.seed_everything(3, verbose=False)
+    pl.seed_everything(3)
     module = Trap()
     # A batch norm that no rank shares, and forward's buffers left alone as in a long epoch without validation.
     strategy = pl.strategies.DDPStrategy(process_group_backend="gloo", broadcast_buffers=False)

@@ -76,7 +76,7 @@ REFUSED = {
     ),
     "timm": (
         lambda: MultiEpochsDataLoader(Points(), batch_size=8),
-        r"_RepeatSampler.*MultiEpochs.*persistent_workers=True",
+        r"(_RepeatSampler.*MultiEpochs|MultiEpochsDataLoader keeps a running iterator).*persistent_workers=True",
     ),
     "endless": (lambda: loader(sampler=Endless()), r"finite and have a length, got Endless.*Give it `__len__`"),
     "unsized": (lambda: loader(Unsized(), sampler=range(4)), r"Unsized without `__len__`.*Add `__len__`"),

@@ -22,7 +22,7 @@ BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
 
 
 def train(callbacks: list[Any], workers: int = 0, precision: Any = "32-true") -> dict[str, Any]:
-    pl.seed_everything(3, verbose=False)
+    pl.seed_everything(3)
     data, module = NoisyData(), Trap()
     trainer = make_trainer(callbacks, precision=precision)
     trainer.fit(module, train_loader(data, workers))

@@ -163,7 +163,9 @@ class Quiet(Trap):
         return out
 
 
+@pytest.mark.skipif(pl.__version__ < "2.4", reason="torch cannot compile what Lightning 2.2 logs with")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch, while compiling
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
 def test_compiled_module_gives_the_scores_of_the_eager_one() -> None:
     data, results = NoisyData(), []
     for wrap in (lambda module: module, lambda module: torch.compile(module, backend="eager")):
@@ -277,7 +279,7 @@ def test_ranks_agree(two_ranks: list[dict[str, Any]], situation: str) -> None:
 
 
 def test_two_ranks_see_what_one_process_sees(running: Any, two_ranks: list[dict[str, Any]]) -> None:
-    pl.seed_everything(3, verbose=False)
+    pl.seed_everything(3)
     module = Trap()
     running[1].load_state_dict(module.state_dict())
     alone = scan_logits(*running, NoisyData())
