@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.trainer.ddp_scan import free_port
@@ -16,21 +16,19 @@ from tests.trainer.ddp_scan import free_port
 def processes(count: int, module: str, folder: Path) -> Iterator[None]:
     """Run ``python -m module count folder`` in all, beside the block; afterwards all must have ended well."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), "NODE_RANK": "0"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(count), str(folder)],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, **address, "OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
+    with ExitStack() as stack:
+        said = [stack.enter_context((folder / f"said-{rank}.txt").open("w")) for rank in range(count)]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", module, str(count), str(folder)],
+                cwd=Path(__file__).parents[1],
+                env={**os.environ, **address, "OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank)},
+                stderr=said[rank],
+            )
+            for rank in range(count)
+        ]
+        for process in ranks:
+            stack.callback(process.kill)
         yield
-        for process in ranks:
-            _, said = process.communicate(timeout=600)
-            assert process.returncode == 0, said[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()
+        for process, file in zip(ranks, said, strict=True):
+            assert process.wait(timeout=600) == 0, Path(file.name).read_text()[-3000:]

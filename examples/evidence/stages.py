@@ -2,8 +2,8 @@
 
 The first stage of D-ST without any labels (CTL), with all labels (supervised) and with those of trusted images alone,
 by the paper's positives and by those of the authors' code, all by contrast alone; and with the cross-entropy of trusted
-images beside it. None readmits, as D-ST's row of ``python -m examples.evidence run`` does. One JSON line per finished
-row in ``stages.jsonl``; a run that was interrupted goes on with the first missing one.
+images beside it. None of them readmits; D-ST's row of ``python -m examples.evidence run`` does. One JSON line per
+finished row in ``stages.jsonl``; a run that was interrupted goes on with the first missing one.
 """
 
 from __future__ import annotations

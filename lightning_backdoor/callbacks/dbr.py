@@ -53,8 +53,9 @@ class DBRCallback(Detecting, RepairCallback):
             move most, that is unlearned in any case.
         detector: ``"copy"`` starts from the model, ``"fresh"`` from the weights before training (kept in checkpoints).
             These are the weights at the start of ``fit``, before ``ckpt_path`` is loaded: where a suspicious model is
-            handed to ``fit``, ``"fresh"`` is a copy, too. Or a network of your own, which takes the images that
-            the model takes and returns logits of as many classes; it is copied, and trained from its weights.
+            handed to ``fit``, ``"fresh"`` is a copy, too. Or a network of your own: it takes the images of a batch
+            after the transfer hooks and returns logits of as many classes; a copy of it is trained, from its weights,
+            at the rate of ``"fresh"``. ``forward_fn`` and ``feature_layer`` are for the model alone.
         detector_steps: Steps in which the detector learns the labels, and as many of centre repulsion.
         draws: Transformations per image.
         transform: Replaces turning and shifting: takes and returns the pixels of one image, uint8 ``(1, C, H, W)``. It

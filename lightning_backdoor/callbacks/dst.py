@@ -42,7 +42,9 @@ class DSTCallback(Detecting):
     While it acts, D-ST takes the place of ``training_step``, optimizer, schedulers and sampler; the Trainer does all
     else (precision, processes, accumulation, clipping, validation, checkpoints). A checkpoint holds an ordinary model,
     but only D-ST can resume it. The classifier learns from the first epoch on, so that validation means something at
-    any time; what ``training_step`` logs is not there to be monitored. An epoch passes every image twice.
+    any time; what ``training_step`` logs is not there to be monitored.
+
+    Assumes nothing. An epoch passes every image twice.
 
     Differs from the paper: suspects come from evidence instead of a share, which unlearns clean images on clean data;
     more images are trusted, of all classes equally, and guide the features; uncertain images can change sides between
@@ -57,8 +59,7 @@ class DSTCallback(Detecting):
         weight: Weight of the suspects in the second stage, at least 0 (the paper's lambda_p).
         projection: Width of the projection that the contrastive loss sees.
         reference_mask: Positives of the authors' code: all images with the label of a trusted one.
-        guided: The features learn from the cross-entropy of trusted images as well; ``False``, as in the paper: by
-            contrast alone, which takes hundreds of epochs.
+        guided: Features learn from the cross-entropy of trusted images, too. ``False``: by contrast alone (the paper).
         readmit: Let the neighbours of uncertain images decide whether they are trusted or suspect in the second stage.
         neighbours: Trusted images that are asked, for that and for the log.
         views: Replaces the strong augmentation: takes and returns a batch, uint8 ``(B, C, H, W)``, and draws for
@@ -67,7 +68,7 @@ class DSTCallback(Detecting):
         suspect: ``"auto"`` looks for second populations; a number in ``(0, 1)`` is the share of all images, those that
             move most, that is suspect in any case.
         detector: Starts from the weights of the model: ``"fresh"``, or ``"copy"``, at a lower rate, if they are
-            pretrained. Or a network of your own, which takes the images that the model takes, to as many logits.
+            pretrained. Or a network of your own; see :class:`DBRCallback`.
         detector_steps: Steps in which it learns the labels, and as many of centre repulsion.
         draws: Transformations per image.
         transform: Replaces turning and shifting in the detector: from one image, uint8 ``(1, C, H, W)``, to another.

@@ -13,7 +13,7 @@ from lightning_backdoor.callbacks.defense import require_same_data
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.consistency import select_trusted
 from lightning_backdoor.functional.evidence import Decision, add_removed, decide
-from lightning_backdoor.trainer.distinguish import Detector, Distinguished, detector_units, distinguish
+from lightning_backdoor.trainer.distinguish import Detector, Distinguished, distinguish, require_detector
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.trainer.unlearning import Split
 from lightning_backdoor.verdict import Verdict
@@ -73,8 +73,8 @@ class Judge:
         """Check at the start of a fit what can be checked then.
 
         Raises:
-            ArgumentError: ``trusted`` leaves less than one sample for each class, or the user's own detector has
-                another number of logits.
+            ArgumentError: ``trusted`` leaves less than one sample for each class, or the user's own detector cannot
+                take the place of the model.
             DataError: The verdict is on other data.
             ModelError: The model has no units that could be asked.
         """
@@ -85,8 +85,8 @@ class Judge:
                 f"`trusted` must leave at least one image for each of {data.num_classes} classes, got {self.trusted} "
                 f"of {len(data)} images. Pass a larger share, or the `verdict` of another defence."
             )
-        elif self.suspect == "auto":
-            detector_units(trainer, pl_module, data, self.detector)
+        else:
+            require_detector(trainer, pl_module, data, self.detector, units=self.suspect == "auto")
 
     def judge(self, trainer: Any, pl_module: Any, data: TrainingSet, earlier: Verdict | None) -> Judgement:
         """Judge all samples; every process must call it and gets the same judgement."""

@@ -17,14 +17,13 @@ from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores
 from lightning_backdoor.surgery.heads import find_head
-from lightning_backdoor.surgery.units import UnitLayer, find_units
+from lightning_backdoor.surgery.units import find_units
 from lightning_backdoor.trainer.etiquette import quiet, unobtrusive
-from lightning_backdoor.trainer.outputs import call_model
 from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.trainer.unit_scan import Measured, UnitScan
 
-__all__ = ["Detector", "Distinguished", "detector_units", "distinguish", "turn_and_shift"]
+__all__ = ["Detector", "Distinguished", "distinguish", "require_detector", "turn_and_shift"]
 
 ANGLE = 180.0  # degrees, either way
 SHIFT = 0.2  # of the side, either way
@@ -79,17 +78,18 @@ class Distinguished:
     units: Measured | None
 
 
-def detector_units(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector) -> list[UnitLayer]:
-    """The layers of the detector whose units are asked.
+def require_detector(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector, *, units: bool) -> None:
+    """Check at the start of a fit what can be checked then.
 
     Raises:
-        ArgumentError: The detector is the user's own and has not as many logits as the model.
-        ModelError: It has no such layers.
+        ArgumentError: The detector is the user's own and cannot take the place of the model.
+        ModelError: It has no units, but they are to be asked.
     """
     with unobtrusive(trainer, pl_module), in_unison(trainer, "search for units"):
         own = isinstance(detector.start, nn.Module)
         module, data = _twin(trainer, pl_module, data, detector) if own else (pl_module, data)
-        return find_units(module, data.few(trainer, module), residual_mode="branch_only")
+        if units:
+            find_units(module, data.few(trainer, module))
 
 
 def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector, *, units: bool) -> Distinguished:
@@ -124,8 +124,8 @@ def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detec
             )
         measured = None
         if units:
-            with in_unison(trainer, "search for units"):
-                layers = find_units(twin, data.few(trainer, twin), residual_mode="branch_only")
+            with unobtrusive(trainer, twin), in_unison(trainer, "search for units"):
+                layers = find_units(twin, data.few(trainer, twin))
             measured = UnitScan(data, layers, strong=STRONG, weak=WEAK).measure(trainer, twin)
     metric = "mse" if float(found["smallest"].min()) >= 0 else "cosine"
     return Distinguished(found["labels"], found[metric], measured)
@@ -172,9 +172,9 @@ def _twin(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector) -
             f"`{type(pl_module).__name__}` must be copied to train a detector, but `copy.deepcopy` failed: {error}. "
             "Pass the `verdict` of another defence instead."
         ) from error
-    twin.trainer = trainer
     if isinstance(own, nn.Module):
         return _host(trainer, twin, data, own)
+    twin.trainer = trainer
     if own == "fresh" and detector.initial is not None:
         twin.load_state_dict(detector.initial)
     return twin, data
@@ -182,20 +182,27 @@ def _twin(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector) -
 
 def _host(trainer: Any, twin: Any, data: TrainingSet, own: nn.Module) -> tuple[Any, TrainingSet]:
     """Let a copy of the user's module, whose transfer hooks prepare the batches, answer through another network."""
+    if not any(parameter.requires_grad for parameter in own.parameters()):
+        raise ArgumentError("`detector` must have parameters that can learn (requires_grad=True), got none.")
     twin.requires_grad_(False)
-    twin.add_module(HOSTED, own.to(twin.device).eval())
-    reading = replace(
-        data.reading, feature_layer=None, forward_fn=lambda _, batch: call_model(own, data.layout.images(batch))
-    )
+    twin.add_module(HOSTED, trainer.precision_plugin.convert_module(own.to(twin.device).eval()))
+    twin.trainer = trainer  # after that, since the setter reaches a detector that is a LightningModule as well
+    reading = replace(data.reading, feature_layer=None, forward_fn=lambda _, batch: own(data.layout.images(batch)))
     hosted = replace(data, reading=reading)
     run = hosted.few(trainer, twin)
-    classes = run().shape[1]
+    try:
+        classes, head = run().shape[1], find_head(twin, run)
+    except Exception as error:
+        raise ArgumentError(
+            "`detector` must take the images of a batch after the transfer hooks and return logits (B, K), "
+            f'but failed: {error} Wrap it, or pass "copy".'
+        ) from error
     if classes != data.num_classes:
         raise ArgumentError(
             f"`detector` must return logits of the {data.num_classes} classes of the model, got {classes}. Change its "
-            'last layer, or pass "fresh".'
+            'last layer, or pass "copy".'
         )
-    return twin, replace(hosted, head=find_head(twin, run))
+    return twin, replace(hosted, head=head)
 
 
 def _train(trainer: Any, twin: Any, data: TrainingSet, detector: Detector) -> None:

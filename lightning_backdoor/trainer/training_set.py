@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +90,9 @@ class TrainingSet:
         With ``positions``, long ``(M,)`` in rising order, over these samples alone: results have M rows.
         """
         mine = shard(len(self) if positions is None else len(positions), trainer)
-        with self.read(mine if positions is None else positions[mine]) as view:
+        with ExitStack() as stack:
+            with in_unison(trainer, description):
+                view = stack.enter_context(self.read(mine if positions is None else positions[mine]))
             return scan(trainer, pl_module, view, step, description=description)
 
     def require_class(self, name: str, label: int | None) -> None:

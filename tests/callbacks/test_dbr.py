@@ -18,7 +18,7 @@ from lightning_backdoor.callbacks.compromised import judge_samples
 from lightning_backdoor.callbacks.suspects import judge
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError, TrainerError
 from lightning_backdoor.trainer.distinguish import Distinguished
-from lightning_backdoor.trainer.unit_scan import Measured
+from lightning_backdoor.trainer.unit_scan import Measured, UnitScan
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     Net,
@@ -256,9 +256,46 @@ def test_a_detector_of_the_users_own_finds_planted_poisons(poisoned: Any) -> Non
     assert (suspect & ~truth).sum() <= 0.05 * len(truth)
 
 
-def test_a_detector_of_other_classes_is_refused_at_the_start() -> None:
-    with pytest.raises(ArgumentError, match="`detector` must return logits of the 4 classes of the model, got 5"):
-        fit([DBRCallback(detector=Probe(5))])
+@pytest.mark.parametrize("suspect", ["auto", 0.1])
+def test_a_detector_that_cannot_work_is_refused_at_the_start(suspect: Any) -> None:
+    refused = {
+        "must return logits of the 4 classes of the model, got 5": Probe(5),
+        "must have parameters that can learn": Probe().requires_grad_(False),
+        r"must take the images of a batch .* mat1 and mat2 shapes cannot be multiplied": Probe(side=16),
+    }
+    for message, own in refused.items():
+        module = Net()
+        with pytest.raises(ArgumentError, match=f"`detector` {message}"):
+            make_trainer([DBRCallback(detector=own, suspect=suspect)]).fit(module, loader_of(Pictures()))
+        assert not module.drawn
+
+
+class Typed(Net):
+    """Works in any dtype, and asks its Trainer while it answers."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert self.trainer.world_size == 1
+        return self.head(self.body(images.to(self.head.weight.dtype) / 255).flatten(1))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
+def test_a_detector_of_the_users_own_works_in_all_precisions(precision: Any) -> None:
+    callback = DBRCallback(detector=Typed(), detector_steps=2, epochs=1)
+    make_trainer([callback], 1, precision=precision).fit(Typed(), loader_of(Pictures()))
+    assert callback.verdict is not None
+
+
+def test_asking_the_units_of_the_detector_moves_none_of_its_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    measure = UnitScan.measure
+
+    def spied(self: Any, trainer: Any, twin: Any) -> Any:
+        seen.append(int(twin.body[1].num_batches_tracked))
+        return measure(self, trainer, twin)
+
+    monkeypatch.setattr(UnitScan, "measure", spied)
+    fit([DBRCallback(detector="fresh", detector_steps=3)], epochs=1)
+    assert seen == [6], "three steps of labels and three of centre repulsion"
 
 
 def test_an_epoch_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,7 +266,7 @@ CASES: dict[str, Case] = {
     "63": case(
         "a training beside the training",
         "callbacks/test_dbr.py::test_the_look_is_invisible_to_the_training",
-        "callbacks/test_dbr_ddp.py::test_two_processes_decide_and_repair_as_one",
+        "contract/test_processes.py::test_the_verdict_is_that_of_one_process",
     ),
     "64": case(
         "a rate of our own beside the user's schedule",
@@ -298,7 +298,7 @@ CASES: dict[str, Case] = {
     "70": case(
         "loggers and the folder of the logs",
         "contract/test_outside.py::test_loggers_and_progress_bars",
-        "callbacks/test_ultraclean_ddp.py::test_two_processes_decide_and_train_as_one",
+        "contract/test_processes.py::test_weights_and_state_are_the_same_everywhere",
     ),
     "71": case(
         "progress bars",

@@ -24,12 +24,15 @@ from tests.contract.registry import ENTRIES, Entry, given
 
 SAMPLES, BATCH = 95, 8  # no multiple of two or of four
 BROKEN = 79  # of the share of the last one of two or four processes, and not among the images that are looked at first
+GREW = -2
+CUT = "OSError: image {} is cut off"
 FAILURES = {
-    "first look": ("on_train_start", 0),
-    "look": ("on_train_epoch_end", BROKEN),
-    "detector": ("on_train_start", BROKEN),
+    "first look": ("on_train_start", 0, CUT.format(0)),
+    "look": ("on_train_epoch_end", BROKEN, CUT.format(BROKEN)),
+    "detector": ("on_train_start", BROKEN, CUT.format(BROKEN)),
+    "length": ("on_train_epoch_end", GREW, f"DataError: The training dataset had {SAMPLES} samples"),
 }
-"""Where the last process fails: the hook, and the position of the image that it cannot read."""
+"""Where the last process fails: the hook, the position of the image that it cannot read, and the error."""
 FAILING = [
     (entry, where)
     for entry in ENTRIES
@@ -92,6 +95,9 @@ class Fragile(Pictures):
 
     broken = -1
 
+    def __len__(self) -> int:
+        return super().__len__() + (self.broken == GREW)
+
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         if i == self.broken:
             raise OSError(f"image {i} is cut off")
@@ -112,7 +118,7 @@ class Fuse(pl.Callback):
 
 def fail(entry: Entry, where: str, **settings: Any) -> str:
     """What the user reads in this process when the last one cannot read an image."""
-    hook, position = FAILURES[where]
+    hook, position, _ = FAILURES[where]
     data, module = Fragile(SAMPLES), net_of()
     trainer = make_trainer([Fuse(data, hook, position), defence_of(entry), Fuse(data, hook, -1)], EPOCHS, **settings)
     try:

@@ -106,16 +106,16 @@ def without(network: nn.Module, name: str, unit: int, images: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:The units of")
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(network=networks(), mode=st.sampled_from(["prune", "reinit"]), data=st.data())
 def test_a_reset_is_exact_in_random_networks(network: nn.Module, mode: Any, data: Any) -> None:
-    COUNTS["fuzz cases"] += 1
     images = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     try:
         layers = find_units(network, lambda: network(images))
     except ModelError:
-        assert any(isinstance(part, (nn.GroupNorm, nn.Softplus)) for part in network.modules()) or len(network) <= 4
+        assert any(isinstance(part, (nn.GroupNorm, nn.Softplus)) for part in network.modules())
         return
+    COUNTS["fuzz cases"] += 1
     layer = data.draw(st.sampled_from(layers))
     unit = data.draw(st.integers(0, layer.size - 1))
     before = {name: value.clone() for name, value in network.state_dict().items()}

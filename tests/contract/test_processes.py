@@ -80,8 +80,9 @@ def test_the_verdict_is_that_of_one_process(entry: Entry, world: tuple[int, str,
         mine, theirs = rank["states"][-1]["verdict"], one["states"][-1]["verdict"]
         assert len(mine["scores"]) == SAMPLES
         torch.testing.assert_close(mine["scores"], theirs["scores"], rtol=1e-5, atol=1e-6)
-        if entry.kind != "own":  # its second look is at features that it has learned in between
-            assert all(same(mine[name], theirs[name]) for name in mine if name not in ("scores", "threshold"))
+        if entry.kind == "own":  # its second look is at features that it has learned in between
+            mine, theirs = (end["states"][0]["verdict"] for end in (rank, one))
+        assert all(same(mine[name], theirs[name]) for name in mine if name not in ("scores", "threshold"))
         if entry.name == "NONECallback":
             mine, theirs = (end["states"][-1]["history"][0]["units"] for end in (rank, one))
             assert [unit[:2] for unit in mine] == [unit[:2] for unit in theirs]
@@ -136,13 +137,13 @@ def test_an_error_in_one_process_is_told_in_all(entry: Entry, where: str, world:
     count, strategy, folder = world
     files = sorted(folder.glob(f"said-{count}-*.json"))
     *others, last = (json.loads(file.read_text())[f"{entry.name} {where}"] for file in files)
-    error = f"OSError: image {FAILURES[where][1]} is cut off"
+    error = FAILURES[where][2]
     if strategy == "ddp_fork":  # one process belongs to the user
         assert not others
         assert error in last
         return
-    assert last == error
+    assert last.startswith(error)
     assert len(others) == count - 1
     for other in others:
         assert other.startswith("BackdoorDefenseError: ")
-        assert other.endswith(f" failed in the process of rank {count - 1}: {error}")
+        assert f" failed in the process of rank {count - 1}: {error}" in other
