@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.benchmark
 
-FIXED = 2**24  # bytes that a step may take whatever N is
+FIXED = 2**25  # bytes that a step may take whatever N is
 BYTES = {
     "an epoch of the kept samples": 11 + 8 + 36 + 8,  # mask; torch's order of it, as a tensor and as Python's numbers
     "an epoch of repair": 8 + 8 + 8,
@@ -22,7 +22,7 @@ BYTES = {
     "report": 220,
 }
 """Most bytes of memory for each image, beyond what was there."""
-SLACK = 1.5  # the largest growth of the time for one image from a tenth of the images
+SLACK = 3  # growth of the time for one image from a tenth of the images: others use the machine, too; squares give 10
 LONG = 0.5  # seconds below which times say little
 
 
@@ -50,5 +50,5 @@ def test_time_and_memory_by_the_number_of_images(capsys: pytest.CaptureFixture[s
     for small, large in itertools.pairwise(found):
         for title, step in large["steps"].items():
             if step["seconds"] > LONG:
-                before = max(small["steps"][title]["seconds"], LONG / 10)
+                before = max(small["steps"][title]["seconds"], LONG)
                 assert step["seconds"] <= 10 * SLACK * before, (large["n"], title)
