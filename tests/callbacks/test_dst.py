@@ -188,6 +188,15 @@ def test_only_trusted_labels_guide_the_features() -> None:
     assert not changed(*weights)
 
 
+@pytest.mark.parametrize("detector", ["copy", Net()], ids=["copy", "own"])
+def test_other_detectors(detector: Any) -> None:
+    callback = DSTCallback(detector=detector, suspect=0.1, trusted=0.4, detector_steps=3, projection=8)
+    _, module = fit([callback], epochs=2)
+    assert callback.verdict.suspect.sum() == 6
+    assert callback.history[-1].losses
+    assert set(dict(module.named_children())) == {"body", "head"}
+
+
 class Seen(Net):
     """Notes the positions and the images of all forward passes while training."""
 
