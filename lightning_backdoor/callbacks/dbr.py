@@ -57,6 +57,7 @@ class DBRCallback(Detecting, RepairCallback):
             after the transfer hooks and returns logits of as many classes; a copy of it is trained, from its weights,
             at the rate of ``"fresh"``. ``forward_fn`` and ``feature_layer`` are for the model alone.
         detector_steps: Steps in which the detector learns the labels, and as many of centre repulsion.
+        fct_metric: How far features move; ``"auto"``: ``"cosine"`` where some are negative, else ``"mse"``.
         draws: Transformations per image.
         transform: Replaces turning and shifting: takes and returns the pixels of one image, uint8 ``(1, C, H, W)``. It
             is called for every image under a seed of its own.
@@ -103,6 +104,7 @@ class DBRCallback(Detecting, RepairCallback):
         suspect: Literal["auto"] | float = "auto",
         detector: Literal["copy", "fresh"] | nn.Module = "copy",
         detector_steps: int = 200,
+        fct_metric: Literal["auto", "mse", "cosine"] = "auto",
         draws: int = 2,
         transform: Callable[[Tensor], Tensor] | None = None,
         reference: bool = False,
@@ -122,8 +124,8 @@ class DBRCallback(Detecting, RepairCallback):
         reading = Reading(forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed)
         super().__init__(
             verdict=verdict, trusted=trusted, suspect=suspect, detector=detector, detector_steps=detector_steps,
-            draws=draws, transform=transform, max_removed=max_removed, reading=reading, report_dir=report_dir,
-            name=name, epochs=epochs, lr=lr, reference=reference,
+            fct_metric=fct_metric, draws=draws, transform=transform, max_removed=max_removed, reading=reading,
+            report_dir=report_dir, name=name, epochs=epochs, lr=lr, reference=reference,
         )  # fmt: skip
         self.warmup_epochs = 0 if warmup_epochs == 0 else require_positive("warmup_epochs", warmup_epochs)
 

@@ -30,6 +30,7 @@ class Detecting(Defense):
         suspect: Literal["auto"] | float,
         detector: Literal["copy", "fresh"] | nn.Module,
         detector_steps: int,
+        fct_metric: Literal["auto", "mse", "cosine"],
         draws: int,
         transform: Callable[[Tensor], Tensor] | None,
         max_removed: float,
@@ -47,13 +48,15 @@ class Detecting(Defense):
         share = require_one_of("suspect", suspect, ("auto",)) if isinstance(suspect, str) else suspect
         self.suspect = share if share == "auto" else require_fraction("suspect", share)
         self.detector_steps = require_positive("detector_steps", detector_steps) or 1
+        self.fct_metric = require_one_of("fct_metric", fct_metric, ("auto", "mse", "cosine"))
         self.draws = require_positive("draws", draws) or 1
         self.transform = transform
 
     def _judge(self) -> Judge:
         detector = Detector(
-            self.detector, self._initial, self.detector_steps, self.draws, self.transform, self.reading.seed
-        )
+            self.detector, self._initial, self.detector_steps, self.draws, self.transform, self.reading.seed,
+            metric=self.fct_metric,
+        )  # fmt: skip
         return Judge(self.given, detector, self.suspect, self.trusted, self.max_removed)
 
     def _known(self) -> tuple[Any, TrainingSet, Verdict]:

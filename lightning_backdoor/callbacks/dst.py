@@ -44,11 +44,10 @@ class DSTCallback(Detecting):
     but only D-ST can resume it. The classifier learns from the first epoch on, so that validation means something at
     any time; what ``training_step`` logs is not there to be monitored.
 
-    Assumes nothing. An epoch passes every image twice.
-
-    Differs from the paper: suspects come from evidence instead of a share, which unlearns clean images on clean data;
-    more images are trusted, of all classes equally, and guide the features; uncertain images can change sides between
-    the stages; AdamW trains convolutional networks and transformers alike.
+    Assumes nothing. An epoch passes every image twice. Differs from the paper: suspects come from evidence instead of a
+    share, which unlearns clean images on clean data; more images are trusted, of all classes equally, and guide the
+    features; uncertain images can change sides between the stages; AdamW trains convolutional networks and transformers
+    alike.
 
     Args:
         verdict: Verdict of another defence: what it removed is suspect. There is no detector then.
@@ -62,14 +61,14 @@ class DSTCallback(Detecting):
         guided: Features learn from the cross-entropy of trusted images, too. ``False``: by contrast alone (the paper).
         readmit: Let the neighbours of uncertain images decide whether they are trusted or suspect in the second stage.
         neighbours: Trusted images that are asked, for that and for the log.
-        views: Replaces the strong augmentation: takes and returns a batch, uint8 ``(B, C, H, W)``, and draws for
-            each of its images.
+        views: Replaces the strong augmentation: from a batch, uint8 ``(B, C, H, W)``, to another, drawn for each image.
         trusted: Share of the images of every class whose labels count, in ``(0, 1)``.
         suspect: ``"auto"`` looks for second populations; a number in ``(0, 1)`` is the share of all images, those that
             move most, that is suspect in any case.
         detector: Starts from the weights of the model: ``"fresh"``, or ``"copy"``, at a lower rate, if they are
             pretrained. Or a network of your own; see :class:`DBRCallback`.
         detector_steps: Steps in which it learns the labels, and as many of centre repulsion.
+        fct_metric: How far features move; ``"auto"``: ``"cosine"`` where some are negative, else ``"mse"``.
         draws: Transformations per image.
         transform: Replaces turning and shifting in the detector: from one image, uint8 ``(1, C, H, W)``, to another.
         max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``.
@@ -123,6 +122,7 @@ class DSTCallback(Detecting):
         suspect: Literal["auto"] | float = "auto",
         detector: Literal["copy", "fresh"] | nn.Module = "fresh",
         detector_steps: int = 200,
+        fct_metric: Literal["auto", "mse", "cosine"] = "auto",
         draws: int = 2,
         transform: Callable[[Tensor], Tensor] | None = None,
         max_removed: float = 0.3,
@@ -141,8 +141,8 @@ class DSTCallback(Detecting):
         reading = Reading(forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed)
         super().__init__(
             verdict=verdict, trusted=trusted, suspect=suspect, detector=detector, detector_steps=detector_steps,
-            draws=draws, transform=transform, max_removed=max_removed, report_dir=report_dir, reading=reading,
-            name=name,
+            fct_metric=fct_metric, draws=draws, transform=transform, max_removed=max_removed, reading=reading,
+            report_dir=report_dir, name=name,
         )  # fmt: skip
         self.classifier_epochs = require_positive("classifier_epochs", classifier_epochs)
         self.lr = require_rate("lr", lr)

@@ -47,6 +47,7 @@ class Detector:
         transform: ``transform(pixels)`` takes and returns uint8 ``(1, C, H, W)``; ``None``: :func:`turn_and_shift`.
         seed: Seed of the order of the samples and of the transformations.
         repulsion_steps: Steps of centre repulsion after these; ``None``: as many.
+        metric: Of the movement of features; ``"auto"``: cosine where some are negative, else mean square.
     """
 
     start: Literal["copy", "fresh"] | nn.Module
@@ -56,6 +57,7 @@ class Detector:
     transform: Transform | None
     seed: int
     repulsion_steps: int | None = None
+    metric: Literal["auto", "mse", "cosine"] = "auto"
 
     @property
     def all_steps(self) -> int:
@@ -127,7 +129,8 @@ def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detec
             with unobtrusive(trainer, twin), in_unison(trainer, "search for units"):
                 layers = find_units(twin, data.few(trainer, twin))
             measured = UnitScan(data, layers, strong=STRONG, weak=WEAK).measure(trainer, twin)
-    metric = "mse" if float(found["smallest"].min()) >= 0 else "cosine"
+    automatic = "mse" if float(found["smallest"].min()) >= 0 else "cosine"
+    metric = automatic if detector.metric == "auto" else detector.metric
     return Distinguished(found["labels"], found[metric], measured)
 
 

@@ -408,6 +408,20 @@ def test_another_transformation_and_no_transformation() -> None:
     assert float(callback.verdict.scores.abs().max()) == 0, "features that do not move"
 
 
+@pytest.mark.parametrize(("signed", "automatic"), [(False, "mse"), (True, "cosine")])
+def test_how_features_move_is_measured_as_they_are_or_as_asked(signed: bool, automatic: str) -> None:
+    scores = {}
+    for metric in ("auto", "mse", "cosine"):
+        torch.manual_seed(0)
+        module = Net()
+        module.body[2] = nn.Tanh() if signed else nn.ReLU()
+        callback = DBRCallback(suspect=0.1, detector_steps=1, epochs=1, fct_metric=metric)
+        make_trainer([callback], 1).fit(module, loader_of(Pictures()))
+        scores[metric] = callback.verdict.scores
+    assert torch.equal(scores["auto"], scores[automatic])
+    assert not torch.equal(scores["mse"], scores["cosine"])
+
+
 def test_a_random_transformation_of_an_image_depends_on_no_batch() -> None:
     def noisy(pixels: Tensor) -> Tensor:
         return torch.randint(0, 256, pixels.shape, dtype=torch.uint8)
@@ -450,7 +464,7 @@ def test_what_cannot_work_is_said_at_the_start() -> None:
     "wrong",
     [
         *({"lr": 0.0}, {"epochs": 0}, {"warmup_epochs": -1}, {"suspect": 5}, {"suspect": "top"}, {"trusted": 20}),
-        *({"detector": "new"}, {"draws": 0}, {"detector_steps": 0}),
+        *({"detector": "new"}, {"fct_metric": "l1"}, {"draws": 0}, {"detector_steps": 0}),
     ],
 )
 def test_wrong_arguments(wrong: dict[str, Any]) -> None:
