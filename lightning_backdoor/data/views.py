@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ __all__ = ["IndexedView", "ScanLoader", "batch_size_of", "check_dataset", "read_
 
 _MASK = 2**64 - 1
 _DEFAULT_BATCH_SIZE = 128
+NOTICE = 0.5  # seconds between the end of a process and the signal of it, at most
 
 
 def check_dataset(dataset: Any) -> int:
@@ -165,6 +168,8 @@ class ScanLoader(DataLoader[Any]):
             said = str(error)
             if said.startswith("Caught ") or not (self.num_workers and _is_of_dead_worker(error)):
                 raise  # the user's own, perhaps handed on by a worker
+            with suppress(RuntimeError):  # torch raises wherever its notice of a death arrives: here, not in a clean-up
+                time.sleep(NOTICE * ("killed by signal" not in said))
             raise DataError(
                 f"A worker process that reads the training images died ({type(error).__name__}: {said}), most often "
                 "for want of memory. Pass a smaller `num_workers` (0: none) or `batch_size`."
