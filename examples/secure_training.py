@@ -14,7 +14,6 @@ import argparse
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from kornia.augmentation import ColorJiggle, RandomAffine
 from quickstart import digits  # beside this script, which Python puts first on its path
 from repair_checkpoint import as_images, fit, right
@@ -88,5 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()
