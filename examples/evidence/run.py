@@ -18,6 +18,7 @@ from examples.evidence.random_reset import RandomReset
 from lightning_backdoor import NONECallback, attacks, baselines, functional, metrics
 
 BATCH = 128
+EARLY = 3  # epochs: the backdoor is learned, most of the classes are not
 
 
 def run_cell(
@@ -54,7 +55,7 @@ def run_cell(
     late = defence in AT_THE_END and shared.exists()
     callbacks = [] if callback is None else [callback]
     if defence == "undefended":
-        callbacks.append(_BeforeTheLastEpoch(shared, setting.epochs))
+        callbacks += [Snapshot(shared, setting.epochs - 1), Snapshot(early(shared), EARLY)]
     with measured(device) as meter:
         network = train_network(
             dataset, callbacks, setting, seed, shared if late else None, device=device, workers=workers
@@ -74,6 +75,7 @@ def run_cell(
         rates.update(callback.verdict.scores, callback.verdict.keep, poisoned)
         row |= {name: None if value.isnan() else float(value) for name, value in rates.compute().items()}
         row["rule"] = callback.verdict.rule
+        callback.verdict.save(verdict_of(shared, defence))
     if isinstance(callback, NONECallback):
         row["units"] = dict(Counter(layer for done in callback.history for layer, *_ in done.units))
         row["undone"] = any(done.undone for done in callback.history)
@@ -94,15 +96,16 @@ def labels_of(dataset: Any) -> torch.Tensor:
     return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
 
 
-class _BeforeTheLastEpoch(pl.Callback):
-    """Saves a checkpoint from which a run can go on into its last epoch."""
+class Snapshot(pl.Callback):
+    """Saves a checkpoint after so many epochs, from which a run can go on; ``stop`` ends the run there."""
 
-    def __init__(self, path: Path, epochs: int) -> None:
-        self.path, self.epochs = path, epochs
+    def __init__(self, path: Path, epochs: int, *, stop: bool = False) -> None:
+        self.path, self.epochs, self.stop = path, epochs, stop
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch == self.epochs - 2:
+        if trainer.current_epoch == self.epochs - 1:
             trainer.save_checkpoint(self.path)
+            trainer.should_stop = self.stop
 
 
 def checkpoint(cache: Path, setting: Setting, attack: str, seed: int) -> Path:
@@ -112,13 +115,23 @@ def checkpoint(cache: Path, setting: Setting, attack: str, seed: int) -> Path:
     return cache / f"{attack}-{setting.images}-{setting.epochs}-{seed}{other}.ckpt"
 
 
+def early(shared: Path) -> Path:
+    """Where the same training is kept as it was after ``EARLY`` epochs."""
+    return shared.with_suffix(".early.ckpt")
+
+
+def verdict_of(shared: Path, defence: str) -> Path:
+    """Where the verdict of a defence on the same training set is kept."""
+    return shared.with_suffix(f".{defence}.pt")
+
+
 def clean_model(
     train: TensorDataset, setting: Setting, seed: int, cache: Path, device: str = "cpu"
 ) -> functional.PixelModel:
     """The classifier that an attacker has: trained on clean data, from the cache or else now; pixels in ``[0, 1]``."""
     path = checkpoint(cache, setting, "clean", seed)
     if not path.exists():
-        train_network(train, [_BeforeTheLastEpoch(path, setting.epochs)], setting, seed, None, device=device)
+        train_network(train, [Snapshot(path, setting.epochs - 1)], setting, seed, None, device=device)
     return functional.PixelModel(restored(path, setting), std=1 / 255)
 
 
