@@ -18,57 +18,31 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 
-from examples.evidence import model, networks, rows
+from examples.evidence import networks, rows
 from examples.evidence.cells import ATTACKS, STANDARD
 from examples.evidence.data import packed_cifar10, per_class
+from examples.evidence.looking import look
 from examples.evidence.protocols import Setting
-from examples.evidence.run import BATCH, checkpoint, labels_of
+from examples.evidence.run import checkpoint, labels_of
 from examples.evidence.table import consistency_table
 from lightning_backdoor import attacks, functional
-from lightning_backdoor.callbacks.defense import Defense
 from lightning_backdoor.trainer.distinguish import Detector, distinguish
-from lightning_backdoor.trainer.training_set import Reading
+from lightning_backdoor.trainer.training_set import TrainingSet
 
 RESULTS = Path(__file__).with_name("consistency.jsonl")
 OTHERS = ("preact-gelu", "vit")  # on Blended alone
 
 
-class Look(Defense):
-    """Trains a detector at the start of fit and keeps what it says; the fit ends there."""
-
-    method = "FCT"
-
-    def __init__(self, start: str, steps: int, repulsion: int) -> None:
-        reading = Reading(None, None, None, None, None, None, None, None, 0)
-        super().__init__(max_removed=0.3, reading=reading, report_dir=None, name=None)
-        self.start, self.steps, self.repulsion = start, steps, repulsion
-        self.scores: Tensor | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look, and stop."""
-        super().on_train_start(trainer, pl_module)
-        detector = Detector(self.start, None, self.steps, 2, None, 0, self.repulsion)
-        self.scores = distinguish(trainer, pl_module, self._training_set, detector, units=False).fct
-        trainer.should_stop = True
-
-
 def scores(dataset: Any, network: str, start: str, *, steps: int, repulsion: int, start_from: Path | None) -> Tensor:
     """FCT of all training images, (N,)."""
-    pl.seed_everything(0, verbose=False)
-    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, drop_last=True)
-    module = model.Classifier(steps=12 * len(loader), network=network)
-    if start_from is not None:
-        module.load_state_dict(torch.load(start_from, weights_only=True)["state_dict"])
-    look = Look(start, steps, repulsion)
-    trainer = pl.Trainer(
-        max_epochs=1, min_epochs=0, limit_train_batches=1, accelerator="cpu", precision="bf16-mixed", callbacks=[look],
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, loader)
-    return look.scores
+    detector = Detector(start, None, steps, 2, None, 0, repulsion)
+
+    def fct(trainer: pl.Trainer, module: pl.LightningModule, data: TrainingSet) -> Tensor:
+        return distinguish(trainer, module, data, detector, units=False).fct
+
+    return look(dataset, network, fct, start_from=start_from)
 
 
 def cells(steps: int) -> list[tuple[str, str, str, int]]:

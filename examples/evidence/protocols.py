@@ -111,13 +111,13 @@ def mini() -> Protocol:
     cells = [
         *product(here, STANDARD, ("undefended", *OURS)),
         *product(here, one_target, ("perfect", "random", "random-reset")),
-        *product(here, further, ("undefended", "NONE", "D-BR")),
+        *product(here, further, ("undefended", "NONE", "D-BR", "fine-tune")),
     ]
     for seed in (1, 2):
         cells += product(here, ("badnets-5%", "blended-5%"), ("undefended", *OURS, "perfect"), seed)
     cells += [
         *product(here, STANDARD, BASELINES),
-        *product(here, rates, ("undefended", "NONE", "D-BR")),
+        *product(here, rates, ("undefended", "NONE", "D-BR", "fine-tune")),
         *product(here, STANDARD, ("NONE-paper", "ultraclean-paper")),
         *product(here, ("badnets-5%",), ("D-BR-paper",)),
         *product(here, (*further, *rates), ("ultraclean",)),
