@@ -18,7 +18,7 @@ from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.contrasting import Contrasting, Recipe
 from lightning_backdoor.trainer.etiquette import require_automatic
-from lightning_backdoor.trainer.flagged_batches import require_one_loader
+from lightning_backdoor.trainer.flagged_batches import require_plain_batches
 from lightning_backdoor.trainer.limits import about_to_end, require_planned
 from lightning_backdoor.trainer.own_optimizer import parts_of
 from lightning_backdoor.trainer.phases import require_batches
@@ -194,7 +194,7 @@ class DSTCallback(Detecting):
         elif not self.history and trainer.fast_dev_run:
             rank_zero_info("D-ST: fast_dev_run trains too little for two stages; ordinary training.")
         elif not self.history:
-            require_one_loader(trainer)
+            require_plain_batches(trainer, data.loader)
             if trainer.ckpt_path is not None and trainer.global_step:  # a tuner leaves a path, too, and no steps
                 raise TrainerError(
                     "D-ST trains from the start, but the checkpoint was written without it. Fit without `ckpt_path`, "

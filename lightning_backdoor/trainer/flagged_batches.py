@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 
 from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.data.strong import strong_view
-from lightning_backdoor.data.views import batch_size_of
+from lightning_backdoor.data.views import batch_size_of, mixes_labels
 from lightning_backdoor.errors import DataError, TrainerError
 from lightning_backdoor.trainer.curation import Curation
 from lightning_backdoor.trainer.phases import Phases
 from lightning_backdoor.trainer.training_set import TrainingSet
 
-__all__ = ["Batch", "FlaggedBatches", "Flags", "require_one_loader"]
+__all__ = ["Batch", "FlaggedBatches", "Flags", "require_plain_batches"]
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,19 @@ class FlaggedBatches:
             return self._views(pixels)
 
 
-def require_one_loader(trainer: Any) -> None:
-    """Check that a training batch is one of the curated loader, not one of several side by side.
+def require_plain_batches(trainer: Any, loader: DataLoader[Any]) -> None:
+    """Check that a training batch holds samples of the curated loader as they are, and nothing else.
 
     Raises:
-        DataError: The training data are a collection of loaders.
+        DataError: The training data are a collection of loaders, or ``collate_fn`` mixes labels.
     """
     if not isinstance(trainer.train_dataloader, DataLoader):
         raise DataError(
             f"D-ST makes the training steps itself and needs one training loader, got a "
             f"{type(trainer.train_dataloader).__name__} of loaders. Pass the DataLoader alone."
+        )
+    if mixes_labels(loader):
+        raise DataError(
+            "D-ST needs to know the label of every image, but `collate_fn` mixes labels (CutMix or MixUp). Use torch's "
+            "default_collate: D-ST augments the images itself."
         )

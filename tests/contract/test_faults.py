@@ -119,11 +119,12 @@ def test_batches_with_mixed_labels_are_read_without_mixing_or_refused(entry: Ent
     callback, module = entry.make(), net_of()
     trainer = make_trainer([callback], EPOCHS)
     loader = loader_of(planted(), BATCH, collate_fn=mixing)
-    words = r"labels of a batch are not those .* Does `collate_fn` mix"
-    refused = pytest.raises(DataError, match=words) if entry.kind == "own" else nullcontext()
+    own = entry.kind == "own"  # it makes the training steps itself, and says so before the first of them
+    refused = pytest.raises(DataError, match="`collate_fn` mixes labels") if own else nullcontext()
     with pytest.warns(UserWarning, match=r"mixes labels \(CutMix or MixUp\)"), refused:
         trainer.fit(module, loader)
-    assert entry.acted(callback, trainer)
+    assert entry.acted(callback, trainer) is not own
+    assert trainer.global_step > 0 or own
     assert_settled(trainer, module)
 
 
