@@ -20,7 +20,7 @@ from examples.evidence import rows
 from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.plot import draw
 from examples.evidence.protocols import PROTOCOLS, Cell, hours
-from examples.evidence.results import page
+from examples.evidence.results import ABLATIONS, page
 from examples.evidence.run import run_cell
 from examples.evidence.table import markdown
 
@@ -102,8 +102,7 @@ def main() -> None:
         print(*draw(found, folder / "figures"), sep="\n")
     else:
         path = folder / "RESULTS.md"
-        ablations = (rows.read(folder / f"{name}.jsonl") for name in ("repair", "consistency", "stages"))
-        path.write_text(page(found, *ablations))
+        path.write_text(page(found, {name: rows.read(folder / f"{name}.jsonl") for name in ABLATIONS}))
         print(path)
 
 

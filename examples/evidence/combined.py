@@ -12,24 +12,32 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import sys
 import warnings
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from examples.evidence import rows
-from examples.evidence.cells import ATTACKS
+from examples.evidence.cells import ATTACKS, STANDARD
 from examples.evidence.data import packed_cifar10, per_class
+from examples.evidence.plot import histogram
 from examples.evidence.protocols import Setting
 from examples.evidence.run import checkpoint, clean_model
-from examples.evidence.scores import Scores, measured
+from examples.evidence.scores import Scores, measured, scores_of
 from examples.evidence.table import TOOK, percent, table
 from lightning_backdoor import attacks, functional, metrics
+from lightning_backdoor.report.figures import blank_figure
 
 RESULTS = Path(__file__).with_name("combined.jsonl")
 SHARE = 0.05  # that a cut without a gate removes
+SEEDS = 3  # from 0 on, those that there are
+DRAWN = ("susceptibility", "early susceptibility", "movement", "fct", "bias")
 MOST_FPR = 0.001  # on average, of a candidate that may be chosen
 
 Judged = tuple[Tensor, Tensor]
@@ -166,6 +174,8 @@ def combined_tables(found: list[rows.Row]) -> str:
     """All candidates; then what the best one of each half does on the other."""
     clean = [row for row in found if row["attack"] == "clean"]
     first, second = halves(found)
+    if not second:
+        return "Too few attacks have been measured for two halves."
     lines = [
         [
             name, *(percent([_mean(half, name, rate)], 2) for half in (first, second) for rate in ("tpr", "fpr")),
@@ -195,13 +205,39 @@ def combined_tables(found: list[rows.Row]) -> str:
     return "\n\n".join([*parts, f"By attack, *{best}*:", table(head, lines, left=head[:1])])
 
 
+def poisoned_by(attack: str, clean: TensorDataset, setting: Setting, seed: int, cache: Path) -> tuple[Any, Tensor]:
+    """The training set under an attack, and which of its N samples are poisoned, bool (N,)."""
+    if not checkpoint(cache, setting, attack, seed).exists():
+        raise SystemExit(f"No network of {attack}. First: python -m examples.evidence run --only /{attack}/undefended/")
+    dataset = ATTACKS[attack].made(clean, lambda: clean_model(clean, setting, seed, cache)).train(clean, seed)
+    truth = attacks.poisoned_mask(dataset)
+    return dataset, torch.zeros(len(clean), dtype=torch.bool) if truth is None else truth
+
+
+def draw(shown: dict[str, tuple[Scores, Tensor]], path: Path) -> None:
+    """Histograms of clean and poisoned images, attacks down and scores across."""
+    figure = blank_figure(2.6 * len(DRAWN), 0.4 + 1.6 * len(shown))
+    axes = figure.subplots(len(shown), len(DRAWN), squeeze=False)
+    for row, (attack, (found, poisoned)) in zip(axes, shown.items(), strict=True):
+        row[0].set_ylabel(attack, fontsize=8)
+        for place, name in zip(row, DRAWN, strict=True):
+            histogram(place, found[name], poisoned)
+    for place, name in zip(axes[0], DRAWN, strict=True):
+        place.set_title(f"log10 {name}", fontsize=8)
+    axes[0][0].legend(fontsize=7)
+    figure.set_layout_engine("tight")
+    figure.savefig(path, dpi=90)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--cache", type=Path, default=Path(".cache"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--undefended", type=Path, default=RESULTS.with_name("results.jsonl"))
+    parser.add_argument("--figure", type=Path, default=RESULTS.parent / "figures" / "scores.png")
     parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS))
     options = parser.parse_args()
@@ -209,31 +245,31 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     torch.set_num_threads(options.threads)
     clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
-    setting = Setting(images=len(clean))
+    setting = Setting(images=len(clean), epochs=options.epochs)
     undefended = {rows.key(row): row for row in rows.read(options.undefended) if row["defence"] == "undefended"}
-    for attack in options.attacks:
-        for seed in range(10):
-            known = rows.identity(setting, attack, seed)
-            plain = undefended.get(rows.key({**known, "defence": "undefended"}))
-            done = {rows.key(row, "row") for row in rows.read(options.results)}
-            if plain is None or rows.key(known, "row") in done:
-                continue
-            if not checkpoint(options.cache, setting, attack, seed).exists():
-                raise SystemExit(f"No network of {attack}. First: python -m examples.evidence run --only /{attack}/")
-            network = clean_model(clean, setting, seed, options.cache)
-            dataset = ATTACKS[attack].made(clean, lambda network=network: network).train(clean, seed)
-            truth = attacks.poisoned_mask(dataset)
-            poisoned = torch.zeros(len(clean), dtype=torch.bool) if truth is None else truth
-            found = measured(dataset, setting, attack, seed, options.cache)
-            row = {
-                **known,
-                **rows.poison(int(poisoned.sum()), len(clean)),
-                "void": attack != "clean" and plain["asr"] < TOOK,
-                "candidates": rates(judged(found), poisoned),
-                **rows.circumstances("examples.evidence.combined", "cpu"),
-            }
-            rows.append(options.results, row)
-            print(attack, seed, flush=True)
+    for attack, seed in product(options.attacks, range(SEEDS)):
+        known = rows.identity(setting, attack, seed)
+        plain = undefended.get(rows.key({**known, "defence": "undefended"}))
+        done = {rows.key(row, "row") for row in rows.read(options.results)}
+        if plain is None or rows.key(known, "row") in done:
+            continue
+        dataset, poisoned = poisoned_by(attack, clean, setting, seed, options.cache)
+        row = {
+            **known,
+            **rows.poison(int(poisoned.sum()), len(clean)),
+            "void": attack != "clean" and plain["asr"] < TOOK,
+            "candidates": rates(judged(measured(dataset, setting, attack, seed, options.cache)), poisoned),
+            **rows.circumstances("examples.evidence.combined", "cpu"),
+        }
+        rows.append(options.results, row)
+        print(attack, seed, file=sys.stderr, flush=True)
+    shown = {}
+    for attack in (name for name in STANDARD if name != "clean"):
+        if scores_of(checkpoint(options.cache, setting, attack, 0)).exists():
+            dataset, poisoned = poisoned_by(attack, clean, setting, 0, options.cache)
+            shown[attack] = measured(dataset, setting, attack, 0, options.cache), poisoned
+    if shown:
+        draw(shown, options.figure)
     print(combined_tables(rows.read(options.results)))
 
 

@@ -24,6 +24,7 @@ from examples.evidence import networks, rows
 from examples.evidence.cells import ATTACKS, STANDARD
 from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.looking import look
+from examples.evidence.plot import histogram
 from examples.evidence.protocols import Setting
 from examples.evidence.run import checkpoint, labels_of
 from examples.evidence.table import consistency_table
@@ -119,14 +120,9 @@ def draw(found: dict[tuple[str, str, str, int], tuple[Tensor, Tensor]], path: Pa
     figure = Figure(figsize=(3.4 * columns, 2.2 * lines), layout="constrained")
     for place, ((attack, network, start, repulsion), (fct, poisoned)) in enumerate(found.items()):
         axes = figure.add_subplot(lines, columns, place + 1)
-        logs = fct.clamp(min=float(fct[fct > 0].min())).log10()
-        edges = torch.linspace(float(logs.min()), float(logs.max()), 60).tolist()
-        for mask, colour, name in ((~poisoned, "tab:blue", "clean"), (poisoned, "tab:red", "poisoned")):
-            axes.hist(logs[mask].tolist(), bins=edges, density=True, alpha=0.6, color=colour, label=name)
+        histogram(axes, fct, poisoned)
         title = f"{attack}, {start}{', repulsion' if repulsion else ''}"
         axes.set_title(title if network == networks.NAME else f"{title}\n{network}", fontsize=8)
-        axes.set_yticks([])
-        axes.tick_params(labelsize=7)
         axes.set_xlabel("log10 FCT", fontsize=7)
         if place == 0:
             axes.legend(fontsize=7)

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from examples.evidence.cells import ATTACKS
 from examples.evidence.protocols import OURS, Setting
 from examples.evidence.rows import Row
@@ -13,6 +16,7 @@ from examples.evidence.table import DEFENCES, by_setting, grouped
 from lightning_backdoor.report.figures import blank_figure, own_style
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#4a5058", "#2f78b7", "#c24a15", "#3c8d5a", "#8a5bb0")
@@ -76,6 +80,16 @@ def rates(rows: list[Row]) -> Figure:
     figure.axes[0].legend(frameon=False, fontsize=9)
     figure.set_layout_engine("tight")
     return figure
+
+
+def histogram(axes: Axes, values: Tensor, poisoned: Tensor) -> None:
+    """Density of the logarithms of clean and of poisoned images' scores, which are at least 0."""
+    logs = values.clamp(min=float(values[values > 0].min())).log10()
+    edges = torch.linspace(float(logs.min()), float(logs.max()), 60).tolist()
+    for mask, colour, name in ((~poisoned, "tab:blue", "clean"), (poisoned, "tab:red", "poisoned")):
+        axes.hist(logs[mask].tolist(), bins=edges, density=True, alpha=0.6, color=colour, label=name)
+    axes.set_yticks([])
+    axes.tick_params(labelsize=7)
 
 
 def mean(cell: list[Row] | None) -> float | None:

@@ -8,11 +8,9 @@ line per finished row in ``repair.jsonl``; a run that was interrupted goes on wi
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from examples.evidence import rows
-from examples.evidence.cells import ATTACKS
-from examples.evidence.cost import measured
-from examples.evidence.data import packed_cifar10, per_class
-from examples.evidence.protocols import Setting
-from examples.evidence.run import accuracy, checkpoint, labels_of, restored, train_network
+from examples.evidence.ablation import Case, Variants, ablation
+from examples.evidence.run import answers, images_of, labels_of, restored
 from examples.evidence.table import repair_table
-from lightning_backdoor import DBRCallback, Verdict, attacks, baselines, functional
+from lightning_backdoor import DBRCallback, Verdict, baselines, functional
 from lightning_backdoor.callbacks.suspects import split_of
 
 RESULTS = Path(__file__).with_name("repair.jsonl")
@@ -51,13 +46,6 @@ def verdict_by(scores: Tensor, labels: Tensor, suspect: Tensor | None = None) ->
     return Verdict(scores, ~suspect, torch.inf, "given", labels, trusted=trusted, suspect=suspect)
 
 
-@torch.no_grad()
-def answers(network: torch.nn.Module, images: Tensor) -> Tensor:
-    """Logits (N, 10) of uint8 images (N, 3, 32, 32)."""
-    with torch.autocast("cpu", torch.bfloat16):
-        return torch.cat([network(part).float() for part in images.split(500)])
-
-
 def scores_of(network: torch.nn.Module, images: Tensor, labels: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Scores of the training images, larger is more suspicious."""
 
@@ -72,15 +60,13 @@ def scores_of(network: torch.nn.Module, images: Tensor, labels: Tensor) -> dict[
     }
 
 
-def treatments(attack: str, dataset: Any, setting: Setting, cache: Path) -> dict[str, Callable[[], pl.Callback]]:
+def treatments(case: Case) -> dict[str, Callable[[], pl.Callback]]:
     """Name of each row, and what makes its callback."""
-    poisoned = attacks.poisoned_mask(dataset)
-    images = torch.stack([dataset[i][0] for i in range(len(dataset))])
-    labels = labels_of(dataset)
-    network = restored(checkpoint(cache, setting, attack, 0), setting)
-    fct = cache / f"fct-{attack}-{setting.model}-copy-200-200-{len(dataset)}.pt"
+    images, labels = images_of(case.dataset), labels_of(case.dataset)
+    network = restored(case.shared, case.setting)
+    fct = case.cache / f"fct-{case.attack}-{case.setting.model}-copy-200-200-{len(labels)}.pt"
     chosen = {"FCT": lambda: torch.load(fct, weights_only=True), **scores_of(network, images, labels)}
-    truth = verdict_by(torch.rand(len(dataset), generator=torch.Generator().manual_seed(0)), labels, poisoned)
+    truth = verdict_by(torch.rand(len(labels), generator=torch.Generator().manual_seed(0)), labels, case.poisoned)
     return {  # each with a fifth of every class to learn anew
         "true poisons: unlearn only": lambda: UnlearnOnly(verdict=truth),
         "true poisons: relearn only": lambda: baselines.FineTuneTrusted(verdict=truth, epochs=10),
@@ -93,44 +79,24 @@ def treatments(attack: str, dataset: Any, setting: Setting, cache: Path) -> dict
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--cache", type=Path, default=Path(".cache"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--attacks", nargs="+", default=["badnets-5%", "sig-80%"])
-    options = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    torch.set_num_threads(2)
-    clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
-    test = packed_cifar10(options.data, "test")
-    setting = Setting(images=len(clean))
-    for attack in options.attacks:
-        dataset = ATTACKS[attack].train(clean, 0)
-        poisoned = attacks.poisoned_mask(dataset)
-        for name, make in treatments(attack, dataset, setting, options.cache).items():
-            known = {**rows.identity(setting, attack, 0), **rows.poison(int(poisoned.sum()), len(dataset)), "row": name}
-            if rows.key(known, "row") in {rows.key(row, "row") for row in rows.read(options.results)}:
-                continue
-            callback = make()
-            with measured("cpu") as meter:
-                shared = checkpoint(options.cache, setting, attack, 0)
-                network = train_network(dataset, [callback], setting, 0, shared)
-            suspect, trusted = callback.verdict.suspect, callback.verdict.trusted
-            found = {
-                "clean_accuracy": accuracy(network, test),
-                "asr": accuracy(network, ATTACKS[attack].test(test)),
-                "suspects": int(suspect.sum()),
-                "poisons_among_suspects": int((suspect & poisoned).sum()),
-                "poisons_among_trusted": int((trusted & poisoned).sum()),
-                "epochs_undone": sum(callback.history[-1].undone),
-                **meter.row(len(dataset), setting.epochs - 1),
-            }
-            rows.append(options.results, {**known, **found, **rows.circumstances("examples.evidence.repair", "cpu")})
-    print(repair_table(rows.read(options.results)))
+def repaired(case: Case, make: Callable[[], Any]) -> rows.Row:
+    """What a repair comes to."""
+    callback = make()
+    row = case.trained([callback], start=case.shared, epochs_done=case.setting.epochs - 1)
+    suspect, trusted = callback.verdict.suspect, callback.verdict.trusted
+    return {
+        **row,
+        "suspects": int(suspect.sum()),
+        "poisons_among_suspects": int((suspect & case.poisoned).sum()),
+        "poisons_among_trusted": int((trusted & case.poisoned).sum()),
+        "epochs_undone": sum(callback.history[-1].undone),
+    }
+
+
+def variants(case: Case) -> Variants:
+    """All rows."""
+    return {name: partial(repaired, case, make) for name, make in treatments(case).items()}
 
 
 if __name__ == "__main__":
-    main()
+    ablation(__doc__, RESULTS, variants, repair_table, attacks_by_default=("badnets-5%", "sig-80%"))

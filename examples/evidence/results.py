@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 
+from examples.evidence.cells import ADAPTIVE, FURTHER, RATES, STANDARD
+from examples.evidence.combined import combined_tables
 from examples.evidence.protocols import PROTOCOLS, Cell, Protocol, Setting, hours
 from examples.evidence.published import DETECTION, FIGURES, ours, pair
 from examples.evidence.rows import Row, cell_key, key
@@ -13,6 +15,7 @@ from examples.evidence.table import (
     DEFENCES,
     by_setting,
     consistency_table,
+    fractions_table,
     grouped,
     is_void,
     marked,
@@ -20,16 +23,24 @@ from examples.evidence.table import (
     percent,
     repair_table,
     stages_table,
+    strip_table,
     table,
     void_trainings,
+    weights_table,
 )
 
+KINDS = {
+    "The standard attacks": STANDARD,
+    "More published attacks": FURTHER,
+    "Attacks that know a defence": ADAPTIVE,
+    "Further rates": RATES,
+}
 TOLD = ("random-reset", "fine-tune")
 """Rows that are told which images are poisoned, and detect none."""
 
 
-def page(rows: list[Row], repairs: list[Row], consistency: list[Row], stages: list[Row]) -> str:
-    """The whole page, from the rows of ``results.jsonl``, ``repair.jsonl``, ``consistency.jsonl``, ``stages.jsonl``."""
+def page(rows: list[Row], ablations: Mapping[str, list[Row]]) -> str:
+    """The whole page, from the rows of ``results.jsonl`` and those of the files that ``ABLATIONS`` names."""
     parts = [INTRODUCTION.format(count=len(rows))]
     for setting, found in by_setting(rows).items():
         dataset, hardware = (
@@ -45,30 +56,28 @@ def page(rows: list[Row], repairs: list[Row], consistency: list[Row], stages: li
             f"### On clean data\n\n{on_clean_data(found)}",
             f"### Cost\n\n{COST}\n\n{cost(found)}",
         ]
-    ablations = (
-        (f"Does FCT tell poisons?\n\n{CONSISTENCY}", consistency_table, consistency),
-        (f"What each part of D-BR adds\n\n{REPAIR}", repair_table, repairs),
-        (f"Whose labels the features of D-ST learn from\n\n{STAGES}", stages_table, stages),
-    )
-    parts += [
-        f"## Beside published figures\n\n{PUBLISHED}\n\n{published(rows)}\n\n{published_detection()}",
-        *(f"## {heading}\n\n{made(found) if found else 'Not run.'}" for heading, made, found in ablations),
-        "## Not run",
-        *(missing(protocol, rows) for protocol in PROTOCOLS.values()),
-    ]
+    parts += [f"## Beside published figures\n\n{PUBLISHED}\n\n{published(rows)}\n\n{published_detection()}"]
+    for name, (heading, told, made) in ABLATIONS.items():
+        found = ablations.get(name, [])
+        parts.append(f"## {heading}\n\n{told}\n\n{made(found) if found else 'Not run.'}")
+    parts += ["## Not run", *(missing(protocol, rows) for protocol in PROTOCOLS.values())]
     return "\n\n".join(parts) + "\n"
 
 
 def headline(rows: list[Row]) -> str:
-    """Defences down, attacks across."""
+    """Defences down, attacks across; a table for each kind of attack."""
     cells, void = grouped(rows), void_trainings(rows)
-    attacks = list(dict.fromkeys(attack for attack, _ in cells))
-    lines = []
-    for defence in DEFENCES:
-        found = [cells.get((attack, defence), []) for attack in attacks]
-        if any(found):
-            lines.append([defence, *(marked(pair(cell), is_void(cell, void)) if cell else "–" for cell in found)])
-    return table(["defence", *attacks], lines, left=("defence",))
+    tables = []
+    for kind, names in KINDS.items():
+        attacks = [name for name in dict.fromkeys(attack for attack, _ in cells) if name in names]
+        lines = []
+        for defence in DEFENCES:
+            found = [cells.get((attack, defence), []) for attack in attacks]
+            if any(found):
+                lines.append([defence, *(marked(pair(cell), is_void(cell, void)) if cell else "–" for cell in found)])
+        if lines:
+            tables.append(f"{kind}:\n\n{table(['defence', *attacks], lines, left=('defence',))}")
+    return "\n\n".join(tables)
 
 
 def detection(rows: list[Row]) -> str:
@@ -197,12 +206,37 @@ are the authors' as far as they are known (protocol `full`); *not comparable* wh
 figure for the same attack in the small setting above is given for orientation. Their ten per cent are of the images
 that are not of the target class, ours of all; a photograph of a flower stands for Hello Kitty; our images were JPEG
 files. UltraClean's tables were not at hand."""
-CONSISTENCY = """Feature consistency towards transformations, by a detector from fresh weights and from a copy of the
+FCT = """Feature consistency towards transformations, by a detector from fresh weights and from a copy of the
 undefended network (`python -m examples.evidence.consistency`). D-BR as published suspects the 5 % that move most, and
 trusts the 20 % that move least: their share of poisons beside that of all images.
 
 ![FCT of clean and poisoned images](figures/fct.png)"""
+COMBINED = """Every training image of an undefended network is measured once, and candidates for a verdict judge by that
+(`python -m examples.evidence.combined`): single scores and averages of their ranks, with a cut at 5 % or with a gate;
+second modes of the responses of features (as UltraClean looks for them) and of units (NONE, D-BR); unions of these.
+The attacks that took, from 1 to 10 % of the data, are dealt out to two halves in turns: a candidate is chosen on one
+and reported on the other. To be chosen it must remove nothing from clean data, and at most 0.1 % of the clean images.
+
+![Scores of clean and poisoned images](figures/scores.png)"""
+FRACTION = """UltraClean as published: the images that move most under denoising leave the training set of a fresh
+network, by one denoiser or both (`python -m examples.evidence.fractions`)."""
+STRIPPED = """STRIP's scores of the images of the target class, from the undefended network, 20 images blended in
+(`python -m examples.evidence.strip`)."""
 REPAIR = """From the undefended network, with the true poisons as suspects, with those that scores choose, and with its
 own choice (`python -m examples.evidence.repair`)."""
 STAGES = """The first stage of D-ST with other labels than those of trusted images, without readmission
 (`python -m examples.evidence.stages`); D-ST's rows above have readmission."""
+WEIGHTS = """The second stage of D-ST, which trains the classifier alone, with other weights of the suspects (the
+paper's lambda_p, 0.001), from the features of one first stage (`python -m examples.evidence.weights`)."""
+
+Section = tuple[str, str, Callable[[list[Row]], str]]
+ABLATIONS: dict[str, Section] = {
+    "combined": ("Does a verdict from several scores beat each of them?", COMBINED, combined_tables),
+    "consistency": ("Does FCT tell poisons?", FCT, consistency_table),
+    "fractions": ("How much should UltraClean remove, and what does each denoiser add?", FRACTION, fractions_table),
+    "strip": ("What does STRIP see?", STRIPPED, strip_table),
+    "repair": ("What each part of D-BR adds", REPAIR, repair_table),
+    "stages": ("Whose labels the features of D-ST learn from", STAGES, stages_table),
+    "weights": ("How much the classifier of D-ST should unlearn suspects", WEIGHTS, weights_table),
+}
+"""What stands beside the benchmark: the name of the file of its rows, heading, introduction and table."""

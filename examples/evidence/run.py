@@ -96,6 +96,11 @@ def labels_of(dataset: Any) -> torch.Tensor:
     return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
 
 
+def images_of(dataset: Any) -> torch.Tensor:
+    """Images as a victim receives them, uint8 (N, 3, 32, 32)."""
+    return torch.stack([dataset[i][0] for i in range(len(dataset))])
+
+
 class Snapshot(pl.Callback):
     """Saves a checkpoint after so many epochs, from which a run can go on; ``stop`` ends the run there."""
 
@@ -164,6 +169,13 @@ def train_network(
     )  # fmt: skip
     trainer.fit(network, loader, ckpt_path=checkpoint)
     return network.eval()
+
+
+@torch.no_grad()
+def answers(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Logits (N, 10) of uint8 images (N, 3, 32, 32), on the CPU."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.cat([network(part).float() for part in images.split(500)])
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.trainer.unit_scan import UnitScan
 
 Scores = dict[str, Tensor]
+STEPS = 200  # of the detector, and as many of centre repulsion
 
 
 def measured(dataset: Any, setting: Setting, attack: str, seed: int, cache: Path) -> Scores:
@@ -37,7 +38,7 @@ def measured(dataset: Any, setting: Setting, attack: str, seed: int, cache: Path
         ``early denoised``, features and how they move; ``units``; ``detector units``.
     """
     shared = checkpoint(cache, setting, attack, seed)
-    path = shared.with_suffix(".scores.pt")
+    path = scores_of(shared)
     if not path.exists():
         if not early(shared).exists():
             until = Snapshot(early(shared), EARLY, stop=True)
@@ -48,6 +49,11 @@ def measured(dataset: Any, setting: Setting, attack: str, seed: int, cache: Path
     return scores
 
 
+def scores_of(shared: Path) -> Path:
+    """Where the scores of the images that a network was trained on are kept."""
+    return shared.with_suffix(".scores.pt")
+
+
 def _measure(
     trainer: pl.Trainer, module: model.Classifier, data: TrainingSet, early_weights: dict[str, Tensor]
 ) -> Scores:
@@ -56,7 +62,7 @@ def _measure(
     with unobtrusive(trainer, module):
         layers = find_units(module, data.few(trainer, module))
     units = UnitScan(data, layers, strong=0.9, weak=0.1).measure(trainer, module)
-    detector = distinguish(trainer, module, data, Detector("copy", None, 200, 2, None, 0), units=True)
+    detector = distinguish(trainer, module, data, Detector("copy", None, STEPS, 2, None, 0), units=True)
     module.load_state_dict(early_weights)
     first = denoised.run(trainer, module)
     denoised.close()

@@ -8,24 +8,18 @@ finished row in ``stages.jsonl``; a run that was interrupted goes on with the fi
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from examples.evidence import rows
-from examples.evidence.cells import ATTACKS
-from examples.evidence.cost import measured
-from examples.evidence.data import packed_cifar10, per_class
-from examples.evidence.protocols import Setting
-from examples.evidence.run import accuracy, train_network
+from examples.evidence.ablation import Case, Variants, ablation
 from examples.evidence.table import stages_table
-from lightning_backdoor import DSTCallback, attacks
+from lightning_backdoor import DSTCallback
 from lightning_backdoor.callbacks.neighbourhood import flags_of
 
 RESULTS = Path(__file__).with_name("stages.jsonl")
@@ -55,40 +49,18 @@ VARIANTS: dict[str, Callable[[], DSTCallback]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--attacks", nargs="+", default=["badnets-5%", "sig-80%"])
-    options = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    torch.set_num_threads(2)
-    clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
-    test = packed_cifar10(options.data, "test")
-    setting = Setting(images=len(clean), epochs=options.epochs)
-    for attack in options.attacks:
-        dataset = ATTACKS[attack].train(clean, 0)
-        poisons = int(attacks.poisoned_mask(dataset).sum())
-        for name, make in VARIANTS.items():
-            known = {**rows.identity(setting, attack, 0), **rows.poison(poisons, len(dataset)), "row": name}
-            if rows.key(known, "row") in {rows.key(row, "row") for row in rows.read(options.results)}:
-                continue
-            callback = make()
-            with measured("cpu") as meter:
-                network = train_network(dataset, [callback], setting, 0, None)
-            agreement = callback.history[-1].agreement
-            found = {
-                "clean_accuracy": accuracy(network, test),
-                "asr": accuracy(network, ATTACKS[attack].test(test)),
-                "neighbour_agreement": agreement[-1][1] if agreement else None,
-                **meter.row(len(dataset), 0),
-            }
-            rows.append(options.results, {**known, **found, **rows.circumstances("examples.evidence.stages", "cpu")})
-    print(stages_table(rows.read(options.results)))
+def first_stage(case: Case, make: Callable[[], DSTCallback]) -> rows.Row:
+    """What a training comes to, and how well neighbours agree in its features."""
+    callback = make()
+    row = case.trained([callback])
+    agreement = callback.history[-1].agreement
+    return {**row, "neighbour_agreement": agreement[-1][1] if agreement else None}
+
+
+def variants(case: Case) -> Variants:
+    """All rows."""
+    return {name: partial(first_stage, case, make) for name, make in VARIANTS.items()}
 
 
 if __name__ == "__main__":
-    main()
+    ablation(__doc__, RESULTS, variants, stages_table, attacks_by_default=("badnets-5%", "sig-80%"))

@@ -80,6 +80,38 @@ def stages_table(rows: list[Row]) -> str:
     return table([*left, "clean accuracy", "ASR", "neighbours with the same label"], lines, left=left)
 
 
+def fractions_table(rows: list[Row]) -> str:
+    """Rows of ``fractions.jsonl``."""
+    lines = [
+        [
+            row["attack"], row["denoiser"], f"{100 * row['fraction']:g}", percent([row["tpr"]]),
+            percent([row["clean_accuracy"]]), percent([row["asr"]]),
+        ]
+        for row in sorted(rows, key=lambda row: (row["attack"], row["denoiser"], row["fraction"]))
+    ]  # fmt: skip
+    left = ["attack", "denoised by"]
+    return table([*left, "removed", "TPR", "clean accuracy", "ASR"], lines, left=left)
+
+
+def strip_table(rows: list[Row]) -> str:
+    """Rows of ``strip.jsonl``."""
+    lines = [
+        [row["attack"], f"{row['images_of_target']:,}", number([row["auroc"]], 3), percent([row["tpr"]])]
+        for row in rows
+    ]
+    head = ["attack", "images of the target class", "AUROC", "TPR where 1 % of clean images are rejected"]
+    return table(head, lines, left=head[:1])
+
+
+def weights_table(rows: list[Row]) -> str:
+    """Rows of ``weights.jsonl``."""
+    lines = [
+        [row["attack"], f"{row['weight']:g}", percent([row["clean_accuracy"]]), percent([row["asr"]])]
+        for row in sorted(rows, key=lambda row: (row["attack"], row["weight"]))
+    ]
+    return table(["attack", "weight", "clean accuracy", "ASR"], lines, left=["attack"])
+
+
 def table(head: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str]) -> str:
     """A Markdown table; columns that are not in ``left`` hold numbers."""
     rule = "".join(f"{'---' if name in left else '---:'}|" for name in head)

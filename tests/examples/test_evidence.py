@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from examples.evidence import repair, rows, stages
+from examples.evidence import ablation, repair, rows, stages
 from examples.evidence.__main__ import listing, main
 from examples.evidence.cells import ATTACKS, BASELINES, STANDARD
 from examples.evidence.cost import measured
@@ -25,7 +22,7 @@ from examples.evidence.protocols import PROTOCOLS, SECONDS_PER_EPOCH, Cell, Sett
 from examples.evidence.run import checkpoint
 from examples.evidence.table import DEFENCES, repair_table, stages_table
 from lightning_backdoor import DSTCallback, Verdict
-from tests.examples.helpers import row
+from tests.examples.helpers import pack, row
 
 EVIDENCE = Path(rows.__file__).parent
 
@@ -142,21 +139,6 @@ def test_the_meter_counts_images_through_the_network_and_its_copies() -> None:
     assert meter.seconds > 0
 
 
-def pack(folder: Path, split: str, images: int, seed: int) -> None:
-    """Write ``cifar10_<split>.npz`` with blurred noise in ten colours."""
-    generator, files = np.random.default_rng(seed), []
-    for place in range(images):
-        pixels = generator.integers(0, 60, (32, 32, 3)) + np.array([20 * (place % 10), 90, 190 - 20 * (place % 10)])
-        file = io.BytesIO()
-        Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG", quality=95)
-        files.append(file.getvalue())
-    np.savez(
-        folder / f"cifar10_{split}.npz", jpeg=np.frombuffer(b"".join(files), np.uint8),
-        offsets=np.cumsum([0, *map(len, files)]), labels=(np.arange(images) % 10).astype(np.uint8),
-        classes=np.array([str(label) for label in range(10)]),
-    )  # fmt: skip
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
@@ -206,11 +188,11 @@ def test_repairs_are_kept_and_not_done_twice(
     callback = SimpleNamespace(verdict=verdict, history=[SimpleNamespace(undone=(True, False))])
     made = []
 
-    def two(*_: Any) -> dict[str, Any]:
+    def two(_: Any) -> dict[str, Any]:
         return {name: lambda name=name: (made.append(name), callback)[1] for name in ("unlearn", "relearn")}
 
     monkeypatch.setattr(repair, "treatments", two)
-    monkeypatch.setattr(repair, "train_network", lambda *_: Classifier(steps=1).eval())
+    monkeypatch.setattr(ablation, "train_network", lambda *_: Classifier(steps=1).eval())
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     results = tmp_path / "repair.jsonl"
     words = f"--data {tmp_path} --cache {tmp_path} --results {results} --attacks badnets-5% --images"
@@ -219,7 +201,7 @@ def test_repairs_are_kept_and_not_done_twice(
             callback.verdict = Verdict(*(column[:100] for column in (verdict.scores, verdict.keep)), 0.5, "given",
                 suspect=verdict.suspect[:100], trusted=none[:100])  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["repair", *words.split(), images])
-        repair.main()
+        ablation.ablation(None, repair.RESULTS, repair.variants, repair_table, attacks_by_default=[])
     found = rows.read(results)
     assert [(line["row"], line["images"]) for line in found] == [
         ("unlearn", 200), ("relearn", 200), ("unlearn", 100), ("relearn", 100),
@@ -236,7 +218,7 @@ def test_stages_are_trained_by_the_labels_that_are_believed(
 ) -> None:
     for split, images in {"train": 200, "test": 30}.items():
         pack(tmp_path, split, images, 0)
-    believed, trusted = [], []
+    believed, trusted, written = [], [], []
     attach = stages.OtherLabels._attach
 
     def spied(callback: Any) -> None:
@@ -256,10 +238,10 @@ def test_stages_are_trained_by_the_labels_that_are_believed(
     results = tmp_path / "stages.jsonl"
     words = f"stages --data {tmp_path} --results {results} --attacks badnets-5% --images 200 --epochs 2"
     monkeypatch.setattr(sys, "argv", words.split())
-    stages.main()
-    written = results.read_text()
-    stages.main()
-    assert results.read_text() == written, "finished rows do not run again"
+    for _ in range(2):
+        ablation.ablation(None, stages.RESULTS, stages.variants, stages_table, attacks_by_default=[])
+        written.append(results.read_text())
+    assert written[0] == written[1], "finished rows do not run again"
     assert believed == [0, 200]
     assert all(0 < count < 200 for count in trusted)
     found = rows.read(results)

@@ -10,7 +10,7 @@ from examples.evidence.networks import NAME
 from examples.evidence.plot import draw
 from examples.evidence.protocols import PROTOCOLS
 from examples.evidence.published import CHEN_SETTING, FIGURES, ours
-from examples.evidence.results import cost, detection, headline, missing, on_clean_data, page
+from examples.evidence.results import ABLATIONS, cost, detection, headline, missing, on_clean_data, page
 from examples.evidence.table import markdown, repair_table
 from tests.examples.helpers import row
 
@@ -31,6 +31,8 @@ ROWS = [
 
 def test_the_headline_marks_what_did_not_take_and_averages_over_seeds() -> None:
     assert headline(ROWS).splitlines() == [
+        "The standard attacks:",
+        "",
         "| defence | clean | badnets-1% | badnets-5% |",
         "|---|---:|---:|---:|",
         "| undefended | 80.2 / 2.0 | 80.0 / 49.0 (void) | 78.0 ± 1.4 / 99.0 ± 1.4 |",
@@ -38,6 +40,10 @@ def test_the_headline_marks_what_did_not_take_and_averages_over_seeds() -> None:
     ]
     taken = [found | {"asr": 0.5} if found["asr"] == 0.49 else found for found in ROWS]
     assert "void" not in headline(taken)
+    more = headline([row("wanet-10%", "undefended", 0.7, 0.9), row("blended-10%", "undefended", 0.7, 0.9), *ROWS])
+    assert [part.splitlines()[0] for part in more.split("\n\n")[1::2]] == [
+        "| defence | clean | badnets-1% | badnets-5% |", "| defence | wanet-10% |", "| defence | blended-10% |",
+    ]  # fmt: skip
 
 
 def test_detection_and_clean_data_keep_to_their_rows() -> None:
@@ -104,15 +110,27 @@ def test_the_page_holds_all_tables_and_what_is_missing() -> None:
     stage = {
         "attack": "sig-80%", "row": "no labels", "clean_accuracy": 0.5, "asr": 0.01, "neighbour_agreement": 0.625
     }  # fmt: skip
-    written = page(ROWS, [repair], [look], [stage])
+    fraction = {
+        "attack": "sig-80%", "denoiser": "NLM", "fraction": 0.05, "tpr": 0.5, "clean_accuracy": 0.75, "asr": 0.0
+    }  # fmt: skip
+    strip = {"attack": "sig-80%", "images_of_target": 2000, "auroc": 0.25, "tpr": 0.125}
+    weight = {"attack": "sig-80%", "weight": 0.01, "clean_accuracy": 0.5, "asr": 1.0}
+    ablations = {
+        "repair": [repair], "consistency": [look], "stages": [stage], "fractions": [fraction], "strip": [strip],
+        "weights": [weight],
+    }  # fmt: skip
+    written = page(ROWS, ablations)
+    assert "| sig-80% | NLM | 5 | 50.0 | 75.0 | 0.0 |" in written
+    assert "| sig-80% | 2,000 | 0.250 | 12.5 |" in written
+    assert "| sig-80% | 0.01 | 50.0 | 100.0 |" in written
     assert "| badnets-5% | resnet | fresh, 200 steps | 0.500 | 0.250 | 10.0 | 0.00 | 5.0 |" in written
     assert "| sig-80% | no labels | 50.0 | 1.0 | 62.5 |" in written
     assert repair_table([repair]).splitlines()[2] == "| badnets-5% | FCT | 70.0 | 90.0 | 30 of 1,000 | 7 | 2 |"
     for part in (headline(ROWS), detection(ROWS), on_clean_data(ROWS), cost(ROWS), repair_table([repair])):
         assert part in written
     assert "8 rows of `results.jsonl` and those" in written
-    assert "### mini: 143 of 151 cells" in written
-    assert page([], [], [], []).count("Not run.") == 3
+    assert "### mini: 229 of 237 cells" in written
+    assert page([], {}).count("Not run.") == len(ABLATIONS) == 7
 
 
 def test_missing_cells_are_told_by_setting_seed_and_defence() -> None:

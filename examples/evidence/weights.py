@@ -1,0 +1,47 @@
+"""``python -m examples.evidence.weights``: how much should the classifier of D-ST unlearn suspects?
+
+The second stage of D-ST with other weights of the suspects in the mixed cross-entropy (the paper's lambda_p, 0.001),
+all from the features of one first stage. One JSON line per finished row in ``weights.jsonl``; a run that was
+interrupted goes on with the first missing one.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from examples.evidence import rows
+from examples.evidence.ablation import Case, Variants, ablation
+from examples.evidence.run import Snapshot, train_network
+from examples.evidence.table import weights_table
+from lightning_backdoor import DSTCallback
+
+RESULTS = Path(__file__).with_name("weights.jsonl")
+WEIGHTS = (0.001, 0.0, 0.01, 0.1, 1.0, 0.0001)
+CLASSIFIER = 1  # epochs of the second stage
+
+
+def features(case: Case) -> Path:
+    """Checkpoint of a D-ST training before the last epoch of its first stage."""
+    path = case.shared.with_suffix(".features.ckpt")
+    if not path.exists():
+        until = Snapshot(path, case.setting.epochs - CLASSIFIER - 1, stop=True)
+        train_network(case.dataset, [DSTCallback(classifier_epochs=CLASSIFIER), until], case.setting, 0, None)
+    return path
+
+
+def classified(case: Case, weight: float) -> rows.Row:
+    """What the rest of the training comes to."""
+    start = features(case)
+    callback = DSTCallback(classifier_epochs=CLASSIFIER, weight=weight)
+    done = case.setting.epochs - CLASSIFIER - 1
+    return {"weight": weight, **case.trained([callback], start=start, epochs_done=done)}
+
+
+def variants(case: Case) -> Variants:
+    """All rows."""
+    return {f"weight {weight:g}": partial(classified, case, weight) for weight in WEIGHTS}
+
+
+if __name__ == "__main__":
+    ablation(__doc__, RESULTS, variants, weights_table, attacks_by_default=("badnets-5%",))
