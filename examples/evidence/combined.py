@@ -31,7 +31,7 @@ from examples.evidence.protocols import Setting
 from examples.evidence.run import checkpoint, clean_model
 from examples.evidence.scores import Scores, measured, scores_of
 from examples.evidence.table import TOOK, percent, table
-from lightning_backdoor import attacks, functional, metrics
+from lightning_backdoor import functional, metrics
 from lightning_backdoor.report.figures import blank_figure
 
 RESULTS = Path(__file__).with_name("combined.jsonl")
@@ -137,14 +137,17 @@ def judged(found: Scores) -> dict[str, Judged]:
     return result
 
 
-def rates(judgements: dict[str, Judged], poisoned: Tensor) -> dict[str, dict[str, float | None]]:
-    """Detection rates of every candidate."""
+def rates(judgements: dict[str, Judged], poisoned: Tensor, covers: Tensor) -> dict[str, dict[str, float | None]]:
+    """Detection rates of every candidate.
+
+    Covers, triggered images with their own label, are told apart: to remove one is neither a hit nor a false alarm.
+    """
     result = {}
     for name, (scores, keep) in judgements.items():
         metric = metrics.DetectionRates()
-        metric.update(scores, keep, poisoned)
+        metric.update(scores[~covers], keep[~covers], poisoned[~covers])
         result[name] = {key: None if rate.isnan() else round(float(rate), 5) for key, rate in metric.compute().items()}
-        result[name]["removed"] = int((~keep).sum())
+        result[name] |= {"removed": int((~keep).sum()), "covers_removed": int((~keep & covers).sum())}
     return result
 
 
@@ -200,18 +203,20 @@ def combined_tables(found: list[rows.Row]) -> str:
         lines.append([
             f"{row['attack']}{' (void)' * row['void']}", str(row["seed"]), half, f"{row['poisons']:,}",
             *(percent([told[name]], 2) for name in ("tpr", "fpr")), f"{told['removed']:,}",
+            f"{told['covers_removed']:,} of {row['covers']:,}" if row["covers"] else "–",
         ])  # fmt: skip
-    head = ["attack", "seed", "half", "poisons", "TPR", "FPR", "removed"]
+    head = ["attack", "seed", "half", "poisons", "TPR", "FPR", "removed", "covers among them"]
     return "\n\n".join([*parts, f"By attack, *{best}*:", table(head, lines, left=head[:1])])
 
 
-def poisoned_by(attack: str, clean: TensorDataset, setting: Setting, seed: int, cache: Path) -> tuple[Any, Tensor]:
-    """The training set under an attack, and which of its N samples are poisoned, bool (N,)."""
+def attacked(attack: str, clean: TensorDataset, setting: Setting, seed: int, cache: Path) -> tuple[Any, Tensor, Tensor]:
+    """The training set under an attack, and which of its N samples are poisoned, and covers, bool (N,) each."""
     if not checkpoint(cache, setting, attack, seed).exists():
         raise SystemExit(f"No network of {attack}. First: python -m examples.evidence run --only /{attack}/undefended/")
     dataset = ATTACKS[attack].made(clean, lambda: clean_model(clean, setting, seed, cache)).train(clean, seed)
-    truth = attacks.poisoned_mask(dataset)
-    return dataset, torch.zeros(len(clean), dtype=torch.bool) if truth is None else truth
+    if attack == "clean":
+        return dataset, *torch.zeros(2, len(clean), dtype=torch.bool)
+    return dataset, dataset.poisoned, dataset.covers
 
 
 def draw(shown: dict[str, tuple[Scores, Tensor]], path: Path) -> None:
@@ -253,12 +258,14 @@ def main() -> None:
         done = {rows.key(row, "row") for row in rows.read(options.results)}
         if plain is None or rows.key(known, "row") in done:
             continue
-        dataset, poisoned = poisoned_by(attack, clean, setting, seed, options.cache)
+        dataset, poisoned, covers = attacked(attack, clean, setting, seed, options.cache)
+        found = measured(dataset, setting, attack, seed, options.cache)
         row = {
             **known,
             **rows.poison(int(poisoned.sum()), len(clean)),
             "void": attack != "clean" and plain["asr"] < TOOK,
-            "candidates": rates(judged(measured(dataset, setting, attack, seed, options.cache)), poisoned),
+            "covers": int(covers.sum()),
+            "candidates": rates(judged(found), poisoned, covers),
             **rows.circumstances("examples.evidence.combined", "cpu"),
         }
         rows.append(options.results, row)
@@ -266,7 +273,7 @@ def main() -> None:
     shown = {}
     for attack in (name for name in STANDARD if name != "clean"):
         if scores_of(checkpoint(options.cache, setting, attack, 0)).exists():
-            dataset, poisoned = poisoned_by(attack, clean, setting, 0, options.cache)
+            dataset, poisoned, _ = attacked(attack, clean, setting, 0, options.cache)
             shown[attack] = measured(dataset, setting, attack, 0, options.cache), poisoned
     if shown:
         draw(shown, options.figure)

@@ -216,6 +216,8 @@ COMBINED = """Every training image of an undefended network is measured once, an
 second modes of the responses of features (as UltraClean looks for them) and of units (NONE, D-BR); unions of these.
 The attacks that took, from 1 to 10 % of the data, are dealt out to two halves in turns: a candidate is chosen on one
 and reported on the other. To be chosen it must remove nothing from clean data, and at most 0.1 % of the clean images.
+Covers, triggered images with their own label, are told apart here: to remove one is neither a hit nor a false alarm (in
+the tables above it is a false alarm).
 
 ![Scores of clean and poisoned images](figures/scores.png)"""
 FRACTION = """UltraClean as published: the images that move most under denoising leave the training set of a fresh

@@ -59,7 +59,8 @@ def test_every_candidate_judges_and_unions_hold_their_parts() -> None:
     found, poisoned = planted()
     judged = combined.judged(found)
     assert set(judged) == set(combined.NAMES)
-    rates = combined.rates(judged, poisoned)
+    none = torch.zeros(N, dtype=torch.bool)
+    rates = combined.rates(judged, poisoned, none)
     assert rates["modes of units"]["tpr"] == 1.0
     assert rates["modes of units"]["fpr"] == 0.0
     assert rates["modes of denoised features"]["removed"] == 0
@@ -67,16 +68,19 @@ def test_every_candidate_judges_and_unions_hold_their_parts() -> None:
     assert rates["raw bias, gated"]["tpr"] > 0.9
     assert rates["fct, gated"]["removed"] == 0
     assert rates["fct, top 5 %"]["removed"] == N // 20
-    nothing = combined.rates(judged, torch.zeros(N, dtype=torch.bool))
-    assert nothing["modes of units"]["tpr"] is None
+    assert combined.rates(judged, none, none)["modes of units"]["tpr"] is None
+    covers = torch.arange(N) < POISONS // 4
+    half = combined.rates(judged, poisoned & ~covers, covers)["modes of units"]
+    assert (half["tpr"], half["fpr"], half["removed"], half["covers_removed"]) == (1.0, 0.0, POISONS, POISONS // 4)
 
 
 def line(attack: str, rates: dict[str, tuple[float, float]], rate: float = 0.05, **further: Any) -> rows.Row:
+    fields = ("tpr", "fpr", "auroc", "removed", "covers_removed")
     candidates = {
-        name: dict(zip(("tpr", "fpr", "auroc", "removed"), (*rates.get(name, (0.0, 0.0)), 0.5, 0), strict=True))
-        for name in combined.NAMES
+        name: dict(zip(fields, (*rates.get(name, (0.0, 0.0)), 0.5, 0, 0), strict=True)) for name in combined.NAMES
     }
-    return {"attack": attack, "seed": 0, "rate": rate, "poisons": 10, "void": False, "candidates": candidates} | further
+    known = {"attack": attack, "seed": 0, "rate": rate, "poisons": 10, "void": False, "covers": 0}
+    return {**known, "candidates": candidates, **further}
 
 
 def test_the_choice_needs_quiet_on_clean_data_and_few_clean_images() -> None:
