@@ -8,15 +8,13 @@ the rows, ``results`` writes ``RESULTS.md`` and ``plot`` its figures.
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from examples.evidence import rows
+from examples.evidence import command, rows
 from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.plot import draw
 from examples.evidence.protocols import PROTOCOLS, Cell, hours
@@ -50,8 +48,7 @@ def listing(wanted: Iterable[Cell], done: Iterable[tuple[object, ...]]) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Run the missing cells."""
-    torch.set_num_threads(options.threads)
-    options.cache.mkdir(exist_ok=True)
+    command.begin(options)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     everything, test = (packed_cifar10(options.data, split) for split in ("train", "test"))
     for cell in cells(options):
@@ -73,23 +70,18 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command.parser(__doc__)
     parser.add_argument("action", choices=["run", "table", "results", "plot"])
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="mini", help="two CPU cores, or one GPU")
     parser.add_argument("--list", action="store_true", help="say which cells have run and which have not; run none")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of cifar10_<split>.npz")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="folder for shared checkpoints")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--workers", type=int, default=0, help="processes of the training loader")
     parser.add_argument("--images", type=int, help="training images, the same number of each class")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int, help="in place of the seeds of the protocol")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="only cells whose model/attack/defence/seed-N/ contains one of these")
     options = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
     found = rows.read(options.results)
     folder = options.results.parent
     if options.action == "run" and options.list:

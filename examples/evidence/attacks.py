@@ -7,9 +7,6 @@ model that some attackers need comes from the cache of ``python -m examples.evid
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +16,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from examples.evidence import command
+from examples.evidence.cache import clean_model
 from examples.evidence.cells import ATTACKS, SOURCE, TARGET, Attack
 from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.protocols import Setting
-from examples.evidence.run import clean_model
 from lightning_backdoor.attacks import CraftedTrigger
 
 COLUMNS = ("clean", "poison", "x10", "cover", "x10", "at test", "x10")
@@ -81,16 +79,12 @@ def sheet(recipes: dict[str, Attack], train: TensorDataset, model: nn.Module) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command.parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("attacks.png"))
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of cifar10_<split>.npz")
-    parser.add_argument("--cache", type=Path, default=Path(".cache"))
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=12)
     options = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    options.cache.mkdir(exist_ok=True)
+    command.begin(options)
     train = per_class(packed_cifar10(options.data, "train"), options.images // 10)
     model = clean_model(train, Setting(images=len(train), epochs=options.epochs), 0, options.cache)
     sheet(distinct(ATTACKS), train, model).savefig(options.out)

@@ -1,6 +1,6 @@
 """``python -m examples.evidence.consistency``: does FCT tell poisoned images, and what does centre repulsion do?
 
-For every attack of the benchmark a detector is trained as D-BR and D-ST train it, from fresh weights and from a copy of
+For every standard attack a detector is trained as D-BR and D-ST train it, from fresh weights and from a copy of
 the undefended network, and every training image gets its FCT with and without centre repulsion; for Blended also by a
 pre-activation network with GELU and by a small vision transformer. AUROC, the precision of the 5 % that move most, and
 the share of poisons among the 20 % that move least (chance: their share of all) go to ``consistency.jsonl``, histograms
@@ -9,26 +9,24 @@ to ``figures/fct.png``. Scores are kept in the cache; a run that was interrupted
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
-from examples.evidence import networks, rows
-from examples.evidence.cells import ATTACKS, STANDARD
+from examples.evidence import command, networks, rows
+from examples.evidence.cache import kept
+from examples.evidence.cases import Case, opened
+from examples.evidence.cells import STANDARD
 from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.looking import look
 from examples.evidence.plot import histogram
 from examples.evidence.protocols import Setting
-from examples.evidence.run import checkpoint, labels_of
+from examples.evidence.scores import auroc
 from examples.evidence.table import consistency_table
-from lightning_backdoor import attacks, functional
+from examples.evidence.training import labels_of
+from lightning_backdoor import functional
 from lightning_backdoor.trainer.distinguish import Detector, distinguish
 from lightning_backdoor.trainer.training_set import TrainingSet
 
@@ -36,14 +34,17 @@ RESULTS = Path(__file__).with_name("consistency.jsonl")
 OTHERS = ("preact-gelu", "vit")  # on Blended alone
 
 
-def scores(dataset: Any, network: str, start: str, *, steps: int, repulsion: int, start_from: Path | None) -> Tensor:
-    """FCT of all training images, (N,)."""
+def fct_of(case: Case, start: str, *, steps: int = 200, repulsion: int) -> Tensor:
+    """FCT of all training images, (N,), kept in the cache."""
     detector = Detector(start, None, steps, 2, None, 0, repulsion)
 
-    def fct(trainer: pl.Trainer, module: pl.LightningModule, data: TrainingSet) -> Tensor:
+    def ask(trainer: pl.Trainer, module: pl.LightningModule, data: TrainingSet) -> Tensor:
         return distinguish(trainer, module, data, detector, units=False).fct
 
-    return look(dataset, network, fct, start_from=start_from)
+    def make() -> Tensor:
+        return look(case, ask, start_from=case.undefended() if start == "copy" else None)
+
+    return kept(case.shared.with_suffix(f".fct-{start}-{steps}-{repulsion}.pt"), make)
 
 
 def cells(steps: int) -> list[tuple[str, str, str, int]]:
@@ -56,41 +57,25 @@ def cells(steps: int) -> list[tuple[str, str, str, int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--cache", type=Path, default=Path(".cache"))
+    parser = command.parser(__doc__)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--steps", type=int, default=200, help="of the labels, and as many of centre repulsion")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, default=RESULTS.parent / "figures" / "fct.png")
     options = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    torch.set_num_threads(2)
+    command.begin(options)
     clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
     found = {}
     for attack, network, start, repulsion in cells(options.steps):
-        dataset = ATTACKS[attack].train(clean, 0)
-        poisoned = attacks.poisoned_mask(dataset)
-        kept = options.cache / f"fct-{attack}-{network}-{start}-{options.steps}-{repulsion}-{len(dataset)}.pt"
-        shared = checkpoint(options.cache, Setting(images=len(dataset)), attack, 0) if start == "copy" else None
-        if shared is not None and not shared.exists():
-            raise SystemExit(f"No {shared}. First: python -m examples.evidence run --only {attack}/undefended")
-        if not kept.exists():
-            fct = scores(dataset, network, start, steps=options.steps, repulsion=repulsion, start_from=shared)
-            torch.save(fct, kept)
-        fct = torch.load(kept, weights_only=True)
-        found[attack, network, start, repulsion] = fct, poisoned
-        known = {
-            **rows.identity(Setting(network, len(dataset)), attack, 0),
-            **rows.poison(int(poisoned.sum()), len(dataset)),
-            "row": f"{start}, {options.steps} steps" + f", {repulsion} of centre repulsion" * (repulsion > 0),
-        }
+        case = opened(attack, clean, Setting(network, len(clean)), 0, options.cache)
+        fct = fct_of(case, start, steps=options.steps, repulsion=repulsion)
+        found[attack, network, start, repulsion] = fct, case.poisoned
+        name = f"{start}, {options.steps} steps" + f", {repulsion} of centre repulsion" * (repulsion > 0)
+        known = {**case.known, "row": name}
         if rows.key(known, "row") not in {rows.key(row, "row") for row in rows.read(options.results)}:
-            measured = separation(fct, labels_of(dataset), poisoned)
-            rows.append(
-                options.results, {**known, **measured, **rows.circumstances("examples.evidence.consistency", "cpu")}
-            )
+            measured = separation(fct, labels_of(case.dataset), case.poisoned)
+            told = rows.circumstances("examples.evidence.consistency", "cpu")
+            rows.append(options.results, {**known, **measured, **told})
     print(consistency_table(rows.read(options.results)))
     draw(found, options.figure)
 
@@ -100,15 +85,11 @@ def separation(fct: Tensor, labels: Tensor, poisoned: Tensor) -> rows.Row:
     trusted, suspect = functional.split_by_rank(fct)
     same = torch.isin(labels, labels[poisoned].unique())
     return {
-        "auroc": _auroc(fct, poisoned),
-        "auroc_within_labels": _auroc(fct[same], poisoned[same]),
+        "auroc": auroc(fct, poisoned),
+        "auroc_within_labels": auroc(fct[same], poisoned[same]),
         "precision_of_suspects": float(poisoned[suspect].float().mean()),
         "poisons_among_trusted": float(poisoned[trusted].float().mean()),
     }
-
-
-def _auroc(fct: Tensor, poisoned: Tensor) -> float:
-    return float(binary_auroc(fct.argsort().argsort().double() / len(fct), poisoned.long()))
 
 
 def draw(found: dict[tuple[str, str, str, int], tuple[Tensor, Tensor]], path: Path) -> None:

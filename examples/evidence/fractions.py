@@ -8,55 +8,50 @@ run that was interrupted goes on with the first missing one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 
 from examples.evidence import rows
-from examples.evidence.ablation import Case, Variants, ablation
-from examples.evidence.run import EARLY, Snapshot, answers, early, images_of, restored, train_network
+from examples.evidence.ablation import Variants, ablation
+from examples.evidence.cache import early, kept, restored
+from examples.evidence.cases import Case
 from examples.evidence.table import fractions_table
+from examples.evidence.training import images_of, logits_of
 from lightning_backdoor import functional
 
 RESULTS = Path(__file__).with_name("fractions.jsonl")
 FRACTIONS = (0.05, 0.2, 0.1, 0.3)
-DENOISERS = {
-    "median": (functional.local_median,),
-    "NLM": (functional.nl_means,),
-    "both": (functional.local_median, functional.nl_means),
-}
+DENOISERS = {"median": functional.local_median, "NLM": functional.nl_means}
+NAMES = (*DENOISERS, "both")
 
 
 def susceptibility(case: Case) -> dict[str, Tensor]:
     """Scores (N,) by the denoisers that took part."""
-    path = early(case.shared)
-    if not path.exists():
-        train_network(case.dataset, [Snapshot(path, EARLY, stop=True)], case.setting, 0, None)
-    network = restored(path, case.setting)
-    images = images_of(case.dataset)
-    denoised = {name: answers(network, denoise(images)) for name, (denoise, *more) in DENOISERS.items() if not more}
-    original, both = answers(network, images), list(denoised.values())
-    scores = {name: functional.susceptibility_scores(original, [moved]) for name, moved in denoised.items()}
-    return {**scores, "both": functional.susceptibility_scores(original, both)}
+    network, images = restored(case.undefended(at_first=True), case.setting), images_of(case.dataset)
+    original = logits_of(network, images)
+    moved = {name: logits_of(network, denoise(images)) for name, denoise in DENOISERS.items()}
+    scores = {name: functional.susceptibility_scores(original, [one]) for name, one in moved.items()}
+    return {**scores, "both": functional.susceptibility_scores(original, list(moved.values()))}
 
 
-def filtered(case: Case, scores: Callable[[], dict[str, Tensor]], name: str, fraction: float) -> rows.Row:
+def filtered(case: Case, name: str, fraction: float, test: TensorDataset) -> rows.Row:
     """What a training on the rest comes to."""
-    keep, _ = functional.select_fraction(scores()[name], fraction)
+    path = early(case.shared).with_suffix(".denoised.pt")
+    keep, _ = functional.select_fraction(kept(path, partial(susceptibility, case))[name], fraction)
     found = {"denoiser": name, "fraction": fraction, "tpr": float((~keep)[case.poisoned].float().mean())}
-    return {**found, **case.trained([], dataset=Subset(case.dataset, keep.nonzero().squeeze(1).tolist()))}
+    rest = Subset(case.dataset, keep.nonzero().squeeze(1).tolist())
+    return {**found, **case.trained([], test, dataset=rest)}
 
 
-def variants(case: Case) -> Variants:
-    """All rows; the scores are computed when the first one is missing."""
-    scores = cache(partial(susceptibility, case))
+def variants(case: Case, test: TensorDataset) -> Variants:
+    """All rows."""
     return {
-        f"{name}, {100 * fraction:g} %": partial(filtered, case, scores, name, fraction)
+        f"{name}, {100 * fraction:g} %": partial(filtered, case, name, fraction, test)
         for fraction in FRACTIONS
-        for name in DENOISERS
+        for name in NAMES
     }
 
 

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from examples.evidence import model
-from examples.evidence.run import BATCH
+from examples.evidence.cases import Case
+from examples.evidence.training import BATCH
 from lightning_backdoor.callbacks.defense import Defense
 from lightning_backdoor.trainer.training_set import Reading, TrainingSet
 
@@ -35,11 +36,11 @@ class Look(Defense):
         trainer.should_stop = True
 
 
-def look(dataset: Any, network: str, question: Question, *, start_from: Path | None) -> Any:
+def look(case: Case, question: Question, *, start_from: Path | None) -> Any:
     """What a question has for an answer, for a network with fresh weights or those of a checkpoint."""
     pl.seed_everything(0, verbose=False)
-    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, drop_last=True)
-    module = model.Classifier(steps=12 * len(loader), network=network)
+    loader = DataLoader(case.dataset, batch_size=BATCH, shuffle=True, drop_last=True)
+    module = model.Classifier(case.setting.epochs * len(loader), case.setting.model, case.setting.recipe)
     if start_from is not None:
         module.load_state_dict(torch.load(start_from, weights_only=True)["state_dict"])
     asking = Look(question)

@@ -2,48 +2,39 @@
 
 The clean network of the benchmark on CIFAR-10, undefended and with NONE's natural mode: clean accuracy, and the success
 rate of the best reverse-engineered trigger of at most 2, 4, ... 12 % of the pixels. Both go on from the undefended run
-before its last epoch if ``python -m examples.evidence run`` has left it in the cache.
+before its last epoch, which is made now if it is not in the cache.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
-from pathlib import Path
-
-import torch
-
+from examples.evidence import command
+from examples.evidence.cache import undefended
 from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.protocols import Setting
-from examples.evidence.run import accuracy, checkpoint, train_network
+from examples.evidence.training import accuracy, train_network
 from lightning_backdoor import NONECallback, metrics
 
 IMAGES = 1000  # of the test set; half of them make triggers, the other half score them
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--cache", type=Path, default=Path(".cache"))
+    parser = command.parser(__doc__)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--reset-fraction", type=float, default=0.05)
     options = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    torch.set_num_threads(2)
+    command.begin(options)
     train = per_class(packed_cifar10(options.data, "train"), options.images // 10)
     test = packed_cifar10(options.data, "test")
     setting = Setting(images=len(train), epochs=options.epochs)
-    shared = checkpoint(options.cache, setting, "clean", 0)
+    shared = undefended(train, setting, "clean", 0, options.cache)
     few = per_class(test, IMAGES // 10)
     defence = NONECallback(samples="keep", rounds=options.rounds, reset_fraction=options.reset_fraction)
     print("| | clean accuracy | units reset | REASR@2% | @4% | @6% | @8% | @10% | @12% |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, callbacks in {"undefended": [], "NONE": [defence]}.items():
-        network = train_network(train, callbacks, setting, 0, shared if shared.exists() else None)
+        network = train_network(train, callbacks, setting, 0, shared)
         reasr = metrics.REASR(network, std=1 / 255, candidates=2, steps=80)
         reasr.update(*few.tensors)
         rates = [f"{100 * float(rate):.1f}" for key, rate in reasr.compute().items() if "@" in key]

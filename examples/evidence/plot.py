@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from examples.evidence.cells import ATTACKS
+from examples.evidence.cells import ADAPTIVE, ATTACKS, FURTHER, STANDARD
 from examples.evidence.protocols import OURS, Setting
 from examples.evidence.rows import Row
 from examples.evidence.table import DEFENCES, by_setting, grouped
@@ -23,14 +23,19 @@ COLOURS = ("#4a5058", "#2f78b7", "#c24a15", "#3c8d5a", "#8a5bb0")
 
 
 def draw(rows: Iterable[Row], folder: Path) -> list[Path]:
-    """Write ``asr.png`` and ``rates.png`` of the default setting, and return their paths."""
+    """Write ``asr.png``, ``rates.png`` and, of more attacks, ``asr-more.png``; of the default setting."""
     found = by_setting(rows).get(Setting(), [])
     folder.mkdir(exist_ok=True)
-    paths = [folder / "asr.png", folder / "rates.png"]
+    more = [row for row in found if row["attack"] in FURTHER | ADAPTIVE]
     with own_style():
-        for path, make in zip(paths, (squares, rates), strict=True):
-            make(found).savefig(path, dpi=90)
-    return paths
+        figures = {
+            "asr.png": squares([row for row in found if row["attack"] in STANDARD]),
+            "rates.png": rates(found),
+            **({"asr-more.png": squares(more)} if more else {}),
+        }
+        for name, figure in figures.items():
+            figure.savefig(folder / name, dpi=90)
+    return [folder / name for name in figures]
 
 
 def squares(rows: list[Row]) -> Figure:

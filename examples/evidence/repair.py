@@ -18,11 +18,15 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from examples.evidence import rows
-from examples.evidence.ablation import Case, Variants, ablation
-from examples.evidence.run import answers, images_of, labels_of, restored
+from examples.evidence.ablation import Variants, ablation
+from examples.evidence.cache import restored
+from examples.evidence.cases import Case
+from examples.evidence.consistency import fct_of
 from examples.evidence.table import repair_table
+from examples.evidence.training import images_of, labels_of, logits_of
 from lightning_backdoor import DBRCallback, Verdict, baselines, functional
 from lightning_backdoor.callbacks.suspects import split_of
 
@@ -51,11 +55,11 @@ def scores_of(network: torch.nn.Module, images: Tensor, labels: Tensor) -> dict[
 
     def susceptibility() -> Tensor:
         denoised = functional.local_median(images), functional.nl_means(images)
-        return functional.susceptibility_scores(answers(network, images), [answers(network, x) for x in denoised])
+        return functional.susceptibility_scores(logits_of(network, images), [logits_of(network, x) for x in denoised])
 
     return {
-        "loss": lambda: -F.cross_entropy(answers(network, images), labels, reduction="none"),
-        "confidence": lambda: answers(network, images).softmax(dim=1).amax(dim=1),
+        "loss": lambda: -F.cross_entropy(logits_of(network, images), labels, reduction="none"),
+        "confidence": lambda: logits_of(network, images).softmax(dim=1).amax(dim=1),
         "susceptibility": susceptibility,
     }
 
@@ -63,9 +67,8 @@ def scores_of(network: torch.nn.Module, images: Tensor, labels: Tensor) -> dict[
 def treatments(case: Case) -> dict[str, Callable[[], pl.Callback]]:
     """Name of each row, and what makes its callback."""
     images, labels = images_of(case.dataset), labels_of(case.dataset)
-    network = restored(case.shared, case.setting)
-    fct = case.cache / f"fct-{case.attack}-{case.setting.model}-copy-200-200-{len(labels)}.pt"
-    chosen = {"FCT": lambda: torch.load(fct, weights_only=True), **scores_of(network, images, labels)}
+    network = restored(case.undefended(), case.setting)
+    chosen = {"FCT": lambda: fct_of(case, "copy", repulsion=200), **scores_of(network, images, labels)}
     truth = verdict_by(torch.rand(len(labels), generator=torch.Generator().manual_seed(0)), labels, case.poisoned)
     return {  # each with a fifth of every class to learn anew
         "true poisons: unlearn only": lambda: UnlearnOnly(verdict=truth),
@@ -79,10 +82,10 @@ def treatments(case: Case) -> dict[str, Callable[[], pl.Callback]]:
     }
 
 
-def repaired(case: Case, make: Callable[[], Any]) -> rows.Row:
+def repaired(case: Case, make: Callable[[], Any], test: TensorDataset) -> rows.Row:
     """What a repair comes to."""
     callback = make()
-    row = case.trained([callback], start=case.shared, epochs_done=case.setting.epochs - 1)
+    row = case.trained([callback], test, start=case.undefended(), epochs_done=case.setting.epochs - 1)
     suspect, trusted = callback.verdict.suspect, callback.verdict.trusted
     return {
         **row,
@@ -93,9 +96,9 @@ def repaired(case: Case, make: Callable[[], Any]) -> rows.Row:
     }
 
 
-def variants(case: Case) -> Variants:
+def variants(case: Case, test: TensorDataset) -> Variants:
     """All rows."""
-    return {name: partial(repaired, case, make) for name, make in treatments(case).items()}
+    return {name: partial(repaired, case, make, test) for name, make in treatments(case).items()}
 
 
 if __name__ == "__main__":

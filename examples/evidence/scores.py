@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from examples.evidence import model
+from examples.evidence.cache import EARLY, kept
+from examples.evidence.cases import Case
 from examples.evidence.looking import look
-from examples.evidence.protocols import Setting
-from examples.evidence.run import EARLY, Snapshot, checkpoint, early, train_network
-from lightning_backdoor import functional
+from lightning_backdoor import functional, metrics
 from lightning_backdoor.surgery import find_units
 from lightning_backdoor.trainer.denoised_scan import DenoisedScan
 from lightning_backdoor.trainer.distinguish import Detector, distinguish
@@ -25,63 +26,59 @@ Scores = dict[str, Tensor]
 STEPS = 200  # of the detector, and as many of centre repulsion
 
 
-def measured(dataset: Any, setting: Setting, attack: str, seed: int, cache: Path) -> Scores:
+def scores_of(case: Case) -> Scores:
     """Scores and responses of the N training images.
 
-    The network is the undefended one before its last epoch, and as it was after its first epochs (trained now where
-    that is not in the cache).
+    The network is the undefended one before its last epoch, and (*early*) as it was after its first epochs.
 
     Returns:
-        ``labels`` long ``(N,)``. Scores, float ``(N,)``, larger is more suspicious: ``susceptibility`` and
-        ``movement`` of the features, each also ``early``; ``fct``; ``bias`` and ``raw_bias`` of NONE; ``disagreement``,
-        the share of the 20 nearest neighbours with another label. Responses, half ``(N, U)``: ``denoised`` and
+        ``labels`` long ``(N,)``. Scores, float ``(N,)``, larger is more suspicious: ``susceptibility`` of the logits,
+        ``movement`` of the features, ``disagreement`` (the share of the 20 nearest neighbours with another label), each
+        also ``early``; ``fct``; ``bias`` and ``raw bias`` of NONE. Responses, half ``(N, U)``: ``denoised`` and
         ``early denoised``, features and how they move; ``units``; ``detector units``.
     """
-    shared = checkpoint(cache, setting, attack, seed)
-    path = scores_of(shared)
-    if not path.exists():
-        if not early(shared).exists():
-            until = Snapshot(early(shared), EARLY, stop=True)
-            train_network(dataset, [until], setting, seed, None)
-        weights = torch.load(early(shared), weights_only=True)["state_dict"]
-        torch.save(look(dataset, setting.model, lambda *seen: _measure(*seen, weights), start_from=shared), path)
-    scores: Scores = torch.load(path, weights_only=True)
-    return scores
+    return kept(path_of(case), lambda: look(case, partial(_measure, case), start_from=case.undefended()))
 
 
-def scores_of(shared: Path) -> Path:
-    """Where the scores of the images that a network was trained on are kept."""
-    return shared.with_suffix(".scores.pt")
+def path_of(case: Case) -> Path:
+    """Where the scores are kept."""
+    return case.shared.with_suffix(f".scores-{EARLY}-{STEPS}.pt")
 
 
-def _measure(
-    trainer: pl.Trainer, module: model.Classifier, data: TrainingSet, early_weights: dict[str, Tensor]
-) -> Scores:
-    denoised = DenoisedScan(data, world_size=1, cache_bytes=2**31, softmax=False)
-    late = denoised.run(trainer, module)
-    with unobtrusive(trainer, module):
-        layers = find_units(module, data.few(trainer, module))
-    units = UnitScan(data, layers, strong=0.9, weak=0.1).measure(trainer, module)
-    detector = distinguish(trainer, module, data, Detector("copy", None, STEPS, 2, None, 0), units=True)
-    module.load_state_dict(early_weights)
-    first = denoised.run(trainer, module)
-    denoised.close()
-    labels, features = late["labels"], late["responses"].shape[1] // 2
-    everything = torch.ones(len(labels), dtype=torch.bool)
-    agreement = functional.neighbour_agreement(late["responses"][:, :features], labels, everything)
+def auroc(scores: Tensor, poisoned: Tensor) -> float:
+    """How well scores (N,) tell poisoned samples, bool (N,), from others; NaN if there are none of either."""
+    metric = metrics.DetectionRates()
+    metric.update(scores, torch.ones_like(poisoned), poisoned)
+    return float(metric.compute()["auroc"])
+
+
+def _measure(case: Case, trainer: pl.Trainer, module: model.Classifier, data: TrainingSet) -> Scores:
+    weights = torch.load(case.undefended(at_first=True), weights_only=True)["state_dict"]
+    with closing(DenoisedScan(data, world_size=1, cache_bytes=2**31, softmax=False)) as denoised:
+        late = denoised.run(trainer, module)
+        with unobtrusive(trainer, module):
+            layers = find_units(module, data.few(trainer, module))
+        units = UnitScan(data, layers, strong=0.9, weak=0.1).measure(trainer, module)
+        detector = distinguish(trainer, module, data, Detector("copy", None, STEPS, 2, None, 0), units=True)
+        module.load_state_dict(weights)
+        first = denoised.run(trainer, module)
     assert detector.units is not None
-    return {
-        "labels": labels,
-        "susceptibility": late["susceptibility"],
-        "early susceptibility": first["susceptibility"],
-        "movement": late["movement"],
-        "early movement": first["movement"],
+    found = {
+        "labels": late["labels"],
         "fct": detector.fct,
         "bias": units.bias,
         "raw bias": units.raw_bias,
-        "disagreement": 1 - agreement,
-        "denoised": late["responses"],
-        "early denoised": first["responses"],
         "units": units.responses,
         "detector units": detector.units.responses,
     }
+    for prefix, part in {"": late, "early ": first}.items():
+        found[f"{prefix}susceptibility"], found[f"{prefix}movement"] = part["susceptibility"], part["movement"]
+        found[f"{prefix}denoised"] = part["responses"]
+        found[f"{prefix}disagreement"] = disagreement(part["responses"], part["labels"])
+    return found
+
+
+def disagreement(responses: Tensor, labels: Tensor) -> Tensor:
+    """Share of the 20 nearest neighbours with another label, (N,), from features and their movement, (N, 2 D)."""
+    everything = torch.ones(len(labels), dtype=torch.bool)
+    return 1 - functional.neighbour_agreement(responses[:, : responses.shape[1] // 2], labels, everything)

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import TensorDataset
 
 from examples.evidence import rows
-from examples.evidence.ablation import Case, Variants, ablation
+from examples.evidence.ablation import Variants, ablation
+from examples.evidence.cases import Case
 from examples.evidence.table import stages_table
 from lightning_backdoor import DSTCallback
 from lightning_backdoor.callbacks.neighbourhood import flags_of
@@ -49,17 +51,17 @@ VARIANTS: dict[str, Callable[[], DSTCallback]] = {
 }
 
 
-def first_stage(case: Case, make: Callable[[], DSTCallback]) -> rows.Row:
+def first_stage(case: Case, make: Callable[[], DSTCallback], test: TensorDataset) -> rows.Row:
     """What a training comes to, and how well neighbours agree in its features."""
     callback = make()
-    row = case.trained([callback])
+    row = case.trained([callback], test)
     agreement = callback.history[-1].agreement
     return {**row, "neighbour_agreement": agreement[-1][1] if agreement else None}
 
 
-def variants(case: Case) -> Variants:
+def variants(case: Case, test: TensorDataset) -> Variants:
     """All rows."""
-    return {name: partial(first_stage, case, make) for name, make in VARIANTS.items()}
+    return {name: partial(first_stage, case, make, test) for name, make in VARIANTS.items()}
 
 
 if __name__ == "__main__":

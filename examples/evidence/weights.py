@@ -10,10 +10,13 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from torch.utils.data import TensorDataset
+
 from examples.evidence import rows
-from examples.evidence.ablation import Case, Variants, ablation
-from examples.evidence.run import Snapshot, train_network
+from examples.evidence.ablation import Variants, ablation
+from examples.evidence.cases import Case
 from examples.evidence.table import weights_table
+from examples.evidence.training import Snapshot, train_network
 from lightning_backdoor import DSTCallback
 
 RESULTS = Path(__file__).with_name("weights.jsonl")
@@ -23,24 +26,24 @@ CLASSIFIER = 1  # epochs of the second stage
 
 def features(case: Case) -> Path:
     """Checkpoint of a D-ST training before the last epoch of its first stage."""
-    path = case.shared.with_suffix(".features.ckpt")
+    epochs = case.setting.epochs - CLASSIFIER - 1
+    path = case.shared.with_suffix(f".features-{epochs}.ckpt")
     if not path.exists():
-        until = Snapshot(path, case.setting.epochs - CLASSIFIER - 1, stop=True)
+        until = Snapshot(path, epochs, stop=True)
         train_network(case.dataset, [DSTCallback(classifier_epochs=CLASSIFIER), until], case.setting, 0, None)
     return path
 
 
-def classified(case: Case, weight: float) -> rows.Row:
-    """What the rest of the training comes to."""
-    start = features(case)
+def classified(case: Case, weight: float, test: TensorDataset) -> rows.Row:
+    """What the rest of the training comes to; its cost would be that of the rest alone."""
     callback = DSTCallback(classifier_epochs=CLASSIFIER, weight=weight)
-    done = case.setting.epochs - CLASSIFIER - 1
-    return {"weight": weight, **case.trained([callback], start=start, epochs_done=done)}
+    found = case.trained([callback], test, start=features(case))
+    return {"weight": weight, "clean_accuracy": found["clean_accuracy"], "asr": found["asr"]}
 
 
-def variants(case: Case) -> Variants:
+def variants(case: Case, test: TensorDataset) -> Variants:
     """All rows."""
-    return {f"weight {weight:g}": partial(classified, case, weight) for weight in WEIGHTS}
+    return {f"weight {weight:g}": partial(classified, case, weight, test) for weight in WEIGHTS}
 
 
 if __name__ == "__main__":

@@ -181,6 +181,7 @@ class DSTCallback(Detecting):
         data = self._training_set
         assert data is not None
         require_batches(data.loader)
+        require_plain_batches(trainer, data)
         if self._run.stage == "done":
             rank_zero_warn("D-ST: the training of this checkpoint is complete. Fit anew to train for more epochs.")
             trainer.should_stop = True
@@ -194,7 +195,6 @@ class DSTCallback(Detecting):
         elif not self.history and trainer.fast_dev_run:
             rank_zero_info("D-ST: fast_dev_run trains too little for two stages; ordinary training.")
         elif not self.history:
-            require_plain_batches(trainer, data.loader)
             if trainer.ckpt_path is not None and trainer.global_step:  # a tuner leaves a path, too, and no steps
                 raise TrainerError(
                     "D-ST trains from the start, but the checkpoint was written without it. Fit without `ckpt_path`, "

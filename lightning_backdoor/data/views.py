@@ -17,7 +17,7 @@ from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.data.structure import leaves_of
 from lightning_backdoor.errors import DataError
 
-__all__ = ["IndexedView", "ScanLoader", "batch_size_of", "check_dataset", "mixes_labels", "read_items", "scan_loader"]
+__all__ = ["IndexedView", "ScanLoader", "batch_size_of", "check_dataset", "read_items", "scan_loader"]
 
 _MASK = 2**64 - 1
 _DEFAULT_BATCH_SIZE = 128
@@ -227,13 +227,6 @@ def scan_loader(
         generator=torch.Generator().manual_seed(seed & 0x7FFFFFFF),
         **_worker_settings(loader, workers),
     )
-
-
-def mixes_labels(loader: DataLoader[Any]) -> bool:
-    """Whether the ``collate_fn`` of a loader mixes labels (CutMix, MixUp), tried on its first two samples."""
-    few = range(min(len(loader.dataset), 2))  # type: ignore[arg-type]
-    view = scan_loader(loader, few, seed=0, batch_size=2, num_workers=min(loader.num_workers, 1))
-    return any([unmixed for _, _, unmixed in view.collated()])
 
 
 def _worker_settings(loader: DataLoader[Any], workers: int) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 
 from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.data.strong import strong_view
-from lightning_backdoor.data.views import batch_size_of, mixes_labels
+from lightning_backdoor.data.views import batch_size_of
 from lightning_backdoor.errors import DataError, TrainerError
 from lightning_backdoor.trainer.curation import Curation
 from lightning_backdoor.trainer.phases import Phases
+from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
 
 __all__ = ["Batch", "FlaggedBatches", "Flags", "require_plain_batches"]
@@ -143,7 +144,7 @@ class FlaggedBatches:
             return self._views(pixels)
 
 
-def require_plain_batches(trainer: Any, loader: DataLoader[Any]) -> None:
+def require_plain_batches(trainer: Any, data: TrainingSet) -> None:
     """Check that a training batch holds samples of the curated loader as they are, and nothing else.
 
     Raises:
@@ -154,8 +155,9 @@ def require_plain_batches(trainer: Any, loader: DataLoader[Any]) -> None:
             f"D-ST makes the training steps itself and needs one training loader, got a "
             f"{type(trainer.train_dataloader).__name__} of loaders. Pass the DataLoader alone."
         )
-    if mixes_labels(loader):
-        raise DataError(
-            "D-ST needs to know the label of every image, but `collate_fn` mixes labels (CutMix or MixUp). Use torch's "
-            "default_collate: D-ST augments the images itself."
-        )
+    with in_unison(trainer, "first batches"):
+        if data.mixes_labels():
+            raise DataError(
+                "D-ST needs to know the label of every image, but `collate_fn` mixes labels (CutMix or MixUp). Use "
+                "torch's default_collate: D-ST augments the images itself."
+            )

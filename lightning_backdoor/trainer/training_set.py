@@ -16,7 +16,7 @@ from lightning_backdoor.data.batches import BatchLayout, find_layout
 from lightning_backdoor.data.nesting import transforms_of
 from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
-from lightning_backdoor.data.views import check_dataset, scan_loader
+from lightning_backdoor.data.views import ScanLoader, batch_size_of, check_dataset, scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.surgery.heads import Head, find_head
 from lightning_backdoor.surgery.taps import Taps
@@ -161,13 +161,19 @@ class TrainingSet:
             _, batch = next(iter(view))
         return lambda: _logits(trainer, pl_module, self.layout, self.reading, copy.deepcopy(batch))
 
+    def mixes_labels(self) -> bool:
+        """Whether the user's ``collate_fn`` mixes labels (CutMix, MixUp), tried on two batches."""
+        size = self.reading.batch_size or batch_size_of(self.loader)
+        with self.read(range(min(len(self), 2 * size)), num_workers=min(self.loader.num_workers, 1)) as view:
+            return any([unmixed for _, _, unmixed in view.collated()])
+
     def images(self, indices: Sequence[int]) -> Tensor:
         """Images at some dataset positions as 8-bit pixels, uint8 ``(n, C, H, W)``."""
         with self.read(indices, num_workers=min(self.loader.num_workers, 1)) as view:
             return torch.cat([self.pixels.to_pixels(self.layout.images(batch)) for _, batch in view])
 
     @contextmanager
-    def read(self, indices: Sequence[int] | Tensor, num_workers: int | None = None) -> Iterator[DataLoader[Any]]:
+    def read(self, indices: Sequence[int] | Tensor, num_workers: int | None = None) -> Iterator[ScanLoader]:
         """A loader of ``(indices, batch)`` at some dataset positions, in their order and without augmentation.
 
         Raises:

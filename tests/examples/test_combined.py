@@ -10,9 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.evidence import ablation, combined, fractions, rows, scores, strip, weights
+from examples.evidence import (
+    ablation,
+    candidates,
+    cases,
+    combined,
+    fractions,
+    rows,
+    scores,
+    strip,
+    weights,
+)
+from examples.evidence.cache import EARLY
+from examples.evidence.cells import ATTACKS
+from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.protocols import Setting
-from examples.evidence.run import EARLY, checkpoint, early
 from examples.evidence.table import fractions_table, strip_table, weights_table
 from tests.examples.helpers import pack
 
@@ -33,83 +45,109 @@ def planted() -> tuple[dict[str, Tensor], Tensor]:
         values[:, 0] += gap * poisoned
         return values.half()
 
-    names = ("susceptibility", "early susceptibility", "movement", "early movement", "bias", "raw bias", "disagreement")
-    found = {name: score(9.0) for name in names} | {"fct": score(0.0)}
+    names = ("susceptibility", "early susceptibility", "movement", "early movement", "bias", "raw bias")
+    found = {name: score(9.0) for name in names} | {"fct": score(0.0), "disagreement": score(0.0)}
+    found["early disagreement"] = 0.1 + 0.8 * poisoned  # at first they were with their true classes
     found |= {"denoised": responses(0.0), "early denoised": responses(0.0)}
     found |= {"units": responses(12.0), "detector units": responses(12.0)}
     return found | {"labels": (torch.arange(N) >= N // 2).long()}, poisoned
 
 
-def test_ranks_are_shares_of_all_or_of_the_own_label() -> None:
-    values, labels = torch.tensor([3.0, 1.0, 2.0, 9.0]), torch.tensor([0, 0, 1, 1])
-    assert combined.ranks(values).tolist() == [0.75, 0.25, 0.5, 1.0]
-    assert combined.ranks(values, labels).tolist() == [1.0, 0.5, 0.5, 1.0]
+def test_ranks_are_shares_of_all_or_of_the_own_label_and_ties_share_one() -> None:
+    values, labels = torch.tensor([3.0, 1.0, 2.0, 2.0]), torch.tensor([0, 0, 1, 1])
+    assert candidates.ranks(values).tolist() == [0.875, 0.125, 0.5, 0.5]
+    assert candidates.ranks(values, labels).tolist() == [0.75, 0.25, 0.5, 0.5]
 
 
 def test_the_average_of_ranks_is_that_of_a_loop() -> None:
     found, _ = planted()
+    found["fct"] = found["fct"].round()
     expected = []
     for i in range(N):
-        below = [int((found[name] <= found[name][i]).sum()) / N for name in ("susceptibility", "fct")]
-        expected.append(sum(below) / 2)
-    assert torch.allclose(combined.average("susceptibility", "fct")(found), torch.tensor(expected))
+        shares = []
+        for name in ("susceptibility", "fct"):
+            values, own = found[name], found[name][i]
+            shares.append((int((values < own).sum()) + int((values == own).sum()) / 2) / N)
+        expected.append(sum(shares) / 2)
+    assert torch.allclose(candidates.average("susceptibility", "fct")(found), torch.tensor(expected))
 
 
 def test_every_candidate_judges_and_unions_hold_their_parts() -> None:
     found, poisoned = planted()
-    judged = combined.judged(found)
-    assert set(judged) == set(combined.NAMES)
+    judged = candidates.judged(found)
+    assert set(judged) == set(candidates.NAMES)
     none = torch.zeros(N, dtype=torch.bool)
-    rates = combined.rates(judged, poisoned, none)
+    rates = candidates.rates(judged, poisoned, none)
     assert rates["modes of units"]["tpr"] == 1.0
     assert rates["modes of units"]["fpr"] == 0.0
     assert rates["modes of denoised features"]["removed"] == 0
+    assert rates["modes of denoised features"]["auroc"] > 0.99, "without a mode, the order is that of the movement"
+    assert rates["modes of the detector's units"]["removed"] == POISONS
     assert rates["denoised features or units"]["removed"] == POISONS
     assert rates["raw bias, gated"]["tpr"] > 0.9
     assert rates["fct, gated"]["removed"] == 0
     assert rates["fct, top 5 %"]["removed"] == N // 20
-    assert combined.rates(judged, none, none)["modes of units"]["tpr"] is None
+    assert candidates.rates(judged, none, none)["modes of units"]["tpr"] is None
     covers = torch.arange(N) < POISONS // 4
-    half = combined.rates(judged, poisoned & ~covers, covers)["modes of units"]
+    half = candidates.rates(judged, poisoned & ~covers, covers)["modes of units"]
     assert (half["tpr"], half["fpr"], half["removed"], half["covers_removed"]) == (1.0, 0.0, POISONS, POISONS // 4)
 
 
-def line(attack: str, rates: dict[str, tuple[float, float]], rate: float = 0.05, **further: Any) -> rows.Row:
+def test_modes_are_denied_by_early_neighbours_alone() -> None:
+    found, poisoned = planted()
+    _, keep = candidates.judged(found)["modes of units that early neighbours deny"]
+    assert torch.equal(~keep, poisoned)
+    found["early disagreement"] = torch.full((N,), 0.3)
+    _, keep = candidates.judged(found)["modes of units that early neighbours deny"]
+    assert bool(keep.all()), "a clean kind of image looks like its class from the start"
+
+
+def line(attack: str, told: dict[str, tuple[float, float]], **further: Any) -> rows.Row:
     fields = ("tpr", "fpr", "auroc", "removed", "covers_removed")
-    candidates = {
-        name: dict(zip(fields, (*rates.get(name, (0.0, 0.0)), 0.5, 0, 0), strict=True)) for name in combined.NAMES
+    found = {
+        name: dict(zip(fields, (*told.get(name, (0.0, 0.0)), 0.5, 0, 0), strict=True)) for name in candidates.NAMES
     }
-    known = {"attack": attack, "seed": 0, "rate": rate, "poisons": 10, "void": False, "covers": 0}
-    return {**known, "candidates": candidates, **further}
+    known = {"attack": attack, "seed": 0, "rate": ATTACKS[attack].rate, "poisons": 10, "void": False, "covers": 0}
+    return {**known, "candidates": found, **further}
+
+
+UNITS, DENOISED, FCT = "modes of units", "modes of denoised features", "fct, gated"
 
 
 def test_the_choice_needs_quiet_on_clean_data_and_few_clean_images() -> None:
-    one, two, three = "modes of units", "modes of denoised features", "fct, gated"
-    half = [line("badnets-5%", {one: (0.8, 0.0), two: (0.9, 0.0), three: (1.0, 0.01)})]
-    clean = line("clean", {}, rate=0.0)
-    assert combined.choose(half, [clean]) == two, "the third removes too many clean images"
-    clean["candidates"][two]["removed"] = 1
-    assert combined.choose(half, [clean]) == one
+    half = [line("badnets-5%", {UNITS: (0.8, 0.0), DENOISED: (0.9, 0.0), FCT: (1.0, 0.01)})]
+    clean = line("clean", {})
+    assert combined.choose(half, [clean]) == DENOISED, "the third removes too many clean images"
+    assert combined.choose(half, [clean], [UNITS, FCT]) == UNITS
+    clean["candidates"][DENOISED]["removed"] = 1
+    assert combined.choose(half, [clean]) == UNITS
+    assert combined.choose(half, []) is None, "nobody knows what it does to clean data"
 
 
-def test_halves_take_turns_and_leave_out_what_does_not_count() -> None:
+def test_an_attack_is_in_one_half_whatever_its_rate_and_seed_and_has_one_vote() -> None:
     found = [
-        line("sig-80%", {}), line("clean", {}, rate=0.0), line("blended-5%", {}), line("badnets-0.5%", {}, rate=0.005),
-        line("badnets-5%", {}), line("wanet-10%", {}, void=True),
+        line("badnets-1%", {UNITS: (0.0, 0.0)}), line("badnets-5%", {UNITS: (1.0, 0.0)}),
+        line("badnets-5%", {UNITS: (1.0, 0.0)}, seed=1), line("badnets-10%", {UNITS: (1.0, 0.0)}),
+        line("sig-80%", {UNITS: (0.25, 0.0)}, rate=0.08),
     ]  # fmt: skip
-    first, second = combined.halves(found)
-    assert [row["attack"] for row in first] == ["badnets-5%", "sig-80%"]
-    assert [row["attack"] for row in second] == ["blended-5%"]
+    assert {combined.half_of(row) for row in found} == {"A"}
+    assert {combined.half_of(line(f"blended-{rate}%", {})) for rate in (1, 5, 10)} == {"B"}
+    assert combined.mean(found, UNITS, "tpr") == 0.5
+    for row in (line("clean", {}), line("badnets-0.5%", {}), line("wanet-10%", {}, void=True)):
+        assert combined.half_of(row) is None
 
 
 def test_the_tables_report_on_the_half_that_had_no_part_in_the_choice() -> None:
-    name, other = "modes of units", "modes of denoised features"
     found = [
-        line("clean", {}, rate=0.0), line("badnets-5%", {name: (1.0, 0.0)}), line("blended-5%", {other: (0.5, 0.0)}),
+        line("clean", {}), line("badnets-5%", {UNITS: (1.0, 0.0)}), line("blended-5%", {DENOISED: (0.5, 0.0)}),
+        line("badnets-0.5%", {UNITS: (0.25, 0.0)}),
     ]  # fmt: skip
     written = combined.combined_tables(found)
-    assert f"Chosen on half A: *{name}*. On half B, which had no part in it: TPR 0.00, FPR 0.000." in written
-    assert f"Chosen on half B: *{other}*. On half A, which had no part in it: TPR 0.00, FPR 0.000." in written
+    assert f"Chosen on half A: *{UNITS}*. On half B, which had no part in it: TPR 0.00, FPR 0.000." in written
+    assert f"Chosen on half B: *{DENOISED}*. On half A, which had no part in it: TPR 0.00, FPR 0.000." in written
+    assert f"| badnets-5% | 0 | A | 10 | {DENOISED} | 0.00 | 0.00 | 0 | – |" in written
+    assert f"| badnets-0.5% | 0 | – | 10 | {UNITS} | 25.00 | 0.00 | 0 | – |" in written
+    assert "none qualifies" in combined.combined_tables(found[1:])
 
 
 @pytest.fixture
@@ -127,67 +165,106 @@ def ask(monkeypatch: pytest.MonkeyPatch, folder: Path, words: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_fractions_are_removed_and_a_network_is_trained_on_the_rest(
+def test_the_images_that_move_most_leave_and_a_network_is_trained_on_the_rest(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trained: list[Any] = []
+    train = cases.train_network
+
+    def spied(dataset: Any, *rest: Any) -> Any:
+        trained.append(dataset)
+        return train(dataset, *rest)
+
+    monkeypatch.setattr(cases, "train_network", spied)
     monkeypatch.setattr(fractions, "FRACTIONS", (0.1, 0.3))
     ask(monkeypatch, data, "--epochs 4 --attacks badnets-5%")
     for _ in range(2):
         ablation.ablation(None, fractions.RESULTS, fractions.variants, fractions_table, attacks_by_default=[])
     found = rows.read(data / "found.jsonl")
-    assert [row["row"] for row in found] == [f"{name}, {share} %" for share in (10, 30) for name in fractions.DENOISERS]
-    for row in found:
-        kept = 260 - int(row["fraction"] * 260)
-        assert row["images_backward"] == 4 * (kept // 128) * 128
-        assert 0 <= row["tpr"] <= 1
-    assert early(checkpoint(data, Setting(images=260, epochs=4), "badnets-5%", 0)).exists()
+    assert [row["row"] for row in found] == [f"{name}, {share} %" for share in (10, 30) for name in fractions.NAMES]
+    scored = torch.load(next(data.glob("*.denoised.pt")), weights_only=True)
+    assert torch.allclose(scored["both"], scored["median"] + scored["NLM"], atol=1e-3)
+    for row, dataset in zip(found, trained, strict=True):
+        assert len(dataset) == 260 - int(row["fraction"] * 260)
+        values, kept = scored[row["denoiser"]], torch.zeros(260, dtype=torch.bool)
+        kept[dataset.indices] = True
+        assert values[kept].max() <= values[~kept].min()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_weights_share_one_first_stage(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    callback = weights.DSTCallback
+
+    def quick(**arguments: Any) -> Any:
+        given.append(arguments.get("weight"))
+        return callback(suspect=0.1, detector_steps=2, draws=1, **arguments)
+
+    monkeypatch.setattr(weights, "DSTCallback", quick)
     monkeypatch.setattr(weights, "WEIGHTS", (0.001, 1.0))
-    quick = weights.DSTCallback
-    monkeypatch.setattr(
-        weights, "DSTCallback", lambda **given: quick(suspect=0.1, detector_steps=2, draws=1, **given)
-    )  # fmt: skip
     ask(monkeypatch, data, "--epochs 4 --attacks badnets-5%")
     ablation.ablation(None, weights.RESULTS, weights.variants, weights_table, attacks_by_default=[])
-    found = rows.read(data / "found.jsonl")
-    assert [row["weight"] for row in found] == [0.001, 1.0]
-    assert len(list(data.glob("*.features.ckpt"))) == 1
-    assert found[0]["images_backward"] == found[1]["images_backward"]
-    assert all(row["epochs_shared_with_undefended"] == 2 for row in found)
+    assert [row["weight"] for row in rows.read(data / "found.jsonl")] == [0.001, 1.0]
+    assert len(list(data.glob("*.features-2.ckpt"))) == 1
+    assert given == [0.001, None, 1.0], "the first stage is trained once"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_training_image_is_measured_once_and_strip_looks_at_the_target_class(
+def test_every_training_image_is_measured_once_and_a_missing_network_is_trained(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(scores, "STEPS", 2)
-    setting = Setting(images=260, epochs=EARLY + 1)
-    network = checkpoint(data, setting, "badnets-5%", 0)
-    clean = ablation.per_class(ablation.packed_cifar10(data, "train"), 26)
-    case = ablation.opened(clean, clean, setting, "badnets-5%", data)
-    ablation.train_network(case.dataset, [scores.Snapshot(network, EARLY, stop=True)], setting, 0, None)
-    found = scores.measured(case.dataset, setting, "badnets-5%", 0, data)
+    setting = Setting(images=260, epochs=EARLY + 2)
+    case = cases.opened("badnets-5%", per_class(packed_cifar10(data, "train"), 26), setting, 0, data)
+    found = scores.scores_of(case)
     assert {len(column) for column in found.values()} == {260}
     assert set(planted()[0]) == set(found)
     assert all(bool(column.float().isfinite().all()) for column in found.values())
-    again = scores.measured(None, setting, "badnets-5%", 0, data)
+    for name in ("susceptibility", "denoised", "disagreement"):
+        assert not torch.equal(found[name], found[f"early {name}"])
+    assert len(list(data.glob(f"*.after-{EARLY}.ckpt"))) == 1
+    monkeypatch.setattr(scores, "look", None)
+    again = scores.scores_of(case)
     assert all(torch.equal(column, again[name]) for name, column in found.items())
     undefended, results = data / "undefended.jsonl", data / "combined.jsonl"
     for defence in ("undefended", "NONE"):
         rows.append(undefended, {**case.known, "defence": defence, "asr": 0.9})
-    words = f"--epochs {EARLY + 1} --undefended {undefended} --figure {data / 'scores.png'}"
+    words = f"--epochs {EARLY + 2} --undefended {undefended} --figure {data / 'scores.png'}"
     ask(monkeypatch, data, f"{words} --results {results}")
     for _ in range(2):
         combined.main()
     (row,) = rows.read(results)
-    assert (row["attack"], row["void"], set(row["candidates"])) == ("badnets-5%", False, set(combined.NAMES))
+    assert (row["attack"], row["void"], set(row["candidates"])) == ("badnets-5%", False, set(candidates.NAMES))
     assert (data / "scores.png").stat().st_size > 10_000
     assert combined.combined_tables([row]) in capsys.readouterr().out
-    ask(monkeypatch, data, f"--epochs {EARLY + 1} --attacks badnets-5%")
+
+
+def test_an_early_network_is_that_of_the_whole_training(data: Path) -> None:
+    setting = Setting(images=260, epochs=EARLY + 1)
+    case = cases.opened("badnets-5%", per_class(packed_cifar10(data, "train"), 26), setting, 0, data)
+    alone = torch.load(case.undefended(at_first=True), weights_only=True)["state_dict"]
+    during = torch.load(case.undefended(), weights_only=True)["state_dict"]
+    assert all(torch.equal(value, during[name]) for name, value in alone.items()), "one run has both"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_strip_looks_at_the_target_class_and_finds_images_that_force_the_answer(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Obedient(torch.nn.Module):
+        """Sure of class 0 where the corner of the mean image has BadNets' black and white, else of nothing."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            corner = images[:, :, -3:, -3:].float().mean(dim=1).flatten(1)
+            surely = 0.5 * (corner.amax(dim=1) - corner.amin(dim=1))
+            return torch.nn.functional.pad(surely[:, None] - 40, (0, 9))
+
+    network = Obedient()
+    monkeypatch.setattr(strip, "restored", lambda *_: network)
+    monkeypatch.setattr(cases.Case, "undefended", lambda _: None)
+    ask(monkeypatch, data, "--attacks badnets-5%")
     ablation.ablation(None, strip.RESULTS, strip.variants, strip_table, attacks_by_default=[])
     (row,) = rows.read(data / "found.jsonl")
-    assert row["images_of_target"] == 26 + int((case.poisoned & (clean.tensors[1] != 0)).sum())
-    assert 0 <= row["auroc"] <= 1
+    assert row["images_of_target"] == 26 + row["poisons"]
+    assert row["auroc"] > 0.95
+    assert row["tpr"] > 0.5

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from examples.evidence import ablation, repair, rows, stages
+from examples.evidence import ablation, cases, repair, rows, stages
 from examples.evidence.__main__ import listing, main
+from examples.evidence.cache import checkpoint
 from examples.evidence.cells import ATTACKS, BASELINES, STANDARD
 from examples.evidence.cost import measured
 from examples.evidence.model import RECIPES, Classifier
 from examples.evidence.networks import NAME, NETWORKS
 from examples.evidence.protocols import PROTOCOLS, SECONDS_PER_EPOCH, Cell, Setting, hours
-from examples.evidence.run import checkpoint
 from examples.evidence.table import DEFENCES, repair_table, stages_table
 from lightning_backdoor import DSTCallback, Verdict
 from tests.examples.helpers import pack, row
@@ -192,7 +192,8 @@ def test_repairs_are_kept_and_not_done_twice(
         return {name: lambda name=name: (made.append(name), callback)[1] for name in ("unlearn", "relearn")}
 
     monkeypatch.setattr(repair, "treatments", two)
-    monkeypatch.setattr(ablation, "train_network", lambda *_: Classifier(steps=1).eval())
+    monkeypatch.setattr(cases.Case, "undefended", lambda _: None)
+    monkeypatch.setattr(cases, "train_network", lambda *_: Classifier(steps=1).eval())
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     results = tmp_path / "repair.jsonl"
     words = f"--data {tmp_path} --cache {tmp_path} --results {results} --attacks badnets-5% --images"
