@@ -14,7 +14,7 @@ from lightning_backdoor.trainer.draws import Kept
 from lightning_backdoor.trainer.samplers import KeepState, filtered
 from tests.contract.tally import COUNTS
 
-fuzz = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+fuzz = settings(max_examples=1000, deadline=None, derandomize=True, database=None)
 MASKS = st.lists(st.booleans(), min_size=2, max_size=48).filter(any)
 
 
