@@ -68,7 +68,8 @@ def restored(path: Path, setting: Setting) -> model.Classifier:
 def kept(path: Path, make: Callable[[], T]) -> T:
     """What a file holds; it is made now if the file is not there."""
     if not path.exists():
+        made = make()
         with atomic_file(path) as file:
-            torch.save(make(), file)
+            torch.save(made, file)
     found: T = torch.load(path, weights_only=True)
     return found
