@@ -14,6 +14,8 @@ SHARE = 0.05  # that a cut without a gate removes
 LEAST_SEPARATION, LEAST_EXCLUSIVENESS = 2.0, 2.0  # of modes that early neighbours must deny: less than a gate asks for
 DENIED = 0.7  # of the agreement that early neighbours have with the label's other samples
 
+MAX_REMOVED = 0.3  # as the callbacks have it
+
 Judged = tuple[Tensor, Tensor]
 """Scores, float (N,), larger is more suspicious; kept samples, bool (N,)."""
 Candidate = Callable[[Scores], Judged]
@@ -97,7 +99,7 @@ def denied(*names: str, ranking: str) -> Candidate:
             if float(agreement[upper].mean()) < DENIED * float(agreement[inside & ~upper].mean()):
                 wrong.append(mode)
         scores = functional.mode_scores(values, labels, wrong, found[ranking])
-        return scores, scores <= 0.5
+        return scores, functional.limit_removed(scores, scores <= 0.5, MAX_REMOVED)
 
     return judge
 
@@ -115,7 +117,6 @@ SINGLES: dict[str, Candidate] = {
     "modes of denoised features, early": modes("early denoised", ranking="early movement"),
     "modes of units": modes("units", ranking="bias", shared=True),
     "modes of the detector's units": modes("detector units", ranking="fct"),
-    "modes of units that early neighbours deny": denied("units", ranking="bias"),
 }  # fmt: skip
 """What one score or one kind of response says."""
 COMBINED: dict[str, Candidate] = {
@@ -126,6 +127,7 @@ COMBINED: dict[str, Candidate] = {
         average(*PARTS, "early movement", "movement", "bias", within_labels=True)
     ),
     "three averaged within labels, gated": gated(average(*PARTS, within_labels=True)),
+    "modes of units that early neighbours deny": denied("units", ranking="bias"),
     "modes of features and units": modes("denoised", "units", ranking="bias", shared=True),
     "modes of all responses": modes("denoised", "units", "detector units", ranking="bias", shared=True),
 }

@@ -33,11 +33,14 @@ LEAST_RATE = 0.01  # of attacks that count
 KINDS = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in ATTACKS if name != "clean"))
 
 
-def half_of(row: rows.Row) -> str | None:
-    """The half that the attack of a row belongs to, whatever its rate and seed; ``None`` if it does not count."""
-    if row["attack"] == "clean" or row["void"] or row["rate"] < LEAST_RATE:
-        return None
-    return "AB"[KINDS.index(row["attack"].rsplit("-", 1)[0]) % 2]
+def half_of(attack: str) -> str | None:
+    """The half that the kind of an attack belongs to, whatever its rate; ``None`` for clean data."""
+    return None if attack == "clean" else "AB"[KINDS.index(attack.rsplit("-", 1)[0]) % 2]
+
+
+def counts(row: rows.Row) -> bool:
+    """Whether a row is of an attack that took, at a rate that counts."""
+    return row["attack"] != "clean" and not row["void"] and row["rate"] >= LEAST_RATE
 
 
 def mean(found: Iterable[rows.Row], name: str, rate: str) -> float:
@@ -61,7 +64,7 @@ def choose(half: list[rows.Row], clean: list[rows.Row], names: Collection[str] =
 def combined_tables(found: list[rows.Row]) -> str:
     """All candidates; what the best one of each half does on the other; and each attack by that of the other half."""
     clean = [row for row in found if row["attack"] == "clean"]
-    halves = {half: [row for row in found if half_of(row) == half] for half in "AB"}
+    halves = {half: [row for row in found if counts(row) and half_of(row["attack"]) == half] for half in "AB"}
     if not all(halves.values()):
         return "Too few attacks have been measured for two halves."
     chosen = {half: choose(part, clean) for half, part in halves.items()}
@@ -73,15 +76,22 @@ def combined_tables(found: list[rows.Row]) -> str:
             told = "none qualifies." if name is None else f"*{name}*. {_on(halves[other], name, other)}"
             parts.append(f"{kind} on half {half}: {told}")
     lines = []
-    for row in found:
-        half = half_of(row)
+    for row in sorted(found, key=lambda row: (list(ATTACKS).index(row["attack"]), row["seed"])):
+        half = half_of(row["attack"])
         name = chosen["A" if half != "A" else "B"]
         if name is not None:
-            lines.append(_line(row, half, name))
+            lines.append(_line(row, f"{half or '–'}{'' if counts(row) else ', not counted'}", name))
     head = ["attack", "seed", "half", "poisons", "judged by", "TPR", "FPR", "removed", "covers among them"]
     by_attack = table(head, lines, left=("attack", "half", "judged by"))
     picture = "![Scores of clean and poisoned images](figures/scores.png)"
-    return "\n\n".join([*parts, "By attack, by what was chosen on the half that it is not in:", by_attack, picture])
+    return "\n\n".join(
+        [
+            *parts,
+            "By attack, by what was chosen on the half that its kind is not in (clean data: on half A):",
+            by_attack,
+            picture,
+        ]
+    )
 
 
 def _overview(halves: dict[str, list[rows.Row]], clean: list[rows.Row]) -> str:
@@ -100,11 +110,11 @@ def _on(half: list[rows.Row], name: str, label: str) -> str:
     return f"On half {label}, which had no part in it: TPR {tpr}, FPR {fpr}."
 
 
-def _line(row: rows.Row, half: str | None, name: str) -> list[str]:
+def _line(row: rows.Row, half: str, name: str) -> list[str]:
     told = row["candidates"][name]
     covers = f"{told['covers_removed']:,} of {row['covers']:,}" if row["covers"] else "–"
     return [
-        f"{row['attack']}{' (void)' * row['void']}", str(row["seed"]), half or "–", f"{row['poisons']:,}", name,
+        f"{row['attack']}{' (void)' * row['void']}", str(row["seed"]), half, f"{row['poisons']:,}", name,
         *(percent([told[rate]], 2) for rate in ("tpr", "fpr")), f"{told['removed']:,}", covers,
     ]  # fmt: skip
 

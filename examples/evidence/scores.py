@@ -37,7 +37,13 @@ def scores_of(case: Case) -> Scores:
         also ``early``; ``fct``; ``bias`` and ``raw bias`` of NONE. Responses, half ``(N, U)``: ``denoised`` and
         ``early denoised``, features and how they move; ``units``; ``detector units``.
     """
-    return kept(path_of(case), lambda: look(case, partial(_measure, case), start_from=case.undefended()))
+
+    def make() -> Scores:
+        weights = torch.load(case.undefended(at_first=True), weights_only=True)["state_dict"]
+        found: Scores = look(case, partial(_measure, weights), start_from=case.undefended())
+        return found
+
+    return kept(path_of(case), make)
 
 
 def path_of(case: Case) -> Path:
@@ -52,15 +58,16 @@ def auroc(scores: Tensor, poisoned: Tensor) -> float:
     return float(metric.compute()["auroc"])
 
 
-def _measure(case: Case, trainer: pl.Trainer, module: model.Classifier, data: TrainingSet) -> Scores:
-    weights = torch.load(case.undefended(at_first=True), weights_only=True)["state_dict"]
+def _measure(
+    early_weights: dict[str, Tensor], trainer: pl.Trainer, module: model.Classifier, data: TrainingSet
+) -> Scores:
     with closing(DenoisedScan(data, world_size=1, cache_bytes=2**31, softmax=False)) as denoised:
         late = denoised.run(trainer, module)
         with unobtrusive(trainer, module):
             layers = find_units(module, data.few(trainer, module))
         units = UnitScan(data, layers, strong=0.9, weak=0.1).measure(trainer, module)
         detector = distinguish(trainer, module, data, Detector("copy", None, STEPS, 2, None, 0), units=True)
-        module.load_state_dict(weights)
+        module.load_state_dict(early_weights)
         first = denoised.run(trainer, module)
     assert detector.units is not None
     found = {

@@ -26,6 +26,7 @@ from examples.evidence.cells import ATTACKS
 from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.protocols import Setting
 from examples.evidence.table import fractions_table, strip_table, weights_table
+from examples.evidence.training import Snapshot, train_network
 from tests.examples.helpers import pack
 
 N, POISONS = 400, 40
@@ -130,11 +131,12 @@ def test_an_attack_is_in_one_half_whatever_its_rate_and_seed_and_has_one_vote() 
         line("badnets-5%", {UNITS: (1.0, 0.0)}, seed=1), line("badnets-10%", {UNITS: (1.0, 0.0)}),
         line("sig-80%", {UNITS: (0.25, 0.0)}, rate=0.08),
     ]  # fmt: skip
-    assert {combined.half_of(row) for row in found} == {"A"}
-    assert {combined.half_of(line(f"blended-{rate}%", {})) for rate in (1, 5, 10)} == {"B"}
+    assert {combined.half_of(row["attack"]) for row in found} == {"A"}
+    assert {combined.half_of(f"blended-{rate}%") for rate in (0.5, 1, 5, 10)} == {"B"}
+    assert all(map(combined.counts, found))
     assert combined.mean(found, UNITS, "tpr") == 0.5
     for row in (line("clean", {}), line("badnets-0.5%", {}), line("wanet-10%", {}, void=True)):
-        assert combined.half_of(row) is None
+        assert not combined.counts(row)
 
 
 def test_the_tables_report_on_the_half_that_had_no_part_in_the_choice() -> None:
@@ -146,7 +148,8 @@ def test_the_tables_report_on_the_half_that_had_no_part_in_the_choice() -> None:
     assert f"Chosen on half A: *{UNITS}*. On half B, which had no part in it: TPR 0.00, FPR 0.000." in written
     assert f"Chosen on half B: *{DENOISED}*. On half A, which had no part in it: TPR 0.00, FPR 0.000." in written
     assert f"| badnets-5% | 0 | A | 10 | {DENOISED} | 0.00 | 0.00 | 0 | – |" in written
-    assert f"| badnets-0.5% | 0 | – | 10 | {UNITS} | 25.00 | 0.00 | 0 | – |" in written
+    assert f"| badnets-0.5% | 0 | A, not counted | 10 | {DENOISED} | 0.00 | 0.00 | 0 | – |" in written
+    assert f"| clean | 0 | –, not counted | 10 | {UNITS} | 0.00 | 0.00 | 0 | – |" in written
     assert "none qualifies" in combined.combined_tables(found[1:])
 
 
@@ -239,12 +242,16 @@ def test_every_training_image_is_measured_once_and_a_missing_network_is_trained(
     assert combined.combined_tables([row]) in capsys.readouterr().out
 
 
-def test_an_early_network_is_that_of_the_whole_training(data: Path) -> None:
-    setting = Setting(images=260, epochs=EARLY + 1)
+def test_a_network_that_is_made_alone_is_that_of_the_whole_training(data: Path) -> None:
+    setting = Setting(images=260, epochs=EARLY + 2)
     case = cases.opened("badnets-5%", per_class(packed_cifar10(data, "train"), 26), setting, 0, data)
-    alone = torch.load(case.undefended(at_first=True), weights_only=True)["state_dict"]
-    during = torch.load(case.undefended(), weights_only=True)["state_dict"]
-    assert all(torch.equal(value, during[name]) for name, value in alone.items()), "one run has both"
+    alone = [case.undefended(at_first=True), case.undefended()]
+    during = [data / "early.ckpt", data / "late.ckpt"]
+    snapshots = [Snapshot(path, epochs) for path, epochs in zip(during, (EARLY, EARLY + 1), strict=True)]
+    train_network(case.dataset, snapshots, setting, 0, None)
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in (*alone, *during)]
+    for one, other in zip(states[:2], states[2:], strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
