@@ -10,8 +10,6 @@ from torch.utils.data import TensorDataset
 
 from examples.evidence import command, rows
 from examples.evidence.cases import Case, opened
-from examples.evidence.data import packed_cifar10, per_class
-from examples.evidence.protocols import Setting
 
 Variants = dict[str, Callable[[], rows.Row]]
 """The rows under one attack: the name of each, and what measures it."""
@@ -34,16 +32,11 @@ def ablation(
         table: Rows as a table.
         attacks_by_default: Names of attacks.
     """
-    parser = command.parser(description)
+    parser = command.setting_parser(description)
     parser.add_argument("--results", type=Path, default=results)
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--attacks", nargs="+", default=list(attacks_by_default))
     options = parser.parse_args()
-    command.begin(options)
-    clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
-    test = packed_cifar10(options.data, "test")
-    setting = Setting(images=len(clean), epochs=options.epochs)
+    clean, test, setting = command.begin_setting(options)
     for attack in options.attacks:
         case = opened(attack, clean, setting, 0, options.cache)
         for name, measure in variants(case, test).items():

@@ -19,8 +19,6 @@ from torch.utils.data import TensorDataset
 from examples.evidence import command
 from examples.evidence.cache import clean_model
 from examples.evidence.cells import ATTACKS, SOURCE, TARGET, Attack
-from examples.evidence.data import packed_cifar10, per_class
-from examples.evidence.protocols import Setting
 from lightning_backdoor.attacks import CraftedTrigger
 
 COLUMNS = ("clean", "poison", "x10", "cover", "x10", "at test", "x10")
@@ -79,14 +77,11 @@ def sheet(recipes: dict[str, Attack], train: TensorDataset, model: nn.Module) ->
 
 
 def main() -> None:
-    parser = command.parser(__doc__)
+    parser = command.setting_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("attacks.png"))
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--epochs", type=int, default=12)
     options = parser.parse_args()
-    command.begin(options)
-    train = per_class(packed_cifar10(options.data, "train"), options.images // 10)
-    model = clean_model(train, Setting(images=len(train), epochs=options.epochs), 0, options.cache)
+    train, _, setting = command.begin_setting(options)
+    model = clean_model(train, setting, 0, options.cache)
     sheet(distinct(ATTACKS), train, model).savefig(options.out)
     print(options.out)
 

@@ -18,9 +18,7 @@ from examples.evidence import command, rows
 from examples.evidence.candidates import NAMES, SINGLES, judged, rates
 from examples.evidence.cases import Case, opened
 from examples.evidence.cells import ATTACKS, STANDARD
-from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.plot import histogram
-from examples.evidence.protocols import Setting
 from examples.evidence.scores import path_of, scores_of
 from examples.evidence.table import TOOK, number, percent, table
 from lightning_backdoor.report.figures import blank_figure
@@ -136,17 +134,13 @@ def draw(cases: list[Case], path: Path) -> None:
 
 
 def main() -> None:
-    parser = command.parser(__doc__)
+    parser = command.setting_parser(__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--undefended", type=Path, default=RESULTS.with_name("results.jsonl"))
     parser.add_argument("--figure", type=Path, default=RESULTS.parent / "figures" / "scores.png")
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS))
     options = parser.parse_args()
-    command.begin(options)
-    clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
-    setting = Setting(images=len(clean), epochs=options.epochs)
+    clean, _, setting = command.begin_setting(options)
     undefended = {rows.key(row): row for row in rows.read(options.undefended) if row["defence"] == "undefended"}
     for attack, seed in product(options.attacks, range(SEEDS)):
         known = rows.identity(setting, attack, seed)

@@ -8,6 +8,10 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.utils.data import TensorDataset
+
+from examples.evidence.data import packed_cifar10, per_class
+from examples.evidence.protocols import Setting
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -25,3 +29,18 @@ def begin(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     torch.set_num_threads(options.threads)
     options.cache.mkdir(exist_ok=True)
+
+
+def setting_parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments of a command that works in one setting of the small network."""
+    found = parser(description)
+    found.add_argument("--images", type=int, default=20_000, help="training images, the same number of each class")
+    found.add_argument("--epochs", type=int, default=12)
+    return found
+
+
+def begin_setting(options: argparse.Namespace) -> tuple[TensorDataset, TensorDataset, Setting]:
+    """Clean training images, clean test images, and the setting."""
+    begin(options)
+    clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
+    return clean, packed_cifar10(options.data, "test"), Setting(images=len(clean), epochs=options.epochs)

@@ -9,6 +9,7 @@ to ``figures/fct.png``. Scores are kept in the cache; a run that was interrupted
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -19,10 +20,8 @@ from examples.evidence import command, networks, rows
 from examples.evidence.cache import kept
 from examples.evidence.cases import Case, opened
 from examples.evidence.cells import STANDARD
-from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.looking import look
 from examples.evidence.plot import histogram
-from examples.evidence.protocols import Setting
 from examples.evidence.scores import auroc
 from examples.evidence.table import consistency_table
 from examples.evidence.training import labels_of
@@ -57,17 +56,15 @@ def cells(steps: int) -> list[tuple[str, str, str, int]]:
 
 
 def main() -> None:
-    parser = command.parser(__doc__)
-    parser.add_argument("--images", type=int, default=20_000)
+    parser = command.setting_parser(__doc__)
     parser.add_argument("--steps", type=int, default=200, help="of the labels, and as many of centre repulsion")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, default=RESULTS.parent / "figures" / "fct.png")
     options = parser.parse_args()
-    command.begin(options)
-    clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
+    clean, _, setting = command.begin_setting(options)
     found = {}
     for attack, network, start, repulsion in cells(options.steps):
-        case = opened(attack, clean, Setting(network, len(clean)), 0, options.cache)
+        case = opened(attack, clean, replace(setting, model=network), 0, options.cache)
         fct = fct_of(case, start, steps=options.steps, repulsion=repulsion)
         found[attack, network, start, repulsion] = fct, case.poisoned
         name = f"{start}, {options.steps} steps" + f", {repulsion} of centre repulsion" * (repulsion > 0)

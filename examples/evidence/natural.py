@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from examples.evidence import command
 from examples.evidence.cache import undefended
-from examples.evidence.data import packed_cifar10, per_class
-from examples.evidence.protocols import Setting
+from examples.evidence.data import per_class
 from examples.evidence.training import accuracy, train_network
 from lightning_backdoor import NONECallback, metrics
 
@@ -18,16 +17,11 @@ IMAGES = 1000  # of the test set; half of them make triggers, the other half sco
 
 
 def main() -> None:
-    parser = command.parser(__doc__)
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser = command.setting_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--reset-fraction", type=float, default=0.05)
     options = parser.parse_args()
-    command.begin(options)
-    train = per_class(packed_cifar10(options.data, "train"), options.images // 10)
-    test = packed_cifar10(options.data, "test")
-    setting = Setting(images=len(train), epochs=options.epochs)
+    train, test, setting = command.begin_setting(options)
     shared = undefended(train, setting, "clean", 0, options.cache)
     few = per_class(test, IMAGES // 10)
     defence = NONECallback(samples="keep", rounds=options.rounds, reset_fraction=options.reset_fraction)
