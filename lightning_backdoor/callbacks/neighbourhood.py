@@ -1,9 +1,12 @@
-"""D-ST's second look: what the features that were learned say about trusted and uncertain images."""
+"""What neighbours in the model's features say about labels: UltraClean's early look, D-ST's second one."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lightning_backdoor.callbacks.suspects import masks_of
 from lightning_backdoor.functional.neighbours import neighbour_agreement, reconsider_uncertain
@@ -12,9 +15,29 @@ from lightning_backdoor.trainer.flagged_batches import Flags
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["accuracy_on_trusted", "flags_of", "second_look"]
+__all__ = ["accuracy_on_trusted", "early_agreement", "flags_of", "second_look"]
 
 POOR = 0.5  # accuracy on trusted samples that is worth a warning
+REFERENCES = 2**13  # samples among which the neighbours of all are looked for
+_HALF = torch.finfo(torch.half).max
+
+
+def early_agreement(trainer: Any, pl_module: Any, data: TrainingSet) -> Tensor:
+    """Share of every sample's neighbours that have its label, half ``(N,)``, by the features as they are now.
+
+    Neighbours are looked for in a random sample of the training set. Every process must call it.
+    """
+
+    def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+        labels = data.labels(batch).clone()  # transfer hooks may change a batch in place
+        features = data.outputs(trainer, pl_module, batch)[1]
+        return {"labels": labels, "features": features.clamp(-_HALF, _HALF).half()}
+
+    found = data.scan(trainer, pl_module, step, description="UltraClean early look")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(data.reading.seed))
+    references = torch.zeros(len(data), dtype=torch.bool)
+    references[order[:REFERENCES]] = True
+    return neighbour_agreement(found["features"], found["labels"], references).half()
 
 
 def flags_of(verdict: Verdict) -> Flags:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_backdoor.callbacks.defense import require_class, require_fraction, require_one_of
 from lightning_backdoor.callbacks.filtering import FilterCallback
 from lightning_backdoor.callbacks.looks import evidence, largest_separation, sentence
+from lightning_backdoor.callbacks.neighbourhood import early_agreement
 from lightning_backdoor.callbacks.schedule import warmup_or_half
 from lightning_backdoor.functional.evidence import Decision, add_removed, decide
 from lightning_backdoor.trainer.compat import rank_zero_info
@@ -35,13 +36,16 @@ class UltraCleanCallback(FilterCallback):
     averages go back to the start of fit and the Trainer trains its full number of epochs on the kept images (the paper
     trains a fresh model, too: a network does not forget a backdoor by itself). Weak backdoors are learned late: there
     is a last look at the end, which may rewind as well, twice at most. If nothing stands out, nothing changes.
+    Half-way through the warm-up it notes how many of an image's neighbours have its label. Images that lay among other
+    classes then, and are a population of their class later, need not stand out as far as others.
 
-    Assumes nothing: no clean data, no poison rate, no target class. Costs the epochs before a rewind once more;
-    three forward passes per scan; the denoising, once; two uint8 copies of the images (in memory up to ``cache_bytes``,
-    else in a temporary file); four bytes per image and feature in a scan; the initial weights in checkpoints.
+    Assumes nothing: no clean data, no poison rate, no target class. Costs the epochs before a rewind once more; one
+    forward pass, and three per scan; the denoising, once; two uint8 copies of the images (in memory up to
+    ``cache_bytes``, else in a temporary file); four bytes per image and feature in a scan; the initial weights in
+    checkpoints.
 
     Differs from the paper: the score looks at the features class by class instead of adding up the outputs; the cut is
-    estimated behind a no-poison gate instead of given; images are denoised as the network sees them.
+    estimated behind a no-poison gate instead of given; early neighbours; images are denoised as the network sees them.
 
     Args:
         warmup_epochs: Epochs of ordinary training before the scan. ``None``: half of ``max_epochs`` (10 if that is not
@@ -126,11 +130,18 @@ class UltraCleanCallback(FilterCallback):
         self.target_class = require_class("target_class", target_class)
         self.cache_bytes = cache_bytes
         self._scanner: DenoisedScan | None = None
+        self._agreement: Tensor | None = None  # of early neighbours with the labels
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> UltraCleanCallback:
         """Use the paper's score (L1 on softmax outputs) and cut (a fraction of 0.2), which always removes images."""
         return cls(**{"score": "paper", "output": "softmax", "rule": "fraction", **overrides})
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Join the curation; before a checkpoint is loaded, keep the weights that the user started from."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.verdict is None:
+            self._agreement = None  # of an earlier fit
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the training set can be read, and note where a rewind goes back to."""
@@ -138,12 +149,34 @@ class UltraCleanCallback(FilterCallback):
         assert self._training_set is not None
         self._training_set.require_class("target_class", self.target_class)
 
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Ask the neighbours early; scan, decide and prune when it is time."""
+        if self._asks_neighbours(trainer):
+            assert self._training_set is not None
+            self._agreement = early_agreement(trainer, pl_module, self._training_set)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values only; while a rewind may come, they include what it goes back to."""
+        return {**super().state_dict(), "agreement": self._agreement}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue an interrupted run."""
+        super().load_state_dict(state_dict)
+        if state_dict:
+            self._agreement = state_dict["agreement"]
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
         return {**super().__getstate__(), "_scanner": None}
 
     def _first_scan(self, trainer: Any) -> int:
         return warmup_or_half(self.warmup_epochs, trainer.max_epochs)
+
+    def _asks_neighbours(self, trainer: Any) -> bool:
+        """Whether it is time for the early look: half-way to the first scan, and never after it."""
+        wanted = (self.score, self.rule) == ("auto", "auto") and self.verdict is None and not trainer.fast_dev_run
+        return wanted and self._agreement is None and 2 * (trainer.current_epoch + 1) >= self._first_scan(trainer)
 
     def _last_look(self) -> bool:
         return bool(self.rule == "auto")
@@ -161,6 +194,8 @@ class UltraCleanCallback(FilterCallback):
 
     def _decide(self, found: dict[str, Tensor]) -> Decision:
         old, paper, by_fraction = self.verdict, self.score == "paper", self.rule == "fraction"
+        if self._agreement is not None:
+            found = {**found, "agreement": self._agreement}
         # beside what was removed, the clean rest of a class is a mode; a mask that keeps all would copy a gigabyte
         if old is not None and not by_fraction and not bool(old.keep.all()):
             found = {name: column[old.keep] for name, column in found.items()}
@@ -172,6 +207,7 @@ class UltraCleanCallback(FilterCallback):
             fraction=self.fraction if by_fraction else None,
             by_ranking=paper and by_fraction,
             removed=None if old is None or not by_fraction else ~old.keep,
+            agreement=found.get("agreement"),
             max_removed=self.max_removed,
         )
         if old is None:

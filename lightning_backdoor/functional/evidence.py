@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.decisions import limit_removed, natural_break, select_fraction
-from lightning_backdoor.functional.modes import MIN_SEPARATION, Mode, find_modes, mode_scores
+from lightning_backdoor.functional.modes import DENIED, MIN_SEPARATION, Mode, find_modes, mode_scores
 from lightning_backdoor.functional.shared import find_shared_modes
 
 __all__ = ["Decision", "add_removed", "decide", "decide_by_break"]
@@ -49,6 +49,7 @@ def decide(
     by_ranking: bool = False,
     removed: Tensor | None = None,
     shared: bool = False,
+    agreement: Tensor | None = None,
     max_removed: float = 0.3,
 ) -> Decision:
     """Judge every sample.
@@ -65,6 +66,8 @@ def decide(
             count, so that the share is that of all decisions together.
         shared: If no label has a second mode of its own, look for one that most labels share
             (:func:`~lightning_backdoor.functional.find_shared_modes`).
+        agreement: What early neighbours say of every sample's label, float, shape ``(N,)``, for modes that are weaker
+            than others (:func:`~lightning_backdoor.functional.find_modes`).
         max_removed: Largest share of all samples that may be removed, in ``(0, 1)``.
 
     Returns:
@@ -79,11 +82,8 @@ def decide(
     if removed is not None and fraction is None:
         raise ArgumentError("`removed` counts towards `fraction`: pass it, or leave the removed samples out.")
     considered = torch.ones(len(labels), dtype=torch.bool) if considered is None else considered
-    modes = (
-        []
-        if by_ranking
-        else [mode for mode in find_modes(values, labels) if bool(considered[labels == mode.label].any())]
-    )
+    found = [] if by_ranking else find_modes(values, labels, agreement=agreement)
+    modes = [mode for mode in found if bool(considered[labels == mode.label].any())]
     together = find_shared_modes(values, labels) if shared and not modes else []
     modes += together
     scores = ranking.float().clone() if by_ranking else mode_scores(values, labels, modes, ranking)
@@ -96,6 +96,8 @@ def decide(
     else:
         keep, threshold = ~(considered & (scores > 0.5)), 0.5 if modes else math.inf
         rule = f"{'shared' if together else 'second'}_mode(separation>={MIN_SEPARATION:g})"
+        if any(mode.denied for mode in modes):
+            rule = f"{rule}, denied(early_agreement<{DENIED:g})"
     wanted = int((~keep).sum())
     limited = limit_removed(order, keep, max_removed)
     if int((~limited).sum()) < wanted:

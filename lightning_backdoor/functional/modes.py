@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_backdoor.functional.splits import BLOCK, MIN_MEMBERS, Split, split_units
 
-__all__ = ["MIN_EXCLUSIVENESS", "MIN_SEPARATION", "Mode", "find_modes", "mode_scores"]
+__all__ = ["DENIED", "MIN_EXCLUSIVENESS", "MIN_SEPARATION", "Mode", "find_modes", "mode_scores"]
 
 MIN_SEPARATION = 2.5  # one Gaussian cut at its mean has 1.32; clean CIFAR-10 classes stay below 1.8
 MIN_EXCLUSIVENESS = 20.0
+LEAST_SEPARATION = 2.0  # of a mode that early neighbours deny its label
+LEAST_EXCLUSIVENESS = 2.0
+DENIED = 0.7  # of the agreement of the label's other samples; clean CIFAR-10 classes stay above 0.95
 MIN_SHARE = 0.01  # of the label, for the same reason
 CANDIDATES = 3  # units per label from which the search for a direction starts
 ROUNDS = 3  # of split and discriminant
-ERRORS = 2.0  # standard errors by which the spread of a small group may be larger than it looks
+ERRORS = 2.0  # standard errors by which what a small group shows may be chance
 RIDGE = 0.1
 MAX_UNITS = 512  # of a direction
 MIN_OWN = 0.75  # AUROC by which the lower mode is told from all other labels; wrong labels have 0.5
@@ -39,6 +42,7 @@ class Mode:
             with an allowance for the sampling error of small modes.
         exclusiveness: Share of the label's samples above the threshold over the share of all others above it.
         members: Samples of the label above the threshold.
+        denied: Whether it counts because early neighbours deny the upper mode its label.
     """
 
     label: int
@@ -50,19 +54,14 @@ class Mode:
     separation: float
     exclusiveness: float
     members: int
+    denied: bool = False
 
     def project(self, values: Tensor) -> Tensor:
         """Position of every sample along the direction, float ``(N,)``, for values ``(N, U)``."""
         return values[:, self.units].float() @ self.weights
 
 
-def find_modes(
-    values: Tensor,
-    labels: Tensor,
-    *,
-    min_separation: float = MIN_SEPARATION,
-    min_exclusiveness: float = MIN_EXCLUSIVENESS,
-) -> list[Mode]:
+def find_modes(values: Tensor, labels: Tensor, *, agreement: Tensor | None = None) -> list[Mode]:
     """Find the labels that hold two populations, the second of which is absent from all other labels.
 
     A backdoor gives one label a second population: the samples that carry the trigger. On some unit they form a mode
@@ -75,33 +74,39 @@ def find_modes(
     from all other labels by its own features: where some labels are wrong, the class is the *upper* mode, and the lower
     one is a mixture of other classes that must not cost it its samples (not asked of a single unit).
 
+    Early in training, before a weak backdoor is learned, its samples lie among those of their true classes, while a
+    clean kind of image lies among its label. With ``agreement`` from then on, a mode whose neighbours deny it its label
+    counts even if it is less separate and less exclusive: some attacks add triggered images with their own labels.
+
     Labels with fewer than 20 samples are not looked at. With one label only nothing can be exclusive to it, and
     nothing is found.
 
     Args:
         values: Response of every unit to every sample, float and finite, shape ``(N, U)``.
         labels: Labels as given, long, shape ``(N,)``.
-        min_separation: Smallest distance of the two centres in sums of the two standard deviations.
-        min_exclusiveness: Smallest ratio of the share above the threshold inside and outside the label.
+        agreement: Share of every sample's neighbours that had its label early in training, float, shape ``(N,)``
+            (:func:`~lightning_backdoor.functional.neighbour_agreement`); ``None`` if that is not known.
 
     Returns:
-        At most one mode per label, the best separated one that passes both bounds. Empty when nothing stands out.
+        At most one mode per label, the best separated one that passes all bounds. Empty when nothing stands out.
     """
     present = torch.unique(labels).tolist()
     if len(present) < 2:
         return []
+    least = MIN_SEPARATION if agreement is None else LEAST_SEPARATION
     found = []
     for label in present:
         inside = labels == label
         if int(inside.sum()) < 2 * MIN_MEMBERS:
             continue
         directions, units = _directions(values[inside].float())
-        apart = [one for one in directions if one.separation >= min_separation]
-        for direction in sorted(apart, key=lambda one: -one.separation):
-            mode = _mode(values, inside, int(label), direction)
-            if mode.exclusiveness >= min_exclusiveness and _own(values, inside, mode, units) >= MIN_OWN:
-                found.append(mode)
-                break
+        apart = sorted((one for one in directions if one.separation >= least), key=lambda one: -one.separation)
+        modes = [_mode(values, inside, int(label), direction) for direction in apart]
+        count = [m for m in modes if m.separation >= MIN_SEPARATION and m.exclusiveness >= MIN_EXCLUSIVENESS]
+        if agreement is not None:
+            count += [replace(m, denied=True) for m in modes if _denied(values, inside, m, agreement)]
+        if first := next((m for m in count if _own(values, inside, m, units) >= MIN_OWN), None):
+            found.append(first)
     return found
 
 
@@ -173,6 +178,15 @@ def _mode(values: Tensor, inside: Tensor, label: int, direction: Direction) -> M
         exclusiveness=int(split.members) / int(inside.sum()) / share_outside,
         members=int(split.members),
     )
+
+
+def _denied(values: Tensor, inside: Tensor, mode: Mode, agreement: Tensor) -> bool:
+    """Whether the neighbours of the upper mode agree with the label less than those of the lower one, beyond chance."""
+    if mode.exclusiveness < LEAST_EXCLUSIVENESS:
+        return False
+    upper, agree = mode.project(values[inside]) > mode.threshold, agreement[inside].float()
+    chance = ERRORS * float(agree[upper].std()) / math.sqrt(mode.members)
+    return float(agree[upper].mean()) + chance < DENIED * float(agree[~upper].mean())
 
 
 def _own(values: Tensor, inside: Tensor, mode: Mode, units: Tensor) -> float:

@@ -14,6 +14,7 @@ __all__ = ["neighbour_agreement", "reconsider_uncertain"]
 
 MAJORITY = 0.5
 RARE = 0.01  # of the trusted samples of a label
+BLOCK = 2**16  # samples whose neighbours are looked for at once
 
 
 def neighbour_agreement(features: Tensor, labels: Tensor, trusted: Tensor, k: int = 20) -> Tensor:
@@ -50,24 +51,30 @@ def neighbour_agreement(features: Tensor, labels: Tensor, trusted: Tensor, k: in
     if k < 1 or len(own) < 2:
         raise ArgumentError(f"`k` must be at least 1 and two samples be trusted, got {k} and {len(own)}.")
     k = min(k, len(own) - 1)
-    directions = F.normalize(features.detach().float().cpu(), dim=1).contiguous()
-    near = own[_nearest(directions[own].contiguous(), directions, k + 1)]
-    itself = near == torch.arange(size)[:, None]
-    drop = torch.where(itself.any(dim=1), itself.int().argmax(dim=1), k)  # itself, or the furthest
-    others = near[torch.arange(k + 1) != drop[:, None]].view(size, k)
-    given = labels.cpu()
-    return (given[others] == given[:, None]).float().mean(dim=1)
+    index, given = _index(_directions(features[own])), labels.cpu()
+    shares = []
+    for rows in torch.split(torch.arange(size), BLOCK):
+        near = own[torch.from_numpy(index.search(_directions(features[rows]).numpy(), k + 1)[1])]
+        itself = near == rows[:, None]
+        drop = torch.where(itself.any(dim=1), itself.int().argmax(dim=1), k)  # itself, or the furthest
+        others = near[torch.arange(k + 1) != drop[:, None]].view(len(rows), k)
+        shares.append((given[others] == given[rows, None]).float().mean(dim=1))
+    return torch.cat(shares)
 
 
-def _nearest(references: Tensor, queries: Tensor, k: int) -> Tensor:
-    """Rows of the ``k`` references with the largest inner product, long ``(N, k)``."""
+def _directions(features: Tensor) -> Tensor:
+    return F.normalize(features.detach().float().cpu(), dim=1).contiguous()
+
+
+def _index(references: Tensor) -> Any:
+    """An exact index of the references by inner product."""
     import faiss  # noqa: PLC0415
 
     index: Any = faiss.IndexFlatIP(references.shape[1])
     if getattr(faiss, "get_num_gpus", lambda: 0)():
         index = faiss.index_cpu_to_all_gpus(index)
     index.add(references.numpy())
-    return torch.from_numpy(index.search(queries.numpy(), k)[1])
+    return index
 
 
 def reconsider_uncertain(

@@ -198,6 +198,52 @@ def test_two_instances_share_a_folder_by_their_names(tmp_path: Path) -> None:
     assert len(set(tables.values())) == 2
 
 
+class Asking(UltraCleanCallback):
+    """Notes after which epochs neighbours are asked, and with what it decides."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        before = self._agreement
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._agreement is not before:
+            self.asked.append(trainer.current_epoch + 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({}, [2]),
+        ({"warmup_epochs": 1}, [1]),
+        ({"warmup_epochs": 5}, [3]),
+        ({"rescore_every": 1}, [2]),
+        ({"rule": "fraction"}, []),
+        ({"score": "paper"}, []),
+    ],
+    ids=str,
+)
+def test_asks_the_neighbours_once_half_way_to_the_first_scan(settings: dict[str, Any], asked: list[int]) -> None:
+    callback = Asking(**settings)
+    callback.asked = []
+    fit([callback], epochs=8)
+    assert callback.asked == asked
+    if asked:
+        (shares, kind) = callback.state_dict()["agreement"], torch.half
+        assert (shares.shape, shares.dtype) == ((64,), kind)
+        assert bool(((shares >= 0) & (shares <= 1)).all())
+
+
+def test_removes_what_the_early_neighbours_deny() -> None:
+    """A second population that is too common for the gate, and looked like other classes at first."""
+    generator = torch.Generator().manual_seed(0)
+    labels, marked = torch.arange(400) % 4, torch.rand(400, generator=generator) < 0.2
+    values = torch.randn(400, 6, generator=generator) + 3 * nn.functional.one_hot(labels, 6)
+    values[:, 5] += 9 * (marked & ((labels == 0) | (torch.rand(400, generator=generator) < 0.3)))
+    callback = UltraCleanCallback()
+    found = {"labels": labels, "responses": values, "movement": values[:, 5], "susceptibility": values[:, 5]}
+    assert bool(callback._decide(found).keep.all())
+    callback._agreement = torch.where(marked & (labels == 0), 0.2, 0.7).half()
+    assert torch.equal(~callback._decide(found).keep, marked & (labels == 0))
+
+
 def test_fast_dev_run_does_not_scan() -> None:
     callback = UltraCleanCallback()
     fit([callback], fast_dev_run=2)

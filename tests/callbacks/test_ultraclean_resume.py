@@ -258,6 +258,25 @@ def test_state_is_tensors_and_plain_values(tmp_path: Path) -> None:
     assert last["rewind"]["start"] is None, "nothing to go back to: the checkpoint is small again"
 
 
+def test_the_early_look_survives_an_interruption_and_not_a_second_fit(tmp_path: Path) -> None:
+    whole, saver = UltraCleanCallback(warmup_epochs=3), SaveAll(tmp_path)
+    run([whole, saver], epochs=4)
+    expected = whole.state_dict()["agreement"]
+    states = [torch.load(path, weights_only=True)["callbacks"][whole.state_key]["agreement"] for path in saver.paths]
+    known = [state is not None for state in states]
+    assert known == sorted(known), "before the look, after it"
+    assert not known[0]
+    for path in saver.paths:
+        resumed = UltraCleanCallback(warmup_epochs=3)
+        run([resumed], path, epochs=4)
+        assert torch.equal(resumed.state_dict()["agreement"], expected), path.name
+    stopped = UltraCleanCallback(warmup_epochs=6)
+    run([stopped], epochs=4)
+    stopped.verdict = None
+    stopped.setup(make_trainer([]), Net(), "fit")
+    assert stopped.state_dict()["agreement"] is None
+
+
 def test_the_verdict_survives_a_second_fit() -> None:
     callback = always()
     run([callback])

@@ -31,6 +31,15 @@ def follows_its_threshold(decision: Decision, considered: Tensor) -> bool:
     )
 
 
+def test_says_if_early_neighbours_made_it_count() -> None:
+    values, ranking, labels, poisoned = data()
+    values[(labels != 1) & (ranking > 1.6), :2] += 9  # covers
+    assert bool(decide(values, ranking, labels).keep.all())
+    decision = decide(values, ranking, labels, agreement=torch.where(poisoned, 0.2, 0.6))
+    assert torch.equal(~decision.keep, poisoned)
+    assert decision.rule == "second_mode(separation>=2.5), denied(early_agreement<0.7)"
+
+
 def test_finds_what_was_planted() -> None:
     values, ranking, labels, poisoned = data()
     decision = decide(values, ranking, labels)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.functional import find_modes, mode_scores, split_units
+from lightning_backdoor.functional import find_modes, mode_scores, neighbour_agreement, split_units
 from lightning_backdoor.functional.modes import RIDGE, _directions, _discriminant
 
 
@@ -193,7 +193,10 @@ def test_finds_nothing_in_clean_data(
 ) -> None:
     for seed in range(3):
         centres, labels, generator = classes(n, k, units, seed)
-        assert find_modes(draw(centres, generator), labels) == []
+        values = draw(centres, generator)
+        assert find_modes(values, labels) == []
+        early = neighbour_agreement(values + gaussian(values, generator), labels, torch.ones(n, dtype=torch.bool))
+        assert find_modes(values, labels, agreement=early) == []
 
 
 def with_wrong_labels(share: float) -> tuple[Tensor, Tensor]:
@@ -206,7 +209,49 @@ def with_wrong_labels(share: float) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.3])
 def test_wrong_labels_are_no_backdoor(share: float) -> None:
     """The true class would be the exclusive upper mode; removing it would ruin the data."""
-    assert find_modes(*with_wrong_labels(share)) == []
+    values, labels = with_wrong_labels(share)
+    assert find_modes(values, labels) == []
+    agreement = neighbour_agreement(values, labels, torch.ones(len(labels), dtype=torch.bool))
+    assert find_modes(values, labels, agreement=agreement) == []
+
+
+def with_covers(share: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Poisons with label 0, a trigger that covers in all other labels carry too, and agreement that does not see it."""
+    values, labels, poisoned = planted(3000, 10, 24, share, seed, of_class=False)
+    generator = torch.Generator().manual_seed(seed)
+    covers = (labels != 0) & (torch.rand(3000, generator=generator) < 2.5 * share)
+    values[covers, :3] += 9
+    return values, labels, poisoned, 0.6 + 0.1 * torch.randn(3000, generator=generator)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mode_that_covers_hide_counts_if_early_neighbours_deny_it(share: float, seed: int) -> None:
+    values, labels, poisoned, agreement = with_covers(share, seed)
+    assert find_modes(values, labels) == []
+    assert find_modes(values, labels, agreement=agreement) == [], "its neighbours agree as much as others"
+    assert find_modes(values, labels, agreement=agreement + 0.2 * poisoned) == []
+    (mode,) = find_modes(values, labels, agreement=torch.where(poisoned, agreement / 2, agreement).half())
+    found = (labels == 0) & (mode.project(values) > mode.threshold)
+    assert mode.label == 0
+    assert mode.denied
+    assert int((found & poisoned).sum()) >= 0.95 * int(poisoned.sum())
+    assert int((found & ~poisoned).sum()) <= 2
+
+
+def test_a_few_neighbours_that_deny_by_chance_are_not_enough() -> None:
+    values, labels, poisoned, agreement = with_covers(0.01, 0)
+    rarely = torch.zeros(3000)
+    rarely[poisoned.nonzero().squeeze(1)[:1]] = 0.35 * int(poisoned.sum())  # all but one of them say nothing
+    assert float(rarely[poisoned].mean()) < 0.6 * float(agreement[labels == 0].mean())
+    assert find_modes(values, labels, agreement=torch.where(poisoned, rarely, agreement)) == []
+
+
+def test_what_early_neighbours_say_takes_nothing_away() -> None:
+    values, labels, poisoned = planted(3000, 10, 48, 0.05, 0, of_class=False)
+    plain = find_modes(values, labels)
+    (mode,) = find_modes(values, labels, agreement=torch.where(poisoned, 0.1, 0.6))
+    assert (mode.denied, mode.separation, mode.members) == (False, plain[0].separation, plain[0].members)
 
 
 def test_wrong_labels_would_be_found_without_looking_at_the_lower_mode(monkeypatch: pytest.MonkeyPatch) -> None:

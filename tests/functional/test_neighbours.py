@@ -42,6 +42,16 @@ def test_lengths_do_not_matter_and_equal_images_are_neighbours_of_each_other() -
     assert torch.equal(same, torch.ones(30))
 
 
+@pytest.mark.parametrize("block", [1, 7, 60, 1000])
+def test_blocks_do_not_show(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels, features = torch.randint(0, 4, (60,), generator=generator), torch.randn(60, 6, generator=generator)
+    trusted = torch.rand(60, generator=generator) < 0.5
+    whole = neighbour_agreement(features, labels, trusted, 5)
+    monkeypatch.setattr("lightning_backdoor.functional.neighbours.BLOCK", block)
+    assert torch.equal(neighbour_agreement(features, labels, trusted, 5), whole)
+
+
 def test_wrong_arguments() -> None:
     features, labels = torch.zeros(3, 2), torch.zeros(3, dtype=torch.long)
     some = torch.tensor([True, True, False])
