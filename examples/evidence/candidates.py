@@ -11,10 +11,6 @@ from examples.evidence.scores import Scores
 from lightning_backdoor import functional, metrics
 
 SHARE = 0.05  # that a cut without a gate removes
-LEAST_SEPARATION, LEAST_EXCLUSIVENESS = 2.0, 2.0  # of modes that early neighbours must deny: less than a gate asks for
-DENIED = 0.7  # of the agreement that early neighbours have with the label's other samples
-
-MAX_REMOVED = 0.3  # as the callbacks have it
 
 Judged = tuple[Tensor, Tensor]
 """Scores, float (N,), larger is more suspicious; kept samples, bool (N,)."""
@@ -69,37 +65,17 @@ def gated(score: Score) -> Candidate:
     return judge
 
 
-def modes(*names: str, ranking: str, shared: bool = False) -> Candidate:
-    """Remove the second modes of responses that are put side by side, if they pass the gate."""
+def modes(*names: str, ranking: str, shared: bool = False, early: bool = False) -> Candidate:
+    """Remove the second modes of responses that are put side by side, if they pass the gate.
 
-    def judge(found: Scores) -> Judged:
-        values = torch.cat([found[name] for name in names], dim=1)
-        decision = functional.decide(values, found[ranking], found["labels"], shared=shared)
-        return decision.scores, decision.keep
-
-    return judge
-
-
-def denied(*names: str, ranking: str) -> Candidate:
-    """Remove second modes that need not be exclusive, but that the neighbours in the early features deny their label.
-
-    A backdoor that is learned late leaves its samples among those of their true classes at first. A clean kind of image
-    has more neighbours of its own label there than the rest of the label, not fewer.
+    With ``early``, weaker ones too, where neighbours in the early features deny them their label.
     """
 
     def judge(found: Scores) -> Judged:
-        labels, agreement = found["labels"], 1 - found["early disagreement"]
         values = torch.cat([found[name] for name in names], dim=1)
-        wrong = []
-        for mode in functional.find_modes(
-            values, labels, min_separation=LEAST_SEPARATION, min_exclusiveness=LEAST_EXCLUSIVENESS
-        ):
-            inside = labels == mode.label
-            upper = inside & (mode.project(values) > mode.threshold)
-            if float(agreement[upper].mean()) < DENIED * float(agreement[inside & ~upper].mean()):
-                wrong.append(mode)
-        scores = functional.mode_scores(values, labels, wrong, found[ranking])
-        return scores, functional.limit_removed(scores, scores <= 0.5, MAX_REMOVED)
+        agreement = 1 - found["early disagreement"] if early else None
+        decision = functional.decide(values, found[ranking], found["labels"], shared=shared, agreement=agreement)
+        return decision.scores, decision.keep
 
     return judge
 
@@ -127,7 +103,8 @@ COMBINED: dict[str, Candidate] = {
         average(*PARTS, "early movement", "movement", "bias", within_labels=True)
     ),
     "three averaged within labels, gated": gated(average(*PARTS, within_labels=True)),
-    "modes of units that early neighbours deny": denied("units", ranking="bias"),
+    "modes of denoised features, early neighbours": modes("denoised", ranking="movement", early=True),
+    "modes of units, early neighbours": modes("units", ranking="bias", shared=True, early=True),
     "modes of features and units": modes("denoised", "units", ranking="bias", shared=True),
     "modes of all responses": modes("denoised", "units", "detector units", ranking="bias", shared=True),
 }
@@ -139,10 +116,10 @@ UNIONS = {
         "early or late denoised features, or units": ("denoised features", "denoised features, early", "units"),
         "units or detector's units": ("units", "the detector's units"),
         "denoised features, units or detector's units": ("denoised features", "units", "the detector's units"),
-        "units, also those that early neighbours deny": ("units", "units that early neighbours deny"),
+        "UltraClean and NONE, as they ship": ("denoised features, early neighbours", "units"),
         "all of these": (
-            "denoised features", "denoised features, early", "units", "the detector's units",
-            "units that early neighbours deny",
+            "denoised features, early neighbours", "denoised features, early", "units, early neighbours",
+            "the detector's units",
         ),
     }.items()
 }  # fmt: skip

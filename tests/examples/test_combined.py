@@ -94,12 +94,15 @@ def test_every_candidate_judges_and_unions_hold_their_parts() -> None:
     assert (half["tpr"], half["fpr"], half["removed"], half["covers_removed"]) == (1.0, 0.0, POISONS, POISONS // 4)
 
 
-def test_modes_are_denied_by_early_neighbours_alone() -> None:
+def test_early_neighbours_add_modes_that_covers_hide() -> None:
     found, poisoned = planted()
-    _, keep = candidates.judged(found)["modes of units that early neighbours deny"]
-    assert torch.equal(~keep, poisoned)
+    found["units"][N // 2 : N // 2 + 10, 0] += 12.0  # covers: the mode is four times as common in the first class
+    names = "modes of units", "modes of units, early neighbours"
+    plain, early = (candidates.judged(found)[name][1] for name in names)
+    assert bool(plain.all())
+    assert torch.equal(~early, poisoned)
     found["early disagreement"] = torch.full((N,), 0.3)
-    _, keep = candidates.judged(found)["modes of units that early neighbours deny"]
+    _, keep = candidates.judged(found)[names[1]]
     assert bool(keep.all()), "a clean kind of image looks like its class from the start"
 
 
