@@ -214,17 +214,18 @@ undefended network (`python -m examples.evidence.consistency`). D-BR as publishe
 trusts the 20 % that move least: their share of poisons beside that of all images.
 
 ![FCT of clean and poisoned images](figures/fct.png)"""
-COMBINED = """Every training image of an undefended network is measured once, and candidates for a verdict judge by that (`python -m
-examples.evidence.combined`): single scores and averages of their ranks, with a cut at 5 % or with a gate; second
-modes in the responses of features (UltraClean looks for them) and of units (NONE, D-BR), without and with what early
-neighbours say of them (UltraClean asks them); unions of these. The kinds of attack are dealt out to two halves in
-turns, in the order of the benchmark, whatever their rate and seed; those that took count, from 1 to 10 % of the data,
-and each kind has one vote. A candidate is chosen on one half, for its TPR, and reported on the other. To be chosen it
-must remove nothing from clean data (which are not held out), and at most 0.1 % of the clean images on average; among
-equals the first one of the table is chosen. The bounds of what early neighbours say were set on WaNet, of half A, and
-clean data: of what they add, half A is no test, but for TaCT; all other bounds are older than these measurements.
-Kinds of one family (flower and flower-added) may stand in both halves. Covers, triggered images with their own label,
-are told apart here: to remove one is neither a hit nor a false alarm (in the tables above it is a false alarm)."""
+COMBINED = """Every training image of an undefended network is measured once, and candidates for a verdict judge by
+that (`python -m examples.evidence.combined`): single scores and averages of their ranks, with a cut at 5 % or with a
+gate; second modes in the responses of features (UltraClean looks for them) and of units (NONE, D-BR), without and
+with what early neighbours say of them (UltraClean asks them); unions of these. The kinds of attack are dealt out to
+two halves in turns, in the order of the benchmark, whatever their rate and seed; those that took count, from 1 to 10
+% of the data, and each kind has one vote. A candidate is chosen on one half, for its TPR, and reported on the other.
+To be chosen it must remove nothing from clean data (which are not held out), and at most 0.1 % of the clean images on
+average; among equals the first one of the table is chosen. The bounds of what early neighbours say were set on WaNet,
+of half A, and clean data: of what they add, half A is no test, but for TaCT; all other bounds are older than these
+measurements. Kinds of one family (flower and flower-added) may stand in both halves. Covers, triggered images with
+their own label, are told apart here: to remove one is neither a hit nor a false alarm (in the tables above it is a
+false alarm)."""
 FRACTION = """The images that move most under denoising leave the training set of a fresh network, by one denoiser or
 both (`python -m examples.evidence.fractions`). The score is the paper's, on logits, after 3 of 12 epochs."""
 STRIPPED = """STRIP's scores of the images of the target class, from the undefended network, 20 images blended in
