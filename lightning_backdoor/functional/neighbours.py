@@ -14,7 +14,7 @@ __all__ = ["neighbour_agreement", "reconsider_uncertain"]
 
 MAJORITY = 0.5
 RARE = 0.01  # of the trusted samples of a label
-BLOCK = 2**16  # samples whose neighbours are looked for at once
+BLOCK = 2**13  # samples whose neighbours are looked for at once
 
 
 def neighbour_agreement(features: Tensor, labels: Tensor, trusted: Tensor, k: int = 20) -> Tensor:

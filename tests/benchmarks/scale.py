@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor import Verdict
-from lightning_backdoor.functional import HyperplaneStatistics
+from lightning_backdoor.callbacks.neighbourhood import REFERENCES
+from lightning_backdoor.functional import HyperplaneStatistics, neighbour_agreement
 from lightning_backdoor.functional.evidence import decide
 from lightning_backdoor.report import Evidence, write_report
 from lightning_backdoor.trainer.draws import Kept
@@ -98,14 +99,23 @@ def steps(n: int, folder: Path) -> dict[str, Callable[[], Any]]:
             found.update(values, torch.rand(1000, CLASSES, generator=generator).softmax(dim=1))
         found.scores()
 
-    def decision() -> None:
+    def responses() -> Tensor:
         values, centres = torch.empty(n, UNITS, dtype=torch.half), 3 * torch.randn(CLASSES, UNITS, generator=generator)
         for start in range(0, n, 100 * CLASSES):
             part = values[start : start + 100 * CLASSES]
             part.copy_(torch.randn(part.shape, generator=generator) + centres.repeat(100, 1)[: len(part)])
+        return values
+
+    def decision() -> None:
+        values = responses()
         values[:: 10 * CLASSES, 0] += 60  # a tenth of label 0
         found = decide(values, verdict.scores, verdict.labels, shared=True)
         assert [mode.label for mode in found.modes] == [0]
+
+    def neighbours() -> None:
+        assert verdict.labels is not None
+        references = torch.rand(n, generator=generator) < REFERENCES / n
+        assert float(neighbour_agreement(responses(), verdict.labels, references).mean()) > 0.99
 
     def report() -> None:
         def images(positions: Any) -> Tensor:
@@ -120,6 +130,7 @@ def steps(n: int, folder: Path) -> dict[str, Callable[[], Any]]:
         "verdict, saved and loaded": lambda: (verdict.save(folder / "v.pt"), Verdict.load(folder / "v.pt")),
         "NONE's statistics": statistics,
         "decision": decision,
+        "early neighbours": neighbours,
         "report": report,
     }
 

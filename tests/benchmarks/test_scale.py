@@ -19,6 +19,7 @@ BYTES = {
     "verdict, saved and loaded": 2 * 13,
     "NONE's statistics": 0,
     "decision": 2 * 64 + 8 * 16,  # two for each unit; sorts and masks
+    "early neighbours": 2 * 64 + 8 * 4,  # two for each feature; labels' agreement and positions
     "report": 220,
 }
 """Most bytes of memory for each image, beyond what was there."""
