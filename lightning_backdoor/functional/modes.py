@@ -15,7 +15,8 @@ __all__ = ["DENIED", "MIN_EXCLUSIVENESS", "MIN_SEPARATION", "Mode", "find_modes"
 MIN_SEPARATION = 2.5  # one Gaussian cut at its mean has 1.32; clean CIFAR-10 classes stay below 1.8
 MIN_EXCLUSIVENESS = 20.0
 LEAST_SEPARATION = 2.0  # of a mode that early neighbours deny its label
-LEAST_EXCLUSIVENESS = 2.0
+LEAST_EXCLUSIVENESS = 2.0  # of a mode that is no other label's, or that early neighbours deny its label
+MAX_ELSEWHERE = 1.6  # separation of other labels along the direction of a mode that is no other label's
 DENIED = 0.7  # of the agreement of the label's other samples; clean CIFAR-10 classes stay above 0.95
 MIN_SHARE = 0.01  # of the label, for the same reason
 CANDIDATES = 3  # units per label from which the search for a direction starts
@@ -70,9 +71,10 @@ def find_modes(values: Tensor, labels: Tensor, *, agreement: Tensor | None = Non
     units of a label, and sharpens each split in turns of Fisher's linear discriminant and an exact two-group split of
     the projections. Every sample is projected with a discriminant that was fitted without it, so that many units and
     few samples do not feign a separation. A direction counts when its two modes are far apart and the upper one is
-    exclusive to the label; ordinary variety inside a class is neither. The lower mode must be the class itself, told
-    from all other labels by its own features: where some labels are wrong, the class is the *upper* mode, and the lower
-    one is a mixture of other classes that must not cost it its samples (not asked of a single unit).
+    absent from all others: hardly any of their samples lie beside it, or none of them is split by the direction;
+    ordinary variety inside a class is neither. The lower mode must be the class itself, told from all other labels by
+    its own features: where some labels are wrong, the class is the *upper* mode, and the lower one is a mixture of
+    other classes that must not cost it its samples (not asked of a single unit).
 
     Early in training, before a weak backdoor is learned, its samples lie among those of their true classes, while a
     clean kind of image lies among its label. With ``agreement`` from then on, a mode whose neighbours deny it its label
@@ -102,7 +104,7 @@ def find_modes(values: Tensor, labels: Tensor, *, agreement: Tensor | None = Non
         directions, units = _directions(values[inside].float())
         apart = sorted((one for one in directions if one.separation >= least), key=lambda one: -one.separation)
         modes = [_mode(values, inside, int(label), direction) for direction in apart]
-        count = [m for m in modes if m.separation >= MIN_SEPARATION and m.exclusiveness >= MIN_EXCLUSIVENESS]
+        count = [m for m in modes if m.separation >= MIN_SEPARATION and _exclusive(values, labels, m)]
         if agreement is not None:
             count += [replace(m, denied=True) for m in modes if _denied(values, inside, m, agreement)]
         if first := next((m for m in count if _own(values, inside, m, units) >= MIN_OWN), None):
@@ -141,8 +143,7 @@ def _directions(members: Tensor) -> tuple[list[Direction], Tensor]:
     Returns:
         The directions, and the units ``(M,)`` on which discriminants are fitted.
     """
-    smallest = max(MIN_MEMBERS, math.ceil(MIN_SHARE * len(members)))
-    single = split_units(members, smallest)
+    single = split_label(members)
     ranked = single.separation.argsort(descending=True, stable=True)
     units = ranked[:MAX_UNITS]
     directions = []
@@ -150,7 +151,7 @@ def _directions(members: Tensor) -> tuple[list[Direction], Tensor]:
         positions, best = members[:, unit], 0.0
         weights, chosen = torch.ones(1), unit[None]
         for _ in range(ROUNDS + 1):
-            split = split_units(positions[:, None], smallest)
+            split = split_label(positions[:, None])
             if float(split.separation) <= best:
                 break
             best = float(split.separation)
@@ -187,6 +188,25 @@ def _denied(values: Tensor, inside: Tensor, mode: Mode, agreement: Tensor) -> bo
     upper, agree = mode.project(values[inside]) > mode.threshold, agreement[inside].float()
     chance = ERRORS * float(agree[upper].std()) / math.sqrt(mode.members)
     return float(agree[upper].mean()) + chance < DENIED * float(agree[~upper].mean())
+
+
+def _exclusive(values: Tensor, labels: Tensor, mode: Mode) -> bool:
+    """Whether no other label has a second population along the direction of a mode.
+
+    Others can lie above the threshold as a whole, since what tells poisons from the rest of their label points at their
+    true classes, too. A population that labels share splits the others as well.
+    """
+    if not LEAST_EXCLUSIVENESS <= mode.exclusiveness < MIN_EXCLUSIVENESS:
+        return mode.exclusiveness >= MIN_EXCLUSIVENESS
+    positions, counts = mode.project(values)[:, None], torch.bincount(labels)
+    others = [k for k in range(len(counts)) if k != mode.label and int(counts[k]) >= 2 * MIN_MEMBERS]
+    found = (Direction(mode.units, mode.weights, split_label(positions[labels == k]), int(counts[k])) for k in others)
+    return values.shape[1] > 1 and len(others) > 1 and all(one.separation < MAX_ELSEWHERE for one in found)
+
+
+def split_label(members: Tensor) -> Split:
+    """Two groups in every column of a label's values, neither of them a handful of outliers."""
+    return split_units(members, max(MIN_MEMBERS, math.ceil(MIN_SHARE * len(members))))
 
 
 def _own(values: Tensor, inside: Tensor, mode: Mode, units: Tensor) -> float:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from lightning_backdoor.functional.modes import MIN_SEPARATION, MIN_SHARE, Direction, Mode, directions_of
-from lightning_backdoor.functional.splits import MIN_MEMBERS, split_units
+from lightning_backdoor.functional.modes import MIN_SEPARATION, Direction, Mode, directions_of, split_label
+from lightning_backdoor.functional.splits import MIN_MEMBERS
 
 __all__ = ["find_shared_modes"]
 
@@ -56,8 +54,7 @@ def _split_all(
     found, units, weights = [], direction.units, direction.weights
     for label in present:
         position = values[labels == label][:, units].float() @ weights
-        smallest = max(MIN_MEMBERS, math.ceil(MIN_SHARE * len(position)))
-        split = split_units(position[:, None], smallest)
+        split = split_label(position[:, None])
         members = int(split.members)
         if float(split.separation) >= min_separation and members < len(position) / 2:
             threshold, low, high = float(split.threshold), float(split.low), float(split.high)

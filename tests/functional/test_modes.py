@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import find_modes, mode_scores, neighbour_agreement, split_units
@@ -237,6 +237,30 @@ def test_a_mode_that_covers_hide_counts_if_early_neighbours_deny_it(share: float
     assert mode.denied
     assert int((found & poisoned).sum()) >= 0.95 * int(poisoned.sum())
     assert int((found & ~poisoned).sum()) <= 2
+
+
+def leaning(seed: int, *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Poisons of class 0 that keep something of their true classes; with ``shared`` others carry the trigger, too."""
+    generator = torch.Generator().manual_seed(seed)
+    labels, true = torch.randint(0, 6, (3000,), generator=generator), torch.randint(1, 6, (3000,), generator=generator)
+    values = 6 * nn.functional.one_hot(labels, 24) + torch.randn(3000, 24, generator=generator)
+    poisoned = torch.zeros(3000, dtype=torch.bool)
+    poisoned[(labels == 0).nonzero().squeeze(1)[:200]] = True
+    values[poisoned] += 4 * nn.functional.one_hot(true, 24)[poisoned]
+    covers = (labels != 0) & (torch.rand(3000, generator=generator) < 0.3)
+    values[poisoned | (covers & shared), 10:13] += 3.5
+    return values, labels, poisoned
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_others_may_lie_beside_a_mode_if_they_are_not_split(seed: int) -> None:
+    values, labels, poisoned = leaning(seed, shared=False)
+    (mode,) = find_modes(values, labels)
+    assert mode.label == 0
+    assert mode.exclusiveness < 20, "true classes lie above the threshold"
+    assert int((((labels == 0) & (mode.project(values) > mode.threshold)) != poisoned).sum()) <= 1
+    values, labels, _ = leaning(seed, shared=True)
+    assert find_modes(values, labels) == []
 
 
 def test_a_few_neighbours_that_deny_by_chance_are_not_enough() -> None:
