@@ -242,10 +242,11 @@ def test_a_mode_that_covers_hide_counts_if_early_neighbours_deny_it(share: float
 def leaning(seed: int, *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Poisons of class 0 that keep something of their true classes; with ``shared`` others carry the trigger, too."""
     generator = torch.Generator().manual_seed(seed)
-    labels, true = torch.randint(0, 6, (3000,), generator=generator), torch.randint(1, 6, (3000,), generator=generator)
+    labels = torch.randint(0, 6, (3000,), generator=generator)
     values = 6 * nn.functional.one_hot(labels, 24) + torch.randn(3000, 24, generator=generator)
     poisoned = torch.zeros(3000, dtype=torch.bool)
     poisoned[(labels == 0).nonzero().squeeze(1)[:200]] = True
+    true = torch.randint(1, 6, (3000,), generator=generator)
     values[poisoned] += 4 * nn.functional.one_hot(true, 24)[poisoned]
     covers = (labels != 0) & (torch.rand(3000, generator=generator) < 0.3)
     values[poisoned | (covers & shared), 10:13] += 3.5
