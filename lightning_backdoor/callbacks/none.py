@@ -59,7 +59,7 @@ class NONECallback(Defense):
         warmup_epochs: Epochs of ordinary training before the first look. ``None``: one look, when training is about to
             end. With a number there is a second look at the end if the first one found nothing.
         rounds: Most looks in a row, each followed by its fine-tuning, as long as they find something, or the model
-            still gives over 20 % of the removed samples their label.
+            still gives over 20 % of the removed samples their label. ``None``: 2; 1 where units are reset by quota.
         finetune_epochs: Epochs of fine-tuning after a reset, with frozen batch-norm statistics. ``None``: a tenth of
             ``max_epochs``; more, up to ``max_epochs``, where this is less than 100 steps.
         lr: Learning rate at the start of fine-tuning, from where it falls to zero. ``None``: 5 % of the largest so far.
@@ -96,8 +96,8 @@ class NONECallback(Defense):
         TrainerError: At the start of fit, if the module optimizes by hand, or the strategy shards the model.
 
     Example:
-        >>> NONECallback(rounds=2, reset="prune")
-        NONECallback(rounds=2, reset='prune')
+        >>> NONECallback(rounds=4, reset="prune")
+        NONECallback(rounds=4, reset='prune')
     """
 
     method: ClassVar[str] = "NONE"
@@ -106,7 +106,7 @@ class NONECallback(Defense):
         self,
         *,
         warmup_epochs: int | None = None,
-        rounds: int = 1,
+        rounds: int | None = None,
         finetune_epochs: int | None = None,
         lr: float | None = None,
         reset_fraction: float = 0.05,
@@ -131,7 +131,7 @@ class NONECallback(Defense):
         reading = Reading(forward_fn, batch_fn, None, eval_transform, mean, std, batch_size, num_workers, seed)
         super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
         self.warmup_epochs = require_positive("warmup_epochs", warmup_epochs)
-        self.rounds = require_positive("rounds", rounds) or 1
+        self.rounds = require_positive("rounds", rounds)
         self.finetune_epochs = require_positive("finetune_epochs", finetune_epochs)
         self.lr = require_rate("lr", lr)
         self.reset_fraction = require_fraction("reset_fraction", reset_fraction)
@@ -141,6 +141,7 @@ class NONECallback(Defense):
         self.rule = require_one_of("rule", rule, ("auto", "paper"))
         self.samples = require_one_of("samples", samples, ("auto", "drop", "keep"))
         self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))
+        self._by_quota = rule == "paper" or samples == "keep"
         self.history: list[Round] = []
         self._last_look: int | None = None
         self._treated = 0  # rounds that reset units, since the start of the run or the last rewind
@@ -187,7 +188,7 @@ class NONECallback(Defense):
         if self._tuning.left:
             if self._tuning.at_epoch_end():
                 self._judge(trainer, pl_module)
-                if self._treated < self.rounds and not self.history[-1].undone:
+                if self._treated < (self.rounds or (1 if self._by_quota else 2)) and not self.history[-1].undone:
                     self._look(trainer, pl_module)
             return
         done, warmup = trainer.current_epoch + 1, self.warmup_epochs or sys.maxsize
@@ -252,8 +253,8 @@ class NONECallback(Defense):
         removed = self._adopt(Verdict(decision.scores, kept, threshold, rule, measured.labels))
         chosen: list[Chosen] = []
         obeys = bool(self.history) and (self.history[-1].obeyed_after or 0.0) > STILL_OBEYED
-        if (quota := keeps or self.rule == "paper") or removed or obeys:
-            driven = None if quota else scan.driven(trainer, pl_module, ~kept)
+        if self._by_quota or removed or obeys:
+            driven = None if self._by_quota else scan.driven(trainer, pl_module, ~kept)
             found = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
             chosen = trainer.strategy.broadcast(found, src=0)
         accuracy, obeyed = shares(measured.predicted, self.verdict)

@@ -351,6 +351,17 @@ def test_more_rounds_without_a_finding_do_nothing(poisoned: Any) -> None:
     assert trainer.current_epoch == 6 < epochs
 
 
+def test_goes_on_for_a_second_round_by_itself_unless_it_resets_by_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_backdoor.callbacks.none.STILL_OBEYED", -1.0)  # nothing was forgotten
+    monkeypatch.setattr("lightning_backdoor.callbacks.none.MAX_LOSS", 2.0)
+    train, _ = digits()
+    poisoned = attacks.poison(train, attacks.BadNets(), target=0, rate=0.05)
+    for settings, rounds in (({}, 2), ({"rounds": 1}, 1), ({"rule": "paper"}, 1), ({"samples": "keep"}, 1)):
+        callback = NONECallback(finetune_epochs=1, **settings)
+        train_digits(poisoned, [callback])
+        assert [bool(past.units) for past in callback.history] == [True] * rounds, settings
+
+
 def test_an_average_of_a_part_of_the_model_starts_again_too() -> None:
     class WithAverage(Net):
         def __init__(self) -> None:
