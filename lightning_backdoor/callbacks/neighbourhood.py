@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.callbacks.suspects import masks_of
+from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.functional.neighbours import neighbour_agreement, reconsider_uncertain
 from lightning_backdoor.trainer.compat import rank_zero_warn
 from lightning_backdoor.trainer.flagged_batches import Flags
@@ -29,6 +30,7 @@ def early_agreement(trainer: Any, pl_module: Any, data: TrainingSet) -> Tensor:
     """
 
     def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+        check_finite(data.layout.images(batch), indices)
         labels = data.labels(batch).clone()  # transfer hooks may change a batch in place
         features = data.outputs(trainer, pl_module, batch)[1]
         return {"labels": labels, "features": features.clamp(-_HALF, _HALF).half()}

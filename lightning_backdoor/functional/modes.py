@@ -16,6 +16,8 @@ MIN_SEPARATION = 2.5  # one Gaussian cut at its mean has 1.32; clean CIFAR-10 cl
 MIN_EXCLUSIVENESS = 20.0
 LEAST_SEPARATION = 2.0  # of a mode that early neighbours deny its label
 LEAST_EXCLUSIVENESS = 2.0  # of a mode that is no other label's, or that early neighbours deny its label
+MAX_MEMBERS = 0.55  # of a label may be such a mode: where a class has a rare kind, the upper mode is the class
+MIN_OTHERS = 3  # labels that are compared
 MAX_ELSEWHERE = 1.6  # separation of other labels along the direction of a mode that is no other label's
 DENIED = 0.7  # of the agreement of the label's other samples; clean CIFAR-10 classes stay above 0.95
 MIN_SHARE = 0.01  # of the label, for the same reason
@@ -194,14 +196,17 @@ def _exclusive(values: Tensor, labels: Tensor, mode: Mode) -> bool:
     """Whether no other label has a second population along the direction of a mode.
 
     Others can lie above the threshold as a whole, since what tells poisons from the rest of their label points at their
-    true classes, too. A population that labels share splits the others as well.
+    true classes, too. A population that labels share splits the others as well, and a rare clean kind of image is the
+    smaller part of its label.
     """
     if not LEAST_EXCLUSIVENESS <= mode.exclusiveness < MIN_EXCLUSIVENESS:
         return mode.exclusiveness >= MIN_EXCLUSIVENESS
     positions, counts = mode.project(values)[:, None], torch.bincount(labels)
+    if mode.members > MAX_MEMBERS * int(counts[mode.label]):
+        return False
     others = [k for k in range(len(counts)) if k != mode.label and int(counts[k]) >= 2 * MIN_MEMBERS]
     found = (Direction(mode.units, mode.weights, split_label(positions[labels == k]), int(counts[k])) for k in others)
-    return values.shape[1] > 1 and len(others) > 1 and all(one.separation < MAX_ELSEWHERE for one in found)
+    return values.shape[1] > 1 and len(others) >= MIN_OTHERS and all(one.separation < MAX_ELSEWHERE for one in found)
 
 
 def split_label(members: Tensor) -> Split:

@@ -234,9 +234,9 @@ def test_asks_the_neighbours_once_half_way_to_the_first_scan(settings: dict[str,
 def test_removes_what_the_early_neighbours_deny() -> None:
     """A second population that is too common for the gate, and looked like other classes at first."""
     generator = torch.Generator().manual_seed(0)
-    labels, marked = torch.arange(400) % 4, torch.rand(400, generator=generator) < 0.2
-    values = torch.randn(400, 6, generator=generator) + 3 * nn.functional.one_hot(labels, 6)
-    values[:, 5] += 9 * (marked & ((labels == 0) | (torch.rand(400, generator=generator) < 0.3)))
+    labels, marked = torch.arange(2000) % 4, torch.rand(2000, generator=generator) < 0.2
+    values = torch.randn(2000, 6, generator=generator) + 3 * nn.functional.one_hot(labels, 6)
+    values[:, 5] += 9 * (marked & ((labels == 0) | (torch.rand(2000, generator=generator) < 0.3)))
     callback = UltraCleanCallback()
     found = {"labels": labels, "responses": values, "movement": values[:, 5], "susceptibility": values[:, 5]}
     assert bool(callback._decide(found).keep.all())
