@@ -25,7 +25,7 @@ class RandomReset(NONECallback):
     """
 
     def __init__(self, units: dict[str, int], labels: Tensor, keep: Tensor, seed: int = 0) -> None:
-        super().__init__(seed=seed)
+        super().__init__(rounds=1, seed=seed)
         self.units = units
         self.given = Verdict((~keep).float(), keep, 0.5, "random reset", labels)
 
@@ -43,5 +43,5 @@ class RandomReset(NONECallback):
         self._treated += 1
         self._before = {**weights(trainer, pl_module), "keep": torch.ones_like(self.given.keep)}
         reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=self.reading.seed)
-        disown_the_past(trainer, pl_module)
+        disown_the_past(trainer, pl_module, self.method)
         self._tuning.begin(trainer, enough_epochs(trainer), self.lr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -10,23 +10,51 @@ from torch import Tensor
 
 from lightning_backdoor.callbacks.suspects import masks_of
 from lightning_backdoor.data.pixels import check_finite
+from lightning_backdoor.errors import DataError
 from lightning_backdoor.functional.neighbours import neighbour_agreement, reconsider_uncertain
 from lightning_backdoor.trainer.compat import rank_zero_warn
 from lightning_backdoor.trainer.flagged_batches import Flags
+from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["accuracy_on_trusted", "early_agreement", "flags_of", "second_look"]
+__all__ = ["EarlyLook", "accuracy_on_trusted", "early_look", "flags_of", "second_look"]
 
 POOR = 0.5  # accuracy on trusted samples that is worth a warning
 REFERENCES = 2**13  # samples among which the neighbours of all are looked for
 _HALF = torch.finfo(torch.half).max
 
 
-def early_agreement(trainer: Any, pl_module: Any, data: TrainingSet) -> Tensor:
-    """Share of every sample's neighbours that have its label, half ``(N,)``, by the features as they are now.
+@dataclass(frozen=True)
+class EarlyLook:
+    """What neighbours said of N samples early in training, in tensors that a checkpoint can hold.
 
-    Neighbours are looked for in a random sample of the training set. Every process must call it.
+    Attributes:
+        agreement: Share of every sample's neighbours that had its label, half ``(N,)``.
+        probe: Labels of a few samples, to know the dataset again.
+    """
+
+    agreement: Tensor
+    probe: Tensor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors alone."""
+        return asdict(self)
+
+    def require_same_data(self, data: TrainingSet) -> None:
+        """Raise a DataError if it was taken of other samples than those that are about to be trained on."""
+        if len(self.agreement) != len(data) or not torch.equal(self.probe, data.probe[1]):
+            raise DataError(
+                f"The early look was at {len(self.agreement)} samples of another dataset; the training dataset has "
+                f"{len(data)}. Resume with the dataset of the interrupted run, or use no `ckpt_path`."
+            )
+
+
+def early_look(trainer: Any, pl_module: Any, data: TrainingSet) -> EarlyLook:
+    """Ask which of every sample's neighbours have its label, by the features as they are now.
+
+    Neighbours are looked for in a random sample of the training set, by the first process, on the CPU. Every process
+    must call it and gets the same answer.
     """
 
     def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
@@ -36,10 +64,14 @@ def early_agreement(trainer: Any, pl_module: Any, data: TrainingSet) -> Tensor:
         return {"labels": labels, "features": features.clamp(-_HALF, _HALF).half()}
 
     found = data.scan(trainer, pl_module, step, description="UltraClean early look")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(data.reading.seed))
-    references = torch.zeros(len(data), dtype=torch.bool)
-    references[order[:REFERENCES]] = True
-    return neighbour_agreement(found["features"], found["labels"], references).half()
+    agreement = torch.empty(0)
+    with in_unison(trainer, "UltraClean early look"):
+        if trainer.is_global_zero:
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(data.reading.seed))
+            references = torch.zeros(len(data), dtype=torch.bool)
+            references[order[:REFERENCES]] = True
+            agreement = neighbour_agreement(found["features"], found["labels"], references, gpu=False).half()
+    return EarlyLook(trainer.strategy.broadcast(agreement, src=0), data.probe[1])
 
 
 def flags_of(verdict: Verdict) -> Flags:

@@ -48,9 +48,9 @@ class NONECallback(Defense):
     no other label shows, or all labels into two, is what a backdoor looks like. If there is one, its samples leave the
     training set, the units that they drive are drawn anew, and fine-tuning follows. Otherwise nothing changes.
 
-    Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes, two more if something is
-    found; epochs of fine-tuning, beyond ``max_epochs`` if need be; two bytes per image for each of up to 512 units; a
-    copy of weights and optimizer, to which training returns if it costs over 5 points of accuracy.
+    Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes; if something is found, up
+    to seven more and epochs of fine-tuning, beyond ``max_epochs`` if need be; two bytes per image for each of up to 512
+    units; a copy of weights and optimizer, to which training returns if the rounds cost over 5 points of accuracy.
 
     Differs from the paper: units and samples are chosen by evidence instead of by quota and a natural break, which
     fires on clean data, too (``rule="paper"`` keeps both); reset units may learn again (``reset="prune"``: never).
@@ -240,10 +240,8 @@ class NONECallback(Defense):
         self._layers = find_layers(trainer, pl_module, self._training_set, self.residual_mode)
         scan = UnitScan(self._training_set, self._layers, strong=self.strong, weak=self.weak)
         measured = scan.measure(trainer, pl_module)
-        keeps = self.samples == "keep"
-        decision = judge_samples(
-            measured, None if keeps else self.verdict, rule=self.rule, max_removed=self.max_removed
-        )
+        earlier = None if (keeps := self.samples == "keep") else self.verdict
+        decision = judge_samples(measured, earlier, rule=self.rule, max_removed=self.max_removed)
         decision = trainer.strategy.broadcast(decision, src=0)  # float ties must not tell ranks apart
         kept = torch.ones_like(decision.keep) if keeps else decision.keep
         threshold = math.inf if keeps else decision.threshold
@@ -279,7 +277,8 @@ class NONECallback(Defense):
         assert self.verdict is not None
         assert self._before is not None
         predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
-        self.history[-1] = self.history[-1].judged(predicted, self.verdict, MAX_LOSS)
+        lost = self.history[-self._treated].accuracy - self.history[-1].accuracy  # by earlier rounds
+        self.history[-1] = self.history[-1].judged(predicted, self.verdict, MAX_LOSS - lost)
         if self.history[-1].readmitted:
             keep = self._before["keep"]
             self._adopt(replace(self.verdict, keep=keep, threshold=math.inf if bool(keep.all()) else 0.5))

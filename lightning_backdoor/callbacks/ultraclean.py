@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_backdoor.callbacks.defense import require_class, require_fraction, require_one_of
 from lightning_backdoor.callbacks.filtering import FilterCallback
 from lightning_backdoor.callbacks.looks import evidence, largest_separation, sentence
-from lightning_backdoor.callbacks.neighbourhood import early_agreement
+from lightning_backdoor.callbacks.neighbourhood import EarlyLook, early_look
 from lightning_backdoor.callbacks.schedule import warmup_or_half
 from lightning_backdoor.functional.evidence import Decision, add_removed, decide
 from lightning_backdoor.trainer.compat import rank_zero_info
@@ -130,7 +132,7 @@ class UltraCleanCallback(FilterCallback):
         self.target_class = require_class("target_class", target_class)
         self.cache_bytes = cache_bytes
         self._scanner: DenoisedScan | None = None
-        self._agreement: Tensor | None = None  # of early neighbours with the labels
+        self._early: EarlyLook | None = None
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> UltraCleanCallback:
@@ -141,30 +143,33 @@ class UltraCleanCallback(FilterCallback):
         """Join the curation; before a checkpoint is loaded, keep the weights that the user started from."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.verdict is None:
-            self._agreement = None  # of an earlier fit
+            self._early = None  # of an earlier fit
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the training set can be read, and note where a rewind goes back to."""
         super().on_train_start(trainer, pl_module)
         assert self._training_set is not None
         self._training_set.require_class("target_class", self.target_class)
+        if self._early is not None:
+            self._early.require_same_data(self._training_set)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Ask the neighbours early; scan, decide and prune when it is time."""
         if self._asks_neighbours(trainer):
             assert self._training_set is not None
-            self._agreement = early_agreement(trainer, pl_module, self._training_set)
+            self._early = early_look(trainer, pl_module, self._training_set)
         super().on_train_epoch_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a rewind may come, they include what it goes back to."""
-        return {**super().state_dict(), "agreement": self._agreement}
+        return {**super().state_dict(), "early": None if self._early is None else self._early.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue an interrupted run."""
         super().load_state_dict(state_dict)
         if state_dict:
-            self._agreement = state_dict["agreement"]
+            early = state_dict.get("early")  # unknown to older checkpoints
+            self._early = None if early is None else EarlyLook(**early)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
@@ -176,7 +181,7 @@ class UltraCleanCallback(FilterCallback):
     def _asks_neighbours(self, trainer: Any) -> bool:
         """Whether it is time for the early look: half-way to the first scan, and never after it."""
         wanted = (self.score, self.rule) == ("auto", "auto") and self.verdict is None and not trainer.fast_dev_run
-        return wanted and self._agreement is None and 2 * (trainer.current_epoch + 1) >= self._first_scan(trainer)
+        return wanted and self._early is None and 2 * (trainer.current_epoch + 1) >= self._first_scan(trainer)
 
     def _last_look(self) -> bool:
         return bool(self.rule == "auto")
@@ -194,8 +199,8 @@ class UltraCleanCallback(FilterCallback):
 
     def _decide(self, found: dict[str, Tensor]) -> Decision:
         old, paper, by_fraction = self.verdict, self.score == "paper", self.rule == "fraction"
-        if self._agreement is not None:
-            found = {**found, "agreement": self._agreement}
+        if self._early is not None:
+            found = {**found, "agreement": self._early.agreement}
         # beside what was removed, the clean rest of a class is a mode; a mask that keeps all would copy a gigabyte
         if old is not None and not by_fraction and not bool(old.keep.all()):
             found = {name: column[old.keep] for name, column in found.items()}
@@ -213,7 +218,8 @@ class UltraCleanCallback(FilterCallback):
         if old is None:
             return decision
         threshold = decision.threshold if by_fraction else old.threshold  # scores of two models share no scale
-        return add_removed(decision, old.scores, old.keep, threshold=threshold, max_removed=self.max_removed)
+        joined = add_removed(decision, old.scores, old.keep, threshold=threshold, max_removed=self.max_removed)
+        return replace(joined, rule=old.rule) if torch.equal(joined.keep, old.keep) else joined
 
     def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
         assert self.verdict is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.decisions import limit_removed, natural_break, select_fraction
-from lightning_backdoor.functional.modes import DENIED, MIN_SEPARATION, Mode, find_modes, mode_scores
+from lightning_backdoor.functional.modes import DENIED, LEAST_SEPARATION, MIN_SEPARATION, Mode, find_modes, mode_scores
 from lightning_backdoor.functional.shared import find_shared_modes
 
 __all__ = ["Decision", "add_removed", "decide", "decide_by_break"]
@@ -97,7 +97,7 @@ def decide(
         keep, threshold = ~(considered & (scores > 0.5)), 0.5 if modes else math.inf
         rule = f"{'shared' if together else 'second'}_mode(separation>={MIN_SEPARATION:g})"
         if any(mode.denied for mode in modes):
-            rule = f"{rule}, denied(early_agreement<{DENIED:g})"
+            rule = f"{rule} or denied(separation>={LEAST_SEPARATION:g}, early agreement < {DENIED:g} of the rest's)"
     wanted = int((~keep).sum())
     limited = limit_removed(order, keep, max_removed)
     if int((~limited).sum()) < wanted:

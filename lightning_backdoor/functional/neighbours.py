@@ -17,16 +17,17 @@ RARE = 0.01  # of the trusted samples of a label
 BLOCK = 2**13  # samples whose neighbours are looked for at once
 
 
-def neighbour_agreement(features: Tensor, labels: Tensor, trusted: Tensor, k: int = 20) -> Tensor:
+def neighbour_agreement(features: Tensor, labels: Tensor, trusted: Tensor, k: int = 20, *, gpu: bool = True) -> Tensor:
     """Share of the ``k`` nearest trusted samples, by the cosine of their features, that have a sample's own label.
 
-    A trusted sample is not its own neighbour. The search is exact (faiss), on a GPU where faiss has one.
+    A trusted sample is not its own neighbour. The search is exact (faiss).
 
     Args:
         features: Float ``(N, D)``.
         labels: Labels as given, long ``(N,)``.
         trusted: Samples among which neighbours are looked for, bool ``(N,)``.
         k: At least 1; fewer where there are not so many trusted samples.
+        gpu: Search on all GPUs, where faiss has any; it takes a share of their memory.
 
     Returns:
         Float ``(N,)`` in ``[0, 1]``, on the CPU; for features of length zero any neighbours are as near as others.
@@ -51,7 +52,7 @@ def neighbour_agreement(features: Tensor, labels: Tensor, trusted: Tensor, k: in
     if k < 1 or len(own) < 2:
         raise ArgumentError(f"`k` must be at least 1 and two samples be trusted, got {k} and {len(own)}.")
     k = min(k, len(own) - 1)
-    index, given = _index(_directions(features[own])), labels.cpu()
+    index, given = _index(_directions(features[own]), gpu), labels.cpu()
     shares = []
     for rows in torch.split(torch.arange(size), BLOCK):
         near = own[torch.from_numpy(index.search(_directions(features[rows]).numpy(), k + 1)[1])]
@@ -66,12 +67,12 @@ def _directions(features: Tensor) -> Tensor:
     return F.normalize(features.detach().float().cpu(), dim=1).contiguous()
 
 
-def _index(references: Tensor) -> Any:
+def _index(references: Tensor, gpu: bool) -> Any:
     """An exact index of the references by inner product."""
     import faiss  # noqa: PLC0415
 
     index: Any = faiss.IndexFlatIP(references.shape[1])
-    if getattr(faiss, "get_num_gpus", lambda: 0)():
+    if gpu and getattr(faiss, "get_num_gpus", lambda: 0)():
         index = faiss.index_cpu_to_all_gpus(index)
     index.add(references.numpy())
     return index

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_backdoor.functional.modes import MIN_SEPARATION, Direction, Mode, directions_of, split_label
+from lightning_backdoor.functional.directions import Direction, directions_of, split_label
+from lightning_backdoor.functional.modes import MIN_SEPARATION, Mode
 from lightning_backdoor.functional.splits import MIN_MEMBERS
 
 __all__ = ["find_shared_modes"]

@@ -12,7 +12,8 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_backdoor import UltraCleanCallback, attacks
+from lightning_backdoor import UltraCleanCallback, Verdict, attacks
+from lightning_backdoor.callbacks.neighbourhood import EarlyLook
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     DigitNet,
@@ -199,12 +200,12 @@ def test_two_instances_share_a_folder_by_their_names(tmp_path: Path) -> None:
 
 
 class Asking(UltraCleanCallback):
-    """Notes after which epochs neighbours are asked, and with what it decides."""
+    """Notes after which epochs neighbours are asked."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        before = self._agreement
+        before = self._early
         super().on_train_epoch_end(trainer, pl_module)
-        if self._agreement is not before:
+        if self._early is not before:
             self.asked.append(trainer.current_epoch + 1)
 
 
@@ -226,8 +227,9 @@ def test_asks_the_neighbours_once_half_way_to_the_first_scan(settings: dict[str,
     fit([callback], epochs=8)
     assert callback.asked == asked
     if asked:
-        (shares, kind) = callback.state_dict()["agreement"], torch.half
-        assert (shares.shape, shares.dtype) == ((64,), kind)
+        shares = callback.state_dict()["early"]["agreement"]
+        assert shares.shape == (64,)
+        assert shares.dtype == torch.half
         assert bool(((shares >= 0) & (shares <= 1)).all())
 
 
@@ -240,8 +242,13 @@ def test_removes_what_the_early_neighbours_deny() -> None:
     callback = UltraCleanCallback()
     found = {"labels": labels, "responses": values, "movement": values[:, 5], "susceptibility": values[:, 5]}
     assert bool(callback._decide(found).keep.all())
-    callback._agreement = torch.where(marked & (labels == 0), 0.2, 0.7).half()
-    assert torch.equal(~callback._decide(found).keep, marked & (labels == 0))
+    callback._early = EarlyLook(torch.where(marked & (labels == 0), 0.2, 0.7).half(), labels[:4])
+    decision = callback._decide(found)
+    assert torch.equal(~decision.keep, marked & (labels == 0))
+    callback.verdict = Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, labels)
+    again = callback._decide(found)
+    assert (again.rule, again.wanted) == (decision.rule, decision.wanted), "a look that finds nothing says nothing new"
+    assert torch.equal(again.keep, decision.keep)
 
 
 def test_fast_dev_run_does_not_scan() -> None:

@@ -261,20 +261,29 @@ def test_state_is_tensors_and_plain_values(tmp_path: Path) -> None:
 def test_the_early_look_survives_an_interruption_and_not_a_second_fit(tmp_path: Path) -> None:
     whole, saver = UltraCleanCallback(warmup_epochs=3), SaveAll(tmp_path)
     run([whole, saver], epochs=4)
-    expected = whole.state_dict()["agreement"]
-    states = [torch.load(path, weights_only=True)["callbacks"][whole.state_key]["agreement"] for path in saver.paths]
+    expected = whole.state_dict()["early"]
+    states = [torch.load(path, weights_only=True)["callbacks"][whole.state_key]["early"] for path in saver.paths]
     known = [state is not None for state in states]
     assert known == sorted(known), "before the look, after it"
     assert not known[0]
     for path in saver.paths:
         resumed = UltraCleanCallback(warmup_epochs=3)
         run([resumed], path, epochs=4)
-        assert torch.equal(resumed.state_dict()["agreement"], expected), path.name
-    stopped = UltraCleanCallback(warmup_epochs=6)
-    run([stopped], epochs=4)
-    stopped.verdict = None
-    stopped.setup(make_trainer([]), Net(), "fit")
-    assert stopped.state_dict()["agreement"] is None
+        again = resumed.state_dict()["early"]
+        assert all(torch.equal(again[name], expected[name]) for name in expected), path.name
+    resumed.verdict = None
+    resumed.setup(make_trainer([]), Net(), "fit")
+    assert resumed.state_dict()["early"] is None
+
+
+def test_an_early_look_at_another_dataset_is_refused(tmp_path: Path) -> None:
+    saver = SaveAll(tmp_path)
+    run([UltraCleanCallback(warmup_epochs=4), saver], epochs=3)
+    other = Pictures()
+    other.targets = other.targets.flip(0)
+    for dataset in (Pictures(60), other):
+        with pytest.raises(DataError, match=r"early look was at 64 samples of another dataset"):
+            run([UltraCleanCallback(warmup_epochs=4)], saver.paths[-2], epochs=5, dataset=dataset)
 
 
 def test_the_verdict_survives_a_second_fit() -> None:

@@ -37,7 +37,9 @@ def test_says_if_early_neighbours_made_it_count() -> None:
     assert bool(decide(values, ranking, labels).keep.all())
     decision = decide(values, ranking, labels, agreement=torch.where(poisoned, 0.2, 0.6))
     assert torch.equal(~decision.keep, poisoned)
-    assert decision.rule == "second_mode(separation>=2.5), denied(early_agreement<0.7)"
+    assert decision.rule == (
+        "second_mode(separation>=2.5) or denied(separation>=2, early agreement < 0.7 of the rest's)"
+    )
 
 
 def test_finds_what_was_planted() -> None:

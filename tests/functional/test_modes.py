@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import find_modes, mode_scores, neighbour_agreement, split_units
-from lightning_backdoor.functional.modes import RIDGE, _directions, _discriminant
+from lightning_backdoor.functional.directions import RIDGE, directions_and_units, discriminant
 
 
 def classes(n: int, k: int, units: int, seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
@@ -109,7 +109,7 @@ def test_positions_leave_each_sample_out() -> None:
     n, units = 30, 40
     values = torch.randn(n, units, generator=torch.Generator().manual_seed(0)) + 3
     upper = torch.arange(n) < 11
-    weights, positions = _discriminant(values, upper)
+    weights, positions = discriminant(values, upper)
     centre, scale = values.double().mean(0), values.double().std(0)
     scaled = (values.double() - centre) / scale
 
@@ -264,6 +264,63 @@ def test_others_may_lie_beside_a_mode_if_they_are_not_split(seed: int) -> None:
     assert find_modes(values, labels) == []
 
 
+def test_the_class_itself_is_not_denied_by_neighbours_of_an_easy_kind() -> None:
+    """Near-duplicates agree more than anybody; the rest of their class is no backdoor."""
+    centres, labels, generator = classes(3000, 10, 24, 0)
+    values = centres + torch.randn(3000, 24, generator=generator)
+    easy = torch.zeros(3000, dtype=torch.bool)
+    easy[(labels == 0).nonzero().squeeze(1)[:50]] = True
+    values[easy, :2] -= 4.0
+    assert find_modes(values, labels) == []
+    assert find_modes(values, labels, agreement=torch.where(easy, 1.0, 0.6)) == []
+
+
+def with_rare_kind(seed: int) -> tuple[Tensor, Tensor]:
+    """A quarter of class 0 leans to class 1, so that the rest of the class is a mode of its own."""
+    centres, labels, generator = classes(3000, 10, 24, seed)
+    towards = centres[labels == 1][0] - centres[labels == 0][0]
+    values = 2 * centres + torch.randn(3000, 24, generator=generator)
+    values[(torch.rand(3000, generator=generator) < 0.25) & (labels == 0)] += 1.4 * towards
+    return values, labels
+
+
+def like_one_other(seed: int) -> tuple[Tensor, Tensor]:
+    """A clean kind of class 0 that resembles class 1."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 6, (3000,), generator=generator)
+    values = 6 * nn.functional.one_hot(labels, 24) + torch.randn(3000, 24, generator=generator)
+    kind = (labels == 0).nonzero().squeeze(1)[:100]
+    values[kind, 1] += 5
+    values[kind, 10:13] += 3
+    return values, labels
+
+
+@pytest.mark.parametrize(
+    ("draw", "guard", "seeds"),
+    [(with_rare_kind, "MAX_MEMBERS", (0, 3, 5)), (like_one_other, "MAX_ONE_OTHER", (0, 1, 2))],
+    ids=["the class itself", "like one other class"],
+)
+def test_a_clean_kind_is_no_backdoor(
+    draw: Callable[[int], tuple[Tensor, Tensor]], guard: str, seeds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = [draw(seed) for seed in seeds]
+    assert [find_modes(values, labels) for values, labels in data] == [[]] * 3
+    monkeypatch.setattr(f"lightning_backdoor.functional.modes.{guard}", 1.0)
+    assert all(find_modes(values, labels) for values, labels in data), "without the guard it would be one"
+
+
+def test_three_other_labels_at_least_say_that_a_mode_is_exclusive() -> None:
+    values, labels, _ = leaning(0, shared=False)
+    assert find_modes(values[labels < 4], labels[labels < 4])
+    assert find_modes(values[labels < 3], labels[labels < 3]) == []
+
+
+def test_agreement_of_another_length_is_an_error() -> None:
+    values, labels, _, agreement = with_covers(0.05, 0)
+    with pytest.raises(ArgumentError, match=r"`agreement` must have shape"):
+        find_modes(values, labels, agreement=agreement[:-1])
+
+
 def test_a_few_neighbours_that_deny_by_chance_are_not_enough() -> None:
     values, labels, poisoned, agreement = with_covers(0.01, 0)
     rarely = torch.zeros(3000)
@@ -343,7 +400,7 @@ def test_degenerate_units_do_no_harm() -> None:
 
 def test_directions_of_noise_stay_low_with_more_units_than_samples() -> None:
     noise = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
-    directions, units = _directions(noise)
+    directions, units = directions_and_units(noise)
     assert len(units) == 300
     assert max(one.separation for one in directions) < 2
 
