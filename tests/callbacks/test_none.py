@@ -351,6 +351,15 @@ def test_more_rounds_without_a_finding_do_nothing(poisoned: Any) -> None:
     assert trainer.current_epoch == 6 < epochs
 
 
+def test_rounds_share_one_bound_on_what_they_may_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = iter([1.0, 0.97]), iter([0.97, 0.94])
+    monkeypatch.setattr("lightning_backdoor.callbacks.none.shares", lambda *_: (next(before), 1.0))
+    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.shares", lambda *_: (next(after), 0.5))
+    callback = acting(rounds=3, finetune_epochs=1)
+    fit([callback])
+    assert [past.undone for past in callback.history] == [False, True], "six points in all"
+
+
 def test_goes_on_for_a_second_round_by_itself_unless_it_resets_by_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_backdoor.callbacks.none.STILL_OBEYED", -1.0)  # nothing was forgotten
     monkeypatch.setattr("lightning_backdoor.callbacks.none.MAX_LOSS", 2.0)
