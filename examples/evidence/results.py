@@ -221,11 +221,12 @@ with what early neighbours say of them (UltraClean asks them); unions of these. 
 two halves in turns, in the order of the benchmark, whatever their rate and seed; those that took count, from 1 to 10
 % of the data, and each kind has one vote. A candidate is chosen on one half, for its TPR, and reported on the other.
 To be chosen it must remove nothing from clean data (which are not held out), and at most 0.1 % of the clean images on
-average; among equals the first one of the table is chosen. The bounds of what early neighbours say were set on WaNet,
-of half A, and clean data: of what they add, half A is no test, but for TaCT; all other bounds are older than these
-measurements. Kinds of one family (flower and flower-added) may stand in both halves. Covers, triggered images with
-their own label, are told apart here: to remove one is neither a hit nor a false alarm (in the tables above it is a
-false alarm)."""
+average; among equals the first one of the table is chosen. The bounds of what early neighbours say were set on WaNet
+(half A) and clean data; that others may lie beside a mode which splits none of them, on flower and low-frequency
+(half B), its guards on TaCT (half A), too. For what these add the attacks named here are no test, and no half is
+untouched; all other attacks are one. Kinds of one family (flower and flower-added) may stand in both halves. Covers,
+triggered images with their own label, are told apart here: to remove one is neither a hit nor a false alarm (in the
+tables above it is a false alarm)."""
 FRACTION = """The images that move most under denoising leave the training set of a fresh network, by one denoiser or
 both (`python -m examples.evidence.fractions`). The score is the paper's, on logits, after 3 of 12 epochs."""
 STRIPPED = """STRIP's scores of the images of the target class, from the undefended network, 20 images blended in
