@@ -277,7 +277,7 @@ class NONECallback(Defense):
         assert self.verdict is not None
         assert self._before is not None
         predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
-        lost = self.history[-self._treated].accuracy - self.history[-1].accuracy  # by earlier rounds
+        lost = max(self.history[-self._treated].accuracy - self.history[-1].accuracy, 0.0)  # by earlier rounds
         self.history[-1] = self.history[-1].judged(predicted, self.verdict, MAX_LOSS - lost)
         if self.history[-1].readmitted:
             keep = self._before["keep"]

@@ -351,13 +351,18 @@ def test_more_rounds_without_a_finding_do_nothing(poisoned: Any) -> None:
     assert trainer.current_epoch == 6 < epochs
 
 
-def test_rounds_share_one_bound_on_what_they_may_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, after = iter([1.0, 0.97]), iter([0.97, 0.94])
-    monkeypatch.setattr("lightning_backdoor.callbacks.none.shares", lambda *_: (next(before), 1.0))
-    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.shares", lambda *_: (next(after), 0.5))
+@pytest.mark.parametrize(
+    ("before", "after"), [((1.0, 0.97), (0.97, 0.94)), ((0.8, 0.9), (0.9, 0.84))], ids=["six points in all", "at once"]
+)
+def test_rounds_share_one_bound_on_what_they_may_cost(
+    before: tuple[float, float], after: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, last = iter(before), iter(after)
+    monkeypatch.setattr("lightning_backdoor.callbacks.none.shares", lambda *_: (next(first), 1.0))
+    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.shares", lambda *_: (next(last), 0.5))
     callback = acting(rounds=3, finetune_epochs=1)
     fit([callback])
-    assert [past.undone for past in callback.history] == [False, True], "six points in all"
+    assert [past.undone for past in callback.history] == [False, True]
 
 
 def test_goes_on_for_a_second_round_by_itself_unless_it_resets_by_quota(monkeypatch: pytest.MonkeyPatch) -> None:
