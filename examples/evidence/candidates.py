@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -123,16 +123,21 @@ UNIONS = {
         ),
     }.items()
 }  # fmt: skip
-"""What each of several removes; the score is the largest of theirs."""
+"""Candidates that are judged :func:`together`."""
 NAMES = (*SINGLES, *COMBINED, *UNIONS)
+
+
+def together(parts: Iterable[Judged]) -> Judged:
+    """What each of several removes; the score is the largest of theirs."""
+    scores, keep = (torch.stack(column) for column in zip(*parts, strict=True))
+    return scores.amax(dim=0), keep.all(dim=0)
 
 
 def judged(found: Scores) -> dict[str, Judged]:
     """What every candidate says."""
     result = {name: candidate(found) for name, candidate in (SINGLES | COMBINED).items()}
     for name, parts in UNIONS.items():
-        scores, keep = (torch.stack(column) for column in zip(*(result[part] for part in parts), strict=True))
-        result[name] = scores.amax(dim=0), keep.all(dim=0)
+        result[name] = together(result[part] for part in parts)
     return result
 
 

@@ -120,19 +120,20 @@ RATES: dict[str, Attack] = {
 
 ATTACKS: dict[str, Attack] = STANDARD | FURTHER | ADAPTIVE | RATES
 
-CALLBACKS: dict[str, Callable[[], Any]] = {
-    "ultraclean": UltraCleanCallback,
-    "ultraclean-paper": lambda: UltraCleanCallback.from_paper(output="logits"),
-    "NONE": NONECallback,
-    "NONE-paper": NONECallback.from_paper,
-    "D-BR": DBRCallback,
-    "D-BR-paper": DBRCallback.from_paper,
-    "D-ST": DSTCallback,
-    "AC": baselines.ActivationClustering,
-    "spectral": baselines.SpectralSignatures,
-    "STRIP": lambda: baselines.STRIP(draws=20),
-    "deep-kNN": baselines.DeepKNN,
-    "ABL": lambda: baselines.ABL(epochs=5),
+CALLBACKS: dict[str, Callable[[], list[Any]]] = {
+    "ultraclean": lambda: [UltraCleanCallback()],
+    "ultraclean+NONE": lambda: [UltraCleanCallback(), NONECallback()],
+    "ultraclean-paper": lambda: [UltraCleanCallback.from_paper(output="logits")],
+    "NONE": lambda: [NONECallback()],
+    "NONE-paper": lambda: [NONECallback.from_paper()],
+    "D-BR": lambda: [DBRCallback()],
+    "D-BR-paper": lambda: [DBRCallback.from_paper()],
+    "D-ST": lambda: [DSTCallback()],
+    "AC": lambda: [baselines.ActivationClustering()],
+    "spectral": lambda: [baselines.SpectralSignatures()],
+    "STRIP": lambda: [baselines.STRIP(draws=20)],
+    "deep-kNN": lambda: [baselines.DeepKNN()],
+    "ABL": lambda: [baselines.ABL(epochs=5)],
 }
 
 BASELINES = ("AC", "spectral", "STRIP", "deep-kNN", "fine-tune", "ABL")

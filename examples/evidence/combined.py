@@ -24,7 +24,7 @@ from examples.evidence.table import TOOK, number, percent, table
 from lightning_backdoor.report.figures import blank_figure
 
 RESULTS = Path(__file__).with_name("combined.jsonl")
-SEEDS = 3  # from 0 on, those that there are
+SEEDS = 10  # from 0 on, those that there are
 DRAWN = ("susceptibility", "early susceptibility", "movement", "fct", "raw bias")
 MOST_FPR = 0.001  # on average, of a candidate that may be chosen
 LEAST_RATE = 0.01  # of attacks that count

@@ -16,6 +16,7 @@ WORK: dict[str, tuple[float, float]] = {
     "random": (1, 0),
     "ultraclean": (1.8, 0),
     "ultraclean-paper": (1.5, 1),
+    "ultraclean+NONE": (2.0, 3),
     "NONE": (0.2, 3),
     "NONE-paper": (0.2, 3),
     "random-reset": (0.2, 2),
@@ -93,13 +94,13 @@ def hours(cells: Iterable[Cell]) -> float:
 
 
 def product(setting: Setting, attacks: Iterable[str], defences: Iterable[str], seed: int = 0) -> list[Cell]:
-    """Every defence under every attack, defence by defence. UltraClean does not look for all-to-all attacks."""
+    """Every defence under every attack, defence by defence. UltraClean alone does not look for all-to-all attacks."""
     names = list(attacks)
     return [
         Cell(setting, attack, defence, seed)
         for defence in defences
         for attack in names
-        if not (defence.startswith("ultraclean") and ATTACKS[attack].labels == "all_to_all")
+        if not (defence in ("ultraclean", "ultraclean-paper") and ATTACKS[attack].labels == "all_to_all")
     ]
 
 
@@ -120,8 +121,11 @@ def mini() -> Protocol:
         *product(here, rates, ("undefended", "NONE", "D-BR", "fine-tune")),
         *product(here, STANDARD, ("NONE-paper", "ultraclean-paper")),
         *product(here, ("badnets-5%",), ("D-BR-paper",)),
+        *product(here, ("clean", "all-to-all-10%", "flower-10%", "low-frequency-5%"), ("ultraclean+NONE",)),
         *product(here, (*further, *rates), ("ultraclean",)),
     ]
+    for seed in range(1, 10):
+        cells += product(here, ("clean",), ("undefended",), seed)
     return Protocol("mini", "two CPU cores", tuple(cells))
 
 

@@ -6,11 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch.utils.data import TensorDataset
 
 from examples.evidence import rows
 from examples.evidence.cache import EARLY, early
+from examples.evidence.candidates import together
 from examples.evidence.cases import opened
 from examples.evidence.cells import AT_THE_END, CALLBACKS, clean_share, filtered
 from examples.evidence.cost import measured
@@ -45,41 +47,51 @@ def run_cell(
     setting, seed, defence = cell.setting, cell.seed, cell.defence
     case = opened(cell.attack, train, setting, seed, cache, device=device)
     dataset, poisoned, shared = case.dataset, case.poisoned, case.shared
-    callback = _callback(defence, dataset, poisoned, seed, reference)
+    defences = _callbacks(defence, dataset, poisoned, seed, reference)
     if defence in ("perfect", "random"):
         dataset = filtered(dataset, defence, poisoned, reference.get("removed", 0), seed)
     late = defence in AT_THE_END and shared.exists()
-    callbacks = [] if callback is None else [callback]
+    watchers: list[pl.Callback] = []
     if defence == "undefended":
-        callbacks += [Snapshot(shared, setting.epochs - 1), Snapshot(early(shared), EARLY)]
+        watchers = [Snapshot(shared, setting.epochs - 1), Snapshot(early(shared), EARLY)]
     with measured(device) as meter:
         network = train_network(
-            dataset, callbacks, setting, seed, shared if late else None, device=device, workers=workers
+            dataset, [*defences, *watchers], setting, seed, shared if late else None, device=device, workers=workers
         )
-    row = {
+    return {
         **case.known,
         "defence": defence,
         "clean_accuracy": accuracy(network, test, device),
         "asr": accuracy(network, case.recipe.test(test), device),
-        "removed": len(train) - len(dataset) if callback is None else int((~callback.verdict.keep).sum()),
+        "removed": len(train) - len(dataset),
+        **(_judgement(defences, poisoned) if defences else {}),
         **meter.row(len(train), setting.epochs - 1 if late else 0),
         **rows.circumstances("examples.evidence", device),
     }
-    if callback is not None:
-        rates = metrics.DetectionRates()
-        rates.update(callback.verdict.scores, callback.verdict.keep, poisoned)
-        row |= {name: None if value.isnan() else float(value) for name, value in rates.compute().items()}
-        row["rule"] = callback.verdict.rule
-    if isinstance(callback, NONECallback):
-        row["units"] = dict(Counter(layer for done in callback.history for layer, *_ in done.units))
-        row["undone"] = any(done.undone for done in callback.history)
-    return row
 
 
-def _callback(defence: str, dataset: Any, poisoned: torch.Tensor, seed: int, reference: rows.Row) -> Any:
-    """The callback of a defence, or ``None`` for what is no callback."""
+def _callbacks(defence: str, dataset: Any, poisoned: torch.Tensor, seed: int, reference: rows.Row) -> list[Any]:
+    """The callbacks of a defence; none if it changes the training set alone."""
     if defence == "random-reset":
-        return RandomReset(reference["units"], labels_of(dataset), ~poisoned, seed)
+        return [RandomReset(reference["units"], labels_of(dataset), ~poisoned, seed)]
     if defence == "fine-tune":
-        return baselines.FineTuneTrusted(verdict=clean_share(labels_of(dataset), poisoned, seed), epochs=5)
-    return CALLBACKS[defence]() if defence in CALLBACKS else None
+        return [baselines.FineTuneTrusted(verdict=clean_share(labels_of(dataset), poisoned, seed), epochs=5)]
+    return CALLBACKS[defence]() if defence in CALLBACKS else []
+
+
+def _judgement(callbacks: list[Any], poisoned: torch.Tensor) -> rows.Row:
+    """What the callbacks removed, together, and which units they reset."""
+    verdicts = [callback.verdict for callback in callbacks]
+    scores, keep = together((verdict.scores, verdict.keep) for verdict in verdicts)
+    rates = metrics.DetectionRates()
+    rates.update(scores, keep, poisoned)
+    row: rows.Row = {
+        "removed": int((~keep).sum()),
+        **{name: None if value.isnan() else float(value) for name, value in rates.compute().items()},
+        "rule": ", ".join(verdict.rule for verdict in verdicts),
+    }
+    for callback in callbacks:
+        if isinstance(callback, NONECallback):
+            row["units"] = dict(Counter(layer for done in callback.history for layer, *_ in done.units))
+            row["undone"] = any(done.undone for done in callback.history)
+    return row

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
-from examples.evidence import ablation, cases, repair, rows, stages
+from examples.evidence import ablation, cases, repair, rows, run, stages
 from examples.evidence.__main__ import listing, main
 from examples.evidence.cache import checkpoint
 from examples.evidence.cells import ATTACKS, BASELINES, STANDARD
@@ -70,6 +71,8 @@ def test_mini_begins_with_the_defences_under_the_standard_attacks() -> None:
     for attack in ("badnets-5%", "blended-5%"):
         for defence in ("undefended", "ultraclean", "NONE", "D-BR", "D-ST"):
             assert {c.seed for c in cells if (c.attack, c.defence) == (attack, defence)} == {0, 1, 2}
+    assert len({c.seed for c in cells if (c.attack, c.defence) == ("clean", "undefended")}) == 10
+    assert Cell(Setting(), "all-to-all-10%", "ultraclean+NONE") in cells
     assert {cell.defence for cell in cells} == set(DEFENCES)
     assert set(BASELINES) < set(DEFENCES)
     assert {cell.setting for cell in cells} == {Setting()}
@@ -137,6 +140,27 @@ def test_the_meter_counts_images_through_the_network_and_its_copies() -> None:
     assert (meter.forward, meter.backward) == (8, 5)
     assert meter.row(images=6, shared_epochs=11)["epoch_equivalents"] == 12.0
     assert meter.seconds > 0
+
+
+def test_two_callbacks_are_judged_by_what_they_removed_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, pictures = 200, torch.Generator().manual_seed(0)
+    train = TensorDataset(
+        torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=pictures), torch.arange(images) % 10
+    )
+    setting = Setting(images=images, epochs=1)
+    poisoned = cases.opened("badnets-5%", train, setting, 0, tmp_path).poisoned
+    first, second = poisoned.clone(), torch.zeros(images, dtype=torch.bool)
+    first[poisoned.nonzero()[:4]] = False  # the first callback misses four, the second finds them and a clean one
+    second[poisoned.nonzero()[:4]] = second[(~poisoned).nonzero()[0]] = True
+    given = [SimpleNamespace(verdict=Verdict(r.float(), ~r, 0.5, f"by {i}")) for i, r in enumerate((first, second))]
+    monkeypatch.setattr(run, "_callbacks", lambda *_: given)
+    monkeypatch.setattr(run, "train_network", lambda *_, **__: Classifier(steps=1).eval())
+    found = run.run_cell(Cell(setting, "badnets-5%", "ultraclean+NONE"), train, train, reference={}, cache=tmp_path)
+    assert (found["removed"], found["tpr"], found["rule"]) == (11, 1.0, "by 0, by 1")
+    assert found["fpr"] == pytest.approx(1 / 190)
+    assert 0.99 < found["auroc"] < 1.0
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
