@@ -35,7 +35,6 @@ from lightning_backdoor.verdict import Verdict
 
 __all__ = ["NONECallback"]
 
-STILL_OBEYED = 0.2  # of the removed samples get their label after a round: reason for another one
 MAX_LOSS = 0.05  # of accuracy on the training images, beyond which a round is undone
 
 
@@ -59,7 +58,8 @@ class NONECallback(Defense):
         warmup_epochs: Epochs of ordinary training before the first look. ``None``: one look, when training is about to
             end. With a number there is a second look at the end if the first one found nothing.
         rounds: Most looks in a row, each followed by its fine-tuning, as long as they find something, or the model
-            still gives over 20 % of the removed samples their label. ``None``: 2; 1 where units are reset by quota.
+            still gives over 10 % of the removed samples their label and the last round made them a quarter fewer.
+            ``None``: 3; 1 where units are reset by quota.
         finetune_epochs: Epochs of fine-tuning after a reset, with frozen batch-norm statistics. ``None``: a tenth of
             ``max_epochs``; more, up to ``max_epochs``, where this is less than 100 steps.
         lr: Learning rate at the start of fine-tuning, from where it falls to zero. ``None``: 5 % of the largest so far.
@@ -188,7 +188,7 @@ class NONECallback(Defense):
         if self._tuning.left:
             if self._tuning.at_epoch_end():
                 self._judge(trainer, pl_module)
-                if self._treated < (self.rounds or (1 if self._by_quota else 2)) and not self.history[-1].undone:
+                if self._treated < (self.rounds or (1 if self._by_quota else 3)) and not self.history[-1].undone:
                     self._look(trainer, pl_module)
             return
         done, warmup = trainer.current_epoch + 1, self.warmup_epochs or sys.maxsize
@@ -250,8 +250,7 @@ class NONECallback(Defense):
         rule = self.verdict.rule if self.verdict is not None and nothing_new else decision.rule
         removed = self._adopt(Verdict(decision.scores, kept, threshold, rule, measured.labels))
         chosen: list[Chosen] = []
-        obeys = bool(self.history) and (self.history[-1].obeyed_after or 0.0) > STILL_OBEYED
-        if self._by_quota or removed or obeys:
+        if self._by_quota or removed or (self.history and self.history[-1].unfinished):
             driven = None if self._by_quota else scan.driven(trainer, pl_module, ~kept)
             found = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
             chosen = trainer.strategy.broadcast(found, src=0)

@@ -13,6 +13,9 @@ from lightning_backdoor.verdict import Verdict
 
 __all__ = ["Round", "evidence", "sentence", "shares"]
 
+STILL_OBEYED = 0.1  # of the removed samples get their label after a round: reason for another one
+MOST_KEPT = 0.75  # of the share before it, beyond which another one would not help
+
 MEANING = (
     "It measures how far the image drives the most compromised units of the model out of the range that they have on "
     "other images; above 0.5 it belongs to a second population inside its class."
@@ -53,6 +56,16 @@ class Round:
     undone: bool = False
     shared: bool = False
     readmitted: bool = False
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the model still gives many removed samples their label, but fewer of them than before.
+
+        Samples whose label is true, as under a clean-label attack, get it whatever is reset.
+        """
+        if self.obeyed is None or self.obeyed_after is None:
+            return False
+        return STILL_OBEYED < self.obeyed_after < MOST_KEPT * self.obeyed
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that load with ``weights_only=True``."""

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_backdoor import NONECallback, attacks
+from lightning_backdoor.callbacks.rounds import Round
 from lightning_backdoor.errors import ArgumentError, ModelError, TrainerError
 from lightning_backdoor.trainer.finetuning import FineTuning
 from tests.callbacks.helpers import (
@@ -365,12 +366,30 @@ def test_rounds_share_one_bound_on_what_they_may_cost(
     assert [past.undone for past in callback.history] == [False, True]
 
 
-def test_goes_on_for_a_second_round_by_itself_unless_it_resets_by_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_backdoor.callbacks.none.STILL_OBEYED", -1.0)  # nothing was forgotten
+@pytest.mark.parametrize(
+    ("before", "after", "unfinished"),
+    [
+        (1.0, 0.3, True),
+        (0.3, 0.15, True),
+        (1.0, 0.08, False),
+        (0.4, 0.35, False),
+        (1.0, 1.0, False),
+        (1.0, None, False),
+        (None, None, False),
+    ],
+)
+def test_a_round_is_unfinished_if_it_helped_and_not_enough(
+    before: float | None, after: float | None, unfinished: bool
+) -> None:
+    assert Round(3, 9, 9, (), (), (), 0.9, before, 0.9, after).unfinished is unfinished
+
+
+def test_goes_on_for_three_rounds_by_itself_unless_it_resets_by_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.Round.unfinished", True)
     monkeypatch.setattr("lightning_backdoor.callbacks.none.MAX_LOSS", 2.0)
     train, _ = digits()
     poisoned = attacks.poison(train, attacks.BadNets(), target=0, rate=0.05)
-    for settings, rounds in (({}, 2), ({"rounds": 1}, 1), ({"rule": "paper"}, 1), ({"samples": "keep"}, 1)):
+    for settings, rounds in (({}, 3), ({"rounds": 1}, 1), ({"rule": "paper"}, 1), ({"samples": "keep"}, 1)):
         callback = NONECallback(finetune_epochs=1, **settings)
         train_digits(poisoned, [callback])
         assert [bool(past.units) for past in callback.history] == [True] * rounds, settings
