@@ -48,8 +48,8 @@ class NONECallback(Defense):
     training set, the units that they drive are drawn anew, and fine-tuning follows. Otherwise nothing changes.
 
     Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes; if something is found, up
-    to eleven more and epochs of fine-tuning, beyond ``max_epochs`` if need be; two bytes per image for each of up to 512
-    units; a copy of weights and optimizer, to which training returns if the rounds cost over 5 points of accuracy.
+    to eleven more, and epochs of fine-tuning beyond ``max_epochs`` if need be; two bytes per image for each of up to
+    512 units; a copy of weights and optimizer, to which training returns if the rounds cost over 5 points of accuracy.
 
     Differs from the paper: units and samples are chosen by evidence instead of by quota and a natural break, which
     fires on clean data, too (``rule="paper"`` keeps both); reset units may learn again (``reset="prune"``: never).
