@@ -66,7 +66,11 @@ def combined_tables(found: list[rows.Row]) -> str:
     if not all(halves.values()):
         return "Too few attacks have been measured for two halves."
     chosen = {half: choose(part, clean) for half, part in halves.items()}
-    parts = [_overview(halves, clean)]
+    seeds = ", ".join(str(row["seed"]) for row in sorted(clean, key=lambda row: row["seed"]))
+    parts = [
+        _overview(halves, clean),
+        f"Clean trainings: {len(clean)} (seeds {seeds}); the table has the most that one lost.",
+    ]
     for half, other in ("AB", "BA"):
         for kind, name in (
             ("Chosen", chosen[half]), ("The best that is not put together", choose(halves[half], clean, SINGLES))
@@ -99,8 +103,8 @@ def _overview(halves: dict[str, list[rows.Row]], clean: list[rows.Row]) -> str:
         auroc = number([mean(halves["A"] + halves["B"], name, "auroc")], 3)
         removed = max((row["candidates"][name]["removed"] for row in clean), default=0)
         lines.append([name, *shares, auroc, f"{removed:,}"])
-    head = ["verdict from", "TPR, half A", "FPR, half A", "TPR, half B", "FPR, half B", "AUROC", "removed, clean data"]
-    return table(head, lines, left=head[:1])
+    rates = ["TPR, half A", "FPR, half A", "TPR, half B", "FPR, half B", "AUROC"]
+    return table(["verdict from", *rates, "removed, clean data"], lines, left=["verdict from"])
 
 
 def _on(half: list[rows.Row], name: str, label: str) -> str:

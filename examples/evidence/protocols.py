@@ -105,7 +105,7 @@ def product(setting: Setting, attacks: Iterable[str], defences: Iterable[str], s
 
 
 def mini() -> Protocol:
-    """For two CPU cores: the small network, all attacks, and rates and seeds of the standard ones."""
+    """For two CPU cores: the small network, all attacks, rates and seeds of the standard ones, ten clean trainings."""
     here, one_target = Setting(), [name for name in STANDARD if name not in ("clean", "all-to-all-10%")]
     further = (*FURTHER, *ADAPTIVE)
     rates = ("badnets-0.5%", "badnets-10%", "blended-0.5%", "blended-1%", "blended-10%")

@@ -20,6 +20,7 @@ from examples.evidence.protocols import Cell
 from examples.evidence.random_reset import RandomReset
 from examples.evidence.training import Snapshot, accuracy, labels_of, train_network
 from lightning_backdoor import NONECallback, baselines, metrics
+from lightning_backdoor.callbacks.rounds import reset_units
 
 
 def run_cell(
@@ -71,7 +72,7 @@ def run_cell(
 
 
 def _callbacks(defence: str, dataset: Any, poisoned: torch.Tensor, seed: int, reference: rows.Row) -> list[Any]:
-    """The callbacks of a defence; none if it changes the training set alone."""
+    """The callbacks of a defence; none for what is no callback."""
     if defence == "random-reset":
         return [RandomReset(reference["units"], labels_of(dataset), ~poisoned, seed)]
     if defence == "fine-tune":
@@ -92,6 +93,6 @@ def _judgement(callbacks: list[Any], poisoned: torch.Tensor) -> rows.Row:
     }
     for callback in callbacks:
         if isinstance(callback, NONECallback):
-            row["units"] = dict(Counter(layer for done in callback.history for layer, *_ in done.units))
+            row["units"] = dict(Counter(layer for layer, _ in reset_units(callback.history)))
             row["undone"] = any(done.undone for done in callback.history)
     return row

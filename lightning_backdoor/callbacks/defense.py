@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ArgumentError, DataError, TrainerError
@@ -180,8 +181,13 @@ class Defense(CallbackBase):
         self._curation = None
         self._training_set = None
 
+    @property
+    def _in_training(self) -> Tensor | None:
+        """Samples that all defences keep, bool ``(N,)``; ``None`` while nothing is removed."""
+        return None if self._curation is None else self._curation.keep
+
     def _adopt(self, verdict: Verdict) -> int:
-        """Curate by a new verdict and return how many samples it removes that were still in training.
+        """Curate by a new verdict and return how many samples it removes that the one before had kept.
 
         A verdict that cannot be carried out is an error and leaves the one before in place.
         """

@@ -21,7 +21,7 @@ from lightning_backdoor.callbacks.defense import (
     require_positive,
     require_rate,
 )
-from lightning_backdoor.callbacks.rounds import Round, evidence, sentence, shares
+from lightning_backdoor.callbacks.rounds import Round, evidence, reset_units, sentence, shares
 from lightning_backdoor.callbacks.schedule import is_due
 from lightning_backdoor.surgery.units import UnitLayer
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
@@ -47,9 +47,10 @@ class NONECallback(Defense):
     no other label shows, or all labels into two, is what a backdoor looks like. If there is one, its samples leave the
     training set, the units that they drive are drawn anew, and fine-tuning follows. Otherwise nothing changes.
 
-    Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes; if something is found, up
-    to eleven more, and epochs of fine-tuning beyond ``max_epochs`` if need be; two bytes per image for each of up to
-    512 units; a copy of weights and optimizer, to which training returns if the rounds cost over 5 points of accuracy.
+    Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes a look, three
+    if a class has no confident sample; for each round two more, and epochs of fine-tuning beyond ``max_epochs`` if need
+    be; two bytes per image for each of up to 512 units; a copy of weights and optimizer, to which training returns if
+    the rounds cost over 5 points of accuracy.
 
     Differs from the paper: units and samples are chosen by evidence instead of by quota and a natural break, which
     fires on clean data, too (``rule="paper"`` keeps both); reset units may learn again (``reset="prune"``: never).
@@ -250,11 +251,11 @@ class NONECallback(Defense):
         rule = self.verdict.rule if self.verdict is not None and nothing_new else decision.rule
         removed = self._adopt(Verdict(decision.scores, kept, threshold, rule, measured.labels))
         chosen: list[Chosen] = []
-        if self._by_quota or removed or (self.history and self.history[-1].unfinished):
+        if self._by_quota or removed or (self._treated and self.history[-1].unfinished):
             driven = None if self._by_quota else scan.driven(trainer, pl_module, ~kept)
             found = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
             chosen = trainer.strategy.broadcast(found, src=0)
-        accuracy, obeyed = shares(measured.predicted, self.verdict)
+        accuracy, obeyed = shares(measured.predicted, self.verdict, self._in_training)
         self._last_look = trainer.current_epoch + 1
         units = tuple((self._layers[i].name, unit, label, score) for i, unit, label, score in chosen)
         modes, wanted = tuple((m.label, m.separation) for m in decision.modes), 0 if keeps else decision.wanted
@@ -277,7 +278,7 @@ class NONECallback(Defense):
         assert self._before is not None
         predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
         lost = max(self.history[-self._treated].accuracy - self.history[-1].accuracy, 0.0)  # by earlier rounds
-        self.history[-1] = self.history[-1].judged(predicted, self.verdict, MAX_LOSS - lost)
+        self.history[-1] = self.history[-1].judged(predicted, self.verdict, MAX_LOSS - lost, self._in_training)
         if self.history[-1].readmitted:
             keep = self._before["keep"]
             self._adopt(replace(self.verdict, keep=keep, threshold=math.inf if bool(keep.all()) else 0.5))
@@ -291,7 +292,7 @@ class NONECallback(Defense):
         """Log, print one sentence, and write the report of all rounds so far."""
         data, rounds = self._training_set, self.history
         assert data is not None
-        removed, units = float(sum(r.removed for r in rounds)), float(sum(len(r.units) for r in rounds))
+        removed, units = float(sum(r.removed for r in rounds)), float(len(reset_units(rounds)))
         pl_module.log_dict({"backdoor/none/removed": removed, "backdoor/none/units_reset": units})
         (rank_zero_warn if rounds[-1].undone else rank_zero_info)(f"NONE {sentence(rounds, len(data))}")
         shown = evidence(rounds, data, rule=self.rule, seconds=seconds, max_removed=self.max_removed)

@@ -11,7 +11,7 @@ from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["Round", "evidence", "sentence", "shares"]
+__all__ = ["Round", "evidence", "reset_units", "sentence", "shares"]
 
 STILL_OBEYED = 0.1  # of the removed samples get their label after a round: reason for another one
 MOST_KEPT = 0.75  # of the share before it, beyond which another one would not help
@@ -59,9 +59,9 @@ class Round:
 
     @property
     def unfinished(self) -> bool:
-        """Whether the model still gives many removed samples their label, but fewer of them than before.
+        """Whether over a tenth of the removed samples still get their label, but a quarter fewer than before.
 
-        Samples whose label is true, as under a clean-label attack, get it whatever is reset.
+        Where the label is true, as under a clean-label attack, they get it whatever is reset.
         """
         if self.obeyed is None or self.obeyed_after is None:
             return False
@@ -71,30 +71,42 @@ class Round:
         """Plain values that load with ``weights_only=True``."""
         return asdict(self)
 
-    def judged(self, predicted: Tensor, verdict: Verdict, max_loss: float) -> Round:
+    def judged(self, predicted: Tensor, verdict: Verdict, max_loss: float, training: Tensor | None = None) -> Round:
         """The round after its fine-tuning, and whether it has to be undone.
 
         Samples of a shared mode come back if the model, which has not trained on them, gives most of them their label:
         an all-to-all attack changes labels.
+
+        Args:
+            predicted: The model's classes, long ``(N,)``.
+            verdict: A verdict with labels.
+            max_loss: Accuracy that the round may cost, in ``[0, 1]``.
+            training: As in :func:`shares`.
         """
-        after, obeyed = shares(predicted, verdict)
+        after, obeyed = shares(predicted, verdict, training)
         readmitted = self.shared and obeyed is not None and obeyed > after / 2
         undone = readmitted or self.accuracy - after > max_loss
         return replace(self, accuracy_after=after, obeyed_after=obeyed, undone=undone, readmitted=readmitted)
 
 
-def shares(predicted: Tensor, verdict: Verdict | None) -> tuple[float, float | None]:
-    """Share of the kept and of the removed samples (``None`` without any) that the model gives their label.
+def shares(predicted: Tensor, verdict: Verdict | None, training: Tensor | None = None) -> tuple[float, float | None]:
+    """Share of the samples in training and of the removed ones (``None`` without any) that the model gives their label.
 
     Args:
         predicted: The model's classes, long ``(N,)``.
         verdict: A verdict with labels.
+        training: Samples that no defence has removed, bool ``(N,)``. ``None``: those that the verdict keeps.
     """
     assert verdict is not None
     assert verdict.labels is not None
     right, removed = predicted == verdict.labels, ~verdict.keep
-    kept = float(right[verdict.keep].float().mean())
+    kept = float(right[verdict.keep if training is None else training].float().mean())
     return kept, float(right[removed].float().mean()) if bool(removed.any()) else None
+
+
+def reset_units(rounds: list[Round]) -> set[tuple[str, int]]:
+    """Layer and number of every unit that was reset, in one round or in several."""
+    return {(layer, unit) for round_ in rounds for layer, unit, *_ in round_.units}
 
 
 def sentence(rounds: list[Round], total: int) -> str:
@@ -138,7 +150,7 @@ def evidence(rounds: list[Round], data: TrainingSet, *, rule: str, seconds: floa
         "looks after": ", ".join(f"epoch {round_.epochs}" for round_ in rounds),
         "seconds of the last look": round(seconds, 1),
         "images read with": data.transform.description,
-        "units reset": sum(len(round_.units) for round_ in rounds),
+        "units reset": len(reset_units(rounds)),
     }
     if rule == "auto":
         facts["classes with a second mode"] = ", ".join(modes) or "none"
@@ -170,8 +182,9 @@ def _treatment(rounds: list[Round]) -> str:
     treated = [round_ for round_ in rounds if round_.units]
     if not treated:
         return ""
-    units, layers = sum(len(r.units) for r in treated), len({layer for r in treated for layer, *_ in r.units})
-    text = f"{units:,} units of {layers} layers were reset, and the model was fine-tuned."
+    units = reset_units(treated)
+    layers = len({layer for layer, _ in units})
+    text = f"{len(units):,} units of {layers} layers were reset, and the model was fine-tuned."
     if treated[-1].readmitted:
         return f"{text} This was undone: the model gave the removed images their label without having seen them."
     return f"{text} The last of this cost too much accuracy and was undone." if treated[-1].undone else text

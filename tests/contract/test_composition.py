@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_backdoor import BackdoorMonitor, attacks
+from lightning_backdoor.callbacks import rounds
 from lightning_backdoor.callbacks.defense import Defense
 from lightning_backdoor.errors import TrainerError
 from tests.callbacks.helpers import same_state, state_of
@@ -34,6 +35,21 @@ def test_ultraclean_and_none(filter_first: bool, warmup: int) -> None:
     assert two.history[-1].units, "the surgery is that of the run that counts"
     assert two.history[-1].epochs == EPOCHS
     assert_settled(run.trainer, run.module, run.loader, run.before)
+
+
+@both_orders
+def test_none_measures_itself_on_what_both_keep(filter_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spied(predicted: Any, verdict: Any, training: Any = None) -> tuple[float, float | None]:
+        seen.append(training)
+        return rounds.shares(predicted, verdict, training)
+
+    monkeypatch.setattr("lightning_backdoor.callbacks.none.shares", spied)
+    one, two = of("UltraCleanCallback").make(rewind=False, warmup_epochs=1), of("NONECallback").make()
+    fit([one, two] if filter_first else [two, one])
+    assert (one.verdict.keep & two.verdict.keep).sum() < two.verdict.keep.sum()
+    assert seen[-1].nonzero().flatten().tolist() == kept(one, two)
 
 
 @both_orders

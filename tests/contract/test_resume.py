@@ -122,14 +122,14 @@ def test_resumed_on_other_data_it_is_refused(entry: Entry, tmp_path: Path) -> No
     "make",
     [
         lambda: NONECallback(rule="paper", warmup_epochs=1, finetune_epochs=1),
-        lambda: NONECallback(rule="paper", rounds=2, finetune_epochs=1),
+        lambda: NONECallback(rule="paper", rounds=3, finetune_epochs=1),
         lambda: DBRCallback(verdict=GIVEN, reference=True, epochs=2),
         lambda: DBRCallback(verdict=GIVEN, warmup_epochs=1, epochs=2),
         lambda: DBRCallback(verdict=GIVEN, warmup_epochs=0, epochs=2),
     ],
     ids=[
         "NONE inside the plan",
-        "two rounds",
+        "three rounds",
         "reference",
         "inside the plan",
         "at once",

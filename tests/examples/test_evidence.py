@@ -22,7 +22,8 @@ from examples.evidence.model import RECIPES, Classifier
 from examples.evidence.networks import NAME, NETWORKS
 from examples.evidence.protocols import PROTOCOLS, SECONDS_PER_EPOCH, Cell, Setting, hours
 from examples.evidence.table import DEFENCES, repair_table, stages_table
-from lightning_backdoor import DSTCallback, Verdict
+from lightning_backdoor import DSTCallback, NONECallback, UltraCleanCallback, Verdict
+from lightning_backdoor.callbacks.rounds import Round
 from tests.examples.helpers import pack, row
 
 EVIDENCE = Path(rows.__file__).parent
@@ -154,13 +155,19 @@ def test_two_callbacks_are_judged_by_what_they_removed_together(
     first, second = poisoned.clone(), torch.zeros(images, dtype=torch.bool)
     first[poisoned.nonzero()[:4]] = False  # the first callback misses four, the second finds them and a clean one
     second[poisoned.nonzero()[:4]] = second[(~poisoned).nonzero()[0]] = True
-    given = [SimpleNamespace(verdict=Verdict(r.float(), ~r, 0.5, f"by {i}")) for i, r in enumerate((first, second))]
+    given = run._callbacks("ultraclean+NONE", train, poisoned, 0, {})
+    assert [type(callback) for callback in given] == [UltraCleanCallback, NONECallback]
+    for i, (callback, removed) in enumerate(zip(given, (first, second), strict=True)):
+        callback.verdict = Verdict(removed.float(), ~removed, 0.5, f"by {i}")
+    unit = ("layer", 3, 0, 1.0)
+    given[1].history = [Round(1, 5, 5, (), (unit,), (), 0.9, 1.0), Round(2, 0, 5, (), (unit,), (), 0.9, 0.3)]
     monkeypatch.setattr(run, "_callbacks", lambda *_: given)
     monkeypatch.setattr(run, "train_network", lambda *_, **__: Classifier(steps=1).eval())
     found = run.run_cell(Cell(setting, "badnets-5%", "ultraclean+NONE"), train, train, reference={}, cache=tmp_path)
     assert (found["removed"], found["tpr"], found["rule"]) == (11, 1.0, "by 0, by 1")
     assert found["fpr"] == pytest.approx(1 / 190)
     assert 0.99 < found["auroc"] < 1.0
+    assert (found["units"], found["undone"]) == ({"layer": 1}, False)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
