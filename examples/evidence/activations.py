@@ -53,7 +53,7 @@ def main() -> None:
         if only and activation.__name__ not in only:
             continue
         undefended = trained(activation, poisoned, [])
-        defence, quiet = NONECallback(rounds=4), NONECallback(rounds=4)
+        defence, quiet = NONECallback(), NONECallback()
         defended, untouched = trained(activation, poisoned, [defence]), trained(activation, clean, [quiet])
         rates = metrics.DetectionRates()
         rates.update(defence.verdict.scores, defence.verdict.keep, poisoned.poisoned)

@@ -27,7 +27,7 @@ LEAST_SEPARATION = 2.0  # of a mode that early neighbours deny its label
 LEAST_EXCLUSIVENESS = 2.0  # of a mode that is no other label's, or that early neighbours deny its label
 MAX_MEMBERS = 0.55  # of the label, for the same: where a class has a rare kind, the upper mode is the class
 MIN_OTHERS = 3  # labels that are compared
-MAX_ONE_OTHER = 0.5  # of the others beside it may have one label
+MIN_KINDS = 4.0  # effective number of labels beside it; half of the others, 2 at least, where they are fewer
 MAX_ELSEWHERE = 1.6  # separation of other labels along the direction of a mode that is no other label's
 DENIED = 0.7  # of the agreement of the label's other samples; clean CIFAR-10 classes stay above 0.95
 MIN_OWN = 0.75  # AUROC by which the lower mode is told from all other labels; wrong labels have 0.5
@@ -82,7 +82,7 @@ def find_modes(values: Tensor, labels: Tensor, *, agreement: Tensor | None = Non
     one is a mixture of other classes that must not cost it its samples (not asked of a single unit).
 
     Exclusive is a mode beside which hardly any sample of other labels lies; or one that is half of its label at most,
-    beside which samples of several others lie, none of which is split by the direction (with three others or more).
+    beside which samples of many others lie, none of which is split by the direction (with three others or more).
 
     Early in training, before a weak backdoor is learned, its samples lie among those of their true classes, while a
     clean kind of image lies among its label. With ``agreement`` from then on, a mode whose neighbours deny it its label
@@ -166,8 +166,9 @@ def _exclusive(values: Tensor, labels: Tensor, mode: Mode) -> bool:
     """Whether hardly any other sample lies above the threshold, or no other label is split by the direction.
 
     Others can lie above the threshold as a whole, since what tells poisons from the rest of their label points at their
-    true classes, too: at several of them. A population that labels share splits the others as well; a rare clean kind
-    of image is the smaller part of its label; one that resembles another class points at that class alone.
+    true classes, too: at many of them. A population that labels share splits the others as well; a rare clean kind of
+    image is the smaller part of its label; one that resembles other classes points at one or two of them (a 1 that is
+    written like a 2 and a 3). The effective number of labels is Simpson's, the inverse sum of squared shares.
     """
     if not LEAST_EXCLUSIVENESS <= mode.exclusiveness < MIN_EXCLUSIVENESS:
         return mode.exclusiveness >= MIN_EXCLUSIVENESS
@@ -181,7 +182,8 @@ def _exclusive(values: Tensor, labels: Tensor, mode: Mode) -> bool:
         if Direction(mode.units, mode.weights, split_label(positions), len(positions)).separation >= MAX_ELSEWHERE:
             return False
         above.append(int((positions > mode.threshold).sum()))
-    return max(above) <= MAX_ONE_OTHER * sum(above)
+    least = min(MIN_KINDS, max(2.0, len(others) / 2))
+    return sum(above) ** 2 >= least * sum(count**2 for count in above)
 
 
 def _own(values: Tensor, inside: Tensor, mode: Mode, units: Tensor) -> float:

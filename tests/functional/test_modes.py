@@ -292,18 +292,38 @@ def like_one_other(seed: int) -> tuple[Tensor, Tensor]:
     return values, labels
 
 
+def like_two_others(seed: int) -> tuple[Tensor, Tensor]:
+    """A clean kind of class 0 that resembles classes 1 and 2, as some handwritten digits do."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 10, (5000,), generator=generator)
+    values = 6 * nn.functional.one_hot(labels, 24) + torch.randn(5000, 24, generator=generator)
+    kind = (labels == 0).nonzero().squeeze(1)[:100]
+    values[kind[:50], 1] += 5
+    values[kind[50:], 2] += 5
+    values[kind, 10:13] += 3
+    return values, labels
+
+
 @pytest.mark.parametrize(
-    ("draw", "guard", "seeds"),
-    [(with_rare_kind, "MAX_MEMBERS", (0, 3, 5)), (like_one_other, "MAX_ONE_OTHER", (0, 1, 2))],
-    ids=["the class itself", "like one other class"],
+    ("draw", "without", "seeds"),
+    [
+        (with_rare_kind, {"MAX_MEMBERS": 1.0, "MIN_KINDS": 2.0}, (0, 3, 5)),
+        (like_one_other, {"MIN_KINDS": 0.0}, (0, 1, 2)),
+        (like_two_others, {"MIN_KINDS": 0.0}, (0, 1, 2)),
+    ],
+    ids=["the class itself", "like one other class", "like two other classes"],
 )
 def test_a_clean_kind_is_no_backdoor(
-    draw: Callable[[int], tuple[Tensor, Tensor]], guard: str, seeds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    draw: Callable[[int], tuple[Tensor, Tensor]],
+    without: dict[str, float],
+    seeds: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = [draw(seed) for seed in seeds]
     assert [find_modes(values, labels) for values, labels in data] == [[]] * 3
-    monkeypatch.setattr(f"lightning_backdoor.functional.modes.{guard}", 1.0)
-    assert all(find_modes(values, labels) for values, labels in data), "without the guard it would be one"
+    for guard, bound in without.items():
+        monkeypatch.setattr(f"lightning_backdoor.functional.modes.{guard}", bound)
+    assert all(find_modes(values, labels) for values, labels in data), "without the guards it would be one"
 
 
 def test_three_other_labels_at_least_say_that_a_mode_is_exclusive() -> None:
