@@ -21,7 +21,7 @@ from lightning_backdoor.callbacks.defense import (
     require_positive,
     require_rate,
 )
-from lightning_backdoor.callbacks.rounds import Round, evidence, reset_units, sentence, shares
+from lightning_backdoor.callbacks.rounds import Round, evidence, reset_units, sentence, shares, unfinished
 from lightning_backdoor.callbacks.schedule import is_due
 from lightning_backdoor.surgery.units import UnitLayer
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
@@ -59,8 +59,8 @@ class NONECallback(Defense):
         warmup_epochs: Epochs of ordinary training before the first look. ``None``: one look, when training is about to
             end. With a number there is a second look at the end if the first one found nothing.
         rounds: Most looks in a row, each followed by its fine-tuning, as long as they find something, or the model
-            still gives over 10 % of the removed samples their label and the last round made them a quarter fewer.
-            ``None``: 3; 1 where units are reset by quota.
+            still gives over 10 % of the removed samples their label (after the second one: and it made them a quarter
+            fewer). ``None``: 3; 1 where units are reset by quota.
         finetune_epochs: Epochs of fine-tuning after a reset, with frozen batch-norm statistics. ``None``: a tenth of
             ``max_epochs``; more, up to ``max_epochs``, where this is less than 100 steps.
         lr: Learning rate at the start of fine-tuning, from where it falls to zero. ``None``: 5 % of the largest so far.
@@ -251,7 +251,8 @@ class NONECallback(Defense):
         rule = self.verdict.rule if self.verdict is not None and nothing_new else decision.rule
         removed = self._adopt(Verdict(decision.scores, kept, threshold, rule, measured.labels))
         chosen: list[Chosen] = []
-        if self._by_quota or removed or (self._treated and self.history[-1].unfinished):
+        treated = self.history[-self._treated :] if self._treated else []
+        if self._by_quota or removed or unfinished(treated):
             driven = None if self._by_quota else scan.driven(trainer, pl_module, ~kept)
             found = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
             chosen = trainer.strategy.broadcast(found, src=0)

@@ -11,10 +11,10 @@ from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["Round", "evidence", "reset_units", "sentence", "shares"]
+__all__ = ["Round", "evidence", "reset_units", "sentence", "shares", "unfinished"]
 
 STILL_OBEYED = 0.1  # of the removed samples get their label after a round: reason for another one
-MOST_KEPT = 0.75  # of the share before it, beyond which another one would not help
+MOST_KEPT = 0.75  # of the share before it: beyond that another one would not help
 
 MEANING = (
     "It measures how far the image drives the most compromised units of the model out of the range that they have on "
@@ -57,16 +57,6 @@ class Round:
     shared: bool = False
     readmitted: bool = False
 
-    @property
-    def unfinished(self) -> bool:
-        """Whether over a tenth of the removed samples still get their label, but a quarter fewer than before.
-
-        Where the label is true, as under a clean-label attack, they get it whatever is reset.
-        """
-        if self.obeyed is None or self.obeyed_after is None:
-            return False
-        return STILL_OBEYED < self.obeyed_after < MOST_KEPT * self.obeyed
-
     def state_dict(self) -> dict[str, Any]:
         """Plain values that load with ``weights_only=True``."""
         return asdict(self)
@@ -102,6 +92,21 @@ def shares(predicted: Tensor, verdict: Verdict | None, training: Tensor | None =
     right, removed = predicted == verdict.labels, ~verdict.keep
     kept = float(right[verdict.keep if training is None else training].float().mean())
     return kept, float(right[removed].float().mean()) if bool(removed.any()) else None
+
+
+def unfinished(treated: list[Round]) -> bool:
+    """Whether over a tenth of the removed samples still get their label, and the last of several rounds has helped.
+
+    The first one may have met too few of the units that obey. Where labels are true, as under a clean-label attack, the
+    samples get them whatever is reset.
+
+    Args:
+        treated: Rounds that reset units, one after the other.
+    """
+    if not treated or treated[-1].obeyed is None or treated[-1].obeyed_after is None:
+        return False
+    helped = len(treated) == 1 or treated[-1].obeyed_after < MOST_KEPT * treated[-1].obeyed
+    return helped and treated[-1].obeyed_after > STILL_OBEYED
 
 
 def reset_units(rounds: list[Round]) -> set[tuple[str, int]]:

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_backdoor import NONECallback, Verdict, attacks
-from lightning_backdoor.callbacks.rounds import Round, reset_units, shares
+from lightning_backdoor.callbacks.rounds import Round, reset_units, shares, unfinished
 from lightning_backdoor.errors import ArgumentError, ModelError, TrainerError
 from lightning_backdoor.trainer.finetuning import FineTuning
 from tests.callbacks.helpers import (
@@ -373,21 +373,24 @@ def test_a_unit_that_is_reset_again_counts_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "unfinished"),
+    ("obeyed", "more"),
     [
-        (1.0, 0.11, True),
-        (1.0, 0.1, False),
-        (0.4, 0.29, True),
-        (0.4, 0.31, False),
-        (1.0, 1.0, False),
-        (1.0, None, False),
-        (None, None, False),
+        ([], False),
+        ([(1.0, 0.11)], True),
+        ([(1.0, 0.1)], False),
+        ([(1.0, 0.99)], True),
+        ([(1.0, 0.4), (0.4, 0.29)], True),
+        ([(1.0, 0.4), (0.4, 0.31)], False),
+        ([(1.0, 0.4), (0.4, 0.1)], False),
+        ([(1.0, None)], False),
+        ([(None, None)], False),
     ],
 )
-def test_a_round_is_unfinished_if_it_helped_and_not_enough(
-    before: float | None, after: float | None, unfinished: bool
+def test_rounds_are_unfinished_if_many_obey_and_the_last_of_several_has_helped(
+    obeyed: list[tuple[float | None, float | None]], more: bool
 ) -> None:
-    assert Round(3, 9, 9, (), (), (), 0.9, before, 0.9, after).unfinished is unfinished
+    rounds = [Round(3, 9, 9, (), (), (), 0.9, before, 0.9, after) for before, after in obeyed]
+    assert unfinished(rounds) is more
 
 
 def test_what_is_in_training_and_what_was_removed_are_told_apart() -> None:
@@ -414,7 +417,7 @@ def test_what_is_left_from_before_a_rewind_resets_nothing(monkeypatch: pytest.Mo
 
 
 def test_goes_on_for_three_rounds_by_itself_unless_it_resets_by_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.Round.unfinished", True)
+    monkeypatch.setattr("lightning_backdoor.callbacks.none.unfinished", bool)
     monkeypatch.setattr("lightning_backdoor.callbacks.none.MAX_LOSS", 2.0)
     train, _ = digits()
     poisoned = attacks.poison(train, attacks.BadNets(), target=0, rate=0.05)
@@ -503,7 +506,7 @@ def test_an_all_to_all_backdoor_is_found_and_weakened() -> None:
     assert (removed & truth).sum() >= 0.9 * truth.sum()
     assert (removed & ~truth).sum() <= 0.01 * len(truth)
     first, second, *_ = callback.history
-    assert first.unfinished, "one round is not enough"
+    assert unfinished([first]), "one round is not enough"
     assert second.units
     assert second.removed == 0
     obeyed = [past.obeyed_after for past in callback.history if past.units]
