@@ -223,7 +223,7 @@ two halves in turns, in the order of the benchmark, whatever their rate and seed
 To be chosen it must remove nothing from clean data (which are not held out), and at most 0.1 % of the clean images on
 average; among equals the first one of the table is chosen. The bounds of what early neighbours say were set on WaNet
 (half A) and clean data; that others may lie beside a mode which splits none of them, on flower and low-frequency
-(half B), its guards on TaCT (half A), too. For what these add the attacks named here are no test, and no half is
+(half B), its guards on TaCT (half A) and digits. For what these add the attacks named here are no test, and no half is
 untouched; all other attacks are one. Kinds of one family (flower and flower-added) may stand in both halves. Covers,
 triggered images with their own label, are told apart here: to remove one is neither a hit nor a false alarm (in the
 tables above it is a false alarm)."""
