@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="in place of the seeds of the protocol")
     parser.add_argument("--only", nargs="*", help="only cells whose model/attack/defence/seed-N/ contains one of these")
     options = parser.parse_args()
-    found = rows.read(options.results)
+    found = rows.latest(rows.read(options.results))
     folder = options.results.parent
     if options.action == "run" and options.list:
         print(listing(cells(options), map(rows.key, found)))

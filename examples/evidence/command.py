@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
+from examples.evidence import rows
 from examples.evidence.data import packed_cifar10, per_class
 from examples.evidence.protocols import Setting
 
@@ -24,7 +25,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def begin(options: argparse.Namespace) -> None:
-    """Say little, and make the cache."""
+    """Say little, note which code runs, and make the cache."""
+    rows.commit()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     torch.set_num_threads(options.threads)

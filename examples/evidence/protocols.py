@@ -12,6 +12,7 @@ from examples.evidence.networks import NAME
 OURS = ("ultraclean", "NONE", "D-BR", "D-ST")
 WORK: dict[str, tuple[float, float]] = {
     "undefended": (1, 0),
+    "clean-model": (0, 3),
     "perfect": (1, 0),
     "random": (1, 0),
     "ultraclean": (1.8, 0),
@@ -108,11 +109,13 @@ def mini() -> Protocol:
     """For two CPU cores: the small network, all attacks, rates and seeds of the standard ones, ten clean trainings."""
     here, one_target = Setting(), [name for name in STANDARD if name not in ("clean", "all-to-all-10%")]
     further = (*FURTHER, *ADAPTIVE)
+    stronger = [name for name in further if not name.endswith("-0.3%")]  # at 0.3 % none took
     rates = ("badnets-0.5%", "badnets-10%", "blended-0.5%", "blended-1%", "blended-10%")
     cells = [
         *product(here, STANDARD, ("undefended", *OURS)),
         *product(here, one_target, ("perfect", "random", "random-reset")),
-        *product(here, further, ("undefended", "NONE", "D-BR", "fine-tune")),
+        *product(here, further, ("undefended", "NONE", "fine-tune")),
+        *product(here, stronger, ("D-BR",)),
     ]
     for seed in (1, 2):
         cells += product(here, ("badnets-5%", "blended-5%"), ("undefended", *OURS, "perfect"), seed)
@@ -122,7 +125,8 @@ def mini() -> Protocol:
         *product(here, STANDARD, ("NONE-paper", "ultraclean-paper")),
         *product(here, ("badnets-5%",), ("D-BR-paper",)),
         *product(here, ("clean", "all-to-all-10%", "flower-10%", "low-frequency-5%"), ("ultraclean+NONE",)),
-        *product(here, (*further, *rates), ("ultraclean",)),
+        *product(here, (*stronger, *rates), ("ultraclean",)),
+        *product(here, (*one_target, "all-to-all-10%", *stronger, *rates), ("clean-model",)),
     ]
     for seed in range(1, 10):
         cells += product(here, ("clean",), ("undefended",), seed)

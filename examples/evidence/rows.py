@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +57,38 @@ def poison(poisons: int, images: int) -> Row:
     return {"poisons": poisons, "rate": round(poisons / images, 6)}
 
 
+@cache
+def commit() -> str | None:
+    """The commit of the code that runs, with ``-dirty`` if library or benchmark differ from it; without git none."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, check=True)
+        code = ["diff", "--quiet", "HEAD", "--", ":/lightning_backdoor", ":/examples/**/*.py"]
+        changed = subprocess.run([*git, *code], capture_output=True, check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip() + "-dirty" * bool(changed)
+
+
 def circumstances(module: str, device: str) -> Row:
     """Versions, hardware and command."""
     threads = f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
     return {
         "versions": {
             "lightning_backdoor": __version__,
+            "commit": commit(),
             "torch": torch.__version__,
             "pytorch_lightning": pl.__version__,
         },
         "hardware": torch.cuda.get_device_name() if device == "cuda" else threads,
         "command": " ".join(["python -m", module, *sys.argv[1:]]),
     }
+
+
+def latest(found: list[Row]) -> list[Row]:
+    """The rows of cells, of each the last one: two runs at once may have measured the same."""
+    return list({key(row): row for row in found}.values())
 
 
 def read(path: Path) -> list[Row]:

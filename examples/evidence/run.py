@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from examples.evidence import rows
-from examples.evidence.cache import EARLY, early
+from examples.evidence.cache import EARLY, early, undefended
 from examples.evidence.candidates import together
 from examples.evidence.cases import opened
 from examples.evidence.cells import AT_THE_END, CALLBACKS, clean_share, filtered
@@ -36,8 +36,9 @@ def run_cell(
     """Train one cell, and return its row of the result file.
 
     Args:
-        cell: The attack, the defence (``"undefended"``, ``"perfect"``, ``"random"``, ``"random-reset"``,
-            ``"fine-tune"`` or a key of ``CALLBACKS``), the seed of the poison, the weights and the batches.
+        cell: The attack, the defence (``"undefended"``, ``"clean-model"``, ``"perfect"``, ``"random"``,
+            ``"random-reset"``, ``"fine-tune"`` or a key of ``CALLBACKS``), the seed of the poison, the weights and the
+            batches. A clean model has the next seed: no trigger was made against it.
         train: Clean training images, as many as the setting of the cell says.
         test: Clean test images.
         reference: For the two random baselines, the row of the defence whose size they have.
@@ -48,10 +49,13 @@ def run_cell(
     setting, seed, defence = cell.setting, cell.seed, cell.defence
     case = opened(cell.attack, train, setting, seed, cache, device=device)
     dataset, poisoned, shared = case.dataset, case.poisoned, case.shared
+    if defence == "clean-model":
+        dataset, seed = train, seed + 1
+        shared = undefended(train, setting, "clean", seed, cache, device=device)
     defences = _callbacks(defence, dataset, poisoned, seed, reference)
     if defence in ("perfect", "random"):
         dataset = filtered(dataset, defence, poisoned, reference.get("removed", 0), seed)
-    late = defence in AT_THE_END and shared.exists()
+    late = defence in (*AT_THE_END, "clean-model") and shared.exists()
     watchers: list[pl.Callback] = []
     if defence == "undefended":
         watchers = [Snapshot(shared, setting.epochs - 1), Snapshot(early(shared), EARLY)]
@@ -91,6 +95,8 @@ def _judgement(callbacks: list[Any], poisoned: torch.Tensor) -> rows.Row:
         **{name: None if value.isnan() else float(value) for name, value in rates.compute().items()},
         "rule": ", ".join(verdict.rule for verdict in verdicts),
     }
+    if len(verdicts) > 1:
+        row["removed_by"] = [len(verdict.removed) for verdict in verdicts]
     for callback in callbacks:
         if isinstance(callback, NONECallback):
             row["units"] = dict(Counter(layer for layer, _ in reset_units(callback.history)))

@@ -10,8 +10,9 @@ from examples.evidence.protocols import Setting
 from examples.evidence.rows import Row, setting_of
 
 DEFENCES = (
-    "undefended", "ultraclean", "NONE", "ultraclean+NONE", "D-BR", "D-ST", "perfect", "random", "random-reset",
-    "ultraclean-paper", "NONE-paper", "D-BR-paper", "AC", "spectral", "STRIP", "deep-kNN", "fine-tune", "ABL",
+    "undefended", "clean-model", "ultraclean", "NONE", "ultraclean+NONE", "D-BR", "D-ST", "perfect", "random",
+    "random-reset", "ultraclean-paper", "NONE-paper", "D-BR-paper", "AC", "spectral", "STRIP", "deep-kNN", "fine-tune",
+    "ABL",
 )  # fmt: skip
 TOOK = 0.5  # undefended ASR below which an attack did not take
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,34 @@ def test_a_cut_line_does_not_count_and_swallows_nothing(tmp_path: Path) -> None:
     rows.append(path, {"a": 3})
     rows.append(path, {"a": 4})
     assert rows.read(path) == [{"a": 1}, {"a": 3}, {"a": 4}]
+
+
+def test_of_a_cell_that_was_measured_twice_the_last_row_counts() -> None:
+    first, other, last = row("clean", "NONE", 0.7, 0.0), row("clean", "D-BR", 0.8, 0.0), row("clean", "NONE", 0.9, 0.0)
+    assert rows.latest([first, other, last]) == [last, other]
+
+
+def test_a_row_names_the_commit_of_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        own = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", *own, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    library, data = tmp_path / "lightning_backdoor", tmp_path / "examples" / "evidence"
+    for file in (library / "a.py", data / "b.py", data / "results.jsonl"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1\n")
+    for words in (["init"], ["add", "."], ["commit", "-m", "a"]):
+        git(*words)
+    monkeypatch.setattr(rows, "__file__", str(data / "rows.py"))
+    head = git("rev-parse", "--short=7", "HEAD").strip()
+    commit = rows.commit.__wrapped__
+    assert commit() == head
+    (data / "results.jsonl").write_text("2\n")
+    assert commit() == head, "rows are no code"
+    (library / "a.py").write_text("2\n")
+    assert commit() == f"{head}-dirty"
+    monkeypatch.setattr(rows, "__file__", str(tmp_path.parent / "rows.py"))
+    assert commit() is None
 
 
 def test_mini_begins_with_the_defences_under_the_standard_attacks() -> None:
@@ -166,8 +195,31 @@ def test_two_callbacks_are_judged_by_what_they_removed_together(
     found = run.run_cell(Cell(setting, "badnets-5%", "ultraclean+NONE"), train, train, reference={}, cache=tmp_path)
     assert (found["removed"], found["tpr"], found["rule"]) == (11, 1.0, "by 0, by 1")
     assert found["fpr"] == pytest.approx(1 / 190)
+    assert found["removed_by"] == [6, 5]
     assert 0.99 < found["auroc"] < 1.0
     assert (found["units"], found["undone"]) == ({"layer": 1}, False)
+
+
+def test_a_clean_model_has_seen_neither_the_poisons_nor_the_trigger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = TensorDataset(torch.zeros(200, 3, 32, 32, dtype=torch.uint8), torch.arange(200) % 10)
+    asked: list[Any] = []
+
+    def remember(*given: Any, **_: Any) -> Any:
+        asked.append(given)
+        return Classifier(steps=1).eval()
+
+    monkeypatch.setattr(run, "undefended", lambda *given, **_: checkpoint(tmp_path, given[1], given[2], given[3]))
+    monkeypatch.setattr(run, "train_network", remember)
+    there = checkpoint(tmp_path, Setting(images=200), "clean", 4)
+    there.touch()
+    cell = Cell(Setting(images=200), "all-to-all-10%", "clean-model", 3)
+    found = run.run_cell(cell, train, train, reference={}, cache=tmp_path)
+    dataset, callbacks, _, seed, start = asked[0]
+    assert dataset is train
+    assert (callbacks, seed, start) == ([], 4, there)
+    assert (found["attack"], found["seed"], found["poisons"], found["removed"]) == ("all-to-all-10%", 3, 20, 0)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -130,7 +130,7 @@ def test_the_page_holds_all_tables_and_what_is_missing() -> None:
     for part in (headline(ROWS), detection(ROWS), on_clean_data(ROWS), cost(ROWS), repair_table([repair])):
         assert part in written
     assert "8 rows of `results.jsonl` and those" in written
-    assert "### mini: 242 of 250 cells" in written
+    assert "### mini: 263 of 271 cells" in written
     assert page([], {}).count("Not run.") == len(ABLATIONS) == 7
 
 
