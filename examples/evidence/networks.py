@@ -69,6 +69,11 @@ def small_vit(classes: int = 10) -> nn.Module:
     )
 
 
+def small_convnext(classes: int = 10) -> nn.Module:
+    """A ConvNeXt of timm with patches of 2 x 2 pixels, 0.89 million parameters."""
+    return timm.models.ConvNeXt(num_classes=classes, depths=(2, 2, 4, 2), dims=(24, 48, 96, 160), patch_size=2)
+
+
 def resnet18(classes: int = 10) -> nn.Module:
     """ResNet-18 of timm with a stem for small images: one 3 x 3 convolution and no pooling; 11.2 million parameters."""
     network = timm.create_model("resnet18", num_classes=classes)
@@ -93,6 +98,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     NAME: resnet9,
     "preact-gelu": preact_gelu,
     "vit": small_vit,
+    "convnext": small_convnext,
     "resnet18": resnet18,
     "preact-resnet18": preact_resnet18,
     "vgg16-bn": lambda: vgg_bn(16),

@@ -35,6 +35,9 @@ WORK: dict[str, tuple[float, float]] = {
 
 SECONDS_PER_EPOCH = {
     NAME: (11.7, 20_000),  # measured, two CPU threads
+    "preact-gelu": (9, 20_000),  # three ratios of single steps to those of the above, one thread
+    "convnext": (8, 20_000),
+    "vit": (28, 20_000),
     "resnet18": (8, 50_000),  # these and the following are guesses for one H100
     "preact-resnet18": (8, 50_000),
     "vgg16-bn": (6, 50_000),
@@ -133,6 +136,16 @@ def mini() -> Protocol:
     return Protocol("mini", "two CPU cores", tuple(cells))
 
 
+def architectures() -> Protocol:
+    """For two CPU cores: networks of other kinds, small ones, with and without a backdoor."""
+    recipes = {"convnext": "adamw", "vit": "adamw", "preact-gelu": RECIPE}
+    cells = []
+    for attack in ("blended-5%", "clean", "badnets-5%"):
+        for name, recipe in recipes.items():
+            cells += product(Setting(name, recipe=recipe), (attack,), ("undefended", "NONE", "D-BR", "ultraclean"))
+    return Protocol("architectures", "two CPU cores", tuple(cells))
+
+
 def full() -> Protocol:
     """For one GPU: ResNet-18 by the papers' recipes, then five architectures from ten per cent of poison to none."""
     own = {name: Setting("resnet18", 50_000, 200, name) for name in ("NONE", "D-BR")}
@@ -157,4 +170,4 @@ def full() -> Protocol:
     return Protocol("full", "one GPU", tuple(cells))
 
 
-PROTOCOLS = {protocol.name: protocol for protocol in (mini(), full())}
+PROTOCOLS = {protocol.name: protocol for protocol in (mini(), architectures(), full())}
