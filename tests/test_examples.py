@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,12 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from examples.evidence import data, rows
 from examples.evidence.attacks import distinct, sheet
+from examples.evidence.cache import checkpoint
 from examples.evidence.cells import ATTACKS
-from examples.evidence.data import packed_cifar10, unpacked
+from examples.evidence.data import cifar10, unpacked
+from examples.evidence.protocols import Cell, Setting
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,10 +51,29 @@ def test_packed_images_come_out_in_order(tmp_path: Path) -> None:
     assert np.abs(images[:, 16, 16, 0].astype(int) - greys).max() <= 1
     assert labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert classes == ["cat", "dog"]
-    image, label = packed_cifar10(tmp_path, "train")[5]
+    image, label = cifar10(tmp_path, "train")[5]
     assert image.shape == (3, 32, 32)
     assert int(image.min()) >= 254
     assert int(label) == 1
+
+
+def test_the_original_is_read_by_torchvision_and_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def downloaded(root: str, train: bool, download: bool) -> SimpleNamespace:
+        asked.append((root, train, download))
+        return SimpleNamespace(data=np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3), targets=[3, 8])
+
+    monkeypatch.setattr(data, "CIFAR10", downloaded)
+    images, labels = cifar10(Path("cifar10"), "test").tensors
+    assert asked == [("data", False, True)]
+    assert (images.shape, labels.tolist()) == ((2, 3, 32, 32), [3, 8])
+    assert images[0, :, 0, 1].tolist() == [3, 4, 5], "red, green and blue of the second pixel"
+    original, jpeg = (Setting(dataset=data.dataset_name(Path(name))) for name in ("cifar10", "../shared/data"))
+    assert (original.dataset, jpeg) == ("CIFAR-10", Setting())
+    assert rows.cell_key(Cell(original, "clean", "NONE")) != rows.cell_key(Cell(jpeg, "clean", "NONE"))
+    assert checkpoint(Path(), original, "clean", 0) != checkpoint(Path(), jpeg, "clean", 0)
+    assert rows.setting_of(rows.identity(original, "clean", 0)) == original
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from examples.evidence import command, rows
-from examples.evidence.data import packed_cifar10, per_class
+from examples.evidence.data import cifar10, dataset_name, per_class
 from examples.evidence.plot import draw
 from examples.evidence.protocols import PROTOCOLS, Cell, hours
 from examples.evidence.results import ABLATIONS, page
@@ -29,6 +29,7 @@ REFERENCE = {"random": "ultraclean", "random-reset": "NONE"}
 def cells(options: argparse.Namespace) -> list[Cell]:
     """The cells of the protocol that were asked for, in its order, with the changes that were asked for."""
     changes = {name: getattr(options, name) for name in ("images", "epochs") if getattr(options, name) is not None}
+    changes["dataset"] = dataset_name(options.data)
     found = [replace(cell, setting=replace(cell.setting, **changes)) for cell in PROTOCOLS[options.protocol].cells]
     if options.seed is not None:
         found = [replace(cell, seed=options.seed) for cell in found]
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the missing cells."""
     command.begin(options)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    everything, test = (packed_cifar10(options.data, split) for split in ("train", "test"))
+    everything, test = (cifar10(options.data, split) for split in ("train", "test"))
     for cell in cells(options):
         done = {rows.key(row): row for row in rows.read(options.results)}
         if rows.cell_key(cell) in done:

@@ -21,8 +21,10 @@ EARLY = 3  # epochs: strong backdoors are learned, most of the classes are not
 
 def checkpoint(cache: Path, setting: Setting, attack: str, seed: int) -> Path:
     """Where the undefended training under ``attack`` is kept as it was before its last epoch."""
-    usual = Setting(images=setting.images, epochs=setting.epochs)
-    other = "" if setting == usual else f"-{setting.model}-{setting.recipe}"
+    usual = Setting()
+    other = "" if setting.dataset == usual.dataset else f"-{setting.dataset}"
+    if (setting.model, setting.recipe) != (usual.model, usual.recipe):
+        other += f"-{setting.model}-{setting.recipe}"
     return cache / f"{attack}-{setting.images}-{setting.epochs}-{seed}{other}.ckpt"
 
 

@@ -11,15 +11,17 @@ import torch
 from torch.utils.data import TensorDataset
 
 from examples.evidence import rows
-from examples.evidence.data import packed_cifar10, per_class
+from examples.evidence.data import DOWNLOADED, cifar10, dataset_name, per_class
 from examples.evidence.protocols import Setting
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that every command has."""
     found = argparse.ArgumentParser(description=description)
-    found.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of cifar10_<split>.npz")
-    found.add_argument("--cache", type=Path, default=Path(".cache"), help="folder of what several commands share")
+    told = f"folder of cifar10_<split>.npz (JPEG); {DOWNLOADED}: the original, downloaded"
+    found.add_argument("--data", type=Path, default=Path("../shared/data"), help=told)
+    told = "folder of networks and scores that several commands share; remove it if you change an attack or a recipe"
+    found.add_argument("--cache", type=Path, default=Path(".cache"), help=told)
     found.add_argument("--threads", type=int, default=2)
     return found
 
@@ -44,5 +46,6 @@ def setting_parser(description: str | None) -> argparse.ArgumentParser:
 def begin_setting(options: argparse.Namespace) -> tuple[TensorDataset, TensorDataset, Setting]:
     """Clean training images, clean test images, and the setting."""
     begin(options)
-    clean = per_class(packed_cifar10(options.data, "train"), options.images // 10)
-    return clean, packed_cifar10(options.data, "test"), Setting(images=len(clean), epochs=options.epochs)
+    clean = per_class(cifar10(options.data, "train"), options.images // 10)
+    setting = Setting(images=len(clean), epochs=options.epochs, dataset=dataset_name(options.data))
+    return clean, cifar10(options.data, "test"), setting

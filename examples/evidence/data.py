@@ -1,4 +1,4 @@
-"""CIFAR-10 for the evidence: packed JPEG files, decoded once to uint8 tensors."""
+"""CIFAR-10 for the evidence: the original, or packed JPEG files, decoded once to uint8 tensors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
+from torchvision.datasets import CIFAR10
 
-NAME = "CIFAR-10 (JPEG)"
+JPEG, ORIGINAL = "CIFAR-10 (JPEG)", "CIFAR-10"
+DOWNLOADED = "cifar10"
+"""In the place of a folder: the original, which torchvision keeps below ``data`` and downloads if need be."""
+
+
+def dataset_name(source: Path) -> str:
+    """What rows call the images of a folder, or of ``DOWNLOADED``."""
+    return ORIGINAL if source == Path(DOWNLOADED) else JPEG
 
 
 def unpacked(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -22,9 +30,13 @@ def unpacked(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray, list[str
     return np.stack(pixels), packed["labels"].astype(np.int64), packed["classes"].tolist()
 
 
-def packed_cifar10(folder: Path, split: str) -> TensorDataset:
-    """The same as a dataset of images uint8 (3, 32, 32) and labels."""
-    images, labels, _ = unpacked(folder, split)
+def cifar10(source: Path, split: str) -> TensorDataset:
+    """The ``"train"`` or ``"test"`` images, uint8 (3, 32, 32), and labels, of a folder or of ``DOWNLOADED``."""
+    if dataset_name(source) == ORIGINAL:
+        original = CIFAR10("data", train=split == "train", download=True)
+        images, labels = original.data, np.asarray(original.targets, dtype=np.int64)
+    else:
+        images, labels, _ = unpacked(source, split)
     return TensorDataset(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from examples.evidence.cells import ADAPTIVE, ATTACKS, BASELINES, FURTHER, STANDARD
+from examples.evidence.data import JPEG
 from examples.evidence.model import RECIPE
 from examples.evidence.networks import NAME
 
@@ -50,12 +51,13 @@ SECONDS_PER_EPOCH = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How every training of a cell is done: the network, the training images, the epochs and the recipe."""
+    """How every training of a cell is done: the network, the number of images, the epochs, the recipe and the data."""
 
     model: str = NAME
     images: int = 20_000
     epochs: int = 12
     recipe: str = RECIPE
+    dataset: str = JPEG
 
     def __str__(self) -> str:
         return f"{self.model}, {self.images:,} images, {self.epochs} epochs, recipe {self.recipe}"

@@ -13,7 +13,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from examples.evidence import data
 from examples.evidence.model import RECIPE
 from examples.evidence.protocols import Cell, Setting
 from lightning_backdoor import __version__
@@ -32,7 +31,7 @@ def key(row: Row, defence: str = "defence") -> tuple[Any, ...]:
 def identity(setting: Setting, attack: str, seed: int) -> Row:
     """The fields of :func:`key`, but for the defence."""
     return {
-        "dataset": data.NAME,
+        "dataset": setting.dataset,
         "images": setting.images,
         "model": setting.model,
         "recipe": setting.recipe,
@@ -49,7 +48,7 @@ def cell_key(cell: Cell) -> tuple[Any, ...]:
 
 def setting_of(row: Row) -> Setting:
     """The setting of a row."""
-    return Setting(row["model"], row["images"], row["epochs"], row.get("recipe", RECIPE))
+    return Setting(row["model"], row["images"], row["epochs"], row.get("recipe", RECIPE), row["dataset"])
 
 
 def poison(poisons: int, images: int) -> Row:

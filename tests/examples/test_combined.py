@@ -23,7 +23,7 @@ from examples.evidence import (
 )
 from examples.evidence.cache import EARLY
 from examples.evidence.cells import ATTACKS
-from examples.evidence.data import packed_cifar10, per_class
+from examples.evidence.data import cifar10, per_class
 from examples.evidence.protocols import Setting
 from examples.evidence.table import fractions_table, strip_table, weights_table
 from examples.evidence.training import Snapshot, train_network
@@ -221,7 +221,7 @@ def test_every_training_image_is_measured_once_and_a_missing_network_is_trained(
 ) -> None:
     monkeypatch.setattr(scores, "STEPS", 2)
     setting = Setting(images=260, epochs=EARLY + 2)
-    case = cases.opened("badnets-5%", per_class(packed_cifar10(data, "train"), 26), setting, 0, data)
+    case = cases.opened("badnets-5%", per_class(cifar10(data, "train"), 26), setting, 0, data)
     found = scores.scores_of(case)
     assert {len(column) for column in found.values()} == {260}
     assert set(planted()[0]) == set(found)
@@ -247,7 +247,7 @@ def test_every_training_image_is_measured_once_and_a_missing_network_is_trained(
 
 def test_a_network_that_is_made_alone_is_that_of_the_whole_training(data: Path) -> None:
     setting = Setting(images=260, epochs=EARLY + 2)
-    case = cases.opened("badnets-5%", per_class(packed_cifar10(data, "train"), 26), setting, 0, data)
+    case = cases.opened("badnets-5%", per_class(cifar10(data, "train"), 26), setting, 0, data)
     alone = [case.undefended(at_first=True), case.undefended()]
     during = [data / "early.ckpt", data / "late.ckpt"]
     snapshots = [Snapshot(path, epochs) for path, epochs in zip(during, (EARLY, EARLY + 1), strict=True)]
