@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.colors import to_hex
+from torch import nn
+from torch.utils.data import TensorDataset
 
-from examples.evidence import consistency, plot
+from examples.evidence import attacks, consistency, plot
 from examples.evidence.cells import ATTACKS, FURTHER, STANDARD
 from examples.evidence.networks import NAME
 from examples.evidence.table import DEFENCES
@@ -120,3 +122,43 @@ def test_histograms_are_densities_of_logarithms(tmp_path: Path) -> None:
     path = tmp_path / "fct.png"
     consistency.draw({("sig-80%", NAME, "fresh", 0): (values, poisoned)}, path)
     assert size(path)[0] == 900
+
+
+def test_the_sheet_draws_each_form_of_each_kind_of_attack_once(tmp_path: Path) -> None:
+    train = TensorDataset(torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8), torch.arange(200) % 10)
+    network = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(196, 10)).eval()
+    names = ("clean", "badnets-1%", "badnets-5%", "wanet-10%", "sig-80%")
+    kinds = attacks.distinct({name: ATTACKS[name] for name in names})
+    assert list(kinds) == ["badnets-1%", "wanet-10%", "sig-80%"]
+    figure = attacks.sheet(kinds | {"label-consistent-40%": ATTACKS["label-consistent-40%"]}, train, network)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "badnets", "wanet", "wanet on covers", "sig", "label-consistent", "label-consistent at test"
+    ]  # fmt: skip
+    assert [text.get_text() for text in figure.texts] == ["clean", "triggered", "difference × 10"] * 3
+    for axes in figure.axes:
+        box = axes.get_position().bounds * torch.tensor([*figure.get_size_inches()] * 2).numpy() * plot.DPI
+        assert box == pytest.approx(box.round(), abs=1e-6)
+        assert tuple(box[2:]) == pytest.approx((3 * (3 * 32 + 4), 3 * 32)), "a pixel is three by three"
+    figure.savefig(tmp_path / "attacks.png")
+    assert attacks.FIGURE.is_file(), "the figure of the benchmark is what the command writes by default"
+
+
+def test_a_strip_has_the_difference_ten_times_around_grey() -> None:
+    clean = torch.full((3, 2, 2), 100, dtype=torch.uint8)
+    triggered = clean.clone()
+    triggered[:, 0] = torch.tensor([103, 90])
+    strip = attacks.strip(clean, triggered)
+    assert strip.shape == (3, 2, 10)
+    assert strip[0].tolist() == [
+        [100, 100, 255, 255, 103, 90, 255, 255, 158, 28],
+        [100, 100, 255, 255, 100, 100, 255, 255, 128, 128],
+    ]
+
+
+def test_images_at_test_are_of_another_class_than_the_target() -> None:
+    labels = torch.arange(200) % 10
+    images = labels[:, None, None, None].mul(20).expand(200, 3, 32, 32).to(torch.uint8).contiguous()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).eval()
+    recipe = ATTACKS["label-consistent-40%"].made(TensorDataset(images, labels), lambda: network)
+    shown = {form: int(clean[0, 16, 16]) // 20 for form, clean, _ in attacks.forms(recipe, images, labels)}
+    assert shown == {"": 0, " at test": 1}
