@@ -21,11 +21,12 @@ from examples.evidence.cache import kept
 from examples.evidence.cases import Case, opened
 from examples.evidence.cells import STANDARD
 from examples.evidence.looking import look
-from examples.evidence.plot import histogram
+from examples.evidence.plot import DPI, histograms
 from examples.evidence.scores import auroc
 from examples.evidence.table import consistency_table
 from examples.evidence.training import labels_of
 from lightning_backdoor import functional
+from lightning_backdoor.report.figures import own_style
 from lightning_backdoor.trainer.distinguish import Detector, distinguish
 from lightning_backdoor.trainer.training_set import TrainingSet
 
@@ -90,21 +91,13 @@ def separation(fct: Tensor, labels: Tensor, poisoned: Tensor) -> rows.Row:
 
 
 def draw(found: dict[tuple[str, str, str, int], tuple[Tensor, Tensor]], path: Path) -> None:
-    """Histograms of clean and poisoned images, one for each line of the table."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import)
-
-    columns = 4
-    lines = -(-len(found) // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.2 * lines), layout="constrained")
-    for place, ((attack, network, start, repulsion), (fct, poisoned)) in enumerate(found.items()):
-        axes = figure.add_subplot(lines, columns, place + 1)
-        histogram(axes, fct, poisoned)
-        title = f"{attack}, {start}{', repulsion' if repulsion else ''}"
-        axes.set_title(title if network == networks.NAME else f"{title}\n{network}", fontsize=8)
-        axes.set_xlabel("log10 FCT", fontsize=7)
-        if place == 0:
-            axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    """Histograms of clean and poisoned images: attacks and networks down, detectors across."""
+    panels = {}
+    for (attack, network, start, repulsion), scores in found.items():
+        line = attack if network == networks.NAME else f"{attack}\n{network}"
+        panels[line, f"{start}, centre repulsion" if repulsion else start] = scores
+    with own_style():
+        histograms(panels, "FCT", "FCT of training images by detector").savefig(path, dpi=DPI)
 
 
 if __name__ == "__main__":
