@@ -58,21 +58,21 @@ NO_CALLBACKS = {
 NOTES = {
     "ultraclean": "looks half-way and at the end; trains anew without what it removed",
     "ultraclean+NONE": "both, in one training",
-    "NONE": "looks when training is about to end",
-    "D-BR": "looks when training is about to end",
-    "D-ST": "looks before the first epoch",
+    "NONE": "looks when training is about to end; drops images, resets the units that they drive, fine-tunes",
+    "D-BR": "looks when training is about to end; unlearns suspects, relearns from trusted images",
+    "D-ST": "looks before the first epoch; learns features by contrast, and a classifier from trusted images",
     "ultraclean-paper": "the authors' score on {c.output}, as in two of their four scripts (`from_paper()` alone: "
     "softmax), of the network at half of the epochs (theirs is trained to the end); removes {c.fraction:.0%} whatever "
     "the data look like",
     "NONE-paper": "the authors' quotas, whatever the data look like",
     "D-BR-paper": "the authors' shares and rate, whatever the data look like; trusts images class by class, trains its "
     "detector with AdamW",
-    "AC": "as the paper, smaller clusters below {c.size:.0%} of a class",
+    "AC": "the smaller of two clusters in a class, where it stands apart and has less than {c.size:.0%} of it",
     "spectral": "is told that at most {c.eps:.0%} of a class are poisoned, and removes one and a half times as many "
     "of every class",
     "STRIP": "{c.draws} images are blended in (default: {default.draws}), which are of the training set: the paper has "
     "clean ones",
-    "deep-kNN": "rare classes are not drawn more often, as in the paper",
+    "deep-kNN": "in the paper rare classes are drawn more often, here not",
     "ABL": "isolates {c.isolate:.0%} of the images after a fifth of the epochs, as the paper; climbs on them for "
     "{c.epochs} epochs (default: {default.epochs})",
 }
