@@ -86,7 +86,7 @@ def which_code(rows: list[Row]) -> str:
     named = sum(commit_of(row) is not None for row in rows)
     told = f"Which code: {named} of the {len(rows)} rows name the commit that measured them"
     dirty = " (`-dirty`: with changes that were not committed)."
-    return told + dirty + (f" {UNNAMED}" if named < len(rows) else "")
+    return told + dirty + (f"\n{UNNAMED}" if named < len(rows) else "")
 
 
 def commits(rows: list[Row]) -> str:
@@ -206,7 +206,7 @@ beside it; do not edit it. All rates are in per cent; several seeds are given as
 A cell is *void* where the attack did not take: the undefended model obeys the trigger in less than half of the images.
 – stands for what was not measured; names with `-paper` follow the papers.
 Defences that act when training ends (NONE, D-BR, most baselines) go on from the undefended run before its last epoch,
-and draw the batches of that epoch anew: on clean data, where they do nothing, that alone makes 0.2 points.
+and draw the batches of that epoch anew: where they do nothing, that alone is what changes (see *On clean data*).
 
 {code}
 

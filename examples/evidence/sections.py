@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from examples.evidence import consistency, fractions, repair, rows, stages, strip, weights
+from examples.evidence.cache import EARLY
 from examples.evidence.cells import ATTACKS
 from examples.evidence.combined import SEEDS, combined_tables
 from examples.evidence.protocols import Setting
@@ -62,10 +63,10 @@ average; among equals the first one of the table is chosen. The bounds of what e
 untouched; all other attacks are one. Kinds of one family (flower and flower-added) may stand in both halves. Covers,
 triggered images with their own label, are told apart here: to remove one is neither a hit nor a false alarm (in the
 tables above it is a false alarm). TPR and FPR are in per cent, what is removed is a number of images."""
-FRACTION = """The images that move most under denoising leave the training set of a fresh network, by one denoiser or
-both (`python -m examples.evidence.fractions`). The score is the paper's, on logits, after 3 of 12 epochs."""
-STRIPPED = """STRIP's scores of the images of the target class, from the undefended network, 20 images blended in
-(`python -m examples.evidence.strip`)."""
+FRACTION = f"""The images that move most under denoising leave the training set of a fresh network, by one denoiser or
+both (`python -m examples.evidence.fractions`). The score is the paper's, on logits, after the first {EARLY} epochs."""
+STRIPPED = f"""STRIP's scores of the images of the target class, from the undefended network, {strip.DRAWS} images
+blended in (`python -m examples.evidence.strip`)."""
 REPAIR = """From the undefended network, with the true poisons as suspects, with those that scores choose, and with its
 own choice (`python -m examples.evidence.repair`)."""
 STAGES = """The first stage of D-ST with other labels than those of trusted images, without readmission
