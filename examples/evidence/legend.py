@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from examples.evidence.cells import ATTACKS, CALLBACKS, SOURCE, TARGET, Attack, clean_share
+from examples.evidence.plot import kind_of
 from examples.evidence.table import DEFENCES, table
 
 CLASSES = 10  # with equally many images each
@@ -85,18 +86,14 @@ label than the one that the attacker wants, or of those of the source class (cla
 that of the trigger of badnets, which nobody has learned there."""
 SHEET = """![What every attack does to an image](figures/attacks.png)
 
-Every trigger once, on one image: clean, poisoned, and the difference from the clean image, ten times enlarged around
-grey (no change is grey). The same for the cover and for the image of test time where they differ from the poison."""
+Every trigger once, whatever its rate (all-to-all has that of badnets): a clean image, the same with the trigger, and
+the difference from the clean image, ten times enlarged around grey: what is grey has not changed. Covers and images of
+test time follow where they have the trigger in another form than the poisons."""
 
 
 def legend() -> str:
     """Both tables, and the sheet of pictures."""
     return "\n\n".join([LABELS, attacks_legend(), SHEET, defences_legend()])
-
-
-def kind_of(attack: str) -> str:
-    """The name of an attack without its rate."""
-    return attack.rsplit("-", 1)[0]
 
 
 def attacks_legend() -> str:

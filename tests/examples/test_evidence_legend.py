@@ -10,6 +10,7 @@ import torch
 from examples.evidence import legend, run
 from examples.evidence.__main__ import REFERENCE
 from examples.evidence.cells import ATTACKS, CALLBACKS, Attack
+from examples.evidence.plot import kind_of
 from examples.evidence.table import DEFENCES
 from lightning_backdoor import attacks
 
@@ -29,7 +30,7 @@ def test_attacks_are_told_with_the_rates_of_the_cells() -> None:
     assert line(told, "tact").endswith("| 0.3, 2 % of all | 0.3, 2 % of all | dirty | 1 |")
     assert line(told, "adap-patch").endswith("| 0.3, 2 % of all | 0.6, 4 % of all | dirty | – |")
     assert "50 % of 16 pieces of the flower masked" in line(told, "adap-blend")
-    kinds = {legend.kind_of(name) for name in ATTACKS if name != "clean"}
+    kinds = {kind_of(name) for name in ATTACKS if name != "clean"}
     assert set(legend.TRIGGERS) == kinds
     assert len(told.splitlines()) == 2 + len(kinds)
 
@@ -45,7 +46,7 @@ def test_attacks_of_one_kind_differ_by_their_shares_alone() -> None:
     kinds: dict[str, set[object]] = {}
     for name, attack in ATTACKS.items():
         same = repr(attack.trigger), attack.make, attack.rate_of, attack.labels, attack.sources
-        kinds.setdefault(legend.kind_of(name), set()).add(same)
+        kinds.setdefault(kind_of(name), set()).add(same)
         assert name == "clean" or name.endswith(f"-{100 * attack.rate:g}%")
     assert {kind: len(found) for kind, found in kinds.items()} == dict.fromkeys(kinds, 1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from examples.evidence.architectures import architectures, settings
-from examples.evidence.cells import ATTACKS
 from examples.evidence.legend import legend
 from examples.evidence.missing import missing, missing_ablations
 from examples.evidence.networks import NAME
