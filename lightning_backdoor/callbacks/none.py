@@ -25,10 +25,10 @@ from lightning_backdoor.callbacks.rounds import Round, evidence, reset_units, se
 from lightning_backdoor.callbacks.schedule import is_due
 from lightning_backdoor.surgery.units import UnitLayer
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
+from lightning_backdoor.trainer.copies import weights
 from lightning_backdoor.trainer.etiquette import require_automatic
-from lightning_backdoor.trainer.finetuning import FineTuning, disown_the_past, enough_epochs
+from lightning_backdoor.trainer.finetuning import FineTuning, conclude, enough_epochs
 from lightning_backdoor.trainer.limits import about_to_end, require_extendable
-from lightning_backdoor.trainer.rewind import put_weights, weights
 from lightning_backdoor.trainer.training_set import Reading
 from lightning_backdoor.trainer.unit_scan import UnitScan
 from lightning_backdoor.verdict import Verdict
@@ -267,7 +267,7 @@ class NONECallback(Defense):
             self._before = {**weights(trainer, pl_module), "keep": before}
             seed = self.reading.seed + len(self.history) * len(self._layers)
             reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=seed)
-            disown_the_past(trainer, pl_module, "NONE")
+            self._tuning.disown_the_past(trainer, pl_module, "NONE")
             self._tuning.begin(trainer, self.finetune_epochs or enough_epochs(trainer), self.lr)
         self._tell(trainer, pl_module, time.monotonic() - began)
 
@@ -283,9 +283,7 @@ class NONECallback(Defense):
         if self.history[-1].readmitted:
             keep = self._before["keep"]
             self._adopt(replace(self.verdict, keep=keep, threshold=math.inf if bool(keep.all()) else 0.5))
-        if self.history[-1].undone:
-            put_weights(trainer, pl_module, self._before, groups=False)
-            disown_the_past(trainer, pl_module, "NONE")
+        conclude(trainer, pl_module, self._before if self.history[-1].undone else None)
         self._before = None
         self._tell(trainer, pl_module, time.monotonic() - began)
 
