@@ -22,7 +22,7 @@ from lightning_backdoor.callbacks.defense import (
     require_rate,
 )
 from lightning_backdoor.callbacks.rounds import Round, evidence, reset_units, sentence, shares, unfinished
-from lightning_backdoor.callbacks.schedule import is_due
+from lightning_backdoor.callbacks.schedule import is_due, never_looked
 from lightning_backdoor.surgery.units import UnitLayer
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.copies import weights
@@ -204,7 +204,7 @@ class NONECallback(Defense):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say so if training ended before the first look."""
         if self.verdict is None and not trainer.fast_dev_run:
-            rank_zero_warn("NONE: training ended before it could look. Pass `warmup_epochs`, a number of epochs.")
+            rank_zero_warn(f"NONE: {never_looked(frozen=not self._layers)}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a round lasts, with the weights to go back to."""
@@ -239,6 +239,8 @@ class NONECallback(Defense):
         began = time.monotonic()
         assert self._training_set is not None
         self._layers = find_layers(trainer, pl_module, self._training_set, self.residual_mode)
+        if not self._layers:  # a callback has yet to thaw them: it is due again after the next epoch
+            return
         scan = UnitScan(self._training_set, self._layers, strong=self.strong, weak=self.weak)
         measured = scan.measure(trainer, pl_module)
         earlier = None if (keeps := self.samples == "keep") else self.verdict
