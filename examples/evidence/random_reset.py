@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_backdoor import NONECallback, Verdict
 from lightning_backdoor.callbacks.compromised import reset_chosen
 from lightning_backdoor.callbacks.rounds import Round, shares
-from lightning_backdoor.trainer.finetuning import disown_the_past, enough_epochs
-from lightning_backdoor.trainer.rewind import weights
+from lightning_backdoor.trainer.copies import weights
+from lightning_backdoor.trainer.finetuning import enough_epochs
 
 
 class RandomReset(NONECallback):
@@ -43,5 +43,5 @@ class RandomReset(NONECallback):
         self._treated += 1
         self._before = {**weights(trainer, pl_module), "keep": torch.ones_like(self.given.keep)}
         reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=self.reading.seed)
-        disown_the_past(trainer, pl_module, self.method)
+        self._tuning.disown_the_past(trainer, pl_module, self.method)
         self._tuning.begin(trainer, enough_epochs(trainer), self.lr)
