@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from examples.evidence import data, rows
-from examples.evidence.attacks import distinct, sheet
 from examples.evidence.cache import checkpoint
 from examples.evidence.cells import ATTACKS
 from examples.evidence.data import cifar10, unpacked
@@ -87,19 +86,6 @@ def test_every_attack_of_the_registry_poisons() -> None:
             assert poisoned.poisoned.sum() > 0, name
             assert (poisoned.covers.sum() > 0) == (attack.covers > 0), name
         assert len(attack.test(train)) == (100 if attack.sources else 1000 if attack.labels == "all_to_all" else 900)
-
-
-def test_the_sheet_draws_each_kind_of_attack_once(tmp_path: Path) -> None:
-    train = TensorDataset(torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8), torch.arange(200) % 10)
-    network = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(196, 10)).eval()
-    kinds = distinct({name: ATTACKS[name] for name in ("clean", "badnets-1%", "badnets-5%", "wanet-10%", "sig-80%")})
-    assert list(kinds) == ["badnets-1%", "wanet-10%", "sig-80%"]
-    figure = sheet(kinds | {"label-consistent-40%": ATTACKS["label-consistent-40%"]}, train, network)
-    lines = [axis for axis in figure.axes if axis.texts]
-    assert [axis.texts[0].get_text() for axis in lines] == ["badnets", "sig", "wanet", "label-consistent"]
-    drawn = [sum(len(axis.images) for axis in figure.axes[7 * line : 7 * line + 7]) for line in range(4)]
-    assert drawn == [3, 3, 5, 5], "WaNet has another form on covers, label-consistent poisons at test time"
-    figure.savefig(tmp_path / "attacks.png")
 
 
 @pytest.mark.slow

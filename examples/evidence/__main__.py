@@ -18,8 +18,9 @@ from examples.evidence import command, rows
 from examples.evidence.data import cifar10, dataset_name, per_class
 from examples.evidence.plot import draw
 from examples.evidence.protocols import PROTOCOLS, Cell, hours
-from examples.evidence.results import ABLATIONS, page
+from examples.evidence.results import page
 from examples.evidence.run import run_cell
+from examples.evidence.sections import ABLATIONS
 from examples.evidence.table import markdown
 
 RESULTS = Path(__file__).with_name("results.jsonl")

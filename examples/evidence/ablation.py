@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from torch.utils.data import TensorDataset
 
 from examples.evidence import command, rows
 from examples.evidence.cases import Case, opened
+from examples.evidence.protocols import Setting
 
 Variants = dict[str, Callable[[], rows.Row]]
 """The rows under one attack: the name of each, and what measures it."""
+
+
+def expected(attacks: Iterable[str], names: Iterable[str]) -> list[rows.Row]:
+    """What tells apart the rows that an ablation has when it is done, in its default setting."""
+    known = list(names)
+    return [{**rows.identity(Setting(), attack, 0), "row": name} for attack in attacks for name in known]
 
 
 def ablation(

@@ -18,10 +18,10 @@ from examples.evidence import command, rows
 from examples.evidence.candidates import NAMES, SINGLES, judged, rates
 from examples.evidence.cases import Case, opened
 from examples.evidence.cells import ATTACKS, STANDARD
-from examples.evidence.plot import histogram
+from examples.evidence.plot import DPI, histograms
 from examples.evidence.scores import path_of, scores_of
 from examples.evidence.table import TOOK, number, percent, table
-from lightning_backdoor.report.figures import blank_figure
+from lightning_backdoor.report.figures import own_style
 
 RESULTS = Path(__file__).with_name("combined.jsonl")
 SEEDS = 10  # from 0 on, those that there are
@@ -123,18 +123,12 @@ def _line(row: rows.Row, half: str, name: str) -> list[str]:
 
 def draw(cases: list[Case], path: Path) -> None:
     """Histograms of clean and poisoned images, attacks down and scores across."""
-    figure = blank_figure(2.6 * len(DRAWN), 0.4 + 1.6 * len(cases))
-    axes = figure.subplots(len(cases), len(DRAWN), squeeze=False)
-    for row, case in zip(axes, cases, strict=True):
-        row[0].set_ylabel(case.attack, fontsize=8)
+    panels = {}
+    for case in cases:
         found = scores_of(case)
-        for place, name in zip(row, DRAWN, strict=True):
-            histogram(place, found[name], case.poisoned)
-    for place, name in zip(axes[0], DRAWN, strict=True):
-        place.set_title(f"log10 {name}", fontsize=8)
-    axes[0][0].legend(fontsize=7)
-    figure.set_layout_engine("tight")
-    figure.savefig(path, dpi=90)
+        panels.update({(case.attack, name): (found[name], case.poisoned) for name in DRAWN})
+    with own_style():
+        histograms(panels, "score", "Scores of training images").savefig(path, dpi=DPI)
 
 
 def main() -> None:

@@ -21,19 +21,22 @@ from examples.evidence.cache import kept
 from examples.evidence.cases import Case, opened
 from examples.evidence.cells import STANDARD
 from examples.evidence.looking import look
-from examples.evidence.plot import histogram
+from examples.evidence.plot import DPI, histograms
+from examples.evidence.protocols import Setting
 from examples.evidence.scores import auroc
 from examples.evidence.table import consistency_table
 from examples.evidence.training import labels_of
 from lightning_backdoor import functional
+from lightning_backdoor.report.figures import own_style
 from lightning_backdoor.trainer.distinguish import Detector, distinguish
 from lightning_backdoor.trainer.training_set import TrainingSet
 
 RESULTS = Path(__file__).with_name("consistency.jsonl")
 OTHERS = ("preact-gelu", "vit")  # on Blended alone
+STEPS = 200  # of the labels, and as many of centre repulsion
 
 
-def fct_of(case: Case, start: str, *, steps: int = 200, repulsion: int) -> Tensor:
+def fct_of(case: Case, start: str, *, steps: int = STEPS, repulsion: int) -> Tensor:
     """FCT of all training images, (N,), kept in the cache."""
     detector = Detector(start, None, steps, 2, None, 0, repulsion)
 
@@ -55,9 +58,22 @@ def cells(steps: int) -> list[tuple[str, str, str, int]]:
     return main + [("blended-5%", network, "fresh", steps * r) for network in OTHERS for r in (0, 1)]
 
 
+def row_name(start: str, steps: int, repulsion: int) -> str:
+    """How a row calls its detector."""
+    return f"{start}, {steps} steps" + f", {repulsion} of centre repulsion" * (repulsion > 0)
+
+
+def wanted() -> list[rows.Row]:
+    """What tells apart the rows of a finished run."""
+    return [
+        {**rows.identity(Setting(network), attack, 0), "row": row_name(start, STEPS, repulsion)}
+        for attack, network, start, repulsion in cells(STEPS)
+    ]
+
+
 def main() -> None:
     parser = command.setting_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=200, help="of the labels, and as many of centre repulsion")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the labels, and as many of centre repulsion")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, default=RESULTS.parent / "figures" / "fct.png")
     options = parser.parse_args()
@@ -67,8 +83,7 @@ def main() -> None:
         case = opened(attack, clean, replace(setting, model=network), 0, options.cache)
         fct = fct_of(case, start, steps=options.steps, repulsion=repulsion)
         found[attack, network, start, repulsion] = fct, case.poisoned
-        name = f"{start}, {options.steps} steps" + f", {repulsion} of centre repulsion" * (repulsion > 0)
-        known = {**case.known, "row": name}
+        known = {**case.known, "row": row_name(start, options.steps, repulsion)}
         if rows.key(known, "row") not in {rows.key(row, "row") for row in rows.read(options.results)}:
             measured = separation(fct, labels_of(case.dataset), case.poisoned)
             told = rows.circumstances("examples.evidence.consistency", "cpu")
@@ -90,21 +105,13 @@ def separation(fct: Tensor, labels: Tensor, poisoned: Tensor) -> rows.Row:
 
 
 def draw(found: dict[tuple[str, str, str, int], tuple[Tensor, Tensor]], path: Path) -> None:
-    """Histograms of clean and poisoned images, one for each line of the table."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import)
-
-    columns = 4
-    lines = -(-len(found) // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.2 * lines), layout="constrained")
-    for place, ((attack, network, start, repulsion), (fct, poisoned)) in enumerate(found.items()):
-        axes = figure.add_subplot(lines, columns, place + 1)
-        histogram(axes, fct, poisoned)
-        title = f"{attack}, {start}{', repulsion' if repulsion else ''}"
-        axes.set_title(title if network == networks.NAME else f"{title}\n{network}", fontsize=8)
-        axes.set_xlabel("log10 FCT", fontsize=7)
-        if place == 0:
-            axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    """Histograms of clean and poisoned images: attacks and networks down, detectors across."""
+    panels = {}
+    for (attack, network, start, repulsion), scores in found.items():
+        line = attack if network == networks.NAME else f"{attack}\n{network}"
+        panels[line, f"{start}, centre repulsion" if repulsion else start] = scores
+    with own_style():
+        histograms(panels, "FCT", "FCT of training images by detector").savefig(path, dpi=DPI)
 
 
 if __name__ == "__main__":

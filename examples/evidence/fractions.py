@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from examples.evidence import rows
-from examples.evidence.ablation import Variants, ablation
+from examples.evidence.ablation import Variants, ablation, expected
 from examples.evidence.cache import early, kept, restored
 from examples.evidence.cases import Case
 from examples.evidence.table import fractions_table
@@ -26,6 +26,7 @@ RESULTS = Path(__file__).with_name("fractions.jsonl")
 FRACTIONS = (0.05, 0.2, 0.1, 0.3)
 DENOISERS = {"median": functional.local_median, "NLM": functional.nl_means}
 NAMES = (*DENOISERS, "both")
+BY_DEFAULT = ("badnets-5%",)
 
 
 def susceptibility(case: Case) -> dict[str, Tensor]:
@@ -46,14 +47,20 @@ def filtered(case: Case, name: str, fraction: float, test: TensorDataset) -> row
     return {**found, **case.trained([], test, dataset=rest)}
 
 
+def combinations() -> dict[str, tuple[str, float]]:
+    """Denoiser and fraction of each row."""
+    return {f"{name}, {100 * fraction:g} %": (name, fraction) for fraction in FRACTIONS for name in NAMES}
+
+
+def wanted() -> list[rows.Row]:
+    """What tells apart the rows of a finished run."""
+    return expected(BY_DEFAULT, combinations())
+
+
 def variants(case: Case, test: TensorDataset) -> Variants:
     """All rows."""
-    return {
-        f"{name}, {100 * fraction:g} %": partial(filtered, case, name, fraction, test)
-        for fraction in FRACTIONS
-        for name in NAMES
-    }
+    return {row: partial(filtered, case, *how, test) for row, how in combinations().items()}
 
 
 if __name__ == "__main__":
-    ablation(__doc__, RESULTS, variants, fractions_table, attacks_by_default=("badnets-5%",))
+    ablation(__doc__, RESULTS, variants, fractions_table, attacks_by_default=BY_DEFAULT)

@@ -71,7 +71,13 @@ def small_vit(classes: int = 10) -> nn.Module:
 
 def small_convnext(classes: int = 10) -> nn.Module:
     """A ConvNeXt of timm with patches of 2 x 2 pixels, 0.89 million parameters."""
-    return timm.models.ConvNeXt(num_classes=classes, depths=(2, 2, 4, 2), dims=(24, 48, 96, 160), patch_size=2)
+    return timm.models.ConvNeXt(
+        num_classes=classes,
+        depths=(2, 2, 4, 2),
+        dims=(24, 48, 96, 160),
+        patch_size=2,
+        ls_init_value=None,  # scales of 1e-6 would take more epochs than these to grow
+    )
 
 
 def resnet18(classes: int = 10) -> nn.Module:

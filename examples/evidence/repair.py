@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from examples.evidence import rows
-from examples.evidence.ablation import Variants, ablation
+from examples.evidence.ablation import Variants, ablation, expected
 from examples.evidence.cache import restored
 from examples.evidence.cases import Case
 from examples.evidence.consistency import fct_of
@@ -31,6 +31,11 @@ from lightning_backdoor import DBRCallback, Verdict, baselines, functional
 from lightning_backdoor.callbacks.suspects import split_of
 
 RESULTS = Path(__file__).with_name("repair.jsonl")
+BY_DEFAULT = ("badnets-5%", "sig-80%")
+ROWS = (
+    "true poisons: unlearn only", "true poisons: relearn only", "true poisons: both",
+    "FCT", "loss", "confidence", "susceptibility", "split units",
+)  # fmt: skip
 
 
 class UnlearnOnly(DBRCallback):
@@ -65,7 +70,7 @@ def scores_of(network: torch.nn.Module, images: Tensor, labels: Tensor) -> dict[
 
 
 def treatments(case: Case) -> dict[str, Callable[[], pl.Callback]]:
-    """Name of each row, and what makes its callback."""
+    """Name of each row, those of ``ROWS``, and what makes its callback."""
     images, labels = images_of(case.dataset), labels_of(case.dataset)
     network = restored(case.undefended(), case.setting)
     chosen = {"FCT": lambda: fct_of(case, "copy", repulsion=200), **scores_of(network, images, labels)}
@@ -96,10 +101,15 @@ def repaired(case: Case, make: Callable[[], Any], test: TensorDataset) -> rows.R
     }
 
 
+def wanted() -> list[rows.Row]:
+    """What tells apart the rows of a finished run."""
+    return expected(BY_DEFAULT, ROWS)
+
+
 def variants(case: Case, test: TensorDataset) -> Variants:
     """All rows."""
     return {name: partial(repaired, case, make, test) for name, make in treatments(case).items()}
 
 
 if __name__ == "__main__":
-    ablation(__doc__, RESULTS, variants, repair_table, attacks_by_default=("badnets-5%", "sig-80%"))
+    ablation(__doc__, RESULTS, variants, repair_table, attacks_by_default=BY_DEFAULT)

@@ -18,13 +18,14 @@ import torch
 from torch.utils.data import TensorDataset
 
 from examples.evidence import rows
-from examples.evidence.ablation import Variants, ablation
+from examples.evidence.ablation import Variants, ablation, expected
 from examples.evidence.cases import Case
 from examples.evidence.table import stages_table
 from lightning_backdoor import DSTCallback
 from lightning_backdoor.callbacks.neighbourhood import flags_of
 
 RESULTS = Path(__file__).with_name("stages.jsonl")
+BY_DEFAULT = ("badnets-5%", "sig-80%")
 
 
 class OtherLabels(DSTCallback):
@@ -59,10 +60,15 @@ def first_stage(case: Case, make: Callable[[], DSTCallback], test: TensorDataset
     return {**row, "neighbour_agreement": agreement[-1][1] if agreement else None}
 
 
+def wanted() -> list[rows.Row]:
+    """What tells apart the rows of a finished run."""
+    return expected(BY_DEFAULT, VARIANTS)
+
+
 def variants(case: Case, test: TensorDataset) -> Variants:
     """All rows."""
     return {name: partial(first_stage, case, make, test) for name, make in VARIANTS.items()}
 
 
 if __name__ == "__main__":
-    ablation(__doc__, RESULTS, variants, stages_table, attacks_by_default=("badnets-5%", "sig-80%"))
+    ablation(__doc__, RESULTS, variants, stages_table, attacks_by_default=BY_DEFAULT)

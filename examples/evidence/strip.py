@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from examples.evidence import rows
-from examples.evidence.ablation import Variants, ablation
+from examples.evidence.ablation import Variants, ablation, expected
 from examples.evidence.cache import restored
 from examples.evidence.cases import Case
 from examples.evidence.cells import TARGET
@@ -27,6 +27,8 @@ from lightning_backdoor.baselines.strip import blend
 RESULTS = Path(__file__).with_name("strip.jsonl")
 DRAWS = 20
 REJECTED = 0.01  # of clean images
+NAME = f"STRIP, {DRAWS} draws"
+BY_DEFAULT = ("badnets-5%", "blended-5%", "sig-80%", "label-consistent-40%", "hidden-trigger-40%")
 
 
 def separated(case: Case) -> rows.Row:
@@ -44,11 +46,15 @@ def separated(case: Case) -> rows.Row:
     }
 
 
+def wanted() -> list[rows.Row]:
+    """What tells apart the rows of a finished run."""
+    return expected(BY_DEFAULT, [NAME])
+
+
 def variants(case: Case, _test: TensorDataset) -> Variants:
     """One row."""
-    return {f"STRIP, {DRAWS} draws": partial(separated, case)}
+    return {NAME: partial(separated, case)}
 
 
 if __name__ == "__main__":
-    known = ("badnets-5%", "blended-5%", "sig-80%", "label-consistent-40%", "hidden-trigger-40%")
-    ablation(__doc__, RESULTS, variants, strip_table, attacks_by_default=known)
+    ablation(__doc__, RESULTS, variants, strip_table, attacks_by_default=BY_DEFAULT)

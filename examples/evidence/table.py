@@ -34,8 +34,8 @@ def markdown(rows: list[Row]) -> str:
                 f"{row['removed']:,}", percent([row.get("tpr")], 2), percent([row.get("fpr")], 2),
                 number([row.get("auroc")], 3), f"{row['seconds']:.0f}",
             ])  # fmt: skip
-        head = ["attack", "poisons", "defence", *(["seed"] if seeds else []), "clean accuracy", "ASR", "removed"]
-        body = table([*head, "TPR", "FPR", "AUROC", "seconds"], lines, left=("attack", "defence"))
+        head = ["attack", "poisons", "defence", *(["seed"] if seeds else []), "clean accuracy", "ASR"]
+        body = table([*head, "removed, images", "TPR", "FPR", "AUROC", "seconds"], lines, left=("attack", "defence"))
         parts.append(body if setting == Setting() else f"{setting}:\n\n{body}")
     return "\n\n".join(parts)
 
@@ -91,7 +91,7 @@ def fractions_table(rows: list[Row]) -> str:
         for row in sorted(rows, key=lambda row: (row["attack"], row["denoiser"], row["fraction"]))
     ]  # fmt: skip
     left = ["attack", "denoised by"]
-    return table([*left, "removed", "TPR", "clean accuracy", "ASR"], lines, left=left)
+    return table([*left, "removed, %", "TPR", "clean accuracy", "ASR"], lines, left=left)
 
 
 def strip_table(rows: list[Row]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch.utils.data import TensorDataset
 
 from examples.evidence import rows
-from examples.evidence.ablation import Variants, ablation
+from examples.evidence.ablation import Variants, ablation, expected
 from examples.evidence.cases import Case
 from examples.evidence.table import weights_table
 from examples.evidence.training import Snapshot, train_network
@@ -22,6 +22,7 @@ from lightning_backdoor import DSTCallback
 RESULTS = Path(__file__).with_name("weights.jsonl")
 WEIGHTS = (0.001, 0.0, 0.01, 0.1, 1.0, 0.0001)
 CLASSIFIER = 1  # epochs of the second stage
+BY_DEFAULT = ("badnets-5%",)
 
 
 def features(case: Case) -> Path:
@@ -41,10 +42,20 @@ def classified(case: Case, weight: float, test: TensorDataset) -> rows.Row:
     return {"weight": weight, "clean_accuracy": found["clean_accuracy"], "asr": found["asr"]}
 
 
+def named() -> dict[str, float]:
+    """The weight of each row."""
+    return {f"weight {weight:g}": weight for weight in WEIGHTS}
+
+
+def wanted() -> list[rows.Row]:
+    """What tells apart the rows of a finished run."""
+    return expected(BY_DEFAULT, named())
+
+
 def variants(case: Case, test: TensorDataset) -> Variants:
     """All rows."""
-    return {f"weight {weight:g}": partial(classified, case, weight, test) for weight in WEIGHTS}
+    return {name: partial(classified, case, weight, test) for name, weight in named().items()}
 
 
 if __name__ == "__main__":
-    ablation(__doc__, RESULTS, variants, weights_table, attacks_by_default=("badnets-5%",))
+    ablation(__doc__, RESULTS, variants, weights_table, attacks_by_default=BY_DEFAULT)

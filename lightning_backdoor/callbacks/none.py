@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,8 @@ from lightning_backdoor.callbacks.defense import (
     require_positive,
     require_rate,
 )
-from lightning_backdoor.callbacks.rounds import Round, evidence, reset_units, sentence, shares, unfinished
+from lightning_backdoor.callbacks.round_report import evidence, sentence
+from lightning_backdoor.callbacks.rounds import Round, Series, judgement, readmission, reset_units, shares, unfinished
 from lightning_backdoor.callbacks.schedule import is_due, never_looked
 from lightning_backdoor.surgery.units import UnitLayer
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
@@ -31,11 +31,8 @@ from lightning_backdoor.trainer.finetuning import FineTuning, conclude, enough_e
 from lightning_backdoor.trainer.limits import about_to_end, require_extendable
 from lightning_backdoor.trainer.training_set import Reading
 from lightning_backdoor.trainer.unit_scan import UnitScan
-from lightning_backdoor.verdict import Verdict
 
 __all__ = ["NONECallback"]
-
-MAX_LOSS = 0.05  # of accuracy on the training images, beyond which a round is undone
 
 
 class NONECallback(Defense):
@@ -57,7 +54,7 @@ class NONECallback(Defense):
 
     Args:
         warmup_epochs: Epochs of ordinary training before the first look. ``None``: one look, when training is about to
-            end. With a number there is a second look at the end if the first one found nothing.
+            end. With a number there is a second look at the end if the first one found nothing or was undone.
         rounds: Most looks in a row, each followed by its fine-tuning, as long as they find something, or the model
             still gives over 10 % of the removed samples their label (after the second one: and it made them a quarter
             fewer). ``None``: 3; 1 where units are reset by quota.
@@ -144,10 +141,7 @@ class NONECallback(Defense):
         self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))
         self._by_quota = rule == "paper" or samples == "keep"
         self.history: list[Round] = []
-        self._last_look: int | None = None
-        self._treated = 0  # rounds that reset units, since the start of the run or the last rewind
-        self._tuning = FineTuning()
-        self._before: dict[str, Any] | None = None  # weights to go back to if a round does harm
+        self._series, self._tuning = Series(), FineTuning()
         self._layers: list[UnitLayer] = []
 
     @classmethod
@@ -160,7 +154,7 @@ class NONECallback(Defense):
         if stage == "fit":
             require_automatic(pl_module, "NONE fine-tunes")
             require_extendable(trainer, "NONE")
-            self._tuning, self._before, self.history, self._last_look, self._treated = FineTuning(), None, [], None, 0
+            self._series, self._tuning, self.history = Series(), FineTuning(), []
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -176,9 +170,9 @@ class NONECallback(Defense):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Look again later if another defence went back to the start."""
-        if self._last_look is not None and trainer.current_epoch < self._last_look:
+        if self._series.last_look is not None and trainer.current_epoch < self._series.last_look:
             self._tuning.release()
-            self._tuning, self._before, self._last_look, self._treated = FineTuning(), None, None, 0
+            self._series, self._tuning = Series(), FineTuning()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Prepare a step of fine-tuning."""
@@ -186,15 +180,15 @@ class NONECallback(Defense):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Look, drop and reset when it is time; judge a round when its fine-tuning is over."""
+        series = self._series
         if self._tuning.left:
             if self._tuning.at_epoch_end():
                 self._judge(trainer, pl_module)
-                if self._treated < (self.rounds or (1 if self._by_quota else 3)) and not self.history[-1].undone:
+                if 0 < series.treated < (self.rounds or (1 if self._by_quota else 3)):
                     self._look(trainer, pl_module)
             return
-        done, warmup = trainer.current_epoch + 1, self.warmup_epochs or sys.maxsize
-        ends = not self._treated and about_to_end(trainer)
-        if self._treated or not is_due(done, last_scan=self._last_look, warmup=warmup, every=None, ends=ends):
+        done, warmup, ends = trainer.current_epoch + 1, self.warmup_epochs or sys.maxsize, about_to_end(trainer)
+        if series.treated or not is_due(done, last_scan=series.last_look, warmup=warmup, every=None, ends=ends):
             return
         if trainer.fast_dev_run:
             rank_zero_info("NONE: fast_dev_run trains too little for a verdict; no look.")
@@ -211,10 +205,8 @@ class NONECallback(Defense):
         return {
             **super().state_dict(),
             "history": [past.state_dict() for past in self.history],
-            "last_look": self._last_look,
-            "treated": self._treated,
+            "series": vars(self._series),
             "tuning": self._tuning.state_dict(),
-            "before": self._before,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -222,8 +214,7 @@ class NONECallback(Defense):
         super().load_state_dict(state_dict)
         if state_dict:
             self.history = [Round(**past) for past in state_dict["history"]]
-            self._last_look, self._treated = state_dict["last_look"], state_dict["treated"]
-            self._before = state_dict["before"]
+            self._series = Series(**state_dict["series"])
             self._tuning.load_state_dict(state_dict["tuning"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,27 +237,25 @@ class NONECallback(Defense):
         earlier = None if (keeps := self.samples == "keep") else self.verdict
         decision = judge_samples(measured, earlier, rule=self.rule, max_removed=self.max_removed)
         decision = trainer.strategy.broadcast(decision, src=0)  # float ties must not tell ranks apart
-        kept = torch.ones_like(decision.keep) if keeps else decision.keep
-        threshold = math.inf if keeps else decision.threshold
-        before = torch.ones_like(kept) if self.verdict is None else self.verdict.keep
-        nothing_new = self.verdict is not None and torch.equal(kept, before)
-        rule = self.verdict.rule if self.verdict is not None and nothing_new else decision.rule
-        removed = self._adopt(Verdict(decision.scores, kept, threshold, rule, measured.labels))
+        series, training, right = self._series, self._in_training, measured.predicted == measured.labels
+        treated = self.history[-series.treated :] if series.treated else []
+        where: dict[str, Any] = {"training": training, "drops": not keeps, "by_quota": self._by_quota}
+        verdict, wanted = judgement(decision, self.verdict, measured.labels, right, treated=treated, **where)
+        before = torch.ones_like(verdict.keep) if self.verdict is None else self.verdict.keep
+        removed = self._adopt(verdict)
         chosen: list[Chosen] = []
-        treated = self.history[-self._treated :] if self._treated else []
         if self._by_quota or removed or unfinished(treated):
-            driven = None if self._by_quota else scan.driven(trainer, pl_module, ~kept)
+            driven = None if self._by_quota else scan.driven(trainer, pl_module, ~verdict.keep)
             found = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
             chosen = trainer.strategy.broadcast(found, src=0)
-        accuracy, obeyed = shares(measured.predicted, self.verdict, self._in_training)
-        self._last_look = trainer.current_epoch + 1
+        accuracy, obeyed = shares(measured.predicted, verdict, self._in_training)
+        series.last_look = trainer.current_epoch + 1
         units = tuple((self._layers[i].name, unit, label, score) for i, unit, label, score in chosen)
-        modes, wanted = tuple((m.label, m.separation) for m in decision.modes), 0 if keeps else decision.wanted
-        told = Round(self._last_look, removed, wanted, modes, units, measured.unconfident, accuracy, obeyed)
+        modes = tuple((mode.label, mode.separation) for mode in decision.modes)
+        told = Round(series.last_look, removed, wanted, modes, units, measured.unconfident, accuracy, obeyed)
         self.history.append(replace(told, shared=decision.shared))
         if chosen:
-            self._treated += 1
-            self._before = {**weights(trainer, pl_module), "keep": before}
+            series.begin(weights(trainer, pl_module), before, right)
             seed = self.reading.seed + len(self.history) * len(self._layers)
             reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=seed)
             self._tuning.disown_the_past(trainer, pl_module, "NONE")
@@ -275,26 +264,28 @@ class NONECallback(Defense):
 
     def _judge(self, trainer: Any, pl_module: Any) -> None:
         """Compare with the model before the reset, and go back to it if this one is much worse."""
-        began = time.monotonic()
+        began, series = time.monotonic(), self._series
         assert self._training_set is not None
         assert self.verdict is not None
-        assert self._before is not None
+        assert series.before is not None
         predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
-        lost = max(self.history[-self._treated].accuracy - self.history[-1].accuracy, 0.0)  # by earlier rounds
-        self.history[-1] = self.history[-1].judged(predicted, self.verdict, MAX_LOSS - lost, self._in_training)
-        if self.history[-1].readmitted:
-            keep = self._before["keep"]
-            self._adopt(replace(self.verdict, keep=keep, threshold=math.inf if bool(keep.all()) else 0.5))
-        conclude(trainer, pl_module, self._before if self.history[-1].undone else None)
-        self._before = None
+        judged = self.history[-1].judged(predicted, self.verdict, series, self._in_training)
+        self.history[-1] = judged
+        if judged.readmitted:
+            self._adopt(readmission(self.verdict, series.before["keep"]))
+        conclude(trainer, pl_module, series.before if judged.undone else None)
+        series.end(undone=judged.undone)
         self._tell(trainer, pl_module, time.monotonic() - began)
 
     def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
         """Log, print one sentence, and write the report of all rounds so far."""
         data, rounds = self._training_set, self.history
         assert data is not None
-        removed, units = float(sum(r.removed for r in rounds)), float(len(reset_units(rounds)))
+        assert self.verdict is not None
+        removed, units = float(len(self.verdict.removed)), float(len(reset_units(rounds)))
         pl_module.log_dict({"backdoor/none/removed": removed, "backdoor/none/units_reset": units})
-        (rank_zero_warn if rounds[-1].undone else rank_zero_info)(f"NONE {sentence(rounds, len(data))}")
+        last = rounds[-1]
+        unsolved = (last.undone and not last.readmitted) or (last.removed and not last.units)
+        (rank_zero_warn if unsolved else rank_zero_info)(f"NONE {sentence(rounds, len(data))}")
         shown = evidence(rounds, data, rule=self.rule, seconds=seconds, max_removed=self.max_removed)
         self._write_report(trainer, shown)

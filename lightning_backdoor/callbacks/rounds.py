@@ -1,26 +1,24 @@
-"""What the rounds of NONE found and did, one after the other, in words and numbers for the user."""
+"""The rounds of NONE: what each found and did, what follows from it, and whether another one is due."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.trainer.training_set import TrainingSet
+from lightning_backdoor.functional.evidence import Decision
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["Round", "evidence", "reset_units", "sentence", "shares", "unfinished"]
+__all__ = ["OWN_LABEL", "Round", "Series", "judgement", "readmission", "reset_units", "shares", "unfinished"]
 
+MAX_LOSS = 0.05  # of accuracy on the training images, by all rounds, beyond which the last one is undone
+OWN_LABEL = 0.9  # of the removed samples get their label without having been trained on: it may well be the right one
 STILL_OBEYED = 0.1  # of the removed samples get their label after a round: reason for another one
 MOST_KEPT = 0.75  # of the share before it: beyond that another one would not help
-
-MEANING = (
-    "It measures how far the image drives the most compromised units of the model out of the range that they have on "
-    "other images; above 0.5 it belongs to a second population inside its class."
-)
-MEANING_PAPER = "It adds up how strongly the image drives the most compromised unit of every layer."
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ class Round:
         """Plain values that load with ``weights_only=True``."""
         return asdict(self)
 
-    def judged(self, predicted: Tensor, verdict: Verdict, max_loss: float, training: Tensor | None = None) -> Round:
-        """The round after its fine-tuning, and whether it has to be undone.
+    def judged(self, predicted: Tensor, verdict: Verdict, series: Series, training: Tensor | None = None) -> Round:
+        """The round after its fine-tuning, and whether it has to be undone: if all rounds together cost too much.
 
         Samples of a shared mode come back if the model, which has not trained on them, gives most of them their label:
         an all-to-all attack changes labels.
@@ -70,13 +68,96 @@ class Round:
         Args:
             predicted: The model's classes, long ``(N,)``.
             verdict: A verdict with labels.
-            max_loss: Accuracy that the round may cost, in ``[0, 1]``.
+            series: What was right and kept before it.
             training: As in :func:`shares`.
         """
+        assert verdict.labels is not None
+        assert series.right is not None
+        assert series.before is not None
         after, obeyed = shares(predicted, verdict, training)
-        readmitted = self.shared and obeyed is not None and obeyed > after / 2
-        undone = readmitted or self.accuracy - after > max_loss
-        return replace(self, accuracy_after=after, obeyed_after=obeyed, undone=undone, readmitted=readmitted)
+        new = series.before["keep"] & ~verdict.keep
+        own_label = bool(new.any()) and _share((predicted == verdict.labels)[new]) > after / 2
+        lost = _share(series.right[verdict.keep if training is None else training]) - after
+        readmitted, undone = self.shared and own_label, lost > MAX_LOSS
+        return replace(
+            self, accuracy_after=after, obeyed_after=obeyed, undone=readmitted or undone, readmitted=readmitted
+        )
+
+
+@dataclass
+class Series:
+    """Rounds in a row, since the start, since another defence went back to it, or since one that was undone.
+
+    Attributes:
+        last_look: Epochs trained before the last look; ``None`` before the first.
+        treated: Rounds that reset units.
+        right: Samples that got their label before the first of all rounds, bool ``(N,)``.
+        before: While a round lasts, the weights to go back to if it does harm, and what was kept before it.
+    """
+
+    last_look: int | None = None
+    treated: int = 0
+    right: Tensor | None = None
+    before: dict[str, Any] | None = None
+
+    def begin(self, weights: dict[str, Any], keep: Tensor, right: Tensor) -> None:
+        """Units are about to be reset, in a model of these weights; see ``right`` and ``before``."""
+        self.treated += 1
+        self.right = right if self.right is None else self.right
+        self.before = {**weights, "keep": keep}
+
+    def end(self, *, undone: bool) -> None:
+        """A round is over; after one that was undone a last look may begin anew."""
+        self.before = None
+        self.treated = 0 if undone else self.treated
+
+
+def readmission(verdict: Verdict, keep: Tensor) -> Verdict:
+    """The verdict where the samples of a round come back, to what was kept before it, bool ``(N,)``."""
+    threshold = math.inf if bool(keep.all()) else verdict.threshold
+    return replace(verdict, keep=keep, threshold=threshold, rule=f"{verdict.rule}, readmitted")
+
+
+def judgement(
+    decision: Decision,
+    earlier: Verdict | None,
+    labels: Tensor,
+    right: Tensor,
+    *,
+    training: Tensor | None = None,
+    treated: Sequence[Round] = (),
+    drops: bool = True,
+    by_quota: bool = False,
+) -> tuple[Verdict, int]:
+    """The verdict after a look, and how many samples the rule pointed at in all.
+
+    What a decision points at is no reason to act after a round whose removed samples get their label, although the
+    model had not trained on them: these may be a clean kind of image. Nor if all of it has left the training set by
+    another defence, and the model does not obey it.
+
+    Args:
+        decision: On all N samples, with what earlier rounds removed.
+        earlier: The verdict before it.
+        labels: Of the samples, long ``(N,)``.
+        right: Samples that get their label, bool ``(N,)``.
+        training: Samples that no defence has removed, bool ``(N,)``. ``None``: all.
+        treated: Rounds before it that reset units, one after the other.
+        drops: Whether samples leave the training set at all.
+        by_quota: Whether those leave that a decision points at, come what may.
+    """
+    keep, wanted = decision.keep, decision.wanted
+    before = torch.ones_like(keep) if earlier is None else earlier.keep
+    new = before & ~keep
+    own_labels = bool(treated) and (treated[-1].obeyed_after or 0.0) > OWN_LABEL
+    gone = training is not None and bool(new.any()) and not bool((new & training).any())
+    no_reason = own_labels or (gone and _share(right[new]) <= STILL_OBEYED)
+    if not drops or (no_reason and not by_quota):
+        keep, wanted = before, int((~before).sum())
+    threshold = decision.threshold
+    if not torch.equal(keep, decision.keep):
+        threshold = math.inf if bool(keep.all()) else float(decision.scores[keep].max())
+    rule = earlier.rule if earlier is not None and torch.equal(keep, before) else decision.rule
+    return Verdict(decision.scores, keep, threshold, rule, labels), wanted
 
 
 def shares(predicted: Tensor, verdict: Verdict | None, training: Tensor | None = None) -> tuple[float, float | None]:
@@ -90,8 +171,12 @@ def shares(predicted: Tensor, verdict: Verdict | None, training: Tensor | None =
     assert verdict is not None
     assert verdict.labels is not None
     right, removed = predicted == verdict.labels, ~verdict.keep
-    kept = float(right[verdict.keep if training is None else training].float().mean())
-    return kept, float(right[removed].float().mean()) if bool(removed.any()) else None
+    kept = _share(right[verdict.keep if training is None else training])
+    return kept, _share(right[removed]) if bool(removed.any()) else None
+
+
+def _share(mask: Tensor) -> float:
+    return float(mask.float().mean())
 
 
 def unfinished(treated: list[Round]) -> bool:
@@ -112,84 +197,3 @@ def unfinished(treated: list[Round]) -> bool:
 def reset_units(rounds: list[Round]) -> set[tuple[str, int]]:
     """Layer and number of every unit that was reset, in one round or in several."""
     return {(layer, unit) for round_ in rounds for layer, unit, *_ in round_.units}
-
-
-def sentence(rounds: list[Round], total: int) -> str:
-    """Say what the latest round found, or what came out of it.
-
-    Args:
-        rounds: All rounds so far, at least one.
-        total: Samples of the training set.
-    """
-    latest = rounds[-1]
-    if not latest.units:
-        return f"looked at {total:,} training images: {latest.removed:,} removed, no unit reset."
-    layers = len({layer for layer, *_ in latest.units})
-    units = f"{len(latest.units):,} units of {layers} layers reset"
-    if latest.accuracy_after is None:
-        return f"looked at {total:,} training images: {latest.removed:,} removed, {units}; fine-tuning follows."
-    obeyed = ""
-    if latest.obeyed is not None and latest.obeyed_after is not None:
-        obeyed = f", of removed images given their label {latest.obeyed:.1%} -> {latest.obeyed_after:.1%}"
-    undone = (
-        "; this cost too much accuracy, so the weights went back: the backdoor may still be there"
-        if latest.undone
-        else ""
-    )
-    accuracy = f"accuracy on training images {latest.accuracy:.1%} -> {latest.accuracy_after:.1%}"
-    return f"after fine-tuning: {accuracy}{obeyed}{undone}."
-
-
-def evidence(rounds: list[Round], data: TrainingSet, *, rule: str, seconds: float, max_removed: float) -> Evidence:
-    """What the report shows beside the verdict that all rounds together led to.
-
-    Args:
-        rounds: All rounds so far, at least one.
-        data: Where the images come from.
-        rule: The user's ``rule``.
-        seconds: Duration of the latest look.
-        max_removed: The user's ``max_removed``.
-    """
-    modes = [f"{label} (separation {apart:.1f})" for round_ in rounds for label, apart in round_.modes]
-    facts: dict[str, str | int | float] = {
-        "looks after": ", ".join(f"epoch {round_.epochs}" for round_ in rounds),
-        "seconds of the last look": round(seconds, 1),
-        "images read with": data.transform.description,
-        "units reset": len(reset_units(rounds)),
-    }
-    if rule == "auto":
-        facts["classes with a second mode"] = ", ".join(modes) or "none"
-    if rounds[-1].unconfident:
-        facts["classes without a confident image"] = ", ".join(map(str, rounds[-1].unconfident))
-    for number, round_ in enumerate(rounds, 1):
-        if round_.accuracy_after is not None:
-            facts[f"round {number}"] = sentence([round_], len(data)).rstrip(".")
-    names = getattr(data.loader.dataset, "classes", None)
-    rows = [
-        (number, layer, unit, str(names[label]) if names is not None and label < len(names) else label, round(score, 2))
-        for number, round_ in enumerate(rounds, 1)
-        for layer, unit, label, score in round_.units
-    ]
-    head = ("round", "layer", "unit", "class", "score")
-    return Evidence(
-        images=data.images,
-        facts=facts,
-        score_meaning=MEANING if rule == "auto" else MEANING_PAPER,
-        wanted=max(round_.wanted for round_ in rounds),
-        max_removed=max_removed,
-        treatment=_treatment(rounds),
-        tables={"Units that were reset": (head, rows)} if rows else {},
-    )
-
-
-def _treatment(rounds: list[Round]) -> str:
-    """What happened to the model, for a reader of the report."""
-    treated = [round_ for round_ in rounds if round_.units]
-    if not treated:
-        return ""
-    units = reset_units(treated)
-    layers = len({layer for layer, _ in units})
-    text = f"{len(units):,} units of {layers} layers were reset, and the model was fine-tuned."
-    if treated[-1].readmitted:
-        return f"{text} This was undone: the model gave the removed images their label without having seen them."
-    return f"{text} The last of this cost too much accuracy and was undone." if treated[-1].undone else text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_backdoor import NONECallback, Verdict, attacks
-from lightning_backdoor.callbacks.rounds import Round, reset_units, shares, unfinished
+from lightning_backdoor import NONECallback, UltraCleanCallback, Verdict, attacks
+from lightning_backdoor.callbacks.round_report import sentence
+from lightning_backdoor.callbacks.rounds import Round, Series, judgement, reset_units, shares, unfinished
 from lightning_backdoor.errors import ArgumentError, ModelError, TrainerError
+from lightning_backdoor.functional.evidence import Decision
 from lightning_backdoor.trainer.finetuning import FineTuning
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
@@ -172,7 +175,7 @@ def test_batch_norm_statistics_stand_still_and_their_weights_learn() -> None:
 
 def test_a_round_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _, undefended = fit([])
-    monkeypatch.setattr("lightning_backdoor.callbacks.none.MAX_LOSS", -2.0)
+    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -2.0)
     callback = acting(rounds=3, report_dir=tmp_path)
     with pytest.warns(UserWarning, match="the backdoor may still be there"):
         _, module = fit([callback])
@@ -357,18 +360,107 @@ def test_more_rounds_without_a_finding_do_nothing(poisoned: Any) -> None:
     assert trainer.current_epoch == 6 < epochs
 
 
+def verdict_on(keep: torch.Tensor) -> Verdict:
+    return Verdict(torch.zeros(len(keep)), keep, 0.5, "given", torch.zeros(len(keep), dtype=torch.long))
+
+
+def first(count: int, size: int = 1000) -> torch.Tensor:
+    return torch.arange(size) < count
+
+
+@pytest.mark.parametrize(("right", "undone"), [(940, True), (960, False)])
+def test_rounds_share_one_bound_on_what_they_may_cost(right: int, undone: bool) -> None:
+    series = Series(2, 2, right=first(1000), before={"keep": first(1000)})
+    told = Round(5, 0, 0, (), (("body.0", 0, 0, 1.0),), (), accuracy=0.97, obeyed=None)  # the first one cost three
+    judged = told.judged((~first(right)).long(), verdict_on(first(1000)), series)
+    assert (judged.accuracy_after, judged.undone) == (pytest.approx(right / 1000), undone)
+
+
+def test_images_that_leave_later_do_not_hide_what_the_rounds_cost() -> None:
+    kept, predicted = first(900), (~first(800)).long()  # of the images that are left a hundred have been forgotten
+    series = Series(5, 2, right=first(1000), before={"keep": first(1000)})
+    told = Round(5, 100, 100, (), (("body.0", 0, 0, 1.0),), (), accuracy=0.8, obeyed=None)
+    assert told.judged(predicted, verdict_on(kept), series).undone, "eleven points since the start, none in this round"
+
+
+def test_samples_of_this_round_come_back_whatever_earlier_ones_removed() -> None:
+    before, kept = ~first(600, 2000), ~first(1000, 2000)  # 600 true poisons, then 400 that are innocent
+    predicted = first(600, 2000).long()  # the model obeys none of the former, and gives the latter their label
+    series = Series(5, 2, right=first(2000, 2000), before={"keep": before})
+    told = Round(5, 400, 400, (), (("body.0", 0, 0, 1.0),), (), 1.0, 0.4, shared=True)
+    judged = told.judged(predicted, verdict_on(kept), series)
+    assert (judged.obeyed_after, judged.readmitted) == (pytest.approx(0.4), True)
+
+
+def decision_on(keep: torch.Tensor) -> Decision:
+    return Decision((~keep).float(), keep, 0.5, "second_mode", (), int((~keep).sum()))
+
+
+def test_nothing_new_leaves_after_a_round_whose_images_have_their_own_label() -> None:
+    earlier, decision, right = verdict_on(~first(100)), decision_on(~first(250)), first(1000)
+    for obeyed, left in ((0.95, 100), (0.5, 250)):
+        treated = [Round(3, 100, 100, (), (("body.0", 0, 0, 1.0),), (), 1.0, 1.0, 1.0, obeyed)]
+        verdict, wanted = judgement(decision, earlier, earlier.labels, right, treated=treated)
+        assert (len(verdict.removed), wanted) == (left, left)
+    verdict, _ = judgement(decision, earlier, earlier.labels, right, treated=treated, by_quota=True)
+    assert len(verdict.removed) == 250
+
+
 @pytest.mark.parametrize(
-    ("before", "after"), [((1.0, 0.97), (0.97, 0.94)), ((0.8, 0.9), (0.9, 0.84))], ids=["six points in all", "at once"]
+    ("trained_on", "obeyed", "left"),
+    [(~first(100), 0, 0), (~first(100), 20, 100), (~first(90), 0, 100)],
+    ids=["all gone, none obeyed", "all gone, obeyed", "some in training"],
 )
-def test_rounds_share_one_bound_on_what_they_may_cost(
-    before: tuple[float, float], after: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+def test_what_another_defence_has_removed_counts_where_the_model_obeys_it(
+    trained_on: torch.Tensor, obeyed: int, left: int
 ) -> None:
-    first, last = iter(before), iter(after)
-    monkeypatch.setattr("lightning_backdoor.callbacks.none.shares", lambda *_: (next(first), 1.0))
-    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.shares", lambda *_: (next(last), 0.5))
-    callback = acting(rounds=3, finetune_epochs=1)
+    right = first(obeyed) | ~first(100)
+    labels = torch.zeros(1000, dtype=torch.long)
+    verdict, wanted = judgement(decision_on(~first(100)), None, labels, right, training=trained_on)
+    assert (len(verdict.removed), wanted) == (left, left)
+    assert (verdict.threshold == math.inf) == (left == 0)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint")
+@pytest.mark.parametrize("first_of_two", [UltraCleanCallback, NONECallback])
+def test_none_leaves_a_model_alone_that_ultraclean_has_trained_anew(first_of_two: type) -> None:
+    train, _ = digits(1400)
+    both = UltraCleanCallback(), NONECallback()
+    ordered = sorted(both, key=lambda callback: not isinstance(callback, first_of_two))
+    trainer, _ = train_digits(attacks.poison(train, attacks.BadNets(), target=0, rate=0.05), ordered, epochs=8)
+    assert len(both[0].verdict.removed) == 70
+    assert [len(past.units) for past in both[1].history] == [0]
+    assert trainer.current_epoch == 8
+
+
+def test_classes_of_two_kinds_lose_no_more_in_later_rounds() -> None:
+    train, _ = digits(1400)
+    images, labels = train.tensors
+    callback = NONECallback()
+    train_digits(TensorDataset(images, labels % 5), [callback], epochs=8)
+    removed = [past.removed for past in callback.history]
+    assert sum(removed[1:]) == 0
+    if removed[0]:  # with so few images a kind may be taken for a backdoor, which its labels contradict
+        assert "may be clean images of one kind" in sentence(callback.history[:1], 1400)
+
+
+def test_sentences_say_what_came_of_a_round() -> None:
+    told = Round(3, 70, 70, (), (("body.0", 1, 0, 2.0),), (), 0.99, 1.0, 0.98, 0.0)
+    assert sentence([told], 100).endswith("of removed images given their label 100.0% -> 0.0%.")
+    assert "the backdoor may still be there" in sentence([replace(told, undone=True)], 100)
+    back = sentence([replace(told, undone=True, readmitted=True)], 100)
+    assert "without having seen them, so all of this was undone" in back
+    assert "backdoor" not in back
+    assert "no unit that they drive was found" in sentence([replace(told, units=())], 100)
+    assert sentence([replace(told, units=(), removed=0)], 100).endswith("0 removed, no unit reset.")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint")
+def test_a_round_of_the_warm_up_that_was_undone_is_not_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -2.0)
+    callback = acting(warmup_epochs=1, finetune_epochs=1)
     fit([callback])
-    assert [past.undone for past in callback.history] == [False, True]
+    assert [(past.epochs, past.undone) for past in callback.history] == [(1, True), (4, True)]
 
 
 def test_a_unit_that_is_reset_again_counts_once() -> None:
@@ -411,7 +503,7 @@ def test_what_is_left_from_before_a_rewind_resets_nothing(monkeypatch: pytest.Mo
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             if trainer.current_epoch == 1:
                 callback.history = [Round(6, 0, 0, (), (("body.0", 0, 0, 1.0),), (), 0.9, 1.0, 0.9, 0.3)]
-                callback._last_look, callback._treated = 9, 1
+                callback._series.last_look, callback._series.treated = 9, 1
 
     train, _ = digits()
     callback = NONECallback()
@@ -423,7 +515,7 @@ def test_what_is_left_from_before_a_rewind_resets_nothing(monkeypatch: pytest.Mo
 
 def test_goes_on_for_three_rounds_by_itself_unless_it_resets_by_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_backdoor.callbacks.none.unfinished", bool)
-    monkeypatch.setattr("lightning_backdoor.callbacks.none.MAX_LOSS", 2.0)
+    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", 2.0)
     train, _ = digits()
     poisoned = attacks.poison(train, attacks.BadNets(), target=0, rate=0.05)
     for settings, rounds in (({}, 3), ({"rounds": 1}, 1), ({"rule": "paper"}, 1), ({"samples": "keep"}, 1)):
@@ -448,7 +540,7 @@ def test_an_average_of_a_part_of_the_model_starts_again_too() -> None:
 
 
 def test_undoing_inside_the_plan_leaves_the_schedule_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_backdoor.callbacks.none.MAX_LOSS", -2.0)
+    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -2.0)
     trainer, _ = fit([acting(warmup_epochs=1, finetune_epochs=1)])
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.7**4)
 
@@ -524,13 +616,19 @@ def test_an_all_to_all_backdoor_is_found_and_weakened() -> None:
     assert share_right(module, test) > share_right(undefended, test) - 0.05
 
 
-def test_an_innocent_mark_in_every_label_costs_no_samples() -> None:
+def test_an_innocent_mark_in_every_label_costs_no_samples(tmp_path: Path) -> None:
     train, _ = digits(1400)
     marked = attacks.poison(train, attacks.BadNets(), rate=0.1, labels="all_to_all")
     images = torch.stack([marked[i][0] for i in range(len(marked))])
     innocent = TensorDataset(images, train.tensors[1])  # the marks of the attack beside the true labels
     _, plain = train_digits(innocent, [], epochs=8)
-    callback = NONECallback()
-    _, module = train_digits(innocent, [callback], epochs=8)
+    callback = NONECallback(report_dir=tmp_path)
+    trainer, module = train_digits(innocent, [callback], epochs=8)
     assert callback.verdict.keep.all()
+    assert callback.verdict.rule.endswith("readmitted")
     assert same_state(plain, module)
+    assert trainer.callback_metrics["backdoor/none/removed"] == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "had seen" in page or "having seen" in page
+    assert "the limit was reached" not in page
+    assert "cost too much" not in page

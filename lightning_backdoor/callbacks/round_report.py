@@ -1,0 +1,103 @@
+"""The rounds of NONE in words and numbers for the user."""
+
+from __future__ import annotations
+
+from lightning_backdoor.callbacks.rounds import OWN_LABEL, Round, reset_units
+from lightning_backdoor.report.evidence import Evidence
+from lightning_backdoor.trainer.training_set import TrainingSet
+
+__all__ = ["evidence", "sentence"]
+
+MEANING = (
+    "It measures how far the image drives the most compromised units of the model out of the range that they have on "
+    "other images; above 0.5 it belongs to a second population inside its class."
+)
+MEANING_PAPER = "It adds up how strongly the image drives the most compromised unit of every layer."
+
+
+def sentence(rounds: list[Round], total: int) -> str:
+    """Say what the latest round found, or what came out of it.
+
+    Args:
+        rounds: All rounds so far, at least one.
+        total: Samples of the training set.
+    """
+    latest = rounds[-1]
+    if not latest.units:
+        unmet = ", but no unit that they drive was found: the backdoor may still be there" if latest.removed else ""
+        return f"looked at {total:,} training images: {latest.removed:,} removed, no unit reset{unmet}."
+    layers = len({layer for layer, *_ in latest.units})
+    units = f"{len(latest.units):,} units of {layers} layers reset"
+    if latest.accuracy_after is None:
+        return f"looked at {total:,} training images: {latest.removed:,} removed, {units}; fine-tuning follows."
+    accuracy = f"accuracy on training images {latest.accuracy:.1%} -> {latest.accuracy_after:.1%}"
+    obeyed = ""
+    if latest.obeyed is not None and latest.obeyed_after is not None:
+        obeyed = f", of removed images given their label {latest.obeyed:.1%} -> {latest.obeyed_after:.1%}"
+    return f"after fine-tuning: {accuracy}{obeyed}{_outcome(latest)}."
+
+
+def _outcome(round_: Round) -> str:
+    """What followed from a round that is over, for the end of a sentence."""
+    if round_.readmitted:
+        return "; the model gives the removed images their label without having seen them, so all of this was undone"
+    if round_.undone:
+        return "; the rounds cost too much accuracy, so the weights went back: the backdoor may still be there"
+    if (round_.obeyed_after or 0.0) > OWN_LABEL:
+        return "; these may be clean images of one kind, or their labels true (clean-label attack): look at the report"
+    return ""
+
+
+def evidence(rounds: list[Round], data: TrainingSet, *, rule: str, seconds: float, max_removed: float) -> Evidence:
+    """What the report shows beside the verdict that all rounds together led to.
+
+    Args:
+        rounds: All rounds so far, at least one.
+        data: Where the images come from.
+        rule: The user's ``rule``.
+        seconds: Duration of the latest look.
+        max_removed: The user's ``max_removed``.
+    """
+    modes = [f"{label} (separation {apart:.1f})" for round_ in rounds for label, apart in round_.modes]
+    facts: dict[str, str | int | float] = {
+        "looks after": ", ".join(f"epoch {round_.epochs}" for round_ in rounds),
+        "seconds of the last look": round(seconds, 1),
+        "images read with": data.transform.description,
+        "units reset": len(reset_units(rounds)),
+    }
+    if rule == "auto":
+        facts["classes with a second mode"] = ", ".join(modes) or "none"
+    if rounds[-1].unconfident:
+        facts["classes without a confident image"] = ", ".join(map(str, rounds[-1].unconfident))
+    for number, round_ in enumerate(rounds, 1):
+        if round_.accuracy_after is not None:
+            facts[f"round {number}"] = sentence([round_], len(data)).rstrip(".")
+    names = getattr(data.loader.dataset, "classes", None)
+    rows = [
+        (number, layer, unit, str(names[label]) if names is not None and label < len(names) else label, round(score, 2))
+        for number, round_ in enumerate(rounds, 1)
+        for layer, unit, label, score in round_.units
+    ]
+    head = ("round", "layer", "unit", "class", "score")
+    return Evidence(
+        images=data.images,
+        facts=facts,
+        score_meaning=MEANING if rule == "auto" else MEANING_PAPER,
+        wanted=max(0 if round_.readmitted else round_.wanted for round_ in rounds),
+        max_removed=max_removed,
+        treatment=_treatment(rounds),
+        tables={"Units that were reset": (head, rows)} if rows else {},
+    )
+
+
+def _treatment(rounds: list[Round]) -> str:
+    """What happened to the model, for a reader of the report."""
+    treated = [round_ for round_ in rounds if round_.units]
+    if not treated:
+        return ""
+    units = reset_units(treated)
+    layers = len({layer for layer, _ in units})
+    text = f"{len(units):,} units of {layers} layers were reset, and the model was fine-tuned."
+    if treated[-1].readmitted:
+        return f"{text} This was undone: the model gave the removed images their label without having seen them."
+    return f"{text} The last of this cost too much accuracy and was undone." if treated[-1].undone else text
