@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_backdoor import NONECallback, Verdict
 from lightning_backdoor.callbacks.compromised import reset_chosen
 from lightning_backdoor.callbacks.rounds import Round, shares
-from lightning_backdoor.trainer.finetuning import disown_the_past, enough_epochs
-from lightning_backdoor.trainer.rewind import weights
+from lightning_backdoor.trainer.copies import weights
+from lightning_backdoor.trainer.finetuning import enough_epochs
 
 
 class RandomReset(NONECallback):
@@ -36,12 +36,14 @@ class RandomReset(NONECallback):
             for place, layer in enumerate(self._layers)
             for unit in torch.randperm(layer.size, generator=generator)[: self.units.get(layer.name, 0)].tolist()
         ]
-        accuracy, obeyed = shares(self._training_set.predict(trainer, pl_module, description="check"), self.given)
+        predicted = self._training_set.predict(trainer, pl_module, description="check")
+        accuracy, obeyed = shares(predicted, self.given)
         removed = self._adopt(self.given)
         units = tuple((self._layers[place].name, unit, 0, 0.0) for place, unit, *_ in chosen)
         self.history.append(Round(trainer.current_epoch + 1, removed, removed, (), units, (), accuracy, obeyed))
-        self._treated += 1
-        self._before = {**weights(trainer, pl_module), "keep": torch.ones_like(self.given.keep)}
+        self._series.last_look = trainer.current_epoch + 1
+        everything = torch.ones_like(self.given.keep)
+        self._series.begin(weights(trainer, pl_module), everything, predicted == self.given.labels)
         reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=self.reading.seed)
-        disown_the_past(trainer, pl_module, self.method)
+        self._tuning.disown_the_past(trainer, pl_module, self.method)
         self._tuning.begin(trainer, enough_epochs(trainer), self.lr)

@@ -91,6 +91,8 @@ def _top(
 def find_layers(trainer: Any, pl_module: Any, data: TrainingSet, residual_mode: ResidualMode) -> list[UnitLayer]:
     """The layers whose units can learn again: nothing that they need is frozen, and an optimizer has their weights.
 
+    There may be none as long as a callback is there that thaws layers later.
+
     Raises:
         ModelError: There is none, and no callback thaws layers later.
     """
@@ -104,7 +106,7 @@ def find_layers(trainer: Any, pl_module: Any, data: TrainingSet, residual_mode: 
             "Units must be able to learn to be reset, but all weights that they need are frozen (requires_grad=False) "
             "or in no optimizer. Unfreeze some layers, or use UltraCleanCallback."
         )
-    if len(found) > len(layers):
+    if len(found) > len(layers) > 0:
         rank_zero_info(f"NONE leaves {len(found) - len(layers)} of {len(found)} layers alone, which do not learn.")
     return layers
 

@@ -30,7 +30,7 @@ __all__ = [
     "require_same_data",
 ]
 
-SCHEMA = 1
+SCHEMA = 1  # of what checkpoints hold of any defence: a release that changes it counts up
 
 
 def require_fraction(name: str, value: float) -> float:
@@ -158,13 +158,19 @@ class Defense(CallbackBase):
         return {"schema": SCHEMA, "verdict": None if self.verdict is None else self.verdict.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the verdict from a checkpoint; it is in force before the first batch is drawn."""
+        """Take the verdict from a checkpoint; it is in force before the first batch is drawn.
+
+        What a checkpoint holds is read as it was written; one of another :data:`SCHEMA` is refused.
+
+        Raises:
+            ArgumentError: Another release wrote the checkpoint, and kept other things.
+        """
         if not state_dict:
             return
-        if state_dict["schema"] > SCHEMA:
+        if state_dict["schema"] != SCHEMA:
             raise ArgumentError(
-                f"The checkpoint was written by a newer lightning_backdoor (state {state_dict['schema']}, known: "
-                f"{SCHEMA}). Update the package to resume from it."
+                f"The checkpoint was written by another release of lightning_backdoor (state {state_dict['schema']}, "
+                f"this one writes {SCHEMA}). Resume with that release, or start anew without `ckpt_path`."
             )
         verdict = None if state_dict["verdict"] is None else Verdict(**state_dict["verdict"])
         if self._curation is not None:

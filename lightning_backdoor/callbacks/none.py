@@ -22,13 +22,13 @@ from lightning_backdoor.callbacks.defense import (
 )
 from lightning_backdoor.callbacks.round_report import evidence, sentence
 from lightning_backdoor.callbacks.rounds import Round, Series, judgement, readmission, reset_units, shares, unfinished
-from lightning_backdoor.callbacks.schedule import is_due
+from lightning_backdoor.callbacks.schedule import is_due, never_looked
 from lightning_backdoor.surgery.units import UnitLayer
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
+from lightning_backdoor.trainer.copies import weights
 from lightning_backdoor.trainer.etiquette import require_automatic
-from lightning_backdoor.trainer.finetuning import FineTuning, disown_the_past, enough_epochs
+from lightning_backdoor.trainer.finetuning import FineTuning, conclude, enough_epochs
 from lightning_backdoor.trainer.limits import about_to_end, require_extendable
-from lightning_backdoor.trainer.rewind import put_weights, weights
 from lightning_backdoor.trainer.training_set import Reading
 from lightning_backdoor.trainer.unit_scan import UnitScan
 
@@ -198,7 +198,7 @@ class NONECallback(Defense):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say so if training ended before the first look."""
         if self.verdict is None and not trainer.fast_dev_run:
-            rank_zero_warn("NONE: training ended before it could look. Pass `warmup_epochs`, a number of epochs.")
+            rank_zero_warn(f"NONE: {never_looked(frozen=not self._layers)}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a round lasts, with the weights to go back to."""
@@ -230,6 +230,8 @@ class NONECallback(Defense):
         began = time.monotonic()
         assert self._training_set is not None
         self._layers = find_layers(trainer, pl_module, self._training_set, self.residual_mode)
+        if not self._layers:  # a callback has yet to thaw them: it is due again after the next epoch
+            return
         scan = UnitScan(self._training_set, self._layers, strong=self.strong, weak=self.weak)
         measured = scan.measure(trainer, pl_module)
         earlier = None if (keeps := self.samples == "keep") else self.verdict
@@ -256,7 +258,7 @@ class NONECallback(Defense):
             series.begin(weights(trainer, pl_module), before, right)
             seed = self.reading.seed + len(self.history) * len(self._layers)
             reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=seed)
-            disown_the_past(trainer, pl_module, "NONE")
+            self._tuning.disown_the_past(trainer, pl_module, "NONE")
             self._tuning.begin(trainer, self.finetune_epochs or enough_epochs(trainer), self.lr)
         self._tell(trainer, pl_module, time.monotonic() - began)
 
@@ -271,9 +273,7 @@ class NONECallback(Defense):
         self.history[-1] = judged
         if judged.readmitted:
             self._adopt(readmission(self.verdict, series.before["keep"]))
-        if judged.undone:
-            put_weights(trainer, pl_module, series.before, groups=False)
-            disown_the_past(trainer, pl_module, "NONE")
+        conclude(trainer, pl_module, series.before if judged.undone else None)
         series.end(undone=judged.undone)
         self._tell(trainer, pl_module, time.monotonic() - began)
 

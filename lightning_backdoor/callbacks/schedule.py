@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["is_due", "warmup_or_half"]
+__all__ = ["is_due", "never_looked", "warmup_or_half"]
 
 DEFAULT_WARMUP = 10
 
@@ -29,3 +29,10 @@ def is_due(epochs: int, *, last_scan: int | None, warmup: int, every: int | None
     if last_scan is None:
         return ends or epochs >= warmup
     return (ends and epochs > last_scan) or (every is not None and epochs - last_scan >= every)
+
+
+def never_looked(*, frozen: bool) -> str:
+    """Say that no look came before the end, and what to do; ``frozen``: no layer could learn when it was time."""
+    if frozen:
+        return "no layer could learn when it was time to look. Thaw layers before the end, or use UltraCleanCallback."
+    return "training ended before it could look. Pass `warmup_epochs`, a number of epochs."

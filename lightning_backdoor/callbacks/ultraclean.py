@@ -168,7 +168,7 @@ class UltraCleanCallback(FilterCallback):
         """Continue an interrupted run."""
         super().load_state_dict(state_dict)
         if state_dict:
-            early = state_dict.get("early")  # unknown to older checkpoints
+            early = state_dict["early"]
             self._early = None if early is None else EarlyLook(**early)
 
     def __getstate__(self) -> dict[str, Any]:

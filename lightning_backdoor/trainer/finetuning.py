@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from lightning_backdoor.trainer.compat import rank_zero_warn
+from lightning_backdoor.trainer.copies import put_weights, restart_averages
 from lightning_backdoor.trainer.limits import beyond_plan, hold_open, planned_epochs, release
 
-__all__ = ["FineTuning", "disown_the_past", "enough_epochs"]
+__all__ = ["FineTuning", "conclude", "enough_epochs"]
 
 LR_SHARE = 0.05  # of the largest learning rate that a parameter group has had
 EPOCH_SHARE = 0.1  # of the planned epochs
@@ -45,6 +45,7 @@ class FineTuning:
         self._given_back = ExitStack()
         self._took_over = False
         self._held: Any = None
+        self._warned = False
 
     def begin(
         self,
@@ -71,6 +72,23 @@ class FineTuning:
         self._lr, self._steady, self._pauses = lr, steady, pause
         self._factor = self.share = 1.0
         self._hold(trainer)
+
+    def disown_the_past(self, trainer: Any, pl_module: nn.Module, method: str) -> None:
+        """Let averages of the model start again, and warn, once in a fit, of a *best* that was saved before.
+
+        Args:
+            trainer: The running Trainer.
+            pl_module: The LightningModule under training.
+            method: Name of the defence that treats the model.
+        """
+        restart_averages(trainer, pl_module)
+        kept = [saver.best_model_path for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None)]
+        if any(kept) and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{method}: {', '.join(filter(None, kept))} was saved before the model was treated and may hold the "
+                "backdoor. Use the last checkpoint, not the best one."
+            )
 
     def at_fit_start(self, trainer: Any) -> None:
         """Continue a phase that was interrupted; a checkpoint from beyond the plan is none too many."""
@@ -200,22 +218,12 @@ def enough_epochs(trainer: Any) -> int:
     return max(1, round(EPOCH_SHARE * planned), min(least, planned))
 
 
-def disown_the_past(trainer: Any, pl_module: nn.Module, method: str) -> None:
-    """Let averages of the model, in callbacks or in itself, start again, and warn of a *best* that was saved before.
+def conclude(trainer: Any, pl_module: nn.Module, before: dict[str, Any] | None) -> None:
+    """Go back to the weights ``before`` a phase; without any, stand by what has come of it.
 
-    Args:
-        trainer: The running Trainer.
-        pl_module: The LightningModule under training.
-        method: Name of the defence that treats the model.
+    Then averages start again: what was judged is what the user gets, and not a mean with what was only on the way.
     """
-    held = [value for callback in trainer.callbacks for value in vars(callback).values()]
-    for average in [*held, *pl_module.modules()]:
-        if isinstance(average, AveragedModel):
-            average.n_averaged.zero_()
-    kept = [callback.best_model_path for callback in trainer.checkpoint_callbacks if getattr(callback, "monitor", None)]
-    if any(kept):
-        rank_zero_warn(
-            f"{method}: {', '.join(filter(None, kept))} was saved before the model was treated and may hold the "
-            "backdoor. "
-            "Use the last checkpoint, not the best one."
-        )
+    if before is None:
+        restart_averages(trainer, pl_module)
+    else:
+        put_weights(trainer, pl_module, before, groups=False)

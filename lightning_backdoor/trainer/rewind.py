@@ -6,14 +6,12 @@ import copy
 import dataclasses
 from typing import Any
 
-import torch
-from torch import nn
-
 from lightning_backdoor.errors import TrainerError
-from lightning_backdoor.trainer.compat import CallbackBase, load_again
+from lightning_backdoor.trainer.compat import load_again
+from lightning_backdoor.trainer.copies import averages, foreign, on_cpu, put_weights, weights
 from lightning_backdoor.trainer.limits import hold_open, release
 
-__all__ = ["Rewind", "put_weights", "require_rewindable", "restore", "snapshot", "weights"]
+__all__ = ["Rewind", "require_rewindable", "restore", "snapshot"]
 
 _NOT_REWINDABLE = {
     "Timer": (
@@ -35,8 +33,8 @@ _NOT_REWINDABLE = {
 def snapshot(trainer: Any, pl_module: Any) -> dict[str, Any]:
     """Copy everything that training changes, as tensors and plain values that load with ``weights_only=True``.
 
-    Holds the module's state, optimizers, schedulers, the precision plugin, and of every other callback its own state
-    and its modules (averaged weights). Costs one copy of the model and of its optimizer state on the CPU.
+    Holds the module's state, optimizers, averages, schedulers, the precision plugin, and the state of every other
+    callback. Costs one copy of the model and of its optimizer state on the CPU.
 
     Args:
         trainer: The running Trainer, with optimizers already set up.
@@ -44,35 +42,10 @@ def snapshot(trainer: Any, pl_module: Any) -> dict[str, Any]:
     """
     return {
         **weights(trainer, pl_module),
-        "schedulers": [_cpu(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
-        "precision": _cpu(trainer.precision_plugin.state_dict()),
-        **_of_callbacks(trainer),
+        "schedulers": [on_cpu(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
+        "precision": on_cpu(trainer.precision_plugin.state_dict()),
+        "callbacks": _of_callbacks(trainer),
     }
-
-
-def weights(trainer: Any, pl_module: Any) -> dict[str, Any]:
-    """Copy the module's state and that of the optimizers, as :func:`snapshot` does."""
-    return {
-        "module": _cpu(pl_module.state_dict()),
-        "optimizers": [_cpu(optimizer.state_dict()) for optimizer in trainer.optimizers],
-    }
-
-
-def put_weights(trainer: Any, pl_module: Any, state: dict[str, Any], *, groups: bool = True) -> None:
-    """Put back what :func:`weights` copied.
-
-    Args:
-        trainer: The running Trainer.
-        pl_module: The LightningModule under training.
-        state: What :func:`weights` returned.
-        groups: Also the settings of the parameter groups; without, learning rates stay where schedulers put them.
-    """
-    pl_module.load_state_dict(state["module"], strict=getattr(pl_module, "strict_loading", True))
-    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
-        now = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved)
-        for group, settings in zip(optimizer.param_groups, now, strict=True):
-            group.update({} if groups else settings)
 
 
 def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
@@ -86,19 +59,16 @@ def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
         pl_module: The LightningModule under training.
         state: What :func:`snapshot` returned, perhaps read back from a checkpoint.
     """
-    state = copy.deepcopy(state)
-    put_weights(trainer, pl_module, state)
-    for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
+    own = copy.deepcopy({name: state[name] for name in ("schedulers", "precision", "callbacks")})
+    for config, saved in zip(trainer.lr_scheduler_configs, own["schedulers"], strict=True):
         config.scheduler.load_state_dict(saved)
-    trainer.precision_plugin.load_state_dict(state["precision"])
-    for key, callback in _others(trainer):
-        if state["callbacks"].get(key):
-            callback.load_state_dict(_where_it_saves_now(callback, state["callbacks"][key]))
-        for name, module in _modules(callback).items():
-            if name in state["averages"].get(key, {}):
-                module.load_state_dict(state["averages"][key][name])
+    trainer.precision_plugin.load_state_dict(own["precision"])
+    for key, callback in foreign(trainer):
+        if own["callbacks"].get(key):
+            callback.load_state_dict(_where_it_saves_now(callback, own["callbacks"][key]))
         if hasattr(callback, "_last_global_step_saved"):  # ModelCheckpoint skips a step number that it has seen
             callback._last_global_step_saved = 0
+    put_weights(trainer, pl_module, state)
     _count_from_zero(trainer)
 
 
@@ -123,7 +93,11 @@ class Rewind:
 
         A checkpoint may replace them next. Lightning does not tell yet whether there is one.
         """
-        self._before_checkpoint = {"module": _cpu(pl_module.state_dict()), **_of_callbacks(trainer)}
+        self._before_checkpoint = {
+            "module": on_cpu(pl_module.state_dict()),
+            "averages": averages(trainer),
+            "callbacks": _of_callbacks(trainer),
+        }
 
     def at_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Continue a run that was interrupted between asking and returning; call in ``on_fit_start``.
@@ -238,43 +212,10 @@ def _announce_again(trainer: Any, rewind: Rewind) -> None:
 
 
 def _of_callbacks(trainer: Any) -> dict[str, Any]:
-    others = _others(trainer)
-    return {
-        "callbacks": {key: _cpu(callback.state_dict()) for key, callback in others},
-        "averages": {
-            key: {name: _cpu(module.state_dict()) for name, module in _modules(callback).items()}
-            for key, callback in others
-        },
-    }
+    return {key: on_cpu(callback.state_dict()) for key, callback in foreign(trainer)}
 
 
 def _where_it_saves_now(callback: Any, state: dict[str, Any]) -> dict[str, Any]:
     """State of a ModelCheckpoint for the folder that it writes to, where ``last.ckpt`` is to be overwritten."""
     now = {name: getattr(callback, name) for name in ("dirpath", "last_model_path") if hasattr(callback, name)}
     return {**state, **now} if "dirpath" in state else state
-
-
-def _others(trainer: Any) -> list[tuple[str, Any]]:
-    """Callbacks that are not of this library, under unique keys: a rewind of one defence must not undo another."""
-    found: dict[str, Any] = {}
-    for callback in trainer.callbacks:
-        if not isinstance(callback, CallbackBase):
-            found[f"{callback.state_key}#{sum(key.startswith(callback.state_key) for key in found)}"] = callback
-    return list(found.items())
-
-
-def _modules(callback: Any) -> dict[str, nn.Module]:
-    """Averaged models that a callback keeps beside the trained one."""
-    return {name: value for name, value in vars(callback).items() if isinstance(value, nn.Module)}
-
-
-def _cpu(value: Any) -> Any:
-    """Copy nested containers with every tensor cloned to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_cpu(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return copy.deepcopy(value)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lightning_backdoor.data.views import batch_size_of
 from lightning_backdoor.trainer.ascent import Ascent
+from lightning_backdoor.trainer.copies import weights
 from lightning_backdoor.trainer.curation import Curation
-from lightning_backdoor.trainer.finetuning import FineTuning, disown_the_past
+from lightning_backdoor.trainer.finetuning import FineTuning, conclude
 from lightning_backdoor.trainer.limits import hold_open, release
 from lightning_backdoor.trainer.phases import Phases
-from lightning_backdoor.trainer.rewind import put_weights, weights
 from lightning_backdoor.trainer.training_set import TrainingSet
 
 __all__ = ["Split", "Unlearning"]
@@ -93,7 +93,7 @@ class Unlearning:
         """Start with the next epoch, after ``done`` ones; call in ``on_train_epoch_end`` or ``on_train_start``."""
         self._measure(trainer, pl_module)
         self._before = weights(trainer, pl_module)
-        disown_the_past(trainer, pl_module, self._method)
+        self._tuning.disown_the_past(trainer, pl_module, self._method)
         self._tuning.begin(trainer, self._epochs, self._lr, steady=self._reference, pause=True, done=done)
         self.resume(trainer)
 
@@ -159,9 +159,8 @@ class Unlearning:
         lost = self.accuracy[0] - accuracy
         harmful = not self._reference and lost > MAX_LOSS
         self.undone.append(harmful)
-        if harmful and self._before is not None:
-            put_weights(trainer, pl_module, self._before, groups=False)
-            disown_the_past(trainer, pl_module, self._method)
+        conclude(trainer, pl_module, self._before if harmful else None)
+        if harmful:
             self._rate /= 2
         elif not self._reference:
             self._before = weights(trainer, pl_module)

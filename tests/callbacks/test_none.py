@@ -229,9 +229,14 @@ def test_averaged_weights_start_again_from_the_treated_model() -> None:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             self.average.update_parameters(pl_module)
 
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            self.counts.append(int(self.average.n_averaged))
+
     average = Average()
-    fit([average, acting(finetune_epochs=1)])
-    assert 0 < int(average.average.n_averaged) <= 4, "of the last epoch alone"
+    average.counts = []
+    _, module = fit([average, acting(finetune_epochs=2)])
+    assert average.counts == [0, 4, 8, 12, 0, 3], "again after the reset"
+    assert same_state(average.average.module, module), "and again from the model that was judged"
 
 
 def test_the_report_lists_the_units(tmp_path: Path) -> None:
@@ -530,7 +535,8 @@ def test_an_average_of_a_part_of_the_model_starts_again_too() -> None:
 
     module = WithAverage()
     make_trainer([acting(finetune_epochs=1)], 2).fit(module, loader_of(Pictures()))
-    assert 0 < int(module.average.n_averaged) <= 4
+    assert int(module.average.n_averaged) == 0
+    assert same_state(module.average.module, module.body)
 
 
 def test_undoing_inside_the_plan_leaves_the_schedule_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -579,9 +585,12 @@ def test_training_that_ends_without_a_look_says_so() -> None:
 
 
 def test_a_best_checkpoint_from_before_the_reset_is_warned_of(tmp_path: Path) -> None:
-    best = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss")
-    with pytest.warns(UserWarning, match="may hold the backdoor. Use the last checkpoint"):
-        fit([best, acting(finetune_epochs=1)], val=Pictures(seed=1), enable_checkpointing=True)
+    best, callback = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss"), acting(rounds=3, finetune_epochs=1)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="may hold the backdoor. Use the last checkpoint") as told:
+            fit([best, callback], val=Pictures(seed=1), enable_checkpointing=True)
+        assert len(callback.history) == 3
+        assert len([warning for warning in told if "may hold the backdoor" in str(warning.message)]) == 1, "in a fit"
     fit([pl.callbacks.ModelCheckpoint(tmp_path / "last"), acting(finetune_epochs=1)], enable_checkpointing=True)
 
 

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import BaseFinetuning
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from lightning_backdoor import UltraCleanCallback
+from lightning_backdoor import DBRCallback, DSTCallback, NONECallback, UltraCleanCallback
 from lightning_backdoor.callbacks.defense import Defense
 from lightning_backdoor.errors import ArgumentError, BackdoorDefenseError, DataError, ModelError, TrainerError
 from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pairs, Pictures, always, make_trainer, state_of
@@ -250,9 +250,11 @@ def test_callbacks_that_cannot_go_back() -> None:
         make_trainer([UltraCleanCallback(), Thaw()], 1).fit(Net(), DataLoader(Pictures(), batch_size=16))
 
 
-def test_a_newer_checkpoint_is_not_misread() -> None:
-    with pytest.raises(ArgumentError, match=r"newer lightning_backdoor.*Update"):
-        UltraCleanCallback().load_state_dict({"schema": 99, "verdict": None})
+@pytest.mark.parametrize("schema", [0, 99])
+@pytest.mark.parametrize("callback", [UltraCleanCallback, NONECallback, DBRCallback, DSTCallback])
+def test_the_checkpoint_of_another_release_is_not_misread(callback: Any, schema: int) -> None:
+    with pytest.raises(ArgumentError, match=r"another release of lightning_backdoor.*Resume with that release"):
+        callback().load_state_dict({"schema": schema, "verdict": None})
 
 
 def test_every_error_is_told_before_the_first_step() -> None:
