@@ -268,7 +268,7 @@ def test_the_class_itself_is_not_denied_by_neighbours_of_an_easy_kind(monkeypatc
     values[easy, :2] -= 4.0
     assert find_modes(values, labels) == []
     assert find_modes(values, labels, agreement=torch.where(easy, 1.0, 0.6)) == []
-    monkeypatch.setattr("lightning_backdoor.functional.modes.MAX_MEMBERS", 1.0)
+    monkeypatch.setattr("lightning_backdoor.functional.modes.DENIED_MEMBERS", 1.0)
     assert find_modes(values, labels, agreement=torch.where(easy, 1.0, 0.6)), "without the guard it would be"
 
 
@@ -307,9 +307,9 @@ def like_two_others(seed: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("draw", "without", "seeds"),
     [
-        (with_rare_kind, {"MAX_MEMBERS": 1.0, "MIN_KINDS": 2.0}, (0, 3, 5)),
-        (like_one_other, {"MIN_KINDS": 0.0}, (0, 1, 2)),
-        (like_two_others, {"MIN_KINDS": 0.0}, (0, 1, 2)),
+        (with_rare_kind, {"LEANING_MEMBERS": 1.0, "LEANING_KINDS": 2.0}, (0, 3, 5)),
+        (like_one_other, {"LEANING_KINDS": 0.0}, (0, 1, 2)),
+        (like_two_others, {"LEANING_KINDS": 0.0}, (0, 1, 2)),
     ],
     ids=["the class itself", "like one other class", "like two other classes"],
 )
@@ -354,7 +354,7 @@ def test_what_early_neighbours_say_takes_nothing_away() -> None:
 
 
 def test_wrong_labels_would_be_found_without_looking_at_the_lower_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_backdoor.functional.modes.MIN_OWN", 0.0)
+    monkeypatch.setattr("lightning_backdoor.functional.modes.OWN_AUROC", 0.0)
     assert find_modes(*with_wrong_labels(0.1))
 
 
