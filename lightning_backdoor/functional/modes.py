@@ -1,4 +1,4 @@
-"""A second population inside one label, absent from all others: what a backdoor looks like to a network's units."""
+"""A second population inside one label, and in no other one: what a backdoor looks like to a network's units."""
 
 from __future__ import annotations
 
@@ -178,22 +178,27 @@ def _leaning(values: Tensor, labels: Tensor, mode: Mode) -> bool:
     Others can lie above the threshold as a whole, since what tells poisons from the rest of their label points at their
     true classes, too: at many of them. A population that labels share splits the others as well; a rare clean kind of
     image is the smaller part of its label; one that resembles other classes points at one or two of them (a 1 that is
-    written like a 2 and a 3). The effective number of labels is Simpson's, the inverse sum of squared shares.
+    written like a 2 and a 3). The effective number of labels is Simpson's, by the share of every label above the
+    threshold: ``(sum of shares)^2 / sum of squared shares``, so that a large label counts as one. Labels that are too
+    small to be split are none of the many; all together they add one share to the squares.
     """
     counts = torch.bincount(labels)
-    others = [k for k in range(len(counts)) if k != mode.label and int(counts[k]) >= 2 * MIN_MEMBERS]
     if mode.exclusiveness < LEANING_EXCLUSIVENESS or mode.members > LEANING_MEMBERS * int(counts[mode.label]):
         return False
+    others = [k for k in range(len(counts)) if k != mode.label and int(counts[k]) >= 2 * MIN_MEMBERS]
     if values.shape[1] == 1 or len(others) < LEANING_OTHERS:
         return False
-    above = []
+    shares = []
     for k in others:
         positions = mode.project(values[labels == k])[:, None]
         if Direction(mode.units, mode.weights, split_label(positions), len(positions)).separation >= LEANING_ELSEWHERE:
             return False
-        above.append(int((positions > mode.threshold).sum()))
+        shares.append(int((positions > mode.threshold).sum()) / len(positions))
+    small = mode.project(values[counts[labels] < 2 * MIN_MEMBERS]) > mode.threshold
+    share_of_small = int(small.sum()) / max(len(small), 2 * MIN_MEMBERS)
     least = min(LEANING_KINDS, max(2.0, len(others) / 2))
-    return sum(above) ** 2 >= least * sum(count**2 for count in above)
+    squares = sum(share**2 for share in [*shares, share_of_small])
+    return squares > 0 and sum(shares) ** 2 >= least * squares
 
 
 def _own(values: Tensor, inside: Tensor, mode: Mode, units: Tensor) -> float:
