@@ -78,20 +78,21 @@ class Mode:
 
 
 def find_modes(values: Tensor, labels: Tensor, *, agreement: Tensor | None = None) -> list[Mode]:
-    """Find the labels that hold two populations, the second of which is absent from all other labels.
+    """Find the labels that hold two populations, the second of which no other label holds.
 
     A backdoor gives one label a second population: the samples that carry the trigger. On some unit they form a mode
-    far from the label's other samples and absent elsewhere (the idea of a neuron that cuts a label in two is that of
-    NONE, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_). The search starts from the best separated single
-    units of a label, and sharpens each split in turns of Fisher's linear discriminant and an exact two-group split of
-    the projections. Every sample is projected with a discriminant that was fitted without it, so that many units and
-    few samples do not feign a separation. A direction counts when its two modes are far apart and the upper one is
-    exclusive to the label; ordinary variety inside a class is neither. The lower mode must be the class itself, told
-    from all other labels by its own features: where some labels are wrong, the class is the *upper* mode, and the lower
-    one is a mixture of other classes that must not cost it its samples (not asked of a single unit).
+    far from the label's other samples, and no other label falls into two there (the idea of a neuron that cuts a label
+    in two is that of NONE, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_). The search starts from the best
+    separated single units of a label, and sharpens each split in turns of Fisher's linear discriminant and an exact
+    two-group split of the projections. Every sample is projected with a discriminant that was fitted without it, so
+    that many units and few samples do not feign a separation. A direction counts when its two modes are far apart and
+    the upper one is exclusive to the label; ordinary variety inside a class is neither. The lower mode must be the
+    class itself, told from all other labels by its own features (of many units): where some labels are wrong, the class
+    is the *upper* mode, and the lower one is a mixture of other classes that must not cost it its samples.
 
-    Exclusive is a mode beside which hardly any sample of other labels lies; or one that is half of its label at most,
-    beside which samples of many others lie, none of which is split by the direction (with three others or more).
+    Exclusive is a mode beside which hardly any sample of other labels lies; or one of up to 55 % of its label, beside
+    which samples of many others lie, none of which is split by the direction. For the latter there must be three others
+    of at least 20 samples; smaller ones, which cannot be split, count against the mode if they lie beside it.
 
     Early in training, before a weak backdoor is learned, its samples lie among those of their true classes, while a
     clean kind of image lies among its label. With ``agreement`` from then on, a mode whose neighbours deny it its label
