@@ -18,7 +18,7 @@ from lightning_backdoor.functional.decisions import select_fraction
 from lightning_backdoor.functional.evidence import add_removed
 from lightning_backdoor.trainer.ascent import loss_scale
 from lightning_backdoor.trainer.compat import rank_zero_info
-from lightning_backdoor.trainer.limits import about_to_end
+from lightning_backdoor.trainer.limits import about_to_end, planned_max_epochs
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["ABL", "easiness_scores"]
@@ -106,7 +106,7 @@ class ABL(RepairBaseline):
         if trainer.fast_dev_run:
             rank_zero_info("ABL: fast_dev_run trains too little for a verdict; no look.")
             return
-        if self._last_look is None and (ends or done >= self._isolation(trainer.max_epochs)):
+        if self._last_look is None and (ends or done >= self._isolation(planned_max_epochs(trainer))):
             self._look(trainer, pl_module, done)
         if ends and self.history and not self._run.accuracy:
             self._begin(trainer, pl_module, done)

@@ -92,7 +92,7 @@ def second_look(
 ) -> tuple[float, Verdict, int, int]:
     """Ask the neighbours of trusted samples, and those of uncertain ones on which side they are.
 
-    Every process must call it and gets the same answer.
+    The first process asks them. Every process must call it and gets the same answer.
 
     Args:
         trainer: The running Trainer.
@@ -111,14 +111,19 @@ def second_look(
     asked = flags.trusted.new_ones(len(data)) if readmit else flags.trusted
     positions = asked.nonzero().squeeze(1)
     features = data.features(trainer, pl_module, description="D-ST neighbours", positions=positions)
-    agreement = neighbour_agreement(features, flags.labels[asked], flags.trusted[asked], k)
-    mean = float(agreement[flags.trusted[asked]].mean())
+    mean, nobody = 0.0, torch.zeros(len(data), dtype=torch.bool)
+    more, fewer = nobody, nobody
+    with in_unison(trainer, "D-ST neighbours"):
+        if trainer.is_global_zero:
+            agreement = neighbour_agreement(features, flags.labels[asked], flags.trusted[asked], k)
+            mean = float(agreement[flags.trusted[asked]].mean())
+            if readmit:
+                budget = int(max_removed * len(data)) - int(flags.suspect.sum())
+                uncertain = verdict.keep & ~flags.trusted & ~flags.suspect
+                more, fewer = reconsider_uncertain(agreement, flags.labels, flags.trusted, uncertain, most=budget)
+    mean, more, fewer = trainer.strategy.broadcast((mean, more, fewer), src=0)
     if not readmit:
         return mean, verdict, 0, 0
-    budget = int(max_removed * len(agreement)) - int(flags.suspect.sum())
-    uncertain = verdict.keep & ~flags.trusted & ~flags.suspect
-    found = reconsider_uncertain(agreement, flags.labels, flags.trusted, uncertain, most=budget)
-    more, fewer = trainer.strategy.broadcast(found, src=0)  # float ties
     suspect, trusted = flags.suspect | fewer, flags.trusted | more
     changed = replace(verdict, keep=verdict.keep & ~suspect, trusted=trusted, suspect=suspect)
     return mean, changed, int(more.sum()), int(fewer.sum())

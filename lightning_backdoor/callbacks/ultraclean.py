@@ -18,6 +18,7 @@ from lightning_backdoor.callbacks.schedule import warmup_or_half
 from lightning_backdoor.functional.evidence import Decision, add_removed, decide
 from lightning_backdoor.trainer.compat import rank_zero_info
 from lightning_backdoor.trainer.denoised_scan import DenoisedScan
+from lightning_backdoor.trainer.limits import planned_max_epochs
 from lightning_backdoor.trainer.training_set import Reading
 
 __all__ = ["UltraCleanCallback"]
@@ -38,8 +39,8 @@ class UltraCleanCallback(FilterCallback):
     averages go back to the start of fit and the Trainer trains its full number of epochs on the kept images (the paper
     trains a fresh model, too: a network does not forget a backdoor by itself). Weak backdoors are learned late: there
     is a last look at the end, which may rewind as well, twice at most. If nothing stands out, nothing changes.
-    Half-way through the warm-up it notes how many of an image's neighbours have its label. Images that lay among other
-    classes then, and are a population of their class later, need not stand out as far as others.
+    Half-way through a warm-up of two epochs or more it notes how many of an image's neighbours have its label. Images
+    that lay among other classes then, and are a population of their class later, need not stand out as far as others.
 
     Assumes nothing: no clean data, no poison rate, no target class. Costs the epochs before a rewind once more; one
     forward pass, and three per scan; the denoising, once; two uint8 copies of the images (in memory up to
@@ -176,12 +177,13 @@ class UltraCleanCallback(FilterCallback):
         return {**super().__getstate__(), "_scanner": None}
 
     def _first_scan(self, trainer: Any) -> int:
-        return warmup_or_half(self.warmup_epochs, trainer.max_epochs)
+        return warmup_or_half(self.warmup_epochs, planned_max_epochs(trainer))
 
     def _asks_neighbours(self, trainer: Any) -> bool:
-        """Whether it is time for the early look: half-way to the first scan, and never after it."""
+        """Whether it is time for the early look: half-way to the first scan, and before it by an epoch at least."""
         wanted = (self.score, self.rule) == ("auto", "auto") and self.verdict is None and not trainer.fast_dev_run
-        return wanted and self._early is None and 2 * (trainer.current_epoch + 1) >= self._first_scan(trainer)
+        half_way = 2 * (trainer.current_epoch + 1) >= self._first_scan(trainer)
+        return wanted and self._early is None and half_way and not self._is_due(trainer)
 
     def _last_look(self) -> bool:
         return bool(self.rule == "auto")

@@ -12,7 +12,7 @@ from lightning_backdoor.functional.splits import MIN_MEMBERS, Split, split_units
 
 __all__ = ["ERRORS", "Direction", "directions_and_units", "directions_of", "discriminant", "split_label"]
 
-MIN_SHARE = 0.01  # of the label, for the same reason
+MIN_SHARE = 0.01  # of the label in either group: a handful of outliers is no population
 CANDIDATES = 3  # units per label from which the search for a direction starts
 ROUNDS = 3  # of split and discriminant
 ERRORS = 2.0  # standard errors by which what a small group shows may be chance

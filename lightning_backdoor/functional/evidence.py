@@ -10,7 +10,14 @@ from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.decisions import limit_removed, natural_break, select_fraction
-from lightning_backdoor.functional.modes import DENIED, LEAST_SEPARATION, MIN_SEPARATION, Mode, find_modes, mode_scores
+from lightning_backdoor.functional.modes import (
+    DENIED_AGREEMENT,
+    DENIED_SEPARATION,
+    STRICT_SEPARATION,
+    Mode,
+    find_modes,
+    mode_scores,
+)
 from lightning_backdoor.functional.shared import find_shared_modes
 
 __all__ = ["Decision", "add_removed", "decide", "decide_by_break"]
@@ -95,9 +102,10 @@ def decide(
         rule = f"fraction({fraction:g})"
     else:
         keep, threshold = ~(considered & (scores > 0.5)), 0.5 if modes else math.inf
-        rule = f"{'shared' if together else 'second'}_mode(separation>={MIN_SEPARATION:g})"
+        rule = f"{'shared' if together else 'second'}_mode(separation>={STRICT_SEPARATION:g})"
         if any(mode.denied for mode in modes):
-            rule = f"{rule} or denied(separation>={LEAST_SEPARATION:g}, early agreement < {DENIED:g} of the rest's)"
+            early = f"early agreement < {DENIED_AGREEMENT:g} of the rest's"
+            rule = f"{rule} or denied(separation>={DENIED_SEPARATION:g}, {early})"
     wanted = int((~keep).sum())
     limited = limit_removed(order, keep, max_removed)
     if int((~limited).sum()) < wanted:

@@ -1,4 +1,4 @@
-"""A second population inside one label, absent from all others: what a backdoor looks like to a network's units."""
+"""A second population inside one label, and in no other one: what a backdoor looks like to a network's units."""
 
 from __future__ import annotations
 
@@ -19,19 +19,28 @@ from lightning_backdoor.functional.directions import (
 )
 from lightning_backdoor.functional.splits import BLOCK, MIN_MEMBERS
 
-__all__ = ["DENIED", "MIN_EXCLUSIVENESS", "MIN_SEPARATION", "Mode", "find_modes", "mode_scores"]
+__all__ = ["DENIED_AGREEMENT", "DENIED_SEPARATION", "STRICT_SEPARATION", "Mode", "find_modes", "mode_scores"]
 
-MIN_SEPARATION = 2.5  # one Gaussian cut at its mean has 1.32; clean CIFAR-10 classes stay below 2.4
-MIN_EXCLUSIVENESS = 20.0
-LEAST_SEPARATION = 2.0  # of a mode that early neighbours deny its label
-LEAST_EXCLUSIVENESS = 2.0  # of a mode that is no other label's, or that early neighbours deny its label
-MAX_MEMBERS = 0.55  # of the label, for the same: where a class has a rare kind, the upper mode is the class
-MIN_OTHERS = 3  # labels that are compared
-MIN_KINDS = 4.5  # effective number of labels beside it; half of the others, 2 at least, where they are fewer
-MAX_ELSEWHERE = 1.6  # separation of other labels along the direction of a mode that is no other label's
-DENIED = 0.7  # of the agreement of the label's other samples; clean CIFAR-10 classes stay above 0.95
-MIN_OWN = 0.75  # AUROC by which the lower mode is told from all other labels; wrong labels have 0.5
-MAX_OTHERS = 2**14  # samples of other labels that it is compared with
+# Every gate: the lower mode must be the class itself.
+OWN_AUROC = 0.75  # by which the lower mode is told from all other labels; wrong labels have 0.5
+OWN_OTHERS = 2**14  # samples of other labels that it is compared with
+
+# The strict gate: hardly any sample of another label lies beside the upper mode.
+STRICT_SEPARATION = 2.5  # and of the leaning gate; a Gaussian cut at its mean has 1.32, clean CIFAR-10 classes < 2.4
+STRICT_EXCLUSIVENESS = 20.0
+
+# The leaning gate: samples of many other labels lie beside it, and none of these labels is split by the direction.
+LEANING_EXCLUSIVENESS = 2.0
+LEANING_MEMBERS = 0.55  # of the label at most: where a class has a rare kind, the upper mode is the class
+LEANING_OTHERS = 3  # labels that are compared, at least
+LEANING_KINDS = 4.5  # effective number of labels beside it; half of the others, 2 at least, where they are fewer
+LEANING_ELSEWHERE = 1.6  # separation of any other label along the direction, less than that
+
+# The gate of modes that early neighbours deny their label.
+DENIED_SEPARATION = 2.0
+DENIED_EXCLUSIVENESS = 2.0
+DENIED_MEMBERS = 0.55  # of the label at most: beside a kind of near-duplicates, the upper mode is the class
+DENIED_AGREEMENT = 0.7  # of that of the label's other samples; clean CIFAR-10 classes stay above 0.95
 
 
 @dataclass(frozen=True)
@@ -69,20 +78,21 @@ class Mode:
 
 
 def find_modes(values: Tensor, labels: Tensor, *, agreement: Tensor | None = None) -> list[Mode]:
-    """Find the labels that hold two populations, the second of which is absent from all other labels.
+    """Find the labels that hold two populations, the second of which no other label holds.
 
     A backdoor gives one label a second population: the samples that carry the trigger. On some unit they form a mode
-    far from the label's other samples and absent elsewhere (the idea of a neuron that cuts a label in two is that of
-    NONE, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_). The search starts from the best separated single
-    units of a label, and sharpens each split in turns of Fisher's linear discriminant and an exact two-group split of
-    the projections. Every sample is projected with a discriminant that was fitted without it, so that many units and
-    few samples do not feign a separation. A direction counts when its two modes are far apart and the upper one is
-    exclusive to the label; ordinary variety inside a class is neither. The lower mode must be the class itself, told
-    from all other labels by its own features: where some labels are wrong, the class is the *upper* mode, and the lower
-    one is a mixture of other classes that must not cost it its samples (not asked of a single unit).
+    far from the label's other samples, and no other label falls into two there (the idea of a neuron that cuts a label
+    in two is that of NONE, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_). The search starts from the best
+    separated single units of a label, and sharpens each split in turns of Fisher's linear discriminant and an exact
+    two-group split of the projections. Every sample is projected with a discriminant that was fitted without it, so
+    that many units and few samples do not feign a separation. A direction counts when its two modes are far apart and
+    the upper one is exclusive to the label; ordinary variety inside a class is neither. The lower mode must be the
+    class itself, told from all other labels by its own features (of many units): where some labels are wrong, the class
+    is the *upper* mode, and the lower one is a mixture of other classes that must not cost it its samples.
 
-    Exclusive is a mode beside which hardly any sample of other labels lies; or one that is half of its label at most,
-    beside which samples of many others lie, none of which is split by the direction (with three others or more).
+    Exclusive is a mode beside which hardly any sample of other labels lies; or one of up to 55 % of its label, beside
+    which samples of many others lie, none of which is split by the direction. For the latter there must be three others
+    of at least 20 samples; smaller ones, which cannot be split, count against the mode if they lie beside it.
 
     Early in training, before a weak backdoor is learned, its samples lie among those of their true classes, while a
     clean kind of image lies among its label. With ``agreement`` from then on, a mode whose neighbours deny it its label
@@ -111,7 +121,7 @@ def find_modes(values: Tensor, labels: Tensor, *, agreement: Tensor | None = Non
     present = torch.unique(labels).tolist()
     if len(present) < 2:
         return []
-    least = MIN_SEPARATION if agreement is None else LEAST_SEPARATION
+    least = STRICT_SEPARATION if agreement is None else DENIED_SEPARATION
     found = []
     for label in present:
         inside = labels == label
@@ -120,11 +130,12 @@ def find_modes(values: Tensor, labels: Tensor, *, agreement: Tensor | None = Non
         directions, units = directions_and_units(values[inside].float())
         apart = sorted((one for one in directions if one.separation >= least), key=lambda one: -one.separation)
         modes = [_mode(values, inside, int(label), direction) for direction in apart]
-        ordinary = (m for m in modes if m.separation >= MIN_SEPARATION and _exclusive(values, labels, m))
+        separate = (m for m in modes if m.separation >= STRICT_SEPARATION)
+        exclusive = (m for m in separate if m.exclusiveness >= STRICT_EXCLUSIVENESS or _leaning(values, labels, m))
         denied = (
             replace(m, denied=True) for m in modes if agreement is not None and _denied(values, inside, m, agreement)
         )
-        if first := next((m for m in chain(ordinary, denied) if _own(values, inside, m, units) >= MIN_OWN), None):
+        if first := next((m for m in chain(exclusive, denied) if _own(values, inside, m, units) >= OWN_AUROC), None):
             found.append(first)
     return found
 
@@ -152,38 +163,43 @@ def _mode(values: Tensor, inside: Tensor, label: int, direction: Direction) -> M
 def _denied(values: Tensor, inside: Tensor, mode: Mode, agreement: Tensor) -> bool:
     """Whether the neighbours of the upper mode agree with the label less than those of the lower one, beyond chance."""
     agree = agreement[inside].float()
-    if mode.exclusiveness < LEAST_EXCLUSIVENESS or mode.members > MAX_MEMBERS * len(agree):
+    if mode.exclusiveness < DENIED_EXCLUSIVENESS or mode.members > DENIED_MEMBERS * len(agree):
         return False
     upper = mode.project(values[inside]) > mode.threshold
     sizes = [int(upper.sum()), int((~upper).sum())]
     if min(sizes) < MIN_MEMBERS:
         return False
     chance = ERRORS * float(agree.std()) * math.sqrt(sum(1 / size for size in sizes))
-    return float(agree[upper].mean()) + chance < DENIED * float(agree[~upper].mean())
+    return float(agree[upper].mean()) + chance < DENIED_AGREEMENT * float(agree[~upper].mean())
 
 
-def _exclusive(values: Tensor, labels: Tensor, mode: Mode) -> bool:
-    """Whether hardly any other sample lies above the threshold, or no other label is split by the direction.
+def _leaning(values: Tensor, labels: Tensor, mode: Mode) -> bool:
+    """Whether samples of many other labels lie above the threshold, and no other label is split by the direction.
 
     Others can lie above the threshold as a whole, since what tells poisons from the rest of their label points at their
     true classes, too: at many of them. A population that labels share splits the others as well; a rare clean kind of
     image is the smaller part of its label; one that resembles other classes points at one or two of them (a 1 that is
-    written like a 2 and a 3). The effective number of labels is Simpson's, the inverse sum of squared shares.
+    written like a 2 and a 3). The effective number of labels is Simpson's, by the share of every label above the
+    threshold: ``(sum of shares)^2 / sum of squared shares``, so that a large label counts as one. Labels that are too
+    small to be split are none of the many; all together they add one share to the squares.
     """
-    if not LEAST_EXCLUSIVENESS <= mode.exclusiveness < MIN_EXCLUSIVENESS:
-        return mode.exclusiveness >= MIN_EXCLUSIVENESS
     counts = torch.bincount(labels)
-    others = [k for k in range(len(counts)) if k != mode.label and int(counts[k]) >= 2 * MIN_MEMBERS]
-    if values.shape[1] == 1 or len(others) < MIN_OTHERS or mode.members > MAX_MEMBERS * int(counts[mode.label]):
+    if mode.exclusiveness < LEANING_EXCLUSIVENESS or mode.members > LEANING_MEMBERS * int(counts[mode.label]):
         return False
-    above = []
+    others = [k for k in range(len(counts)) if k != mode.label and int(counts[k]) >= 2 * MIN_MEMBERS]
+    if values.shape[1] == 1 or len(others) < LEANING_OTHERS:
+        return False
+    shares = []
     for k in others:
         positions = mode.project(values[labels == k])[:, None]
-        if Direction(mode.units, mode.weights, split_label(positions), len(positions)).separation >= MAX_ELSEWHERE:
+        if Direction(mode.units, mode.weights, split_label(positions), len(positions)).separation >= LEANING_ELSEWHERE:
             return False
-        above.append(int((positions > mode.threshold).sum()))
-    least = min(MIN_KINDS, max(2.0, len(others) / 2))
-    return sum(above) ** 2 >= least * sum(count**2 for count in above)
+        shares.append(int((positions > mode.threshold).sum()) / len(positions))
+    small = mode.project(values[counts[labels] < 2 * MIN_MEMBERS]) > mode.threshold
+    share_of_small = int(small.sum()) / max(len(small), 2 * MIN_MEMBERS)
+    least = min(LEANING_KINDS, max(2.0, len(others) / 2))
+    squares = sum(share**2 for share in [*shares, share_of_small])
+    return squares > 0 and sum(shares) ** 2 >= least * squares
 
 
 def _own(values: Tensor, inside: Tensor, mode: Mode, units: Tensor) -> float:
@@ -193,7 +209,7 @@ def _own(values: Tensor, inside: Tensor, mode: Mode, units: Tensor) -> float:
     lower = inside.nonzero().squeeze(1)
     lower = lower[mode.project(values[lower]) <= mode.threshold]
     others = (~inside).nonzero().squeeze(1)
-    others = others[:: math.ceil(len(others) / MAX_OTHERS)]
+    others = others[:: math.ceil(len(others) / OWN_OTHERS)]
     if min(len(lower), len(others)) < 2:
         return 0.0
     is_lower = torch.arange(len(lower) + len(others)) < len(lower)

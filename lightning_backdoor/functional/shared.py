@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.functional.directions import Direction, directions_of, split_label
-from lightning_backdoor.functional.modes import MIN_SEPARATION, Mode
+from lightning_backdoor.functional.modes import STRICT_SEPARATION, Mode
 from lightning_backdoor.functional.splits import MIN_MEMBERS
 
 __all__ = ["find_shared_modes"]
@@ -14,7 +14,7 @@ __all__ = ["find_shared_modes"]
 MIN_LABELS = 0.5  # of the other labels must be split by the direction that one label gave
 
 
-def find_shared_modes(values: Tensor, labels: Tensor, *, min_separation: float = MIN_SEPARATION) -> list[Mode]:
+def find_shared_modes(values: Tensor, labels: Tensor, *, min_separation: float = STRICT_SEPARATION) -> list[Mode]:
     """Find a direction that splits most labels into two far populations, the upper one the smaller.
 
     An all-to-all backdoor shifts every label by the same trigger, so no label has a population of its own. A direction

@@ -14,6 +14,7 @@ __all__ = [
     "beyond_plan",
     "hold_open",
     "planned_epochs",
+    "planned_max_epochs",
     "release",
     "require_extendable",
     "require_planned",
@@ -44,7 +45,7 @@ def hold_open(trainer: Any, holder: object, until: int | None = None) -> None:
     loop = trainer.fit_loop
     if trainer not in _HELD:
         _HELD[trainer] = (loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps), set()
-    planned = _planned(trainer)[0] or 0
+    planned = planned_max_epochs(trainer) or 0
     loop.min_epochs, loop.max_epochs = (_UNREACHABLE, -1) if until is None else (until, max(until, planned))
     loop.epoch_loop.max_steps = -1
     _HELD[trainer][1].add(id(holder))
@@ -67,6 +68,11 @@ def beyond_plan(trainer: Any) -> bool:
     max_epochs, max_steps = _planned(trainer)
     epochs_done = max_epochs is not None and trainer.fit_loop.epoch_progress.current.processed >= max_epochs
     return bool(epochs_done or (max_steps is not None and trainer.global_step >= max_steps))
+
+
+def planned_max_epochs(trainer: Any) -> int | None:
+    """The user's own ``max_epochs``, whoever holds the loop open; ``None`` where there is none."""
+    return _planned(trainer)[0]
 
 
 def planned_epochs(trainer: Any) -> int:

@@ -17,7 +17,7 @@ from lightning_backdoor import Verdict, baselines
 from lightning_backdoor.baselines import ABL, FineTuneTrusted, easiness_scores
 from lightning_backdoor.errors import ArgumentError, DataError
 from tests.baselines.helpers import POISONS, Rigged, red_corners
-from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pictures, fit, make_trainer, same_state, state_of
+from tests.callbacks.helpers import LIGHTNING_WARNS, HeldOpen, Net, Pictures, fit, make_trainer, same_state, state_of
 from tests.callbacks.test_ultraclean_resume import SaveAll, run
 
 pytestmark = [
@@ -59,6 +59,18 @@ def test_isolates_planted_poisons(settings: dict[str, Any]) -> None:
     assert torch.equal(callback.verdict.suspect, truth)
     assert torch.equal(callback.verdict.keep, ~truth)
     assert torch.equal(callback.verdict.labels, data.targets)
+
+
+@pytest.mark.parametrize("others", [[], [HeldOpen(3, shown=30)]], ids=["alone", "beside a defence that needs more"])
+def test_isolates_after_a_fifth_of_the_planned_epochs(others: list[Any]) -> None:
+    class Telling(ABL):
+        def _look(self, trainer: Any, pl_module: Any, done: int) -> None:
+            self.looked = done
+            super()._look(trainer, pl_module, done)
+
+    callback = Telling(isolate=0.1, epochs=1)
+    fit([*others, callback], epochs=4)
+    assert callback.looked == 1
 
 
 def test_isolates_as_many_of_clean_data() -> None:

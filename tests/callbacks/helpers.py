@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from lightning_backdoor import UltraCleanCallback
+from lightning_backdoor.trainer.limits import hold_open, release
 
 LIGHTNING_WARNS = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -140,6 +141,20 @@ class FirstBatches(pl.Callback):
                     "weights": state_of(pl_module),
                 }
             )
+
+
+class HeldOpen(pl.Callback):
+    """Another defence that needs more epochs than planned, from the start to the end of ``until``."""
+
+    def __init__(self, until: int, shown: int | None = None) -> None:
+        self.until, self.shown = until, shown
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        hold_open(trainer, self, self.shown)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch + 1 >= self.until:
+            release(trainer, self)
 
 
 def make_trainer(callbacks: list[Any], epochs: int | None = 4, package: Any = pl, **kwargs: Any) -> Any:

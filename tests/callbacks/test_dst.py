@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from tests.callbacks.helpers import (
 )
 from tests.callbacks.test_none import lightning_net, train_digits
 from tests.callbacks.test_ultraclean_resume import SaveAll
+from tests.processes import processes
 from tests.trainer._recording import SAFE_LOADING
 
 pytestmark = [
@@ -471,6 +473,18 @@ def test_a_model_whose_parts_cannot_be_told_apart_or_learn() -> None:
     for part in ("body", "head"):
         with pytest.raises(ModelError, match="can learn"):
             make_trainer([acting()]).fit(Frozen(part), loader_of(Pictures()))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_the_first_process_asks_the_neighbours_for_all(tmp_path: Path) -> None:
+    with processes(2, "tests.callbacks.ddp_second_look", tmp_path):
+        pass
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert len(first["history"]["agreement"]) == 2
+    assert first["history"] == second["history"]
+    error = "MemoryError: no room for an index"
+    assert first["said"] == error
+    assert second["said"] == f"BackdoorDefenseError: D-ST neighbours failed in the process of rank 0: {error}"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
@@ -17,6 +18,7 @@ from lightning_backdoor.callbacks.neighbourhood import EarlyLook
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     DigitNet,
+    HeldOpen,
     Net,
     Pictures,
     always,
@@ -199,6 +201,15 @@ def test_two_instances_share_a_folder_by_their_names(tmp_path: Path) -> None:
     assert len(set(tables.values())) == 2
 
 
+@pytest.mark.parametrize("others", [[], [HeldOpen(8, shown=20)], [HeldOpen(8)]], ids=["alone", "longer", "no end"])
+def test_half_of_the_planned_epochs_whoever_needs_more(others: list[Any]) -> None:
+    callback = Asking(rewind=False)
+    callback.asked = []
+    fit([*others, callback], epochs=6)
+    assert callback.asked == [2]
+    assert [look.epochs for look in callback._looks] == [3]
+
+
 class Asking(UltraCleanCallback):
     """Notes after which epochs neighbours are asked."""
 
@@ -213,7 +224,8 @@ class Asking(UltraCleanCallback):
     ("settings", "asked"),
     [
         ({}, [2]),
-        ({"warmup_epochs": 1}, [1]),
+        ({"warmup_epochs": 1}, []),
+        ({"warmup_epochs": 2}, [1]),
         ({"warmup_epochs": 5}, [3]),
         ({"rescore_every": 1}, [2]),
         ({"rule": "fraction"}, []),
@@ -226,11 +238,31 @@ def test_asks_the_neighbours_once_half_way_to_the_first_scan(settings: dict[str,
     callback.asked = []
     fit([callback], epochs=8)
     assert callback.asked == asked
+    assert (callback.state_dict()["early"] is not None) == bool(asked)
     if asked:
         shares = callback.state_dict()["early"]["agreement"]
         assert shares.shape == (64,)
         assert shares.dtype == torch.half
         assert bool(((shares >= 0) & (shares <= 1)).all())
+
+
+class StopAfterOne(pl.Callback):
+    """Ends training, as EarlyStopping would, before its time."""
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("epochs", "others", "asked"), [(1, [], []), (2, [], []), (3, [], [1]), (4, [StopAfterOne()], [])]
+)
+def test_neighbours_of_the_judged_model_are_not_asked(epochs: int, others: list[Any], asked: list[int]) -> None:
+    """They would deny labels by what the model has learned, not by what it had not learned yet."""
+    callback = Asking()
+    callback.asked = []
+    fit([*others, callback], epochs=epochs)
+    assert callback.verdict is not None
+    assert callback.asked == asked
 
 
 def test_removes_what_the_early_neighbours_deny() -> None:

@@ -276,6 +276,18 @@ def test_the_early_look_survives_an_interruption_and_not_a_second_fit(tmp_path: 
     assert resumed.state_dict()["early"] is None
 
 
+@pytest.mark.parametrize(("after", "looks"), [(1, True), (2, False)], ids=["before the scan", "at the scan"])
+def test_a_callback_that_is_added_on_resume_asks_neighbours_before_the_scan_alone(
+    tmp_path: Path, after: int, looks: bool
+) -> None:
+    saver = SaveAll(tmp_path)
+    run([saver], val=False, epochs=3)
+    added = UltraCleanCallback(warmup_epochs=3, rewind=False)
+    run([added], saver.paths[after - 1], val=False, epochs=3)
+    assert added.verdict is not None
+    assert (added.state_dict()["early"] is not None) == looks
+
+
 def test_an_early_look_at_another_dataset_is_refused(tmp_path: Path) -> None:
     saver = SaveAll(tmp_path)
     run([UltraCleanCallback(warmup_epochs=4), saver], epochs=3)

@@ -268,7 +268,7 @@ def test_the_class_itself_is_not_denied_by_neighbours_of_an_easy_kind(monkeypatc
     values[easy, :2] -= 4.0
     assert find_modes(values, labels) == []
     assert find_modes(values, labels, agreement=torch.where(easy, 1.0, 0.6)) == []
-    monkeypatch.setattr("lightning_backdoor.functional.modes.MAX_MEMBERS", 1.0)
+    monkeypatch.setattr("lightning_backdoor.functional.modes.DENIED_MEMBERS", 1.0)
     assert find_modes(values, labels, agreement=torch.where(easy, 1.0, 0.6)), "without the guard it would be"
 
 
@@ -307,9 +307,9 @@ def like_two_others(seed: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("draw", "without", "seeds"),
     [
-        (with_rare_kind, {"MAX_MEMBERS": 1.0, "MIN_KINDS": 2.0}, (0, 3, 5)),
-        (like_one_other, {"MIN_KINDS": 0.0}, (0, 1, 2)),
-        (like_two_others, {"MIN_KINDS": 0.0}, (0, 1, 2)),
+        (with_rare_kind, {"LEANING_MEMBERS": 1.0, "LEANING_KINDS": 2.0}, (0, 3, 5)),
+        (like_one_other, {"LEANING_KINDS": 0.0}, (0, 1, 2)),
+        (like_two_others, {"LEANING_KINDS": 0.0}, (0, 1, 2)),
     ],
     ids=["the class itself", "like one other class", "like two other classes"],
 )
@@ -330,6 +330,83 @@ def test_three_other_labels_at_least_say_that_a_mode_is_exclusive() -> None:
     values, labels, _ = leaning(0, shared=False)
     assert find_modes(values[labels < 4], labels[labels < 4])
     assert find_modes(values[labels < 3], labels[labels < 3]) == []
+
+
+def long_tail(seed: int, sizes: list[int], true: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Poisons of class 0 that keep something of their true classes, which are drawn by the weights ``true``."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    values = 6 * nn.functional.one_hot(labels, 24) + torch.randn(len(labels), 24, generator=generator)
+    poisoned = torch.arange(len(labels)) < sizes[0] / 3
+    lean = torch.multinomial(torch.tensor(true).float(), len(labels), replacement=True, generator=generator)
+    values[poisoned] += 5 * nn.functional.one_hot(lean, 24)[poisoned]
+    values[poisoned, 10:13] += 3.5
+    return values, labels, poisoned
+
+
+def test_one_large_label_does_not_stand_for_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of what lies beside the mode is of the large label, as most of all samples are; so is that of the twin."""
+    sizes = [600, 1500, *[150] * 8]
+    values, labels, poisoned = long_tail(1, sizes, [0, *sizes[1:]])
+    (mode,) = find_modes(values, labels)
+    assert mode.exclusiveness < 20, "true classes lie above the threshold"
+    above = labels[(mode.project(values) > mode.threshold) & (labels != 0)]
+    assert float((above == 1).float().mean()) > 0.8
+    assert int((((labels == 0) & (mode.project(values) > mode.threshold)) != poisoned).sum()) <= 1
+    twins = [like_large_one(seed, sizes) for seed in (2, 3)]
+    assert [find_modes(*twin) for twin in twins] == [[]] * 2, "a clean kind that resembles the large label alone"
+    monkeypatch.setattr("lightning_backdoor.functional.modes.LEANING_KINDS", 0.0)
+    assert all(find_modes(*twin) for twin in twins), "without the guard it would be one"
+
+
+def like_large_one(seed: int, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """A clean kind of class 0 that resembles class 1, the large one."""
+    values, labels, _ = long_tail(seed, sizes, [0, 1, *[0] * (len(sizes) - 2)])
+    values[labels == 1, 10:13] += 0.5
+    return values, labels
+
+
+def like_rare_ones(seed: int, rare: list[int]) -> tuple[Tensor, Tensor]:
+    """A clean kind of class 0 that resembles small classes, beside four other classes that are large."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.cat(
+        [torch.arange(5).repeat(600), torch.arange(5, 5 + len(rare)).repeat_interleave(torch.tensor(rare))]
+    )
+    values = 6 * nn.functional.one_hot(labels % 24, 24) + torch.randn(len(labels), 24, generator=generator)
+    kind = (labels == 0).nonzero().squeeze(1)[:90]
+    values[kind, 10:13] += 5
+    values[labels >= 5, 10:13] += 5
+    return values, labels
+
+
+@pytest.mark.parametrize(
+    "rare", [[20] * 3, [19] * 2, [19] * 3, [19] * 5, [5] * 8, [1] * 40], ids=lambda sizes: f"{len(sizes)} of {sizes[0]}"
+)
+def test_a_clean_kind_like_rare_labels_is_no_backdoor(rare: list[int]) -> None:
+    """They are too small to be split, but they lie beside it."""
+    for seed in range(2):
+        assert find_modes(*like_rare_ones(seed, rare)) == []
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_poisons_beside_rare_labels_are_found_all_the_same(seed: int) -> None:
+    values, labels, poisoned = leaning(seed, shared=False)
+    generator = torch.Generator().manual_seed(seed)
+    rare = torch.arange(6).repeat_interleave(torch.tensor([19, 19, 10, 1, 1, 1]))
+    seldom = 6 * nn.functional.one_hot(1 + rare % 5, 24) + torch.randn(len(rare), 24, generator=generator)
+    (mode,) = find_modes(torch.cat([values, seldom]), torch.cat([labels, 6 + rare]))
+    assert mode.exclusiveness < 20, "true classes lie above the threshold"
+    assert int((((labels == 0) & (mode.project(values) > mode.threshold)) != poisoned).sum()) <= 1
+
+
+@pytest.mark.parametrize(("size", "found"), [(25, 0), (40, 1)])
+def test_where_nothing_lies_beside_a_mode_there_must_be_enough_that_could(size: int, found: int) -> None:
+    """Ten per cent of the label and none of 75 others, which is 15 times half a sample; none of 120."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(4).repeat_interleave(torch.tensor([600, size, size, size]))
+    values = 6 * nn.functional.one_hot(labels, 24) + torch.randn(len(labels), 24, generator=generator)
+    values[:60, 10:13] += 8
+    assert len(find_modes(values, labels)) == found
 
 
 def test_agreement_of_another_length_is_an_error() -> None:
@@ -354,7 +431,7 @@ def test_what_early_neighbours_say_takes_nothing_away() -> None:
 
 
 def test_wrong_labels_would_be_found_without_looking_at_the_lower_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_backdoor.functional.modes.MIN_OWN", 0.0)
+    monkeypatch.setattr("lightning_backdoor.functional.modes.OWN_AUROC", 0.0)
     assert find_modes(*with_wrong_labels(0.1))
 
 
