@@ -40,14 +40,14 @@ class NONECallback(Defense):
 
     Implements NONE (*Training with More Confidence*, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_) inside a
     Trainer. When training is about to end (or after ``warmup_epochs``), the largest response of every unit to every
-    training image is looked at. A direction over units that splits one label into two populations, the second of which
-    no other label shows, or all labels into two, is what a backdoor looks like. If there is one, its samples leave the
-    training set, the units that they drive are drawn anew, and fine-tuning follows. Otherwise nothing changes.
+    training image is looked at. A direction over units that splits one label into two populations and no other label,
+    or all labels into two, is what a backdoor looks like. If there is one, its samples leave the training set, the
+    units that they drive are drawn anew, and fine-tuning follows. Otherwise nothing changes.
 
     Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes a look, three
     if a class has no confident sample; for each round two more, and epochs of fine-tuning beyond ``max_epochs`` if need
     be; two bytes per image for each of up to 512 units; a copy of weights and optimizer, to which training returns if
-    the rounds cost over 5 points of accuracy.
+    a round brings what all have cost to over 5 points of accuracy.
 
     Differs from the paper: units and samples are chosen by evidence instead of by quota and a natural break, which
     fires on clean data, too (``rule="paper"`` keeps both); reset units may learn again (``reset="prune"``: never).
