@@ -215,7 +215,7 @@ and draw the batches of that epoch anew: where they do nothing, that alone is wh
 ![Attack success rate by poison rate](figures/rates.png)"""
 UNNAMED = """The others are older, and were measured while the defences were still being changed. So the rows of one
 defence may come from several versions of it, of which none has to be the one that is here now: a new run may come to
-better or to worse figures, and for these rows nobody can say which code to go back to."""
+better or to worse figures. When each of these rows was added is in the history of the file."""
 CLEAN = """The change is against the undefended run of the same seed, and what is removed a share of all images."""
 COST = """Medians over the cells of a defence; those of a defence that changes nothing where it finds nothing are told
 apart by whether it found something (removed images, suspected them or reset units), rightly or not. Seconds as a
