@@ -136,6 +136,9 @@ CALLBACKS: dict[str, Callable[[], list[Any]]] = {
     "ABL": lambda: [baselines.ABL(epochs=5)],
 }
 
+CLEAN_MODEL = "clean-model"
+"""In the place of a defence: a network that has not seen the poisons."""
+
 BASELINES = ("AC", "spectral", "STRIP", "deep-kNN", "fine-tune", "ABL")
 """Defences from the literature."""
 

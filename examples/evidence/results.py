@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from examples.evidence.architectures import ARCHITECTURES, architectures
-from examples.evidence.cells import ADAPTIVE, FURTHER, RATES, STANDARD
+from examples.evidence.cells import ADAPTIVE, CLEAN_MODEL, FURTHER, RATES, STANDARD
 from examples.evidence.legend import legend
 from examples.evidence.missing import missing, missing_ablations
 from examples.evidence.protocols import PROTOCOLS, Setting
@@ -35,7 +35,6 @@ KINDS = {
 }
 TOLD = ("perfect", "random", "random-reset", "fine-tune")
 """Rows that are told which images are poisoned, or how many, and detect none."""
-NO_DEFENCE = "clean-model"
 IF_FOUND = ("ultraclean", "NONE", "ultraclean+NONE", "D-BR", "D-ST")
 """Defences that change nothing where they find nothing."""
 NAMED = 8  # commits, at most
@@ -49,6 +48,7 @@ def page(rows: list[Row], ablations: Mapping[str, list[Row]]) -> str:
             f"## {found[0]['dataset']}, {setting}",
             circumstances(found),
             f"### Clean accuracy / attack success rate\n\n{headline(found)}",
+            *_above(found),
             f"### Detection\n\n{detection(found)}",
             f"### On clean data\n\n{CLEAN}\n\n{on_clean_data(found)}",
             f"### Cost\n\n{COST}\n\n{cost(found)}",
@@ -123,11 +123,38 @@ def headline(rows: list[Row]) -> str:
     return "\n\n".join(tables)
 
 
+def beside_clean_model(rows: list[Row]) -> str:
+    """What each defence leaves above the ASR of a clean model, mean over seeds, under the attacks that took."""
+    cells, void = grouped(rows), void_trainings(rows)
+    took = [
+        attack for attack, defence in cells if defence == "undefended" and not is_void(cells[attack, defence], void)
+    ]
+    asr = {group: statistics.fmean(row["asr"] for row in cell) for group, cell in cells.items() if group[0] in took}
+    lines = []
+    for defence in DEFENCES:
+        above = {
+            attack: 100 * (asr[attack, defence] - asr[attack, CLEAN_MODEL])
+            for attack in took
+            if {(attack, defence), (attack, CLEAN_MODEL)} <= set(asr)
+        }
+        if above and defence != CLEAN_MODEL:
+            most = max(above, key=lambda attack: above[attack])
+            within = sum(points <= 1 for points in above.values())
+            lines.append([defence, f"{len(above)}", f"{within}", f"{above[most]:.1f}", most])
+    head = ["defence", "attacks", "1 point above at most", "largest difference, points", "under"]
+    return table(head, lines, left=("defence", "under"))
+
+
+def _above(rows: list[Row]) -> list[str]:
+    tested = any(row["defence"] == CLEAN_MODEL for row in rows)
+    return [f"### Above a clean model\n\n{ABOVE}\n\n{beside_clean_model(rows)}"] if tested else []
+
+
 def detection(rows: list[Row]) -> str:
     """One line for each attack and each defence that looks for poisons."""
     void, lines = void_trainings(rows), []
     for (attack, defence), cell in grouped(rows).items():
-        looks = defence not in (*TOLD, NO_DEFENCE)
+        looks = defence not in (*TOLD, CLEAN_MODEL)
         if attack != "clean" and looks and any(row.get("tpr") is not None for row in cell):
             rates = [percent((row.get(name) for row in cell), 2) for name in ("tpr", "fpr")]
             auroc = number((row.get("auroc") for row in cell), 3)
@@ -139,7 +166,7 @@ def on_clean_data(rows: list[Row]) -> str:
     """What each defence does where nothing is poisoned."""
     lines, plain = [], {row["seed"]: row for row in rows if (row["attack"], row["defence"]) == ("clean", "undefended")}
     for (attack, defence), cell in grouped(rows).items():
-        if attack == "clean" and defence != NO_DEFENCE:
+        if attack == "clean" and defence != CLEAN_MODEL:
             gained = [
                 row["clean_accuracy"] - plain[row["seed"]]["clean_accuracy"] for row in cell if row["seed"] in plain
             ]
@@ -154,7 +181,7 @@ def cost(rows: list[Row]) -> str:
     """Medians over all cells of each defence, as multiples of the undefended run under the same attack and seed."""
     plain = {(row["attack"], row["seed"]): row for row in rows if row["defence"] == "undefended"}
     cells: dict[tuple[str, str], list[Row]] = {}
-    for row in sorted((row for row in rows if row["defence"] != NO_DEFENCE), key=_cost_place):
+    for row in sorted((row for row in rows if row["defence"] != CLEAN_MODEL), key=_cost_place):
         cells.setdefault((row["defence"], _outcome(row)), []).append(row)
     lines = []
     for (defence, outcome), cell in cells.items():
@@ -216,6 +243,8 @@ and draw the batches of that epoch anew: where they do nothing, that alone is wh
 UNNAMED = """The others are older, and were measured while the defences were still being changed. So the rows of one
 defence may come from several versions of it, of which none has to be the one that is here now: a new run may come to
 better or to worse figures. When each of these rows was added is in the history of the file."""
+ABOVE = """How many of the attacks that took, and that a clean model was tested with, a defence brings to an ASR of at
+most one point above that of the clean model; and the attack of which it leaves most."""
 CLEAN = """The change is against the undefended run of the same seed, and what is removed a share of all images."""
 COST = """Medians over the cells of a defence; those of a defence that changes nothing where it finds nothing are told
 apart by whether it found something (removed images, suspected them or reset units), rightly or not. Seconds as a

@@ -14,7 +14,7 @@ from examples.evidence import rows
 from examples.evidence.cache import EARLY, early, undefended
 from examples.evidence.candidates import together
 from examples.evidence.cases import opened
-from examples.evidence.cells import AT_THE_END, CALLBACKS, clean_share, filtered
+from examples.evidence.cells import AT_THE_END, CALLBACKS, CLEAN_MODEL, clean_share, filtered
 from examples.evidence.cost import measured
 from examples.evidence.protocols import Cell
 from examples.evidence.random_reset import RandomReset
@@ -49,13 +49,13 @@ def run_cell(
     setting, seed, defence = cell.setting, cell.seed, cell.defence
     case = opened(cell.attack, train, setting, seed, cache, device=device)
     dataset, poisoned, shared = case.dataset, case.poisoned, case.shared
-    if defence == "clean-model":
+    if defence == CLEAN_MODEL:
         dataset, seed = train, seed + 1
         shared = undefended(train, setting, "clean", seed, cache, device=device)
     defences = _callbacks(defence, dataset, poisoned, seed, reference)
     if defence in ("perfect", "random"):
         dataset = filtered(dataset, defence, poisoned, reference.get("removed", 0), seed)
-    late = defence in (*AT_THE_END, "clean-model") and shared.exists()
+    late = defence in (*AT_THE_END, CLEAN_MODEL) and shared.exists()
     watchers: list[pl.Callback] = []
     if defence == "undefended":
         watchers = [Snapshot(shared, setting.epochs - 1), Snapshot(early(shared), EARLY)]

@@ -8,6 +8,7 @@ from examples.evidence.missing import missing, missing_ablations
 from examples.evidence.networks import NAME
 from examples.evidence.protocols import PROTOCOLS
 from examples.evidence.results import (
+    beside_clean_model,
     circumstances,
     cost,
     detection,
@@ -52,6 +53,18 @@ def test_the_headline_marks_what_did_not_take_and_averages_over_seeds() -> None:
     assert [part.splitlines()[0] for part in more.split("\n\n") if part.startswith("|")] == [
         "| defence | clean | badnets-1% | badnets-5% |", "| defence | wanet-10% |", "| defence | blended-10% |",
     ]  # fmt: skip
+
+
+def test_what_a_defence_leaves_is_told_above_a_clean_model_under_the_attacks_that_took() -> None:
+    clean = [row(attack, "clean-model", 0.8, asr) for attack, asr in (("badnets-5%", 0.025), ("wanet-10%", 0.01))]
+    void = row("badnets-1%", "clean-model", 0.8, 0.0)
+    wanet = [row("wanet-10%", "undefended", 0.7, 0.9), row("wanet-10%", "NONE", 0.7, 0.5)]
+    assert beside_clean_model([*ROWS, *clean, void, *wanet]).splitlines()[2:] == [
+        "| undefended | 2 | 0 | 96.5 | badnets-5% |",
+        "| NONE | 2 | 1 | 49.0 | wanet-10% |",
+    ]
+    assert "### Above a clean model" in page([*ROWS, *clean], {})
+    assert "### Above a clean model" not in page(ROWS, {})
 
 
 def test_detection_and_clean_data_keep_to_their_rows() -> None:
