@@ -93,7 +93,7 @@ def main() -> None:
     elif options.action == "table":
         print(markdown(found))
     elif options.action == "plot":
-        print(*draw(found, folder / "figures"), sep="\n")
+        print(*draw(found, folder / "figures", rows.read(folder / "fractions.jsonl")), sep="\n")
     else:
         path = folder / "RESULTS.md"
         path.write_text(page(found, {name: rows.read(folder / f"{name}.jsonl") for name in ABLATIONS}))

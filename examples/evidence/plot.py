@@ -47,8 +47,15 @@ LINES = {
 """Colour, marker and line of the defences in ``rates.png``."""
 
 
-def draw(rows: Iterable[Row], folder: Path) -> list[Path]:
-    """Write ``asr.png``, ``asr-more.png`` and ``rates.png`` of the default setting, as far as there are rows."""
+DENOISERS = {"both": (SOFT, "o", "-", 11), "median": (BLUE, "s", "--", 5), "NLM": (RUST, "D", "-.", 5)}
+"""Colour, marker, line and size in ``fractions.png``, where one may lie on another."""
+
+
+def draw(rows: Iterable[Row], folder: Path, filtered: Iterable[Row] = ()) -> list[Path]:
+    """Write ``asr.png``, ``asr-more.png`` and ``rates.png`` of the default setting, as far as there are rows.
+
+    And ``fractions.png`` of the rows of ``fractions.jsonl``, ``filtered``.
+    """
     found = by_setting(rows).get(Setting(), [])
     folder.mkdir(exist_ok=True)
     paths = []
@@ -59,11 +66,36 @@ def draw(rows: Iterable[Row], folder: Path) -> list[Path]:
                 found, {"More published attacks": FURTHER, "Attacks that know a defence": ADAPTIVE}
             ),
             "rates.png": rates(found, ("badnets", "blended")),
+            "fractions.png": fractions(by_setting(filtered).get(Setting(), [])),
         }.items():
             if figure is not None:
                 figure.savefig(folder / name, dpi=DPI)
                 paths.append(folder / name)
     return paths
+
+
+def fractions(rows: list[Row]) -> Figure | None:
+    """ASR and TPR over the share of images that UltraClean's score removes, a row of axes for each attack."""
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    if not attacks:
+        return None
+    figure = blank_figure(WIDTH, 0.8 + 2.2 * len(attacks))
+    grid = figure.subplots(len(attacks), 2, squeeze=False, sharex=True)
+    for pair, attack in zip(grid, attacks, strict=True):
+        told = ("asr", f"{attack}: attack success rate, per cent"), ("tpr", "removed poisons, per cent of them")
+        for axes, (rate, label) in zip(pair, told, strict=True):
+            for name, (colour, marker, line, size) in DENOISERS.items():
+                found = [row for row in rows if (row["attack"], row["denoiser"]) == (attack, name)]
+                points = sorted((100 * row["fraction"], 100 * row[rate]) for row in found)
+                style = {"color": colour, "marker": marker, "linestyle": line, "markersize": size}
+                axes.plot(*zip(*points, strict=True), **style, markerfacecolor="none", label=name)
+            axes.set(ylim=(-4, 104))
+            axes.set_title(label, fontsize=10)
+    for axes in grid[-1]:
+        axes.set_xlabel("removed images, per cent")
+    grid[0][0].legend(fontsize=9, title="denoised by")
+    figure.set_layout_engine("tight")
+    return figure
 
 
 def squares(rows: list[Row], kinds: Mapping[str, Collection[str]]) -> Figure | None:

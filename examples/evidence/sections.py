@@ -64,7 +64,9 @@ untouched; all other attacks are one. Kinds of one family (flower and flower-add
 triggered images with their own label, are told apart here: to remove one is neither a hit nor a false alarm (in the
 tables above it is a false alarm). TPR and FPR are in per cent, what is removed is a number of images."""
 FRACTION = f"""The images that move most under denoising leave the training set of a fresh network, by one denoiser or
-both (`python -m examples.evidence.fractions`). The score is the paper's, on logits, after the first {EARLY} epochs."""
+both (`python -m examples.evidence.fractions`). The score is the paper's, on logits, after the first {EARLY} epochs.
+
+![ASR and TPR over the share of removed images](figures/fractions.png)"""
 STRIPPED = f"""STRIP's scores of the images of the target class, from the undefended network, {strip.DRAWS} images
 blended in (`python -m examples.evidence.strip`)."""
 REPAIR = """From the undefended network, with the true poisons as suspects, with those that scores choose, and with its

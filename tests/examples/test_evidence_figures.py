@@ -96,6 +96,23 @@ def size(path: Path) -> tuple[int, int]:
     return width, height
 
 
+def test_what_is_left_is_drawn_over_the_share_that_was_removed() -> None:
+    removed = [
+        row(attack, "", 0.8, asr, denoiser=denoiser, fraction=fraction, tpr=0.5)
+        for attack in ("badnets-5%", "sig-80%")
+        for denoiser in plot.DENOISERS
+        for fraction, asr in ((0.2, 0.25), (0.05, 1.0))
+    ]
+    figure = plot.fractions(removed)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert [title.split(":")[0] for title in titles[::2]] == ["badnets-5%", "sig-80%"]
+    for axes, values in zip(figure.axes, ([100, 25], [50, 50]) * 2, strict=True):
+        assert {line.get_label() for line in axes.lines} == set(plot.DENOISERS)
+        for line in axes.lines:
+            assert (list(line.get_xdata()), list(line.get_ydata())) == ([5, 20], values), "in the order of the shares"
+    assert plot.fractions([]) is None
+
+
 def test_figures_are_as_wide_as_a_page_and_small(tmp_path: Path) -> None:
     assert plot.draw([], tmp_path) == []
     assert [path.name for path in plot.draw(ROWS, tmp_path)] == ["asr.png", "rates.png"]
