@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_backdoor.callbacks.rounds import OWN_LABEL, Round, reset_units
+from lightning_backdoor.callbacks.rounds import OWN_LABEL, STILL_OBEYED, Round, reset_units
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.training_set import TrainingSet
 
@@ -43,9 +43,13 @@ def _outcome(round_: Round) -> str:
         return "; the model gives the removed images their label without having seen them, so all of this was undone"
     if round_.undone:
         return "; the rounds cost too much accuracy, so the weights went back: the backdoor may still be there"
-    if (round_.obeyed_after or 0.0) > OWN_LABEL:
-        return "; these may be clean images of one kind, or their labels true (clean-label attack): look at the report"
-    return ""
+    obeyed = round_.obeyed_after or 0.0
+    if obeyed > OWN_LABEL:
+        return (
+            "; the backdoor may still be there, or these may be clean images of one kind or have true labels "
+            "(clean-label attack): look at the report"
+        )
+    return "; part of the backdoor may still be there" if obeyed > STILL_OBEYED else ""
 
 
 def evidence(rounds: list[Round], data: TrainingSet, *, rule: str, seconds: float, max_removed: float) -> Evidence:

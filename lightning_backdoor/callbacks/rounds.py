@@ -13,7 +13,17 @@ from torch import Tensor
 from lightning_backdoor.functional.evidence import Decision
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["OWN_LABEL", "Round", "Series", "judgement", "readmission", "reset_units", "shares", "unfinished"]
+__all__ = [
+    "OWN_LABEL",
+    "STILL_OBEYED",
+    "Round",
+    "Series",
+    "judgement",
+    "readmission",
+    "reset_units",
+    "shares",
+    "unfinished",
+]
 
 MAX_LOSS = 0.05  # of accuracy on the training images, by all rounds, beyond which the last one is undone
 OWN_LABEL = 0.9  # of the removed samples get their label without having been trained on: it may well be the right one

@@ -447,6 +447,9 @@ def test_classes_of_two_kinds_lose_no_more_in_later_rounds() -> None:
 def test_sentences_say_what_came_of_a_round() -> None:
     told = Round(3, 70, 70, (), (("body.0", 1, 0, 2.0),), (), 0.99, 1.0, 0.98, 0.0)
     assert sentence([told], 100).endswith("of removed images given their label 100.0% -> 0.0%.")
+    assert sentence([replace(told, obeyed_after=0.4)], 100).endswith("40.0%; part of the backdoor may still be there.")
+    doubtful = sentence([replace(told, obeyed_after=0.95)], 100)
+    assert "95.0%; the backdoor may still be there, or these may be clean images of one kind" in doubtful
     assert "the backdoor may still be there" in sentence([replace(told, undone=True)], 100)
     back = sentence([replace(told, undone=True, readmitted=True)], 100)
     assert "without having seen them, so all of this was undone" in back
