@@ -205,7 +205,7 @@ class NONECallback(Defense):
         return {
             **super().state_dict(),
             "history": [past.state_dict() for past in self.history],
-            "series": vars(self._series),
+            "series": dict(vars(self._series)),
             "tuning": self._tuning.state_dict(),
         }
 

@@ -421,7 +421,6 @@ def test_what_another_defence_has_removed_counts_where_the_model_obeys_it(
     assert (verdict.threshold == math.inf) == (left == 0)
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint")
 @pytest.mark.parametrize("first_of_two", [UltraCleanCallback, NONECallback])
 def test_none_leaves_a_model_alone_that_ultraclean_has_trained_anew(first_of_two: type) -> None:
     train, _ = digits(1400)
@@ -458,7 +457,6 @@ def test_sentences_say_what_came_of_a_round() -> None:
     assert sentence([replace(told, units=(), removed=0)], 100).endswith("0 removed, no unit reset.")
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint")
 def test_a_round_of_the_warm_up_that_was_undone_is_not_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -2.0)
     callback = acting(warmup_epochs=1, finetune_epochs=1)
