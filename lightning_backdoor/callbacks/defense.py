@@ -14,9 +14,10 @@ from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ArgumentError, DataError, TrainerError
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.writer import write_report
-from lightning_backdoor.trainer.compat import CallbackBase, rank_zero_warn, validation_loaders
+from lightning_backdoor.trainer.compat import rank_zero_warn, validation_loaders
 from lightning_backdoor.trainer.curation import Curation, curation_of
 from lightning_backdoor.trainer.etiquette import require_unsharded
+from lightning_backdoor.trainer.hooks import TrainerCallback
 from lightning_backdoor.trainer.training_set import Reading, TrainingSet, open_training_set
 from lightning_backdoor.verdict import Verdict
 
@@ -83,7 +84,7 @@ def require_alone(trainer: Any, defense: Defense) -> None:
         )
 
 
-class Defense(CallbackBase):
+class Defense(TrainerCallback):
     """Base of the defences.
 
     Subclasses set :attr:`method` and act in Lightning's hooks; this class joins and leaves the curation of the

@@ -19,8 +19,8 @@ from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.metrics import AttackSuccessRate, DetectionRates, RecoveredAccuracy
-from lightning_backdoor.trainer.compat import CallbackBase
 from lightning_backdoor.trainer.etiquette import prepare_batch, require_unsharded
+from lightning_backdoor.trainer.hooks import TrainerCallback
 from lightning_backdoor.trainer.outputs import call_model
 from lightning_backdoor.trainer.scan import scan, shard
 from lightning_backdoor.verdict import Verdict
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["BackdoorMonitor"]
 
 
-class BackdoorMonitor(CallbackBase):
+class BackdoorMonitor(TrainerCallback):
     """Log how well the model resists a known attack, at every validation.
 
     At the end of each validation epoch (not of the sanity check) it logs
