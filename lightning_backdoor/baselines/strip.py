@@ -59,10 +59,9 @@ def strip_scores(logits: Tensor, counts: Tensor | None = None) -> Tensor:
     """
     if logits.ndim != 3 or not logits.shape[1]:
         raise ArgumentError(f"`logits` must have shape (N, T, K) with T >= 1, got {tuple(logits.shape)}.")
-    logs = logits.double().log_softmax(dim=2)
-    entropies = -(logs.exp() * logs).sum(dim=2) / math.log(2)
-    counted = torch.ones_like(entropies) if counts is None else counts.to(entropies)
-    return -((entropies * counted).sum(dim=1) / counted.sum(dim=1)).float()
+    entropies = torch.special.entr(logits.double().softmax(dim=2)).sum(dim=2) / math.log(2)
+    counted = torch.ones_like(entropies, dtype=torch.bool) if counts is None else counts.bool()
+    return -(torch.where(counted, entropies, 0.0).sum(dim=1) / counted.sum(dim=1)).float()
 
 
 def select_by_rejection(scores: Tensor, false_rejection: float) -> Tensor:

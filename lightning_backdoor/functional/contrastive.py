@@ -70,14 +70,20 @@ def mixed_cross_entropy(
         weight: Weight of the suspect samples, at least 0.
 
     Returns:
-        Scalar. A group without samples in the batch adds nothing.
+        Scalar. A group without samples in the batch adds nothing; nor do samples of neither group, whatever their
+        logits are: infinite ones, as half precision produces, would make it and all gradients NaN if multiplied by 0.
 
     Raises:
         ArgumentError: The weight is negative.
     """
     if weight < 0:
         raise ArgumentError(f"`weight` must be at least 0, got {weight}. The paper uses 0.001.")
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    learned = (losses * trusted).sum() / trusted.sum().clamp(min=1)
-    unlearned = (losses * suspect).sum() / suspect.sum().clamp(min=1)
-    return learned - weight * unlearned
+    learned = _mean_loss(logits, labels, trusted)
+    return learned - weight * _mean_loss(logits, labels, suspect) if weight else learned
+
+
+def _mean_loss(logits: Tensor, labels: Tensor, group: Tensor) -> Tensor:
+    """Mean cross-entropy of the samples of a group, bool ``(B,)``; 0 if it has none."""
+    group = group.bool()
+    losses = F.cross_entropy(torch.where(group[:, None], logits, 0.0), labels, reduction="none")
+    return torch.where(group, losses, 0.0).sum() / group.sum().clamp(min=1)

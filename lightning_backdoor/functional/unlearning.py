@@ -38,7 +38,8 @@ def forgetting_loss(logits: Tensor, labels: Tensor) -> Tensor:
             f"`logits` must have shape (B, K), K >= 2, and `labels` (B,), got {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}."
         )
-    logits = logits.float()
+    given = logits.argmax(dim=1) == labels
+    logits = torch.where(given[:, None], logits.float(), 0.0)  # infinite ones would make gradients NaN, even times 0
     others = logits.scatter(1, labels[:, None], -torch.inf)
     losses = logits.logsumexp(dim=1) - others.logsumexp(dim=1)
-    return torch.where(logits.argmax(dim=1) == labels, losses, 0.0).mean()
+    return torch.where(given, losses, 0.0).mean()

@@ -120,6 +120,12 @@ def test_entropies_are_those_of_a_loop() -> None:
     assert strip_scores(1e4 * torch.eye(3)[None]) == pytest.approx(0.0)
 
 
+def test_strip_has_no_entropy_of_an_infinite_logit_that_is_a_chance_of_zero_or_does_not_count() -> None:
+    logits = torch.tensor([[[0.0, 0.0, -math.inf], [math.inf, math.inf, 0.0]]])
+    counts = torch.tensor([[True, False]])
+    torch.testing.assert_close(strip_scores(logits, counts), torch.tensor([-1.0]))
+
+
 def test_blending_is_the_mean_of_both_images() -> None:
     pixels = torch.tensor([0, 100, 255], dtype=torch.uint8).reshape(3, 1, 1, 1)
     assert blend(pixels, torch.full((1, 1, 1), 200, dtype=torch.uint8)).flatten().tolist() == [100, 150, 228]

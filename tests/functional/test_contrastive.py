@@ -82,6 +82,30 @@ def test_a_group_without_samples_adds_nothing() -> None:
     assert bool(logits.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("infinite", [math.inf, -math.inf])
+@pytest.mark.parametrize("weight", [0.5, 0.0])
+def test_an_infinite_logit_of_a_sample_that_does_not_count_is_without_effect(weight: float, infinite: float) -> None:
+    """Half precision overflows; neither the value nor any gradient may turn into NaN by ``inf * 0``."""
+    generator = torch.Generator().manual_seed(0)
+    plain, labels = torch.randn(4, 3, generator=generator), torch.tensor([0, 1, 2, 0])
+    trusted, suspect = torch.tensor([True, True, False, False]), torch.tensor([False, False, True, False])
+    overflown = plain.clone()
+    overflown[3] = torch.tensor([infinite, 0.0, 1.0])
+    if weight == 0:
+        overflown[2] = overflown[3]
+    found = []
+    for logits in (plain.requires_grad_(), overflown.requires_grad_()):
+        loss = mixed_cross_entropy(logits, labels, trusted, suspect, weight)
+        loss.backward()
+        found.append((loss.detach(), logits.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_an_infinite_logit_of_a_trusted_sample_is_not_hidden() -> None:
+    logits, everyone = torch.tensor([[-math.inf, 0.0], [1.0, 0.0]]), torch.ones(2, dtype=torch.bool)
+    assert float(mixed_cross_entropy(logits, torch.tensor([0, 1]), everyone, ~everyone)) == math.inf
+
+
 def test_bad_input() -> None:
     with pytest.raises(ArgumentError, match=r"shape \(B, 2, D\)"):
         ss_contrastive_loss(torch.zeros(4, 3, 5), torch.zeros(4), torch.zeros(4, dtype=torch.bool))

@@ -149,6 +149,19 @@ def test_forgetting_loss_literally_and_where_the_label_has_all_the_probability()
         forgetting_loss(torch.zeros(3, 1), LABELS)
 
 
+@pytest.mark.parametrize("infinite", [torch.inf, -torch.inf])
+def test_forgetting_is_finite_beside_an_infinite_logit_of_a_sample_that_has_lost_its_label(infinite: float) -> None:
+    logits, labels = torch.tensor([[2.0, 0.0, 0.0], [1.0, 3.0, 0.0]]), torch.tensor([0, 0])
+    overflown = logits.clone()
+    overflown[1] = torch.tensor([0.0, 5.0, infinite])
+    found = []
+    for values in (logits.requires_grad_(), overflown.requires_grad_()):
+        loss = forgetting_loss(values, labels)
+        loss.backward()
+        found.append((loss.detach(), values.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize(
     "loss",
     [
