@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import find_modes, mode_scores, split_units
 from lightning_backdoor.functional.directions import RIDGE, directions_and_units, discriminant
+from lightning_backdoor.functional.modes import Mode, _own
 
 
 def classes(n: int, k: int, units: int, seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
@@ -433,6 +435,26 @@ def test_what_early_neighbours_say_takes_nothing_away() -> None:
 def test_wrong_labels_would_be_found_without_looking_at_the_lower_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_backdoor.functional.modes.OWN_AUROC", 0.0)
     assert find_modes(*with_wrong_labels(0.1))
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_mixture_of_other_classes_is_known_as_one_where_labels_take_turns(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fourth of the other samples is of the same label; beside it alone a mixture would look like a class."""
+    labels = torch.arange(2000) % 5
+    true = labels.clone()
+    if wrong:
+        true[labels == 0] = torch.where(torch.arange(400) % 10 == 0, torch.arange(400) // 10 % 4 + 1, 0)
+    noise = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    values = 6 * nn.functional.one_hot(true, 8) + noise
+    mode = Mode(0, torch.tensor([0]), torch.ones(1), 3.0, 0.0, 6.0, 2.5, 100.0, 360)
+    mode = mode if wrong else replace(mode, threshold=7.0)
+    for others in (2000, 400):
+        monkeypatch.setattr("lightning_backdoor.functional.modes.OWN_OTHERS", others)
+        found = [_own(values, labels == 0, mode, torch.arange(8)) for _ in range(2)]
+        assert found[0] == found[1], "the same draw every time"
+        assert found[0] == pytest.approx(0.5, abs=0.1) if wrong else found[0] > 0.99
 
 
 def test_a_single_unit_is_enough() -> None:
