@@ -29,6 +29,8 @@ ANGLE = 180.0  # degrees, either way
 SHIFT = 0.2  # of the side, either way
 LR, LR_OF_COPY = 1e-3, 1e-4  # of AdamW, which trains convolutional networks and transformers alike
 HOSTED = "backdoor_detector"  # name of the user's own detector within a copy of the model
+LEAST_OF_CLASS = 2  # samples of a class in a batch, on average, for its centre to be more than a sample of it
+DRAWN_OF_CLASS = 4  # of some classes, where there are too many for that
 STRONG, WEAK = 0.9, 0.1  # probabilities above and below which a sample is confidently of a class, or not
 
 Transform = Callable[[Tensor], Tensor]
@@ -113,10 +115,11 @@ def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detec
         DataError: There is one class only.
     """
     with unobtrusive(trainer, pl_module):
+        order = _order(trainer, pl_module, data, detector)
         with in_unison(trainer, "training of the detector"):
             twin, data = _twin(trainer, pl_module, data, detector)
             with quiet(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
-                _train(trainer, twin, data, detector)  # batch norms keep what they learn: not `unobtrusive`
+                _train(trainer, twin, data, detector, order)  # batch norms keep what they learn: not `unobtrusive`
         _agree(trainer, twin)
         found = _look(trainer, twin, data, detector)
         if len(torch.unique(found["labels"])) < 2:
@@ -208,8 +211,8 @@ def _host(trainer: Any, twin: Any, data: TrainingSet, own: nn.Module) -> tuple[A
     return twin, replace(hosted, head=head)
 
 
-def _train(trainer: Any, twin: Any, data: TrainingSet, detector: Detector) -> None:
-    """Ordinary training without augmentation, then centre repulsion, with the same optimizer."""
+def _train(trainer: Any, twin: Any, data: TrainingSet, detector: Detector, order: Tensor) -> None:
+    """Ordinary training without augmentation, then centre repulsion, with the same optimizer, on samples in order."""
     parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
     if not parameters:
         raise ModelError("The module has no parameter that can learn (requires_grad=False). Unfreeze some layers.")
@@ -218,7 +221,7 @@ def _train(trainer: Any, twin: Any, data: TrainingSet, detector: Detector) -> No
     optimizer = torch.optim.AdamW(parameters, lr=LR_OF_COPY if detector.start == "copy" else LR)
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     scaler = torch.amp.GradScaler(twin.device.type, enabled=scaled)
-    with data.read(_order(data, detector)) as loader:
+    with data.read(order) as loader:
         for step, (_, batch) in enumerate(loader):
             labels = data.labels(batch).clone().to(twin.device)  # transfer hooks may change a batch in place
             logits, features = data.outputs(trainer, twin, batch, gradients=True)
@@ -229,14 +232,41 @@ def _train(trainer: Any, twin: Any, data: TrainingSet, detector: Detector) -> No
             scaler.update()
 
 
-def _order(data: TrainingSet, detector: Detector) -> Tensor:
-    """Positions of the samples of all steps: one shuffle after the other."""
+def _order(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector) -> Tensor:
+    """Positions of the samples of all steps: one shuffle after the other.
+
+    Where a batch holds fewer than two samples of a class on average, most centres would be single samples, and the loss
+    would turn every image away from every other. The batches of centre repulsion then are of some classes each. That
+    takes one more pass over the data, for the labels.
+    """
     with data.read([]) as loader:
         size = min(int(loader.batch_size or 1), len(data))
     needed = detector.all_steps * size
     generator = torch.Generator().manual_seed(detector.seed)
     shuffles = [torch.randperm(len(data), generator=generator) for _ in range(math.ceil(needed / len(data)))]
-    return torch.cat(shuffles)[:needed]
+    order = torch.cat(shuffles)[:needed]
+    repelling = detector.all_steps - detector.steps
+    if size < 2 or not repelling or LEAST_OF_CLASS * data.num_classes <= size:
+        return order
+    labels = data.read_labels(trainer, pl_module)
+    if LEAST_OF_CLASS * len(torch.unique(labels)) <= size:  # a head may have more outputs than there are classes
+        return order
+    return torch.cat([order[: detector.steps * size], _by_classes(labels, size, repelling, generator)])
+
+
+def _by_classes(labels: Tensor, size: int, batches: int, generator: torch.Generator) -> Tensor:
+    """Positions of batches of some random classes each, with about four samples of each (repeated if it has fewer)."""
+    _, counts = torch.unique(labels, return_counts=True)
+    classes = torch.split(labels.argsort(stable=True), counts.tolist())
+    shares = [len(part) for part in torch.tensor_split(torch.arange(size), max(size // DRAWN_OF_CLASS, 2))]
+    drawn = []
+    for _ in range(batches):
+        chosen = torch.randperm(len(classes), generator=generator)[: len(shares)].tolist()
+        for place, share in zip(chosen, shares, strict=True):
+            members = classes[place]
+            shuffled = members[torch.randperm(len(members), generator=generator)]
+            drawn.append(shuffled.repeat(math.ceil(share / len(members)))[:share])
+    return torch.cat(drawn)
 
 
 def _agree(trainer: Any, twin: nn.Module) -> None:
