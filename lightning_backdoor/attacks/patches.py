@@ -38,6 +38,9 @@ _TROJAN = (
     ((250, 125, 0), (0, 250, 250), (250, 0, 0)),
 )
 
+# Rows and columns of the adaptive patches on 32x32 pixels: grid, cross, Trojan colours, white square.
+_ADAPTIVE = ((5, 5), (10, 14), (5, 6), (5, 5))
+
 
 @dataclass(frozen=True)
 class BadNets(Trigger):
@@ -198,10 +201,11 @@ class AdaptivePatch(Trigger):
     """Show one faint patch of four in training, and all four clearly at test time.
 
     Adap-Patch (`Qi et al., 2023 <https://openreview.net/forum?id=_wSHsgrVali>`_), to be used with cover samples:
-    ``poison(data, AdaptivePatch(), rate=0.003, covers=0.006)``. The patches cover 4x4 pixels of 32x32 (in proportion on
-    other sizes): a grid (bottom right), a cross (bottom left), the Trojan colours (top right) and a white square (top
-    left), each mixed into the image with its opacity. Which one an image gets, its own pixels and ``seed`` decide. The
-    paper's patches are picture files; these are drawn here.
+    ``poison(data, AdaptivePatch(), rate=0.003, covers=0.006)``. Rows and columns that the patches cover on 32x32 pixels
+    (in proportion on other sizes): 5x5 a grid (bottom right), 10x14 a cross (bottom left), 5x6 the Trojan colours (top
+    right), 5x5 a white square (top left); each is mixed into the image with its opacity. Which one an image gets, its
+    own pixels and ``seed`` decide. The paper's patches are picture files of 25 to 140 pixels; these are drawn here, the
+    largest one with the least opacity.
 
     Args:
         opacities: Opacity of the four patches in training, in ``(0, 1]``.
@@ -244,12 +248,13 @@ class AdaptivePatch(Trigger):
     def _patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return all patches in one picture, ``(C, H, W)``, and the mask of each, ``(4, 1, H, W)``."""
         channels, height, width = images.shape[1:]
-        rows, columns = (span(side, 4, of=32) for side in (height, width))
         greys = [torch.tensor(_PATCHES[name]).expand(3, -1, -1) for name in ("grid", "cross", "square")]
         cells = [greys[0], greys[1], torch.tensor(_TROJAN).permute(2, 0, 1), greys[2]]
-        places = [(height - rows, width - columns), (height - rows, 0), (0, width - columns), (0, 0)]
+        corners = [(True, True), (True, False), (False, True), (False, False)]  # bottom, right
         picture, masks = torch.zeros(channels, height, width), torch.zeros(4, 1, height, width)
-        for mask, colours, (top, left) in zip(masks, cells, places, strict=True):
+        for mask, colours, sides, (bottom, right) in zip(masks, cells, _ADAPTIVE, corners, strict=True):
+            rows, columns = span(height, sides[0], of=32), span(width, sides[1], of=32)
+            top, left = bottom * (height - rows), right * (width - columns)
             area = ..., slice(top, top + rows), slice(left, left + columns)
             picture[area] = enlarged(channels_like(colours.float(), channels), rows, columns)
             mask[area] = 1

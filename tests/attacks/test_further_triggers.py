@@ -166,18 +166,21 @@ def test_adaptive_blend_at_test_time_is_whole():
 def test_adaptive_patch_by_hand():
     images = pictures(40, 3, 32, 32)
     painted = AdaptivePatch()(images)
-    corners = {  # rows, columns, opacity, colour of the cell in the corner of the image
-        (28, 28): (0.5, (255, 255, 255)),
-        (28, 0): (0.2, (0, 0, 0)),
-        (0, 28): (0.5, (125, 0, 250)),
-        (0, 0): (0.3, (255, 255, 255)),
+    corners = {  # first row and column: rows, columns, opacity, colour of the cell in the corner of the image
+        (27, 27): (5, 5, 0.5, (255, 255, 255)),
+        (22, 0): (10, 14, 0.2, (0, 0, 0)),
+        (0, 26): (5, 6, 0.5, (125, 0, 250)),
+        (0, 0): (5, 5, 0.3, (255, 255, 255)),
     }
     seen = set()
     for image, poison in zip(images, painted, strict=True):
         rows, columns = (image != poison).any(0).nonzero().unbind(1)
-        place = (28 if rows.min() >= 28 else 0, 28 if columns.min() >= 28 else 0)
-        assert (int(rows.max()) < place[0] + 4, int(columns.max()) < place[1] + 4) == (True, True)
-        opacity, colour = corners[place]
+        place = next(
+            (top, left)
+            for (top, left), (high, wide, *_) in corners.items()
+            if top <= rows.min() <= rows.max() < top + high and left <= columns.min() <= columns.max() < left + wide
+        )
+        *_, opacity, colour = corners[place]
         at = ..., 31 if place[0] else 0, 31 if place[1] else 0
         exact = (1 - opacity) * image[at].double() + opacity * torch.tensor(colour)
         assert (poison[at].double() - exact).abs().max() <= 0.5 + 1e-4
@@ -185,12 +188,21 @@ def test_adaptive_patch_by_hand():
     assert seen == set(corners), "one patch each, and all of them occur"
 
 
+@pytest.mark.parametrize(("channels", "side"), [(3, 32), (1, 32), (3, 64), (3, 224)])
+def test_adaptive_patches_change_as_many_pixels_as_published_ones(channels: int, side: int):
+    images = grey(100, 30, channels, side, side) + torch.arange(30, dtype=torch.uint8).view(30, 1, 1, 1)
+    changed = [int(pixels.sum()) for pixels in (AdaptivePatch()(images) != images).any(1)]
+    assert sorted({32 * 32 * count / side**2 for count in changed}) == [25, 30, 140]
+    together = (AdaptivePatch().at_test()(images[0]) != images[0]).any(0)
+    assert int(together.sum()) * 32 * 32 / side**2 == 25 + 140 + 30 + 25
+
+
 def test_adaptive_patch_at_test_time_shows_all():
     image = pictures(3, 32, 32)
     clear = AdaptivePatch().at_test()(image)
-    assert torch.equal(clear[:, :4, :4], grey(255, 3, 4, 4))
+    assert torch.equal(clear[:, :5, :5], grey(255, 3, 5, 5))
     assert clear[:, 0, 31].tolist() == [125, 0, 250]
-    assert torch.equal(clear[:, 4:28], image[:, 4:28])
+    assert torch.equal(clear[:, 5:22], image[:, 5:22])
     assert torch.equal(AdaptivePatch().on_covers()(image), AdaptivePatch()(image))
 
 
