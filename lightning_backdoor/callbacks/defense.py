@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_backdoor.data.prefetching import unwrapped
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ArgumentError, DataError, TrainerError
 from lightning_backdoor.report.evidence import Evidence
@@ -245,4 +246,5 @@ def _validation_dataset(trainer: Any) -> Any:
         loaders = validation_loaders(trainer)
     while isinstance(loaders, (list, tuple, dict)) and loaders:
         loaders = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders[0]
-    return loaders.dataset if isinstance(loaders, torch.utils.data.DataLoader) else None
+    loader = unwrapped(loaders)
+    return loader.dataset if isinstance(loader, torch.utils.data.DataLoader) else None

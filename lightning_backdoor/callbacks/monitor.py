@@ -15,6 +15,7 @@ from lightning_backdoor.attacks import poisoned_mask
 from lightning_backdoor.attacks import triggered as make_triggered
 from lightning_backdoor.data.batches import find_layout
 from lightning_backdoor.data.pixels import PixelSpace
+from lightning_backdoor.data.prefetching import finish_of, unwrapped
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError
@@ -162,7 +163,8 @@ class BackdoorMonitor(TrainerCallback):
     def _attack(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Return clean accuracy, attack success rate and recovered accuracy."""
         val_loader = _first_loader(trainer.val_dataloaders)
-        clean, _ = self._scan(trainer, pl_module, val_loader, "clean accuracy", painted=self.space is not None)
+        inner, finish = unwrapped(val_loader), finish_of(val_loader)
+        clean, _ = self._scan(trainer, pl_module, inner, "clean accuracy", finish, painted=self.space is not None)
         true_labels: Tensor | None
         if self.space is None:
             predictions, aims, true_labels = self._on_triggered(trainer, pl_module, val_loader)
@@ -184,13 +186,21 @@ class BackdoorMonitor(TrainerCallback):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return predictions, attack labels and, if known, true labels of the triggered dataset."""
         dataset = self._built[1] if self.triggered is None else self.triggered
-        loader = DataLoader(dataset, batch_size=_batch_size(val_loader), collate_fn=val_loader.collate_fn)
-        result, positions = self._scan(trainer, pl_module, loader, "attack success rate")
+        inner = unwrapped(val_loader)
+        loader = DataLoader(dataset, batch_size=_batch_size(inner), collate_fn=inner.collate_fn)
+        result, positions = self._scan(trainer, pl_module, loader, "attack success rate", finish_of(val_loader))
         truth = getattr(dataset, "true_labels", None)
         return result["prediction"], result["label"], None if truth is None else torch.as_tensor(truth)[positions]
 
     def _scan(
-        self, trainer: Trainer, pl_module: LightningModule, loader: Any, description: str, *, painted: bool = False
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        loader: Any,
+        description: str,
+        finish: Callable[[Any], Any] | None,
+        *,
+        painted: bool = False,
     ) -> tuple[dict[str, Tensor], list[int]]:
         """Return predictions and labels in the order of the dataset, and the positions that they belong to."""
 
@@ -212,7 +222,8 @@ class BackdoorMonitor(TrainerCallback):
 
         positions = _positions(trainer, loader)
         mine = [positions[index] for index in shard(len(positions), trainer)]
-        own = scan_loader(loader, mine, seed=0, batch_size=self.batch_size, num_workers=self.num_workers)
+        settings: dict[str, Any] = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        own = scan_loader(loader, mine, seed=0, finish=finish, **settings)
         return scan(trainer, pl_module, own, step, description=description), positions
 
     def _paint(self, images: Tensor) -> Tensor:

@@ -147,7 +147,13 @@ class _WorkerInit:
 
 
 class ScanLoader(DataLoader[Any]):
-    """A DataLoader over an :class:`IndexedView`: yields ``(indices, batch)``, int64 ``(B,)`` and the user's batch."""
+    """A DataLoader over an :class:`IndexedView`: yields ``(indices, batch)``, int64 ``(B,)`` and the user's batch.
+
+    Attributes:
+        finish: What is done to each batch in this process; ``None`` for nothing.
+    """
+
+    finish: Callable[[Any], Any] | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:  # type: ignore[override]
         told = False
@@ -159,7 +165,7 @@ class ScanLoader(DataLoader[Any]):
                     "torch's default_collate instead. Training is not affected.",
                     stacklevel=2,
                 )
-            yield indices, batch
+            yield indices, batch if self.finish is None else self.finish(batch)
 
     def collated(self) -> Iterator[tuple[Tensor, Any, bool]]:
         """Indices, batches, and whether these are torch's default instead of the user's mixed ones."""
@@ -196,6 +202,7 @@ def scan_loader(
     seed: int,
     batch_size: int | None = None,
     num_workers: int | None = None,
+    finish: Callable[[Any], Any] | None = None,
 ) -> ScanLoader:
     """Return a loader that reads ``loader.dataset`` at ``indices``, in order and without randomness.
 
@@ -210,6 +217,7 @@ def scan_loader(
         seed: Seed of random transforms, see :class:`IndexedView`.
         batch_size: Images per batch; the loader's, or its batch sampler's, or 128 by default.
         num_workers: Worker processes; the loader's by default.
+        finish: What is done to each batch in this process, see :func:`~lightning_backdoor.data.prefetching.finish_of`.
 
     Raises:
         DataError: The dataset is empty or not map-style; while iterating: the ``collate_fn`` drops samples.
@@ -218,7 +226,7 @@ def scan_loader(
     workers = loader.num_workers if num_workers is None else num_workers
     unbatched = loader.batch_size is None and loader.batch_sampler is None
     collate_fn = default_collate if unbatched or loader.collate_fn is None else loader.collate_fn
-    return ScanLoader(
+    view = ScanLoader(
         IndexedView(loader.dataset, indices, seed),
         batch_size=batch_size_of(loader) if batch_size is None else batch_size,
         shuffle=False,
@@ -227,6 +235,8 @@ def scan_loader(
         generator=torch.Generator().manual_seed(seed & 0x7FFFFFFF),
         **_worker_settings(loader, workers),
     )
+    view.finish = finish
+    return view
 
 
 def _worker_settings(loader: DataLoader[Any], workers: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from lightning_backdoor.trainer.loaders import (
     require_curable,
     require_enough,
     require_same_size,
+    start_afresh,
 )
 from lightning_backdoor.trainer.phases import Phases
 from lightning_backdoor.trainer.samplers import KeepState
@@ -159,6 +160,7 @@ class Curation:
         if combined is None:
             return
         for loader in combined.flattened:
+            start_afresh(loader)
             batches = getattr(loader, "batch_sampler", None)
             for sampler in (getattr(loader, "sampler", None), getattr(batches, "sampler", None)):
                 set_epoch = getattr(sampler, "set_epoch", None)

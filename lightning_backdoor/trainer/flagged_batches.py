@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_backdoor.data.prefetching import unwrapped
 from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.data.strong import strong_view
 from lightning_backdoor.data.views import batch_size_of
@@ -150,7 +151,7 @@ def require_plain_batches(trainer: Any, data: TrainingSet) -> None:
     Raises:
         DataError: The training data are a collection of loaders, or ``collate_fn`` mixes labels.
     """
-    if not isinstance(trainer.train_dataloader, DataLoader):
+    if not isinstance(unwrapped(trainer.train_dataloader), DataLoader):
         raise DataError(
             f"D-ST makes the training steps itself and needs one training loader, got a "
             f"{type(trainer.train_dataloader).__name__} of loaders. Pass the DataLoader alone."

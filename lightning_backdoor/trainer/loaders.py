@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+import copy
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from lightning_backdoor.data.prefetching import unwrapped
 from lightning_backdoor.errors import DataError, TrainerError
 from lightning_backdoor.trainer.compat import limited
 from lightning_backdoor.trainer.samplers import KeepState, PhasedBatches, filtered
@@ -21,14 +24,49 @@ __all__ = [
     "require_curable",
     "require_enough",
     "require_same_size",
+    "start_afresh",
 ]
 
 _ORIGIN = "_lightning_backdoor_origin"
 
 
-def is_map_style(loader: Any) -> TypeGuard[DataLoader[Any]]:
-    """Whether a loader is a torch DataLoader over a dataset with positions."""
-    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+def is_map_style(loader: Any) -> bool:
+    """Whether a loader is a torch DataLoader over a dataset with positions, or timm's PrefetchLoader around one."""
+    inner = unwrapped(loader)
+    return isinstance(inner, DataLoader) and not isinstance(inner.dataset, IterableDataset)
+
+
+class RepeatingLoader(DataLoader[Any]):
+    """In the place of timm's MultiEpochsDataLoader: one iterator for all epochs that draw from the same samples.
+
+    Attributes:
+        iterator: Goes over the samples again and again; ``None`` before the first epoch.
+        state: What the samplers read.
+        drawn_for: What it said when the iterator began.
+    """
+
+    iterator: Any
+    state: KeepState
+    drawn_for: tuple[Any, Any]
+
+    def __len__(self) -> int:
+        return batch_count(self)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        now = self.state.kept, self.state.phases
+        as_before = all(a is b for a, b in zip(now, self.drawn_for, strict=True))
+        # batches that workers have fetched for the next epoch are of the samples, and of the epoch, of before
+        if self.iterator is None or not as_before or self.state.phases is not None:
+            self.iterator, self.drawn_for = super().__iter__(), now
+        for _ in range(len(self)):
+            yield next(self.iterator)
+
+
+def start_afresh(loader: Any) -> None:
+    """Let a loader that keeps one iterator for all epochs make a new one for the next epoch."""
+    inner = unwrapped(loader)
+    if isinstance(inner, RepeatingLoader):
+        inner.iterator = None
 
 
 def require_curable(loader: DataLoader[Any]) -> None:
@@ -49,11 +87,12 @@ def require_curable(loader: DataLoader[Any]) -> None:
             f"The training dataset is empty: {type(loader.dataset).__name__} has length 0. Check its path, split or "
             "filter."
         )
-    for name, value in vars(loader).items():
+    inner = unwrapped(loader)
+    for name, value in vars(inner).items():
         if name != "_iterator" and isinstance(value, _BaseDataLoaderIter):
             raise DataError(
-                f"{type(loader).__name__} keeps a running iterator in `{name}`, which would go on drawing removed "
-                "samples. Use DataLoader(..., persistent_workers=True) instead."
+                f"{type(inner).__name__} keeps a running iterator in `{name}`, which would go on drawing removed "
+                "samples. Pass a loader that was not iterated before, or use DataLoader(..., persistent_workers=True)."
             )
 
 
@@ -100,30 +139,53 @@ def require_enough(keep: Tensor, loader: DataLoader[Any], twin: DataLoader[Any],
         )
 
 
-def clone(loader: DataLoader[Any], state: KeepState) -> DataLoader[Any]:
+def clone(loader: Any, state: KeepState) -> Any:
     """A shallow copy with filtering samplers over the same dataset; the loader itself stays as it is.
 
     No constructor runs, so every subclass works, whatever its arguments.
 
     Args:
-        loader: A map-style loader.
+        loader: A map-style loader, or one within timm's PrefetchLoader.
         state: Read by the samplers at the start of each epoch.
 
     Raises:
         DataError: If a sampler has no length.
     """
-    twin: DataLoader[Any] = object.__new__(type(loader))
+    inner = unwrapped(loader)
+    if inner is not loader:
+        outer = copy.copy(loader)
+        vars(outer).update({"loader": clone(inner, state), _ORIGIN: loader})
+        return outer
+    drawn = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    repeats = _once(drawn) is not drawn
+    twin: DataLoader[Any] = object.__new__(RepeatingLoader if repeats else type(loader))
     twin.__dict__.update(vars(loader))
     changes: dict[str, Any] = {"_iterator": None, _ORIGIN: loader}
+    if repeats:
+        changes.update(iterator=None, state=state, drawn_for=(None, None))
     if loader.batch_sampler is not None:
-        batches = filtered(loader.batch_sampler, state, loader.dataset)
-        changes["batch_sampler"] = PhasedBatches(batches, state)
-        if getattr(loader.batch_sampler, "sampler", None) is loader.sampler:
+        batches = filtered(_once(drawn), state, loader.dataset)
+        changes["batch_sampler"] = _again(drawn, PhasedBatches(batches, state))
+        if getattr(_once(drawn), "sampler", None) is loader.sampler:
             changes["sampler"] = batches.sampler
     else:
-        changes["sampler"] = filtered(loader.sampler, state, loader.dataset)
+        changes["sampler"] = _again(drawn, filtered(_once(drawn), state, loader.dataset))
     twin.__dict__.update(changes)
     return twin
+
+
+def _once(sampler: Any) -> Any:
+    """The sampler that timm's MultiEpochsDataLoader repeats for ever; any other as it is."""
+    return sampler.sampler if type(sampler).__name__ == "_RepeatSampler" else sampler
+
+
+def _again(like: Any, sampler: Any) -> Any:
+    """Repeat a sampler for ever if ``like`` does so."""
+    if _once(like) is like:
+        return sampler
+    repeated = copy.copy(like)
+    repeated.sampler = sampler
+    return repeated
 
 
 def origin(loader: Any) -> Any:
@@ -131,13 +193,15 @@ def origin(loader: Any) -> Any:
     return getattr(loader, "__dict__", {}).get(_ORIGIN, loader)
 
 
-def batch_count(loader: DataLoader[Any]) -> int:
+def batch_count(loader: Any) -> int:
     """Batches per epoch, by the samplers, whatever a subclass says its length is."""
-    return len(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)  # type: ignore[arg-type]
+    inner = unwrapped(loader)
+    return len(_once(inner.sampler if inner.batch_sampler is None else inner.batch_sampler))
 
 
 def describe(loader: Any) -> str:
     """Name a loader in a message."""
-    if not isinstance(loader, DataLoader):
+    inner = unwrapped(loader)
+    if not isinstance(inner, DataLoader):
         return type(loader).__name__
-    return f"{type(loader).__name__} over the {type(loader.dataset).__name__}"
+    return f"{type(loader).__name__} over the {type(inner.dataset).__name__}"

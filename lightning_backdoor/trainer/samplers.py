@@ -178,6 +178,5 @@ def _require_length(sampler: Any) -> None:
     if not finite:
         raise DataError(
             f"The samplers of the training loader must be finite and have a length, got {type(sampler).__name__}. Give "
-            "it `__len__`; in place of a loader that repeats its sampler for ever (timm's MultiEpochsDataLoader), use "
-            "DataLoader(..., persistent_workers=True)."
+            "it `__len__`; in place of a sampler that repeats for ever, use DataLoader(..., persistent_workers=True)."
         )

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_backdoor.data.batches import BatchLayout, find_layout
 from lightning_backdoor.data.nesting import transforms_of
 from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
+from lightning_backdoor.data.prefetching import Finish, finish_of, unwrapped
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
 from lightning_backdoor.data.views import ScanLoader, batch_size_of, check_dataset, scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
@@ -72,6 +73,8 @@ class TrainingSet:
     num_classes: int
     probe: tuple[Tensor, Tensor]
     """A few dataset positions and their labels, to know the dataset again."""
+    finish: Finish | None = None
+    """What a loader around this one does to its batches."""
 
     def __len__(self) -> int:
         return self.size
@@ -193,11 +196,12 @@ class TrainingSet:
                 seed=self.reading.seed,
                 batch_size=self.reading.batch_size,
                 num_workers=workers,
+                finish=self.finish,
             )
 
 
 def open_training_set(
-    trainer: Any, pl_module: Any, loader: DataLoader[Any], reading: Reading, val_dataset: Any = None
+    trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_dataset: Any = None
 ) -> TrainingSet:
     """Look at a few training images and find out how to read all of them, or say what is missing.
 
@@ -206,7 +210,7 @@ def open_training_set(
     Args:
         trainer: The running Trainer.
         pl_module: The LightningModule under training.
-        loader: The training loader as Lightning prepared it.
+        loader: The training loader as Lightning prepared it; a PrefetchLoader of timm's is looked through.
         reading: The user's settings.
         val_dataset: Dataset of the first validation loader, whose transform is preferred for reading.
 
@@ -219,17 +223,19 @@ def open_training_set(
         return _open(trainer, pl_module, loader, reading, val_dataset)
 
 
-def _open(trainer: Any, pl_module: Any, loader: DataLoader[Any], reading: Reading, val_dataset: Any) -> TrainingSet:
+def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_dataset: Any) -> TrainingSet:
+    loader, finish = unwrapped(loader), finish_of(loader)
     size = check_dataset(loader.dataset)
     transform = choose_transform(loader, val_dataset, reading.eval_transform)
     probe = [i * size // min(size, _PROBE) for i in range(min(size, _PROBE))]
     workers = min(loader.num_workers, 1)  # a dataset that opens its files in workers is not opened here
+    settings: dict[str, Any] = {"seed": reading.seed, "num_workers": workers, "finish": finish}
     with transforms_swapped(loader.dataset, transform):
         (indices, batch), (_, few) = (
-            next(iter(scan_loader(loader, some, seed=reading.seed, batch_size=len(some), num_workers=workers)))
+            next(iter(scan_loader(loader, some, batch_size=len(some), **settings)))
             for some in (probe, probe[:_PROBE_FORWARD])
         )
-        transforms = transforms_of(loader.dataset)
+        transforms = [*transforms_of(loader.dataset), *([] if finish is None else [finish])]
     layout = find_layout(batch, reading.batch_fn)
     images = layout.images(batch)
     check_finite(images, indices)
@@ -254,7 +260,7 @@ def _open(trainer: Any, pl_module: Any, loader: DataLoader[Any], reading: Readin
         std=reading.std,
     )
     training_set = TrainingSet(
-        loader, size, reading, transform, layout, pixels, head, logits.shape[1], (indices, indices)
+        loader, size, reading, transform, layout, pixels, head, logits.shape[1], (indices, indices), finish
     )
     training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now
     return replace(training_set, probe=(indices, training_set.labels(batch)))

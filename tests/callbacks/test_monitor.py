@@ -10,6 +10,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
+from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
@@ -377,3 +378,33 @@ def test_command_line_interfaces_can_build_it():
     monitor = copy.deepcopy(build(parsed).callback)
     assert monitor.trigger == BadNets("cross")
     assert monitor.space.mean == (0.5,)
+
+
+class Arrays(Dataset):
+    """What timm's transforms for its prefetcher make of images."""
+
+    def __len__(self) -> int:
+        return len(VAL)
+
+    def __getitem__(self, i):
+        return IMAGES[i].numpy(), int(LABELS[i])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"trigger": BadNets()}, {"trigger": BadNets(), "mean": [0.0], "std": [1.0]}, {"triggered": Arrays()}]
+)
+def test_behind_timms_prefetcher(settings):
+    loaders = [
+        PrefetchLoader(
+            DataLoader(data, batch_size=10, collate_fn=fast_collate),
+            mean=(0.0,),
+            std=(1.0,),
+            channels=1,
+            device=torch.device("cpu"),
+        )
+        for data in (Arrays(), Arrays())
+    ]
+    trainer = make_trainer(BackdoorMonitor(**settings))
+    trainer.fit(Fooled(), *loaders)
+    assert trainer.callback_metrics["backdoor/clean_accuracy"] == 1
+    assert trainer.callback_metrics["backdoor/attack_success_rate"] == 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning.utilities import CombinedLoader
-from timm.data.loader import MultiEpochsDataLoader
+from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
@@ -60,6 +60,18 @@ class Hoarder(DataLoader[Any]):
         return self.iterator
 
 
+class Unchanged(PrefetchLoader):
+    """For vectors instead of images."""
+
+    def __iter__(self) -> Any:
+        return iter(self.loader)
+
+
+def started(loader: Any) -> Any:
+    next(iter(loader))
+    return loader
+
+
 REFUSED = {
     "iterable": (
         lambda: DataLoader(Stream(), batch_size=8),
@@ -75,8 +87,12 @@ REFUSED = {
         r"several map-style DataLoaders.*ConcatDataset",
     ),
     "timm": (
-        lambda: MultiEpochsDataLoader(Points(), batch_size=8),
-        r"(_RepeatSampler.*MultiEpochs|MultiEpochsDataLoader keeps a running iterator).*persistent_workers=True",
+        lambda: started(MultiEpochsDataLoader(Points(), batch_size=8)),
+        r"MultiEpochsDataLoader keeps a running iterator.*not iterated before, or .*persistent_workers=True",
+    ),
+    "timm, iterable": (
+        lambda: Unchanged(DataLoader(Stream(), batch_size=8), device=torch.device("cpu")),
+        r"Unchanged over the Stream.*Load the data into a map-style",
     ),
     "endless": (lambda: loader(sampler=Endless()), r"finite and have a length, got Endless.*Give it `__len__`"),
     "unsized": (lambda: loader(Unsized(), sampler=range(4)), r"Unsized without `__len__`.*Add `__len__`"),
