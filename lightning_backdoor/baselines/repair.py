@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ class RepairBaseline(RepairCallback):
         eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
             transform under a fixed seed per image.
         mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units; ``None`` finds it out.
+            ``"per_image"``: every image was standardised by itself; its pixels span its smallest to largest value.
         std: Its standard deviation.
         batch_size: Images per forward pass of a look; ``None`` takes the loader's.
         num_workers: Worker processes of a look; ``None`` takes the loader's.
@@ -57,7 +58,7 @@ class RepairBaseline(RepairCallback):
         batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
         feature_layer: str | None = None,
         eval_transform: Callable[[Any], Any] | None = None,
-        mean: Sequence[float] | None = None,
+        mean: Sequence[float] | Literal["per_image"] | None = None,
         std: Sequence[float] | None = None,
         batch_size: int | None = None,
         num_workers: int | None = None,

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_backdoor.attacks import poisoned_mask
 from lightning_backdoor.attacks import triggered as make_triggered
 from lightning_backdoor.data.batches import find_layout
-from lightning_backdoor.data.pixels import PixelSpace
+from lightning_backdoor.data.pixels import space_of
 from lightning_backdoor.data.prefetching import finish_of, unwrapped
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import scan_loader
@@ -60,7 +60,8 @@ class BackdoorMonitor(TrainerCallback):
             the images alone.
         batch_fn: ``batch_fn(batch)`` returns images and labels, for batches in which they cannot be found.
         mean: With ``std``, one number per channel: the validation images are already normalised, pixel =
-            255 (image * std + mean), and the trigger is painted on the batches.
+            255 (image * std + mean), and the trigger is painted on the batches. ``"per_image"``, without ``std``: every
+            image was standardised by itself; pixels 0 and 255 are its smallest and its largest value.
         std: See ``mean``.
         name: Inserted into the logged names (``backdoor/<name>/...``), to tell two monitors apart.
 
@@ -81,7 +82,7 @@ class BackdoorMonitor(TrainerCallback):
         num_workers: int = 0,
         forward_fn: Callable[..., Any] | None = None,
         batch_fn: Callable[..., Any] | None = None,
-        mean: Sequence[float] | None = None,
+        mean: Sequence[float] | Literal["per_image"] | None = None,
         std: Sequence[float] | None = None,
         name: str | None = None,
     ) -> None:
@@ -90,7 +91,8 @@ class BackdoorMonitor(TrainerCallback):
                 "Pass either `triggered`, a dataset of triggered test images, or `trigger`, to paint the validation "
                 f"images, got {'neither' if trigger is None else 'both'}."
             )
-        if (mean is None) != (std is None) or (mean is not None and trigger is None):
+        half = (mean is None) != (std is None) and not isinstance(mean, str)
+        if half or (mean is not None and trigger is None):
             raise ArgumentError("`mean`, `std` and `trigger` go together: pass all three, or neither `mean` nor `std`.")
         if labels not in ("dirty", "clean", "all_to_all"):
             raise ArgumentError(f"`labels` must be 'dirty', 'clean' or 'all_to_all', got {labels!r}.")
@@ -102,7 +104,7 @@ class BackdoorMonitor(TrainerCallback):
         self.num_workers = num_workers
         self.forward_fn = forward_fn
         self.batch_fn = batch_fn
-        self.space = None if mean is None or std is None else PixelSpace(tuple(mean), tuple(std))
+        self.space = space_of(mean, std)
         self.name = name
         self._built: tuple[Any, Any] = (None, None)  # a validation set and its triggered twin
         self._has_logged = False

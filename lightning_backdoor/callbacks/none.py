@@ -78,6 +78,7 @@ class NONECallback(Defense):
         eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
             transform under a fixed seed per image.
         mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units; ``None`` finds it out.
+            ``"per_image"``: every image was standardised by itself; its pixels span its smallest to largest value.
         std: Its standard deviation.
         batch_size: Images per forward pass of the scan; ``None`` takes the loader's.
         num_workers: Worker processes of the scan; ``None`` takes the loader's.
@@ -119,7 +120,7 @@ class NONECallback(Defense):
         forward_fn: Callable[[Any, Any], Any] | None = None,
         batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
         eval_transform: Callable[[Any], Any] | None = None,
-        mean: Sequence[float] | None = None,
+        mean: Sequence[float] | Literal["per_image"] | None = None,
         std: Sequence[float] | None = None,
         batch_size: int | None = None,
         num_workers: int | None = None,

@@ -72,6 +72,7 @@ class UltraCleanCallback(FilterCallback):
         eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
             transform under a fixed seed per image.
         mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units; ``None`` finds it out.
+            ``"per_image"``: every image was standardised by itself; its pixels span its smallest to largest value.
         std: Its standard deviation.
         batch_size: Images per forward pass of the scan; ``None`` takes the loader's.
         num_workers: Worker processes of the scan; ``None`` takes the loader's.
@@ -108,7 +109,7 @@ class UltraCleanCallback(FilterCallback):
         batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
         feature_layer: str | None = None,
         eval_transform: Callable[[Any], Any] | None = None,
-        mean: Sequence[float] | None = None,
+        mean: Sequence[float] | Literal["per_image"] | None = None,
         std: Sequence[float] | None = None,
         batch_size: int | None = None,
         num_workers: int | None = None,

@@ -36,13 +36,28 @@ _POSITION_NAMES |= {"image_id", "image_index", "sample_id", "sample_index"}
 _REMEDY = "Pass `batch_fn`, a function from the batch to (images, labels), e.g. batch_fn=lambda batch: ({x}, {y})."
 
 
+def _is_usual(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.dtype == torch.uint8
+
+
 def _is_image(tensor: Tensor, dims: int) -> bool:
-    return tensor.ndim == dims and tensor.numel() > 0 and (tensor.is_floating_point() or tensor.dtype == torch.uint8)
+    number = not tensor.is_complex() and tensor.dtype != torch.bool
+    return tensor.ndim == dims and tensor.numel() > 0 and number
 
 
 def _image_leaves(leaves: list[Leaf]) -> list[Leaf]:
-    colour = [leaf for leaf in leaves if _is_image(leaf.tensor, 4)]
-    return colour or [leaf for leaf in leaves if _is_image(leaf.tensor, 3)]
+    """Return what may be images: floats and uint8 before other integers, which may be masks or tokens beside them.
+
+    Four dimensions come before three. Integers with four and a well-known name win over floats without one.
+    """
+    kinds = [(usual, dims) for usual in (True, False) for dims in (4, 3)]
+    groups = [
+        [leaf for leaf in leaves if _is_image(leaf.tensor, dims) and _is_usual(leaf.tensor) is usual]
+        for usual, dims in kinds
+    ]
+    found = next((group for group in groups if group), [])
+    integers = [leaf for leaf in groups[2] if leaf.name in _IMAGE_NAMES]
+    return found if not integers or any(leaf.name in _IMAGE_NAMES for leaf in found) else integers
 
 
 def holds_images(batch: Any) -> list[int]:
@@ -73,7 +88,7 @@ def _find_images(leaves: list[Leaf]) -> Leaf:
     if len(found) != 1:
         problem = f"{len(found)} tensors could be the images" if found else "no tensor of the batch looks like images"
         raise ArgumentError(
-            f"{problem}: wanted one floating or uint8 tensor (B, C, H, W), got {_listing(found or leaves)}. "
+            f"{problem}: wanted one tensor of numbers (B, C, H, W), got {_listing(found or leaves)}. "
             + _example(leaves)
         )
     _, *shape = found[0].tensor.shape
@@ -186,16 +201,15 @@ def _call(batch_fn: BatchFn, batch: Any) -> tuple[Tensor, Any]:
         raise ArgumentError(f"`batch_fn` must return a pair (images, labels) of tensors, got {type(pair).__name__}.")
     if not any(_is_image(pair[0], dims) for dims in (3, 4)):
         kind = f"{pair[0].dtype} {tuple(pair[0].shape)}"
-        raise ArgumentError(
-            f"`batch_fn` must return (images, labels) with floating or uint8 images (B, C, H, W), got {kind}."
-        )
+        raise ArgumentError(f"`batch_fn` must return (images, labels) with images (B, C, H, W) of numbers, got {kind}.")
     return pair[0], pair[1]
 
 
 def find_layout(batch: Any, batch_fn: BatchFn | None = None) -> BatchLayout:
     """Find the images and the labels of ``batch`` by shape and dtype.
 
-    Images are the floating or uint8 tensor ``(B, C, H, W)``, else ``(B, H, W)``. Labels are the integer ``(B,)``.
+    Images are the floating or uint8 tensor ``(B, C, H, W)``, else ``(B, H, W)``, else one of other integers. Labels are
+    the integer ``(B,)``.
     Tuples, lists, named tuples, mappings and dataclasses are searched at any depth. Well-known names (``image``,
     ``pixel_values``; ``label``, ``target``, ``y``) decide between several; names of sample positions (``index``,
     ``id``) are never labels.

@@ -29,8 +29,17 @@ def _is_dataset(value: Any) -> bool:
     return library not in _NO_DATASETS and hasattr(value, "__getitem__") and hasattr(value, "__len__")
 
 
+def _hugging_face_function(node: Any) -> Callable[..., Any] | None:
+    """Return what a Hugging Face dataset was given by ``set_transform`` or ``with_transform``."""
+    settings = attributes_of(node).get("_format_kwargs")
+    function = settings.get("transform") if isinstance(settings, Mapping) else None
+    return function if callable(function) else None
+
+
 def _inner_datasets(node: Any) -> list[Any]:
-    found = []
+    found: list[Any] = []
+    if _hugging_face_function(node) is not None:
+        return found  # a table, not a dataset that is indexed
     for value in attributes_of(node).values():
         if _is_dataset(value):
             found.append(value)
@@ -59,10 +68,11 @@ def is_standard(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Chain:
-    """The nodes with an image transform on the way to one leaf, outermost first."""
+    """The nodes with an image transform on the way to one leaf, outermost first, and the raw dataset itself."""
 
     leaf: type
     nodes: tuple[Any, ...]
+    raw: Any
 
 
 def chains_of(node: Any, above: tuple[Any, ...] = (), path: tuple[int, ...] = ()) -> Iterator[Chain]:
@@ -71,7 +81,7 @@ def chains_of(node: Any, above: tuple[Any, ...] = (), path: tuple[int, ...] = ()
     path = (*path, id(node))
     inner = [child for child in _inner_datasets(node) if id(child) not in path] if len(path) < _MAX_DEPTH else []
     if not inner:
-        yield Chain(type(node), nodes)
+        yield Chain(type(node), nodes, node)
     for child in inner:
         yield from chains_of(child, nodes, path)
 
@@ -79,8 +89,9 @@ def chains_of(node: Any, above: tuple[Any, ...] = (), path: tuple[int, ...] = ()
 def transforms_of(dataset: Any) -> list[Callable[..., Any]]:
     """Return the image transforms of a dataset as they stand, in the order in which they are applied to an image.
 
-    Wrappers (``Subset``, ``ConcatDataset``, the user's own) are looked through; of several leaves the first counts.
+    Wrappers (``Subset``, ``ConcatDataset``, the user's own) are looked through; of several leaves the first counts. The
+    function that a Hugging Face dataset was given by ``set_transform`` or ``with_transform`` comes first.
     """
     chain = next(chains_of(dataset))
     found = [image_transform(node) for node in reversed(chain.nodes)]
-    return [transform for transform in found if transform is not None]
+    return [transform for transform in (_hugging_face_function(chain.raw), *found) if transform is not None]

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lightning_backdoor.data.views import ScanLoader, batch_size_of, check_datas
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.surgery.heads import Head, find_head
 from lightning_backdoor.surgery.taps import Taps
+from lightning_backdoor.trainer.compat import rank_zero_info
 from lightning_backdoor.trainer.etiquette import prepare_batch, unobtrusive
 from lightning_backdoor.trainer.outputs import call_model
 from lightning_backdoor.trainer.processes import in_unison
@@ -41,7 +42,7 @@ class Reading:
         batch_fn: ``batch_fn(batch)`` returns images and labels.
         feature_layer: Name of the layer whose output are the features.
         eval_transform: Transform without augmentation.
-        mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units.
+        mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units, or ``"per_image"``.
         std: Standard deviation of the pixel normalisation, as ``mean``.
         batch_size: Images per forward pass.
         num_workers: Worker processes of the reading loader.
@@ -52,7 +53,7 @@ class Reading:
     batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None = None
     feature_layer: str | None = None
     eval_transform: Callable[[Any], Any] | None = None
-    mean: Sequence[float] | None = None
+    mean: Sequence[float] | Literal["per_image"] | None = None
     std: Sequence[float] | None = None
     batch_size: int | None = None
     num_workers: int | None = None
@@ -256,9 +257,12 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
         images,
         transform=transforms,
         model=pl_module,
+        beside=(loader.dataset, loader.collate_fn),
         mean=reading.mean,
         std=reading.std,
     )
+    if pixels.note:
+        rank_zero_info(pixels.note)
     training_set = TrainingSet(
         loader, size, reading, transform, layout, pixels, head, logits.shape[1], (indices, indices), finish
     )

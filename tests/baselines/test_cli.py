@@ -30,9 +30,11 @@ def flags(*settings: str) -> list[str]:
 
 
 def test_own_and_common_arguments() -> None:
-    cli = cli_of(pytorch_lightning.cli, ["fit", *flags("draws=3", "max_removed=0.2", "false_rejection=0.4")])
+    cli = cli_of(
+        pytorch_lightning.cli, ["fit", *flags("draws=3", "max_removed=0.2", "false_rejection=0.4", "mean=per_image")]
+    )
     (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, STRIP)]
-    assert repr(callback) == "STRIP(draws=3, false_rejection=0.4, max_removed=0.2)"
+    assert repr(callback) == "STRIP(draws=3, false_rejection=0.4, max_removed=0.2, mean='per_image')"
     assert len(callback.verdict) == 64
 
 

@@ -104,6 +104,13 @@ def test_by_yaml(package: Any, tmp_path: Path) -> None:
     assert type(callback.reading.eval_transform).__name__ == "CenterCrop"
 
 
+def test_images_standardised_one_by_one_by_flag() -> None:
+    flags = ["--trainer.callbacks+=lightning_backdoor.UltraCleanCallback", "--trainer.callbacks.mean=per_image"]
+    callback = defence_of(cli_of(pytorch_lightning.cli, [*QUIET, *flags], run=False))
+    assert (callback.reading.mean, callback.reading.std) == ("per_image", None)
+    assert repr(callback) == "UltraCleanCallback(mean='per_image')"
+
+
 def test_help_explains_and_bad_values_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli_of(pytorch_lightning.cli, ["fit", "--trainer.callbacks.help=lightning_backdoor.UltraCleanCallback"])

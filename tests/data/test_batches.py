@@ -67,6 +67,13 @@ BATCHES = {
     "int32": {"a": X, "b": Y.int()},
     "uint8 labels": (X, Y.to(torch.uint8)),
     "uint8 images": ((X * 255).byte(), Y),
+    "uint16 images": ((X * 65535).int().to(torch.uint16), Y),
+    "int16 images": ((X * 4000 - 1000).short(), Y),
+    "int64 images": {"image": (X * 255).long(), "label": Y},
+    "grey integers": ((X[:, 0] * 4000).int(), Y),
+    "integer mask beside": {"image": X, "segmentation": (X[:, :1] * 9).long(), "label": Y},
+    "named integers": {"image": (X * 4000).short(), "depth": X[:, :1], "label": Y},
+    "boxes beside integers": {"image": (X * 4000).short(), "boxes": torch.rand(4, 5, 4), "label": Y},
     "half": (X.half(), Y),
     "grey": (X[:, 0], Y),
     "namedtuple": Pair(X, Y),
@@ -129,6 +136,16 @@ def test_the_given_names_win_over_order() -> None:
 def test_ambiguity_is_an_error_that_names_batch_fn(batch: Any) -> None:
     with pytest.raises(ArgumentError, match=r"`batch_fn`.*\(images, labels\).*batch_fn=lambda batch"):
         find_layout(batch)
+
+
+def test_integers_are_images_only_where_no_others_are() -> None:
+    mask = torch.randint(0, 9, (4, 8, 8))
+    assert find_layout((mask, X, Y)).image_path == (1,)
+    assert find_layout((mask.unsqueeze(1), X[:, 0], Y)).image_path == (1,)
+    assert find_layout({"image": (X * 9).long(), "mask": X[:, :1], "label": Y}).image_path == ("image",)
+    assert find_layout({"image": X, "input": (X * 9).long(), "label": Y}).image_path == ("image",)
+    with pytest.raises(ArgumentError, match="no tensor of the batch looks like images"):
+        find_layout((torch.ones(4, 3, 8, 8, dtype=torch.bool), Y))
 
 
 def test_the_message_lists_what_arrived() -> None:
