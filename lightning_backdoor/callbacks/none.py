@@ -127,7 +127,9 @@ class NONECallback(Defense):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        reading = Reading(forward_fn, batch_fn, None, eval_transform, mean, std, batch_size, num_workers, seed)
+        reading = Reading(
+            forward_fn, batch_fn, None, eval_transform, mean, std, batch_size, num_workers, seed, features=False
+        )
         super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
         self.warmup_epochs = require_positive("warmup_epochs", warmup_epochs)
         self.rounds = require_positive("rounds", rounds)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_backdoor.surgery.meetings import CREATION
+from lightning_backdoor.surgery.nested import mapped, tensors_in
 from lightning_backdoor.surgery.strands import Producer, Role, Slice, Strand
 from lightning_backdoor.surgery.taps import eager_forward
 
-__all__ = ["Call", "Graph", "Pairs", "ResidualMode", "record", "register_rule", "tensors_in"]
+__all__ = ["Call", "Graph", "Pairs", "ResidualMode", "record", "register_rule"]
 
 ResidualMode = Literal["branch_only", "reference", "full_group"]
 Pairs = Iterable[tuple[Tensor, Strand]]
@@ -74,7 +76,7 @@ class Call:
 
     def repeat(self, change: Callable[[Tensor], Tensor]) -> Any:
         """Do the operation once more on changed tensors."""
-        return self.func(*_mapped(self.args, change), **_mapped(dict(self.kwargs), change))
+        return self.func(*mapped(self.args, change), **mapped(dict(self.kwargs), change))
 
 
 class Graph(TorchFunctionMode):
@@ -186,7 +188,7 @@ class Graph(TorchFunctionMode):
             for result, strand in _RULES.get(name, _unknown)(call):
                 found[id(result)].append(strand)
         for x in results:
-            self._flows[x] = (_version(x), tuple(found[id(x)])) if flows and name not in _CREATION else None
+            self._flows[x] = (_version(x), tuple(found[id(x)])) if flows and name not in CREATION else None
         return output
 
     def _read(self, x: Tensor) -> tuple[Strand, ...] | None:
@@ -230,13 +232,8 @@ def record(
     return graph
 
 
-_CREATION = {f"new_{kind}" for kind in ("empty", "full", "ones", "zeros", "tensor")} | {
-    f"{kind}_like" for kind in ("empty", "full", "ones", "zeros", "rand", "randn")
-}
-
-
 def _unknown(call: Call) -> Pairs:
-    if call.name not in _CREATION:
+    if call.name not in CREATION:
         for strand in call.everything():
             call.graph.lose(strand, f"no rule for {call.name!r}, into which it goes")
     return ()
@@ -255,22 +252,3 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | tuple | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item)
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_mapped(item, change) for item in value)
-    return value

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_backdoor.errors import ModelError
+from lightning_backdoor.surgery.meetings import Meeting, Meetings
 from lightning_backdoor.surgery.taps import Place, channel_axis, eager_forward, first_tensor, module_named, pool
 
 __all__ = ["Head", "find_head", "head_features", "unit_layers"]
@@ -24,9 +25,10 @@ class Head:
     """Where penultimate features are found.
 
     Attributes:
-        name: Name of the layer within the module that was searched.
-        module: The layer.
-        place: ``"input"`` of a classifier head, ``"output"`` of a layer that the user named.
+        name: Name of the layer within the module that was searched, or of a weight.
+        module: The layer; for a weight, the module whose forward pass holds the operation on it.
+        place: ``"input"`` of a classifier head, ``"output"`` of a layer that the user named, or the activation that a
+            ``"weight"`` is applied to, where the head is no layer, as in ``F.linear(x, F.normalize(self.weight))``.
         certain: Whether the output of the layer is the logits themselves.
     """
 
@@ -37,11 +39,12 @@ class Head:
 
 
 def find_head(module: nn.Module, run: Run, feature_layer: str | None = None) -> Head:
-    """Find the layer that makes the class logits; what goes into it are the features.
+    """Find what makes the class logits; what goes into it are the features.
 
     The head is the last layer with weights whose output is the logits (same storage or same values). Where none is,
-    as when the outputs of two heads are averaged or a softmax follows, it is the last layer with as many outputs as
-    there are logits, and a warning says so.
+    it is what applies the last weights on the way to the logits: a layer with as many outputs as there are logits, of
+    which a warning tells (as when the outputs of two heads are averaged or a softmax follows), else an operation in the
+    forward pass of a larger module. Where that way cannot be followed, it is the last layer with as many outputs.
 
     Args:
         module: The model.
@@ -56,15 +59,21 @@ def find_head(module: nn.Module, run: Run, feature_layer: str | None = None) -> 
     """
     if feature_layer is not None:
         return Head(feature_layer, module_named(module, feature_layer), "output", certain=False)
-    _, head, certain = _watch(module, run)
-    if not certain:
+    found = _watch(module, run)
+    if found.head is None:
+        raise ModelError(
+            f"No layer with {found.classes} outputs (the number of logits) ran in {type(module).__name__}, and no "
+            "weights could be followed to the logits. Pass `feature_layer`, the name of the layer whose output are the "
+            "features."
+        )
+    if found.head.place == "input" and not found.head.certain:
         warnings.warn(
-            f"No layer's output is the logits themselves; features are taken before {head.name!r}, the last layer with "
-            f"{head.width} outputs. Pass `feature_layer` to choose another.",
+            f"No layer's output is the logits themselves; features are taken before {found.head.name!r}, the last "
+            f"layer with {found.width} outputs. Pass `feature_layer` to choose another.",
             UserWarning,
             stacklevel=2,
         )
-    return Head(head.name, head.layer, certain=certain)
+    return found.head
 
 
 def head_features(module_input: Tensor, head: nn.Module | None = None) -> Tensor:
@@ -82,7 +91,7 @@ def unit_layers(module: nn.Module, run: Run) -> dict[str, nn.Module]:
 
     These are 2-D convolutions, grouped ones included and depthwise ones left out (their channels only filter another
     layer's unit), and linear layers. What runs from the classifier head on is left out, and so are further heads of
-    the same shape right before it.
+    the same shape right before it. Where no head is found, all layers count.
 
     Args:
         module: The model.
@@ -91,20 +100,24 @@ def unit_layers(module: nn.Module, run: Run) -> dict[str, nn.Module]:
     Returns:
         Name to layer; a layer that runs several times stands at its first place.
     """
-    calls, head, _ = _watch(module, run)
-    hidden = calls[: calls.index(head)]
-    while hidden and hidden[-1].weight_shape == head.weight_shape:  # the other head of a distilled model
+    found = _watch(module, run)
+    hidden = list(found.before)
+    while hidden and hidden[-1].weight_shape == found.head_shape:  # the other head of a distilled model
         hidden.pop()
     layers = {call.name: call.layer for call in hidden if _has_units(call.layer)}
-    layers.pop(head.name, None)
+    if found.head is not None:
+        layers.pop(found.head.name, None)
     return layers
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
+    """A module that ran, and the meetings of weights and activations within it, by number."""
+
     name: str
     layer: nn.Module
     output: Tensor
+    meetings: range
 
     @property
     def width(self) -> int:
@@ -115,36 +128,69 @@ class _Call:
         return cast("Tensor", self.layer.weight).shape
 
 
-def _watch(module: nn.Module, run: Run) -> tuple[list[_Call], _Call, bool]:
-    """One forward pass: the calls of all layers with weights, the head's call, and whether it is surely the head.
+@dataclass(frozen=True)
+class _Found:
+    """What one forward pass showed: the head, and the calls of layers with weights before it."""
 
-    The outputs stay alive until the end, so that no storage is reused and taken for another.
-    """
+    classes: int
+    before: list[_Call]
+    head: Head | None = None
+    head_shape: torch.Size | None = None
+    width: int = 0
+
+
+def _watch(module: nn.Module, run: Run) -> _Found:
+    """One forward pass; the outputs stay alive until its end, so that no storage is reused and taken for another."""
+    meetings: list[Meeting] = []
+    watch = Meetings(module, meetings.append)
     calls: list[_Call] = []
     with ExitStack() as stack:
         for name, layer in module.named_modules():
-            if _has_weights(layer):
-                handle = layer.register_forward_hook(_recorder(name, calls))
-                stack.callback(handle.remove)
+            if isinstance(layer, torch.jit.ScriptModule):  # takes no hooks
+                continue
+            begun: list[int] = []
+            stack.callback(layer.register_forward_pre_hook(lambda *_, b=begun: b.append(watch.count)).remove)
+            stack.callback(layer.register_forward_hook(_recorder(name, calls, begun, watch)).remove)
         stack.enter_context(eager_forward())
         stack.enter_context(torch.no_grad())
+        stack.enter_context(watch)
         logits = run()
+    layers = [call for call in calls if _has_weights(call.layer)]
+    whole = [call for call in layers if _is_whole(call, watch, meetings)]
+    exact = [call for call in whole if _is_logits(call.output, logits)]
     widths = {logits.shape[1], 1} if logits.shape[1] == 2 else {logits.shape[1]}
-    exact = [call for call in calls if _is_logits(call.output, logits)]
-    likely = exact or [call for call in calls if call.width in widths]
-    if not likely:
-        raise ModelError(
-            f"No layer with {logits.shape[1]} outputs (the number of logits) ran in {type(module).__name__}. "
-            "Pass `feature_layer`, the name of the layer whose output are the features."
-        )
-    return calls, likely[-1], bool(exact)
+    wide = [call for call in whole if call.width in widths]
+    last = watch.latest(logits)
+    likely = wide if last is None else [call for call in wide if last.number in call.meetings]
+    if exact or likely:
+        call = (exact or likely)[-1]
+        head = Head(call.name, call.layer, certain=bool(exact))
+        return _Found(logits.shape[1], layers[: layers.index(call)], head, call.weight_shape, call.width)
+    if last is None:
+        return _Found(logits.shape[1], layers)
+    around = [call for call in calls if last.number in call.meetings]
+    ends = [call.layer for call in around if _is_logits(call.output, logits)]
+    inner = [call.layer for call in around]
+    head = Head(min(last.weights), [*ends, *inner, module][0], "weight", certain=bool(ends))
+    return _Found(logits.shape[1], [call for call in layers if call.meetings.stop <= last.number], head, last.shape)
 
 
-def _recorder(name: str, calls: list[_Call]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+def _is_whole(call: _Call, watch: Meetings, meetings: list[Meeting]) -> bool:
+    """Whether the weight of a layer is applied to what goes into the layer, and not to what it computed of that."""
+    name = watch.names.get(id(call.layer.weight))
+    if name is None or not call.meetings:  # a computed weight, or operations that cannot be watched
+        return True
+    own = [meetings[number] for number in call.meetings if name in meetings[number].weights]
+    return bool(own) and (own[-1].source is None or own[-1].source.number < call.meetings.start)
+
+
+def _recorder(
+    name: str, calls: list[_Call], begun: list[int], watch: Meetings
+) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     def record(layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        value = first_tensor(output)
+        value, start = first_tensor(output), begun.pop()
         if value is not None and value.ndim >= 2:
-            calls.append(_Call(name, layer, value.detach()))
+            calls.append(_Call(name, layer, value.detach(), range(start, watch.count)))
 
     return record
 

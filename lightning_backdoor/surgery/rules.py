@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_backdoor.surgery.graph import Call, Pairs, register_rule, tensors_in
+from lightning_backdoor.surgery.graph import Call, Pairs, register_rule
+from lightning_backdoor.surgery.nested import tensors_in
 from lightning_backdoor.surgery.strands import NOTHING, Slice, Strand
 
 __all__ = ["register_rule"]

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_backdoor.errors import ModelError
+from lightning_backdoor.surgery.meetings import Meeting, Meetings
+from lightning_backdoor.surgery.nested import mapped
 
 __all__ = ["Taps", "channel_axis", "eager_forward", "module_named", "pool"]
 
-Place = Literal["input", "output"]
+Place = Literal["input", "output", "weight"]
 Pooling = Literal["max", "mean"]
 
 
@@ -32,8 +34,10 @@ class Taps:
 
     Args:
         module: The model, or anything that contains the layers.
-        names: Names of layers as in ``module.named_modules()``.
-        place: Record what comes out of a layer, or the first argument that goes in.
+        names: Names of layers as in ``module.named_modules()``; of weights as in ``module.named_parameters()`` where
+            the place is ``"weight"``.
+        place: Record what comes out of a layer, the first argument that goes in, or the activation that a weight is
+            applied to, by whatever operation.
         pooling: Over all positions of a sample, the largest value or the mean (see :func:`pool`).
         gradients: Leave the values in the graph, so that a loss on them can be differentiated.
         cut: What runs after a layer gets its values without their graph, and records one of its own even where
@@ -53,8 +57,8 @@ class Taps:
         gradients: bool = False,
         cut: bool = False,
     ) -> None:
-        self._layers = {name: module_named(module, name) for name in names}
-        self._place = place
+        self._module, self._names, self._place = module, list(names), place
+        self._layers = {} if place == "weight" else {name: module_named(module, name) for name in self._names}
         self._pooling = pooling
         self._gradients = gradients
         self._cut = cut
@@ -69,6 +73,8 @@ class Taps:
             else:
                 handle = layer.register_forward_hook(self._recorder(name))
             self._stack.callback(handle.remove)
+        if self._place == "weight":
+            self._stack.enter_context(Meetings(self._module, self._meet, cut=self._names if self._cut else ()))
         return self
 
     def __exit__(
@@ -84,41 +90,35 @@ class Taps:
         Raises:
             ModelError: A layer did not run.
         """
-        silent = [name for name in self._layers if name not in self._values]
+        silent = [name for name in self._names if name not in self._values]
         if silent:
             raise ModelError(
                 f"The layers {silent} did not run in the forward pass. Pass `feature_layer` with the name of a layer "
                 "that runs."
             )
-        values = {name: self._values[name] for name in self._layers}
+        values = {name: self._values[name] for name in self._names}
         self._values = {}
         return values
+
+    def _meet(self, meeting: Meeting) -> None:
+        for name in meeting.weights.intersection(self._names):
+            self._keep(name, meeting.features, meeting.axis)
+
+    def _keep(self, name: str, value: Tensor, axis: int) -> None:
+        self._values[name] = pool(value if self._gradients else value.detach(), axis, self._pooling)
 
     def _recorder(self, name: str) -> Callable[..., Any]:
         def record(layer: nn.Module, arguments: tuple[Any, ...], output: Any = None) -> Any:
             given = arguments if self._place == "input" else output
             value = first_tensor(given)
             if value is not None:
-                value = value if self._gradients else value.detach()
-                self._values[name] = pool(value, channel_axis(layer, value), self._pooling)
+                self._keep(name, value, channel_axis(layer, value))
             if not self._cut:
                 return None
             torch.set_grad_enabled(True)
-            return _detached(given)
+            return mapped(given, Tensor.detach)
 
         return record
-
-
-def _detached(value: Any) -> Any:
-    """The same nested value with every tensor out of the graph."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, dict):
-        return type(value)({key: _detached(item) for key, item in value.items()})
-    if isinstance(value, tuple | list):
-        items = [_detached(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
 
 
 def pool(values: Tensor, axis: int, pooling: Pooling = "mean") -> Tensor:

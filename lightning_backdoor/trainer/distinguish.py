@@ -208,7 +208,7 @@ def _host(trainer: Any, twin: Any, data: TrainingSet, own: nn.Module) -> tuple[A
             f"`detector` must return logits of the {data.num_classes} classes of the model, got {classes}. Change its "
             'last layer, or pass "copy".'
         )
-    return twin, replace(hosted, head=head)
+    return twin, replace(hosted, head_or_none=head)
 
 
 def _train(trainer: Any, twin: Any, data: TrainingSet, detector: Detector, order: Tensor) -> None:

@@ -47,6 +47,7 @@ class Reading:
         batch_size: Images per forward pass.
         num_workers: Worker processes of the reading loader.
         seed: Seed of whatever is random in the training transform.
+        features: Whether penultimate features are needed at all; where not, no classifier head is searched.
     """
 
     forward_fn: Callable[[Any, Any], Any] | None = None
@@ -58,6 +59,7 @@ class Reading:
     batch_size: int | None = None
     num_workers: int | None = None
     seed: int = 0
+    features: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class TrainingSet:
     transform: EvalTransform
     layout: BatchLayout
     pixels: PixelSpace
-    head: Head
+    head_or_none: Head | None
+    """Where penultimate features are; ``None`` where they are not needed."""
     num_classes: int
     probe: tuple[Tensor, Tensor]
     """A few dataset positions and their labels, to know the dataset again."""
@@ -79,6 +82,12 @@ class TrainingSet:
 
     def __len__(self) -> int:
         return self.size
+
+    @property
+    def head(self) -> Head:
+        """Where penultimate features are found."""
+        assert self.head_or_none is not None
+        return self.head_or_none
 
     def scan(
         self,
@@ -251,7 +260,7 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
             )
         return found[-1]
 
-    head = find_head(pl_module, run, reading.feature_layer)
+    head = find_head(pl_module, run, reading.feature_layer) if reading.features else None
     logits = found[-1] if found else run()
     pixels = infer_pixel_space(
         images,
@@ -266,7 +275,8 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
     training_set = TrainingSet(
         loader, size, reading, transform, layout, pixels, head, logits.shape[1], (indices, indices), finish
     )
-    training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now
+    if head is not None:
+        training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now
     return replace(training_set, probe=(indices, training_set.labels(batch)))
 
 

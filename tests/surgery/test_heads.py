@@ -167,7 +167,123 @@ def test_named_feature_layer_is_taken_at_its_output() -> None:
 def test_no_layer_of_the_right_width_is_an_error() -> None:
     net, images = Net(), torch.randn(2, 3, 8, 8)
     with pytest.raises(ModelError, match=r"No layer with 5 outputs.*Net.*feature_layer"):
-        find_head(net, lambda: net(images)[:, :5] * 2)
+        find_head(net, lambda: torch.from_numpy(net(images).numpy()[:, :5] * 2))
+    assert list(unit_layers(net, lambda: torch.from_numpy(net(images).numpy()[:, :5] * 2)))[-1] == "fc"
+
+
+class Cosine(nn.Module):
+    """A classifier head in the forward pass of the whole model: ``apply`` brings features and weight together."""
+
+    def __init__(self, apply: Callable[[Tensor, Tensor], Tensor], attribute: str = "weight") -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU())
+        self.register_parameter(attribute, nn.Parameter(torch.randn(K, 8)))
+        self.apply_head, self.attribute, self.seen = apply, attribute, torch.zeros(0)
+        self.scale, self.bias = nn.Parameter(torch.tensor(16.0)), nn.Parameter(torch.zeros(1, K))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen = nn.functional.normalize(self.body(images).mean((2, 3)))
+        return self.scale * self.apply_head(self.seen, getattr(self, self.attribute)) + self.bias
+
+
+def unit(weight: Tensor) -> Tensor:
+    return nn.functional.normalize(weight)
+
+
+APPLY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda x, w: nn.functional.linear(x, unit(w)),
+    "matmul": lambda x, w: x @ unit(w).t(),
+    "turned": lambda x, w: (unit(w) @ x.t()).t(),
+    "batched": lambda x, w: torch.bmm(w.to(x).expand(len(x), -1, -1), x[..., None])[..., 0],
+    "einsum": lambda x, w: torch.einsum("bd,kd->bk", x, w),
+    "cosine": lambda x, w: nn.functional.cosine_similarity(x[:, None], w[None], dim=-1),
+    "distances": lambda x, w: 2 * (x @ w.T) - x.square().sum(1, keepdim=True) - w.square().sum(1),
+    "centres": lambda x, w: -(x[:, None] - w).square().sum(-1),
+    "convolution": lambda x, w: nn.functional.conv2d(x[..., None, None], w[..., None, None])[..., 0, 0],
+    "several centres": lambda x, w: nn.functional.linear(x, torch.cat([w, -w])).view(-1, 2, K).amax(1),
+    "softmax": lambda x, w: nn.functional.linear(x, w).softmax(1),
+}
+
+
+@pytest.mark.parametrize("attribute", ["weight", "prototypes"])
+@pytest.mark.parametrize("way", APPLY)
+def test_features_of_a_head_that_is_no_layer(way: str, attribute: str) -> None:
+    net, images = Cosine(APPLY[way], attribute), torch.randn(2, 3, 8, 8)
+    head = find_head(net, lambda: net(images))
+    assert (head.name, head.place, head.module, head.certain) == (attribute, "weight", net, True)
+    torch.testing.assert_close(tapped(net, head, images), net.seen)
+    assert list(unit_layers(net, lambda: net(images))) == ["body.0", "body.3"]
+
+
+def test_a_head_that_is_no_layer_in_a_module_within_the_model() -> None:
+    body = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten())
+    inner = Cosine(APPLY["linear"], "prototypes")
+    inner.body = nn.Sequential(nn.Unflatten(1, (8, 1, 1)))
+    net, images = nn.ModuleDict({"body": body, "last": inner}), torch.randn(2, 3, 8, 8)
+
+    def run() -> Tensor:
+        return nn.functional.dropout(inner(body(images)) * 2, 0.0)
+
+    head = find_head(net, run)
+    assert (head.name, head.module, head.certain) == ("last.prototypes", inner, False)
+    with torch.no_grad(), Taps(net, [head.name], place=head.place) as taps:
+        run()
+        torch.testing.assert_close(taps.read()[head.name], inner.seen)
+
+
+def test_a_layer_with_an_adapter_inside_is_the_head_itself() -> None:
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, K)
+            self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, K, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.down(x)) + super().forward(x)
+
+    net, images = Net(), torch.randn(2, 3, 8, 8)
+    net.fc = Adapted()
+    assert find_head(net, lambda: net(images)) == Head("fc", net.fc)
+    assert list(unit_layers(net, lambda: net(images))) == ["conv", "grouped", "hidden", "fc.down", "fc.up"]
+
+
+def test_a_weight_of_the_model_that_nothing_is_applied_to_is_no_head() -> None:
+    net, images = Net(), torch.randn(2, 3, 8, 8)
+    net.register_buffer("weight", torch.ones(K, K))
+    assert find_head(net, lambda: net(images)).name == "fc"
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_cut_before_a_head_that_is_no_layer_separates_it_from_the_features(gradients: bool) -> None:
+    net, images = Cosine(APPLY["linear"]), torch.randn(2, 3, 8, 8)
+    with torch.set_grad_enabled(gradients), Taps(net, ["weight"], place="weight", gradients=True, cut=True) as taps:
+        logits = net(images)
+        features = taps.read()["weight"]
+    logits.sum().backward()
+    assert net.weight.grad is not None
+    assert net.scale.grad is not None
+    assert all(parameter.grad is None for parameter in net.body.parameters())
+    assert features.requires_grad is gradients
+
+
+def test_compiled_models_with_a_head_that_is_no_layer() -> None:
+    net, images = Cosine(APPLY["linear"]), torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, while compiling
+        compiled = torch.compile(net, backend="eager")
+        with torch.no_grad():
+            compiled(images)
+            head = find_head(net, lambda: compiled(images))
+            with Taps(net, [head.name], place=head.place) as taps:
+                compiled(images)
+                torch.testing.assert_close(taps.read()["weight"], net.seen)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_layer_is_passed_over() -> None:
+    net, images = Net(), torch.randn(2, 3, 8, 8)
+    net.hidden = torch.jit.script(net.hidden)
+    assert find_head(net, lambda: net(images)).name == "fc"
+    assert list(unit_layers(net, lambda: net(images))) == ["conv", "grouped"]
 
 
 def test_hooks_are_removed_even_after_an_error() -> None:
