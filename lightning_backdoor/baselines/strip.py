@@ -119,7 +119,9 @@ class STRIP(Baseline):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.reading.seed))
         positions = order[: self.draws + 1]  # one more, for the images that are among them themselves
         with in_unison(trainer, "reading of the images to blend in"):
-            self._bank = positions, data.images(positions.tolist()).to(pl_module.device)
+            overlays = data.images(positions.tolist()).to(pl_module.device)
+        read = ~data.unread[positions]
+        self._bank = positions[read], overlays[read.to(overlays.device)]
         return super()._scan(trainer, pl_module)
 
     def _measure(

@@ -30,6 +30,7 @@ __all__ = [
     "require_positive",
     "require_rate",
     "require_same_data",
+    "spared",
 ]
 
 SCHEMA = 1  # of what checkpoints hold of any defence: a release that changes it counts up
@@ -146,6 +147,8 @@ class Defense(TrainerCallback):
         self._training_set = open_training_set(trainer, pl_module, loader, self.reading, _validation_dataset(trainer))
         if self.verdict is not None:
             require_same_data(self.verdict, self._training_set)
+            if self.verdict.labels is not None:
+                self._training_set.unread[self.verdict.labels < 0] = True
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the training loader back."""
@@ -199,6 +202,9 @@ class Defense(TrainerCallback):
 
         A verdict that cannot be carried out is an error and leaves the one before in place.
         """
+        if self._training_set is not None:
+            self._tell_unread(self._training_set)
+            verdict = spared(verdict, self._training_set.unread, self.verdict)
         before = None if self.verdict is None else self.verdict.keep
         removed = int((~verdict.keep if before is None else before & ~verdict.keep).sum())
         readmits = before is not None and bool((~before & verdict.keep).any())
@@ -207,6 +213,15 @@ class Defense(TrainerCallback):
             self._curation.refresh()
         self.verdict = verdict
         return removed
+
+    def _tell_unread(self, data: TrainingSet) -> None:
+        """Say once how many samples nothing is known of."""
+        count, name = int(data.unread.sum()), self.title or self.method
+        if count and (self.verdict is None or self.verdict.labels is None or not bool((self.verdict.labels < 0).any())):
+            rank_zero_warn(
+                f"{name}: `collate_fn` drops {count:,} of {len(data):,} training samples, which could not be looked "
+                "at. They are kept; in the verdict they have the lowest score and the label -1."
+            )
 
     def _write_report(self, trainer: Any, evidence: Evidence) -> None:
         """Write the report of the verdict: into the user's folder, else beside the logs. Every rank must call it."""
@@ -220,7 +235,12 @@ class Defense(TrainerCallback):
             folder = Path(logs or ".") / "lightning_backdoor" / own
         else:
             folder = Path(self.report_dir) if self.name is None else Path(self.report_dir) / own
-        named = replace(evidence, classes=getattr(self._training_set.loader.dataset, "classes", None))
+        unread = int(self._training_set.unread.sum())
+        facts = {
+            **evidence.facts,
+            **({"images that `collate_fn` drops (kept, not looked at)": unread} if unread else {}),
+        }
+        named = replace(evidence, classes=getattr(self._training_set.loader.dataset, "classes", None), facts=facts)
         with isolated_rng():
             try:
                 write_report(folder, self.verdict, method=self.title or self.method, evidence=named)
@@ -228,11 +248,30 @@ class Defense(TrainerCallback):
                 rank_zero_warn(f"The report in {folder} is incomplete: {type(error).__name__}: {error}")
 
 
+def spared(verdict: Verdict, unread: Tensor, earlier: Verdict | None) -> Verdict:
+    """Keep the samples that could not be read, with the lowest score and the label -1, whatever was said of them.
+
+    Args:
+        verdict: On N samples.
+        unread: Those that could not be read, bool ``(N,)``.
+        earlier: The verdict before; what it removed stays removed.
+    """
+    spare = unread if earlier is None else unread & earlier.keep
+    if not bool(spare.any()):
+        return verdict
+    trusted, suspect = (None if mask is None else mask & ~unread for mask in (verdict.trusted, verdict.suspect))
+    labels = None if verdict.labels is None else verdict.labels.masked_fill(unread, -1)
+    scores = verdict.scores.masked_fill(spare, float(verdict.scores[~spare].min()))
+    return replace(verdict, scores=scores, keep=verdict.keep | spare, labels=labels, trusted=trusted, suspect=suspect)
+
+
 def require_same_data(verdict: Verdict, data: TrainingSet) -> None:
     """Raise if a verdict was passed on other samples than those that are about to be trained on."""
     positions, labels = data.probe
-    if len(verdict) == len(data) and (verdict.labels is None or torch.equal(verdict.labels[positions], labels)):
-        return
+    if len(verdict) == len(data):
+        known = None if verdict.labels is None else verdict.labels[positions]
+        if known is None or bool(((known == labels) | (known < 0)).all()):
+            return
     differs = f"{len(data)} samples" if len(verdict) != len(data) else f"{len(data)} samples with other labels"
     raise DataError(
         f"The verdict is on another dataset: it knows {len(verdict)} samples, the training dataset has {differs}. "

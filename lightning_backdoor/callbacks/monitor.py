@@ -23,7 +23,7 @@ from lightning_backdoor.metrics import AttackSuccessRate, DetectionRates, Recove
 from lightning_backdoor.trainer.etiquette import prepare_batch, require_unsharded
 from lightning_backdoor.trainer.hooks import TrainerCallback
 from lightning_backdoor.trainer.outputs import call_model
-from lightning_backdoor.trainer.scan import scan, shard
+from lightning_backdoor.trainer.scan import scan_read, shard
 from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -226,7 +226,8 @@ class BackdoorMonitor(TrainerCallback):
         mine = [positions[index] for index in shard(len(positions), trainer)]
         settings: dict[str, Any] = {"batch_size": self.batch_size, "num_workers": self.num_workers}
         own = scan_loader(loader, mine, seed=0, finish=finish, **settings)
-        return scan(trainer, pl_module, own, step, description=description), positions
+        read, columns = scan_read(trainer, pl_module, own, step, description=description)
+        return columns, read.tolist()
 
     def _paint(self, images: Tensor) -> Tensor:
         assert self.space is not None

@@ -181,7 +181,7 @@ def shares(predicted: Tensor, verdict: Verdict | None, training: Tensor | None =
     assert verdict is not None
     assert verdict.labels is not None
     right, removed = predicted == verdict.labels, ~verdict.keep
-    kept = _share(right[verdict.keep if training is None else training])
+    kept = _share(right[(verdict.keep if training is None else training) & (verdict.labels >= 0)])
     return kept, _share(right[removed]) if bool(removed.any()) else None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.callbacks.compromised import judge_samples
-from lightning_backdoor.callbacks.defense import require_same_data
+from lightning_backdoor.callbacks.defense import require_same_data, spared
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.consistency import select_trusted
 from lightning_backdoor.functional.evidence import Decision, add_removed, decide
@@ -41,7 +41,7 @@ class Judgement:
     def counts(self) -> tuple[int, int, list[int]]:
         """Suspects, trusted samples, and the classes without any of the latter."""
         labels, suspect, trusted = masks_of(self.verdict)
-        present = torch.unique(labels).tolist()
+        present = torch.unique(labels[labels >= 0]).tolist()
         lacking = sorted(set(present) - set(labels[trusted].tolist()))
         return int(suspect.sum()), int(trusted.sum()), lacking
 
@@ -95,6 +95,7 @@ class Judge:
         else:
             found = distinguish(trainer, pl_module, data, self.detector, units=self.suspect == "auto")
             judgement = judge(found, earlier, suspect=self.suspect, trusted=self.trusted, max_removed=self.max_removed)
+        judgement = replace(judgement, verdict=spared(judgement.verdict, data.unread, earlier))
         agreed: Judgement = trainer.strategy.broadcast(judgement, src=0)  # float ties
         return agreed
 
@@ -146,7 +147,7 @@ def split_of(verdict: Verdict, seed: int) -> Split:
     Where there are none of these, trusted ones.
     """
     labels, suspect, trusted = masks_of(verdict)
-    pool = verdict.keep & ~trusted
+    pool = verdict.keep & ~trusted & (labels >= 0)
     positions = (pool if bool(pool.any()) else trusted).nonzero().squeeze(1)
     order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
     watched = torch.zeros_like(trusted)

@@ -101,18 +101,44 @@ class _Collate:
         if self.collate_fn is default_collate:
             return indices, default_collate(items), False
         with isolated_rng():
-            seed_all(_mix(self.seed, int(indices[0])))
-            batch = self.collate_fn(items)
+            batch = self._collated(items, indices)
+            sizes = holds_images(batch)
+            if batch is None or (sizes and len(items) not in sizes):
+                places = [place for place, item in enumerate(items) if self._stays(item, indices)]
+                if len(places) != (0 if batch is None else sizes[0]):
+                    returned = "None" if batch is None else f"{sizes[0]} images"
+                    raise DataError(
+                        f"`collate_fn` returned {returned} for {len(items)} samples (items {indices[:8].tolist()}…), "
+                        "and one by one it drops others, so images cannot be told apart by index. Let it keep a sample "
+                        "or drop it whatever else is in the batch, or leave bad samples out of the dataset."
+                    )
+                indices, items = indices[places], [items[place] for place in places]
         plain = _unmixed(batch, items)
-        batch = batch if plain is None else plain
-        sizes = holds_images(batch)
-        if batch is None or (sizes and len(items) not in sizes):
-            returned = "None" if batch is None else f"{sizes[0]} images"
-            raise DataError(
-                f"`collate_fn` returned {returned} for {len(items)} samples (items {indices[:8].tolist()}…), so "
-                "images cannot be told apart by index. Drop bad samples from the dataset instead of in the collate_fn."
-            )
-        return indices, batch, plain is not None
+        return indices, batch if plain is None else plain, plain is not None
+
+    def _collated(self, items: list[Any], indices: Tensor) -> Any:
+        """What the user's function makes of a batch, in the same way each time; ``None`` if nothing is left."""
+        seed_all(_mix(self.seed, int(indices[0])))
+        try:
+            return self.collate_fn(items)
+        except Exception:
+            if all(map(_is_nothing, items)):
+                return None  # most functions that drop such items cannot do without any other
+            raise
+
+    def _stays(self, item: Any, indices: Tensor) -> bool:
+        """Whether the user's function keeps a sample that is alone in its batch."""
+        try:
+            batch = self._collated([item], indices)
+        except Exception:
+            return False
+        return batch is not None and 1 in holds_images(batch)
+
+
+def _is_nothing(item: Any) -> bool:
+    """Whether an item is what datasets give for a file that cannot be read."""
+    parts = item if isinstance(item, tuple | list) else item.values() if isinstance(item, dict) else [item]
+    return any(part is None for part in parts)
 
 
 def _soft_labels(batch: Any, size: int) -> int:
@@ -149,6 +175,8 @@ class _WorkerInit:
 class ScanLoader(DataLoader[Any]):
     """A DataLoader over an :class:`IndexedView`: yields ``(indices, batch)``, int64 ``(B,)`` and the user's batch.
 
+    Samples that the user's ``collate_fn`` drops are in neither.
+
     Attributes:
         finish: What is done to each batch in this process; ``None`` for nothing.
     """
@@ -158,6 +186,8 @@ class ScanLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:  # type: ignore[override]
         told = False
         for indices, batch, unmixed in self.collated():
+            if not len(indices):  # the user's function has dropped all
+                continue
             if unmixed and not told:
                 told = True
                 warnings.warn(
@@ -220,7 +250,8 @@ def scan_loader(
         finish: What is done to each batch in this process, see :func:`~lightning_backdoor.data.prefetching.finish_of`.
 
     Raises:
-        DataError: The dataset is empty or not map-style; while iterating: the ``collate_fn`` drops samples.
+        DataError: The dataset is empty or not map-style; while iterating: it cannot be told which samples the
+            ``collate_fn`` drops.
     """
     check_dataset(loader.dataset)
     workers = loader.num_workers if num_workers is None else num_workers

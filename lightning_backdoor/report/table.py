@@ -56,13 +56,14 @@ def class_rows(verdict: Verdict) -> list[ClassRow]:
     """Count each class: images, removed images, median score.
 
     Returns:
-        One row per label that occurs, most removed first, then by label. Empty if the labels are unknown.
+        One row per label that occurs, most removed first, then by label, without samples whose label is not known.
     """
     if verdict.labels is None:
         return []
-    scores = verdict.scores.double().numpy()
-    labels, inverse, counts = np.unique(verdict.labels.numpy(), return_inverse=True, return_counts=True)
-    removed = np.bincount(inverse[~verdict.keep.numpy()], minlength=len(labels))
+    known = verdict.labels >= 0
+    scores = verdict.scores[known].double().numpy()
+    labels, inverse, counts = np.unique(verdict.labels[known].numpy(), return_inverse=True, return_counts=True)
+    removed = np.bincount(inverse[~verdict.keep[known].numpy()], minlength=len(labels))
     by_class = scores[np.lexsort((scores, inverse))]
     first = np.cumsum(counts) - counts
     median = (by_class[first + (counts - 1) // 2] + by_class[first + counts // 2]) / 2

@@ -64,7 +64,7 @@ class FlaggedBatches:
     def draw(self, trainer: Any, drawn: Tensor) -> None:
         """Draw these samples, bool ``(N,)``, from the next epoch on."""
         self._phases = Phases(
-            [drawn.nonzero().squeeze(1)],
+            [(drawn & ~self._data.unread).nonzero().squeeze(1)],  # of these a batch would hold fewer
             size=batch_size_of(self._data.loader),
             least=(0,),
             mixed=False,

@@ -18,7 +18,7 @@ from lightning_backdoor.trainer.progress import progress
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["scan", "shard"]
+__all__ = ["scan", "scan_read", "shard"]
 
 Step = Callable[[Tensor, Any], dict[str, Tensor]]
 
@@ -54,14 +54,35 @@ def scan(
 
     Raises:
         BackdoorDefenseError: The scan failed in another process, and how.
-        DataError: No samples, a position seen twice, or a batch whose results do not match its positions in number.
+        DataError: No samples, a position seen twice or not at all, or a batch whose results do not match its positions
+            in number.
         ModelError: A result holds NaN.
     """
+    positions, results, expected = _scan(trainer, pl_module, loader, step, description)
+    if len(positions) != expected:
+        raise DataError(
+            f"`loader` must yield every sample of its dataset, got {len(positions)} of {expected}. "
+            "Does `collate_fn` drop samples? Make it keep them all."
+        )
+    return results
+
+
+def scan_read(
+    trainer: Trainer, pl_module: LightningModule, loader: DataLoader[Any], step: Step, *, description: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As :func:`scan` of what ``loader`` yields, be it all or not: dataset positions, long ``(M,)``, and results."""
+    return _scan(trainer, pl_module, loader, step, description)[:2]
+
+
+def _scan(
+    trainer: Trainer, pl_module: LightningModule, loader: DataLoader[Any], step: Step, description: str
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Dataset positions in rising order, results, and the number of samples that were asked for."""
     with unobtrusive(trainer, pl_module):
         table = _Table(len(cast("Sized", loader.dataset)))
         with in_unison(trainer, description):
             _fill(table, trainer, loader, step, description)
-        positions, columns = _gather(trainer, table)
+        positions, columns, expected = _gather(trainer, table)
     order = positions.argsort()
     if bool((positions[order].diff() == 0).any()):
         raise DataError(
@@ -71,7 +92,7 @@ def scan(
     results = {key: column if in_order else column[order] for key, column in columns.items()}
     for key, column in results.items():
         _refuse_nan(key, column, positions[order])
-    return results
+    return positions[order], results, expected
 
 
 class _Table:
@@ -102,7 +123,7 @@ class _Table:
 
     @property
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Row shape and dtype of every column: what a process without samples must learn from rank 0."""
+        """Row shape and dtype of every column: what a process without samples must learn from another."""
         return {key: (tuple(column.shape[1:]), column.dtype) for key, column in self.columns.items()}
 
 
@@ -112,28 +133,25 @@ def _fill(table: _Table, trainer: Trainer, loader: Iterable[Any], step: Step, de
             positions = torch.as_tensor(indices, dtype=torch.long, device="cpu")
             table.append(positions, step(positions, batch))
             advance(len(positions))
-    if table.filled != len(table.positions):
-        raise DataError(
-            f"`loader` must yield every sample of its dataset, got {table.filled} of {len(table.positions)}. "
-            "Does `collate_fn` drop samples? Make it keep them all."
-        )
 
 
-def _gather(trainer: Trainer, table: _Table) -> tuple[Tensor, dict[str, Tensor]]:
+def _gather(trainer: Trainer, table: _Table) -> tuple[Tensor, dict[str, Tensor], int]:
     """Bring all processes' rows together."""
-    counts = all_gather(trainer, torch.tensor([table.filled])).flatten().tolist()
+    sizes = all_gather(trainer, torch.tensor([[table.filled, len(table.positions)]])).reshape(-1, 2)
+    counts, expected = sizes[:, 0].tolist(), int(sizes[:, 1].sum())
     if sum(counts) == 0:
-        raise DataError(
-            "`loader` must yield at least one sample, got an empty dataset. Pass a training set with images."
-        )
+        got = f"{expected} that `collate_fn` drops" if expected else "an empty dataset"
+        raise DataError(f"`loader` must yield at least one sample, got {got}. Pass a training set with images.")
+    own = {key: column[: table.filled] for key, column in table.columns.items()}
+    positions = table.positions[: table.filled]
     if len(counts) == 1:
-        return table.positions, table.columns
-    layout = trainer.strategy.broadcast(table.layout, src=0)
+        return positions, own, expected
+    layout = trainer.strategy.broadcast(table.layout, src=next(rank for rank, count in enumerate(counts) if count))
     columns = {
-        key: _gather_rows(trainer, table.columns.get(key, torch.empty(0, *shape, dtype=dtype)), counts)
+        key: _gather_rows(trainer, own.get(key, torch.empty(0, *shape, dtype=dtype)), counts)
         for key, (shape, dtype) in layout.items()
     }
-    return _gather_rows(trainer, table.positions, counts), columns
+    return _gather_rows(trainer, positions, counts), columns, expected
 
 
 def _gather_rows(trainer: Trainer, rows: Tensor, counts: list[int]) -> Tensor:

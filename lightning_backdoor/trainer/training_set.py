@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from lightning_backdoor.trainer.compat import rank_zero_info
 from lightning_backdoor.trainer.etiquette import prepare_batch, unobtrusive
 from lightning_backdoor.trainer.outputs import call_model
 from lightning_backdoor.trainer.processes import in_unison
-from lightning_backdoor.trainer.scan import scan, shard
+from lightning_backdoor.trainer.scan import scan_read, shard
 
 __all__ = ["Reading", "TrainingSet", "open_training_set"]
 
@@ -79,6 +79,8 @@ class TrainingSet:
     """A few dataset positions and their labels, to know the dataset again."""
     finish: Finish | None = None
     """What a loader around this one does to its batches."""
+    unread: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    """Samples that the user's ``collate_fn`` was seen to drop, bool ``(N,)``; scans add to it."""
 
     def __len__(self) -> int:
         return self.size
@@ -100,13 +102,23 @@ class TrainingSet:
     ) -> dict[str, Tensor]:
         """Run ``step(indices, batch)`` over all samples; see :func:`lightning_backdoor.trainer.scan.scan`.
 
-        With ``positions``, long ``(M,)`` in rising order, over these samples alone: results have M rows.
+        With ``positions``, long ``(M,)`` in rising order, over these samples alone: results have M rows. Samples that
+        the user's ``collate_fn`` drops are noted in :attr:`unread`; their rows are those of others, drawn at random.
         """
         mine = shard(len(self) if positions is None else len(positions), trainer)
         with ExitStack() as stack:
             with in_unison(trainer, description):
                 view = stack.enter_context(self.read(mine if positions is None else positions[mine]))
-            return scan(trainer, pl_module, view, step, description=description)
+            read, found = scan_read(trainer, pl_module, view, step, description=description)
+        wanted = torch.arange(len(self)) if positions is None else positions
+        if len(read) == len(wanted):
+            return found
+        present = torch.isin(wanted, read)
+        self.unread[wanted[~present]] = True
+        generator = torch.Generator().manual_seed(self.reading.seed)
+        rows = torch.randint(len(read), (len(wanted),), generator=generator)
+        rows[present] = torch.arange(len(read))
+        return {name: column[rows] for name, column in found.items()}
 
     def require_class(self, name: str, label: int | None) -> None:
         """Raise an ArgumentError unless ``label`` is None or a class of the model; ``name`` is the argument's."""
@@ -169,7 +181,7 @@ class TrainingSet:
 
     def few(self, trainer: Any, pl_module: Any) -> Callable[[], Tensor]:
         """A function that takes a few images through the model and returns their logits; for finding layers."""
-        positions = list(range(min(len(self), _PROBE_FORWARD)))
+        positions = self.probe[0][:_PROBE_FORWARD]
         with self.read(positions, num_workers=min(self.loader.num_workers, 1)) as view:
             _, batch = next(iter(view))
         return lambda: _logits(trainer, pl_module, self.layout, self.reading, copy.deepcopy(batch))
@@ -181,9 +193,20 @@ class TrainingSet:
             return any([unmixed for _, _, unmixed in view.collated()])
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """Images at some dataset positions as 8-bit pixels, uint8 ``(n, C, H, W)``."""
+        """Images at some dataset positions as 8-bit pixels, uint8 ``(n, C, H, W)``; black if they are unread."""
         with self.read(indices, num_workers=min(self.loader.num_workers, 1)) as view:
-            return torch.cat([self.pixels.to_pixels(self.layout.images(batch)) for _, batch in view])
+            found = [(read, self.pixels.to_pixels(self.layout.images(batch))) for read, batch in view]
+        if not found:
+            raise DataError(f"`collate_fn` drops all of {len(indices)} images that are to be shown.")
+        read, images = (torch.cat(parts) for parts in zip(*found, strict=True))
+        wanted = torch.as_tensor(indices, dtype=torch.long)
+        if len(read) == len(wanted):
+            return images
+        present = torch.isin(wanted, read)
+        self.unread[wanted[~present]] = True
+        all_images = images.new_zeros(len(wanted), *images.shape[1:])
+        all_images[present] = images
+        return all_images
 
     @contextmanager
     def read(self, indices: Sequence[int] | Tensor, num_workers: int | None = None) -> Iterator[ScanLoader]:
@@ -241,10 +264,15 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
     workers = min(loader.num_workers, 1)  # a dataset that opens its files in workers is not opened here
     settings: dict[str, Any] = {"seed": reading.seed, "num_workers": workers, "finish": finish}
     with transforms_swapped(loader.dataset, transform):
-        (indices, batch), (_, few) = (
-            next(iter(scan_loader(loader, some, batch_size=len(some), **settings)))
-            for some in (probe, probe[:_PROBE_FORWARD])
-        )
+        first = next(iter(scan_loader(loader, probe, batch_size=len(probe), **settings)), None)
+        if first is None:
+            raise DataError(
+                f"`collate_fn` drops all of {len(probe)} training samples that were looked at first. Look at what the "
+                "dataset returns."
+            )
+        indices, batch = first
+        some = indices[:_PROBE_FORWARD]
+        _, few = next(iter(scan_loader(loader, some, batch_size=len(some), **settings)))
         transforms = [*transforms_of(loader.dataset), *([] if finish is None else [finish])]
     layout = find_layout(batch, reading.batch_fn)
     images = layout.images(batch)
@@ -273,7 +301,17 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
     if pixels.note:
         rank_zero_info(pixels.note)
     training_set = TrainingSet(
-        loader, size, reading, transform, layout, pixels, head, logits.shape[1], (indices, indices), finish
+        loader,
+        size,
+        reading,
+        transform,
+        layout,
+        pixels,
+        head,
+        logits.shape[1],
+        (indices, indices),
+        finish,
+        torch.zeros(size, dtype=torch.bool),
     )
     if head is not None:
         training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now

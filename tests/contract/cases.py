@@ -212,7 +212,8 @@ CASES: dict[str, Case] = {
     "52": case(
         "collate functions that mix or drop samples",
         "data/test_views.py::test_is_replaced_with_one_warning",
-        "::test_a_collate_that_drops_samples_is_an_error",
+        "::test_positions_of_what_a_collate_drops_are_left_out",
+        "contract/test_dropped.py::test_samples_that_the_collate_drops_are_kept_and_counted",
     ),
     "53": case(
         "outputs of other kinds, no forward, probabilities",

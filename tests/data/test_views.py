@@ -221,14 +221,79 @@ def losing_collate(items: list[Any]) -> None:
     return None
 
 
+def merging_collate(items: list[Any]) -> Any:
+    return default_collate(items[: max(1, len(items) // 2)])
+
+
+class Holes(Noisy):
+    """Some files cannot be read, two of them in a row."""
+
+    def __getitem__(self, i: int) -> Any:
+        return None if i in (1, 4, 5, 12) else super().__getitem__(i)
+
+
+class HalfHoles(Holes):
+    """The same, with labels."""
+
+    def __getitem__(self, i: int) -> Any:
+        item = super().__getitem__(i)
+        return (None, i % 3) if item is None else item
+
+
+def filtering_collate(items: list[Any]) -> Any:
+    return default_collate([item for item in items if item is not None and item[0] is not None])
+
+
+def yielding_collate(items: list[Any]) -> Any:
+    """A collate that gives nothing for nothing, which Lightning skips."""
+    left = [item for item in items if item is not None]
+    return default_collate(left) if left else None
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 13])
 @pytest.mark.parametrize(
-    ("collate", "words", "workers"),
-    [(dropping_collate, "3 images", 0), (losing_collate, "None", 0), (dropping_collate, "3 images", 1)],
+    ("data", "collate", "dropped"),
+    [
+        (Noisy(), dropping_collate, {2, 5, 8, 11}),
+        (Holes(), filtering_collate, {1, 4, 5, 12}),
+        (HalfHoles(), filtering_collate, {1, 4, 5, 12}),
+        (Holes(), yielding_collate, {1, 4, 5, 12}),
+    ],
+    ids=["by label", "none", "image none", "nothing for nothing"],
 )
-def test_a_collate_that_drops_samples_is_an_error(collate: Any, words: str, workers: int) -> None:
-    loader = DataLoader(Noisy(), batch_size=4, collate_fn=collate, num_workers=workers)
-    with pytest.raises(DataError, match=f"`collate_fn` returned {words} for 4 samples.*Drop bad samples from the data"):
+def test_positions_of_what_a_collate_drops_are_left_out(data: Any, collate: Any, dropped: set[int], size: int) -> None:
+    size += collate is dropping_collate  # which raises for a batch that holds nothing else, in the training, too
+    loader = DataLoader(data, batch_size=size, shuffle=True, collate_fn=collate)
+    got = scanned(loader)
+    assert got.keys() == set(range(13)) - dropped
+    assert equal(got, {i: image for i, image in scanned(DataLoader(Noisy(), batch_size=4)).items() if i not in dropped})
+
+
+def test_a_worker_knows_what_was_dropped() -> None:
+    loader = DataLoader(Holes(), batch_size=2, collate_fn=filtering_collate, num_workers=1)
+    assert equal(scanned(loader), scanned(loader, num_workers=0))
+
+
+@pytest.mark.parametrize("collate", [merging_collate])
+def test_a_collate_that_merges_samples_is_an_error(collate: Any) -> None:
+    loader = DataLoader(Noisy(), batch_size=4, collate_fn=collate)
+    with pytest.raises(DataError, match=r"`collate_fn` returned 2 images for 4 samples.*leave bad samples out"):
         list(scan_loader(loader, range(13), seed=0))
+
+
+def test_a_collate_that_drops_everything_leaves_nothing() -> None:
+    assert list(scan_loader(DataLoader(Noisy(), batch_size=4, collate_fn=losing_collate), range(13), seed=0)) == []
+
+
+def test_an_error_of_the_collate_is_its_own() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(scan_loader(DataLoader(Noisy(), batch_size=4, collate_fn=failing_collate), range(13), seed=0))
+    with pytest.raises(TypeError, match="NoneType"):
+        list(scan_loader(DataLoader(Holes(), batch_size=4, collate_fn=named_collate), range(13), seed=0))
+
+
+def failing_collate(items: list[Any]) -> Any:
+    return 1 / 0
 
 
 class Opened(Noisy):
