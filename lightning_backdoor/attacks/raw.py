@@ -17,6 +17,7 @@ __all__ = ["RawSource", "from_pixels", "label_like", "to_pixels"]
 
 _LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 _CHANNELS = (1, 3, 4)
+_LOOKED_AT = 4  # items by which a column of positions is known
 
 
 class RawSource:
@@ -26,8 +27,9 @@ class RawSource:
     is switched off. The user's objects stay as they are.
 
     Args:
-        dataset: Map-style dataset whose items are tuples, lists or dicts with one image (PIL, numpy or tensor) and an
-            integer label. A ``transform`` attribute, if present, must be a function of the image alone.
+        dataset: Map-style dataset whose items are tuples, lists or dicts with one image (PIL, numpy or tensor) and a
+            label: a whole number, or an array of one. A ``transform`` attribute, if present, must be a function of the
+            image alone.
 
     Attributes:
         transform: The user's transform, ``None`` if the dataset has none.
@@ -93,21 +95,37 @@ class RawSource:
         keys = list(item) if isinstance(item, Mapping) else list(range(len(item)))
         images = [key for key in keys if _is_image(item[key])]
         labels = [key for key in keys if _is_label(item[key])]
+        labels = self._without_positions(labels) if len(labels) > 1 else labels
+        labels = [key for key in labels if not _is_float(item[key])] or labels
         if isinstance(item, Mapping) and len(labels) > 1:
             labels = [key for key in labels if str(key).lower() in _LABEL_KEYS] or labels
         if len(images) != 1 or not labels or (isinstance(item, Mapping) and len(labels) > 1):
             kinds = {key: type(item[key]).__name__ for key in keys}
             raise DataError(
-                f"Items of {name} must hold one image and one integer label, got {kinds} with images at {images} and "
-                f"labels at {labels}. Wrap the dataset so that it returns (image, label)."
+                f"Items of {name} must hold one image and one label, a whole number, got {kinds} with images at "
+                f"{images} and labels at {labels}. Wrap the dataset so that it returns (image, label)."
             )
         to_pixels(item[images[0]])  # a wrong kind of image speaks now, not inside a worker
         return images[0], labels[0]
 
+    def _without_positions(self, keys: list[Any]) -> list[Any]:
+        """Return those of ``keys`` whose values are not the positions of the items, if there are any."""
+        size = len(self.positions)
+        if size < _LOOKED_AT:  # few may be numbered so by chance
+            return keys
+        some = [self.positions[i * size // _LOOKED_AT] for i in range(_LOOKED_AT)]
+        items = [self._leaf[position] for position in some]
+
+        def numbers(key: Any) -> list[Any]:
+            return [_class_of(item[key]) if _is_label(item[key]) else None for item in items]
+
+        return [key for key in keys if numbers(key) != some] or keys
+
     def _read_labels(self) -> Tensor:
         """Return the labels from ``targets`` or ``labels`` where they agree with the first item, else item by item."""
-        leaf, first = self._leaf, int(self(0)[2])
-        known = leaf.tensors[self._label_key] if isinstance(leaf, TensorDataset) else None
+        leaf, first = self._leaf, _class_of(self(0)[2])
+        tensors = leaf.tensors if isinstance(leaf, TensorDataset) else ()
+        known = tensors[self._label_key] if self._label_key in range(len(tensors)) else None
         for values in (known, getattr(leaf, "targets", None), getattr(leaf, "labels", None)):
             if values is None or len(values) != len(leaf):
                 continue
@@ -115,9 +133,9 @@ class RawSource:
             target_transform = getattr(leaf, "target_transform", None)
             if target_transform is not None:
                 chosen = [target_transform(value) for value in chosen]
-            if all(_is_label(value) for value in chosen) and int(chosen[0]) == first:
-                return torch.tensor([int(value) for value in chosen])
-        return torch.tensor([int(self(position)[2]) for position in range(len(self.positions))])
+            if all(_is_label(value) for value in chosen) and _class_of(chosen[0]) == first:
+                return torch.tensor([_class_of(value) for value in chosen])
+        return torch.tensor([_class_of(self(position)[2]) for position in range(len(self.positions))])
 
 
 def to_pixels(image: Any) -> Tensor:
@@ -169,8 +187,10 @@ def from_pixels(pixels: Tensor, like: Any) -> Any:
 
 
 def label_like(value: int, like: Any) -> Any:
-    """Return the label ``value`` in the kind of ``like``: int, numpy integer or tensor."""
-    return torch.full_like(like, value) if isinstance(like, Tensor) else type(like)(value)
+    """Return the label ``value`` in the kind of ``like``: a number of Python or numpy, an array or a tensor."""
+    if isinstance(like, Tensor):
+        return torch.full_like(like, value)
+    return np.full_like(like, value) if isinstance(like, np.ndarray) else type(like)(value)
 
 
 def _without_transform(dataset: Any) -> Any:
@@ -203,6 +223,18 @@ def _is_image(value: Any) -> bool:
 
 
 def _is_label(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.ndim == 0 and not value.is_floating_point() and not value.is_complex()
-    return isinstance(value, (int, np.integer))
+    """Whether this is one whole number, perhaps in an array of its own."""
+    if not isinstance(value, (int, float, np.integer, np.floating, np.bool_, np.ndarray, Tensor)):
+        return False
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "iufb":
+        return False
+    number = torch.as_tensor(value)
+    return number.shape in ((), (1,)) and not number.is_complex() and bool((number.double() % 1 == 0).all())
+
+
+def _is_float(value: Any) -> bool:
+    return torch.as_tensor(value).is_floating_point()
+
+
+def _class_of(value: Any) -> int:
+    return int(value.item() if isinstance(value, (np.ndarray, Tensor)) else value)

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor.attacks import poisoned_mask
 from lightning_backdoor.attacks import triggered as make_triggered
-from lightning_backdoor.data.batches import find_layout
+from lightning_backdoor.data.batches import BatchLayout, find_layout
+from lightning_backdoor.data.nesting import positions_in
 from lightning_backdoor.data.pixels import space_of
 from lightning_backdoor.data.prefetching import finish_of, unwrapped
 from lightning_backdoor.data.random_state import isolated_rng
@@ -165,11 +166,12 @@ class BackdoorMonitor(TrainerCallback):
     def _attack(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Return clean accuracy, attack success rate and recovered accuracy."""
         val_loader = _first_loader(trainer.val_dataloaders)
-        inner, finish = unwrapped(val_loader), finish_of(val_loader)
-        clean, _ = self._scan(trainer, pl_module, inner, "clean accuracy", finish, painted=self.space is not None)
+        inner = unwrapped(val_loader)
+        how: dict[str, Any] = {"finish": finish_of(val_loader), "layouts": []}
+        clean, _ = self._scan(trainer, pl_module, inner, "clean accuracy", painted=self.space is not None, **how)
         true_labels: Tensor | None
         if self.space is None:
-            predictions, aims, true_labels = self._on_triggered(trainer, pl_module, val_loader)
+            predictions, aims, true_labels = self._on_triggered(trainer, pl_module, inner, how)
         else:
             used = (clean["label"] != self.target) | (self.labels == "all_to_all")
             predictions, aims, true_labels = (clean[key][used] for key in ("triggered", "aim", "label"))
@@ -184,13 +186,12 @@ class BackdoorMonitor(TrainerCallback):
         return values
 
     def _on_triggered(
-        self, trainer: Trainer, pl_module: LightningModule, val_loader: Any
+        self, trainer: Trainer, pl_module: LightningModule, val_loader: Any, how: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return predictions, attack labels and, if known, true labels of the triggered dataset."""
         dataset = self._built[1] if self.triggered is None else self.triggered
-        inner = unwrapped(val_loader)
-        loader = DataLoader(dataset, batch_size=_batch_size(inner), collate_fn=inner.collate_fn)
-        result, positions = self._scan(trainer, pl_module, loader, "attack success rate", finish_of(val_loader))
+        loader = DataLoader(dataset, batch_size=_batch_size(val_loader), collate_fn=val_loader.collate_fn)
+        result, positions = self._scan(trainer, pl_module, loader, "attack success rate", **how)
         truth = getattr(dataset, "true_labels", None)
         return result["prediction"], result["label"], None if truth is None else torch.as_tensor(truth)[positions]
 
@@ -200,18 +201,25 @@ class BackdoorMonitor(TrainerCallback):
         pl_module: LightningModule,
         loader: Any,
         description: str,
-        finish: Callable[[Any], Any] | None,
         *,
+        finish: Callable[[Any], Any] | None,
+        layouts: list[BatchLayout],
         painted: bool = False,
     ) -> tuple[dict[str, Tensor], list[int]]:
-        """Return predictions and labels in the order of the dataset, and the positions that they belong to."""
+        """Return predictions and labels in the order of the dataset, and the positions that they belong to.
+
+        The layout of the first batch is kept in ``layouts`` and serves all: triggered items look like clean ones.
+        """
 
         def logits_of(batch: Any) -> Tensor:
-            batch = prepare_batch(trainer, pl_module, batch)
-            return call_model(pl_module, find_layout(batch, self.batch_fn).images(batch), self.forward_fn, batch)
+            prepared = prepare_batch(trainer, pl_module, batch)
+            images = layouts[0].given_images(prepared if self.forward_fn is None else batch)
+            return call_model(pl_module, images, self.forward_fn, prepared)
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
-            layout = find_layout(batch, self.batch_fn)
+            if not layouts:
+                layouts.append(find_layout(batch, self.batch_fn, positions_in(loader.dataset, indices)))
+            layout = layouts[0]
             labels = layout.labels(batch).clone()
             with_trigger = layout.with_images(batch, self._paint(layout.images(batch))) if painted else None
             logits = logits_of(batch)

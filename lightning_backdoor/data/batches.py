@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_backdoor.data.structure import Leaf, get_at, leaves_of, put_at
-from lightning_backdoor.errors import ArgumentError, DataError
+from lightning_backdoor.data.labels import class_indices, find_labels
+from lightning_backdoor.data.structure import Leaf, as_kind_of, get_at, leaves_of, plain, put_at, spelled
+from lightning_backdoor.errors import ArgumentError
 
 __all__ = ["BatchFn", "BatchLayout", "find_layout", "holds_images"]
 
 BatchFn = Callable[[Any], tuple[Tensor, Tensor]]
 
 _IMAGE_NAMES = {"image", "images", "img", "imgs", "x", "input", "inputs", "pixel_values", "data", "picture", "pictures"}
-_LABEL_NAMES = {
-    "label",
-    "labels",
-    "target",
-    "targets",
-    "y",
-    "class",
-    "classes",
-    "cls",
-    "gt",
-    "ground_truth",
-    "category",
-}
-_LABEL_NAMES |= {"class_id", "class_idx", "class_label", "fine_label", "fine_labels", "coarse_label", "coarse_labels"}
-_POSITION_NAMES = {"index", "indices", "idx", "idxs", "id", "ids", "i", "position", "positions"}
-_POSITION_NAMES |= {"image_id", "image_index", "sample_id", "sample_index"}
 _REMEDY = "Pass `batch_fn`, a function from the batch to (images, labels), e.g. batch_fn=lambda batch: ({x}, {y})."
 
 
@@ -65,11 +50,6 @@ def holds_images(batch: Any) -> list[int]:
     return [leaf.tensor.shape[0] for leaf in _image_leaves(list(leaves_of(batch)))]
 
 
-def _is_class_index(tensor: Tensor) -> bool:
-    integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    return integer and tensor.ndim == 1
-
-
 def _listing(leaves: list[Leaf]) -> str:
     return "; ".join(map(str, leaves)) or "no tensor"
 
@@ -100,21 +80,6 @@ def _find_images(leaves: list[Leaf]) -> Leaf:
     return found[0]
 
 
-def _find_labels(leaves: list[Leaf], images: Leaf) -> Leaf | None:
-    """Return what is given as the labels, even if it is not class indices (``labels`` then explains), or None."""
-    size = images.tensor.shape[0]
-    beside = [leaf for leaf in leaves if leaf.path != images.path and 1 <= leaf.tensor.ndim <= 2]
-    beside = [leaf for leaf in beside if leaf.tensor.shape[0] == size and leaf.tensor.dtype != torch.bool]
-    named = [leaf for leaf in beside if leaf.name in _LABEL_NAMES]
-    found = named or [leaf for leaf in beside if leaf.name not in _POSITION_NAMES]
-    if len(found) <= 1:
-        return found[0] if found else None
-    indices = [leaf for leaf in found if _is_class_index(leaf.tensor)]
-    if len(indices) == 1 and (named or found[0] is indices[0]):
-        return indices[0]
-    raise ArgumentError(f"{len(found)} tensors could be the labels: {_listing(found)}. " + _example(leaves))
-
-
 @dataclass(frozen=True)
 class BatchLayout:
     """Reads the images and the labels of a batch, and puts other images in their place.
@@ -132,53 +97,49 @@ class BatchLayout:
     batch_fn: BatchFn | None = None
 
     def images(self, batch: Any) -> Tensor:
-        """Return the images, ``(B, C, H, W)`` or ``(B, H, W)``, as they are in the batch."""
+        """Return the images, ``(B, C, H, W)`` or ``(B, H, W)``: those of the batch, as a plain tensor."""
+        return plain(self.given_images(batch))
+
+    def given_images(self, batch: Any) -> Tensor:
+        """Return the images as they are in the batch, perhaps of a derived class: what a model is called with."""
         images: Tensor = _call(self.batch_fn, batch)[0] if self.batch_fn else get_at(batch, self.image_path)
         return images
 
     def labels(self, batch: Any) -> Tensor:
-        """Return the class indices, ``(B,)`` int64.
+        """Return the class indices, ``(B,)`` int64; see :func:`~lightning_backdoor.data.labels.class_indices`.
 
         Raises:
             ArgumentError: The batch has no labels.
-            DataError: The labels are not class indices: floating, one-hot, mixed, multi-label or negative.
+            DataError: The labels are not class indices: fractions, one-hot, mixed, multi-label or negative.
         """
         if self.batch_fn is None and self.label_path is None:
             leaves = list(leaves_of(batch))
             raise ArgumentError(f"no labels in the batch ({_listing(leaves)}). " + _example(leaves))
-        labels = _call(self.batch_fn, batch)[1] if self.batch_fn else get_at(batch, self.label_path or ())
-        if not isinstance(labels, Tensor) or not _is_class_index(labels):
-            kind = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-            raise DataError(
-                f"labels that are not class indices: wanted an integer tensor (B,), got {kind}. Let the dataset return "
-                "integer labels (mix or smooth them in training_step), or pass `batch_fn`, e.g. "
-                "batch_fn=lambda batch: (batch[0], batch[1].argmax(1)) for one-hot labels."
-            )
-        if labels.numel() and int(labels.min()) < 0:
-            raise DataError(
-                f"labels that are not class indices: the smallest is {int(labels.min())}. "
-                "Remove unlabelled samples from the training dataset or number the classes from 0."
-            )
-        return labels.long()
+        if self.batch_fn is not None:
+            return class_indices(_call(self.batch_fn, batch)[1])
+        path = self.label_path or ()
+        return class_indices(get_at(batch, path), (spelled(batch, self.image_path), spelled(batch, path)))
 
     def with_images(self, batch: Any, images: Tensor) -> Any:
         """Return a batch of the same structure with ``images`` in place of its own; the batch given is not changed.
+
+        They are of the class of its own images (an image of torchvision or MONAI) where that class allows it.
 
         Raises:
             ArgumentError: ``batch_fn`` computes its images instead of taking them from the batch.
         """
         if self.batch_fn is None:
-            return put_at(batch, self.image_path, images)
+            return put_at(batch, self.image_path, as_kind_of(images, get_at(batch, self.image_path)))
         old = self.images(batch)
         for leaf in leaves_of(batch):
             if _same_view(leaf.tensor, old):
-                return put_at(batch, leaf.path, images)
+                return put_at(batch, leaf.path, as_kind_of(images, leaf.tensor))
         for leaf in leaves_of(batch):
-            fresh = leaf.tensor.detach().clone()
+            fresh = plain(leaf.tensor).detach().clone()
             if _shares_storage(leaf.tensor, old) and fresh.stride() == leaf.tensor.stride():
                 offset = old.storage_offset() - leaf.tensor.storage_offset()
                 fresh.as_strided(old.shape, old.stride(), offset).copy_(images)
-                return put_at(batch, leaf.path, fresh)
+                return put_at(batch, leaf.path, as_kind_of(fresh, leaf.tensor))
         raise ArgumentError(
             "`batch_fn` must return images that are a tensor of the batch, or a view of one, so that others can be put "
             "in their place; it returned a computed tensor. Move the computation into the model or the dataset."
@@ -205,18 +166,19 @@ def _call(batch_fn: BatchFn, batch: Any) -> tuple[Tensor, Any]:
     return pair[0], pair[1]
 
 
-def find_layout(batch: Any, batch_fn: BatchFn | None = None) -> BatchLayout:
+def find_layout(batch: Any, batch_fn: BatchFn | None = None, positions: Sequence[Tensor] = ()) -> BatchLayout:
     """Find the images and the labels of ``batch`` by shape and dtype.
 
     Images are the floating or uint8 tensor ``(B, C, H, W)``, else ``(B, H, W)``, else one of other integers. Labels are
-    the integer ``(B,)``.
-    Tuples, lists, named tuples, mappings and dataclasses are searched at any depth. Well-known names (``image``,
-    ``pixel_values``; ``label``, ``target``, ``y``) decide between several; names of sample positions (``index``,
-    ``id``) are never labels.
+    the integer ``(B,)`` or ``(B, 1)``, else whole numbers of another dtype. Tuples, lists, named tuples, mappings and
+    dataclasses are searched at any depth. Well-known names (``image``, ``pixel_values``; ``label``, ``target``, ``y``)
+    decide between several; names of sample positions (``index``, ``id``) are never labels, nor is a column that holds
+    the dataset positions where there is another.
 
     Args:
         batch: One batch of the user's loader.
         batch_fn: Function from a batch to ``(images, labels)``; nothing is searched when it is given.
+        positions: Dataset positions of the samples, long ``(B,)``; several where datasets are nested.
 
     Raises:
         ArgumentError: Images or labels are missing or ambiguous; the message names ``batch_fn``.
@@ -226,5 +188,5 @@ def find_layout(batch: Any, batch_fn: BatchFn | None = None) -> BatchLayout:
         return BatchLayout(batch_fn=batch_fn)
     leaves = list(leaves_of(batch))
     images = _find_images(leaves)
-    labels = _find_labels(leaves, images)
+    labels = find_labels(batch, leaves, images, positions)
     return BatchLayout(images.path, labels.path if labels else None)

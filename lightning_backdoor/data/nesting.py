@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from torch.utils.data import Dataset
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
 
-__all__ = ["Chain", "attributes_of", "chains_of", "image_transform", "is_standard", "transforms_of"]
+__all__ = ["Chain", "attributes_of", "chains_of", "image_transform", "is_standard", "positions_in", "transforms_of"]
 
 _NO_DATASETS = {"builtins", "collections", "numpy", "pandas", "pyarrow", "h5py", "PIL", "torch"}
 _MAX_DEPTH = 12
@@ -95,3 +96,24 @@ def transforms_of(dataset: Any) -> list[Callable[..., Any]]:
     chain = next(chains_of(dataset))
     found = [image_transform(node) for node in reversed(chain.nodes)]
     return [transform for transform in (_hugging_face_function(chain.raw), *found) if transform is not None]
+
+
+def positions_in(dataset: Any, indices: Tensor) -> list[Tensor]:
+    """Return the positions of some samples in a dataset, and in each one that ``Subset`` and wrappers lead to.
+
+    Args:
+        dataset: The outermost dataset.
+        indices: Positions in it, long ``(B,)``.
+    """
+    found = [indices]
+    while len(found) < _MAX_DEPTH:
+        if isinstance(dataset, Subset):
+            found.append(torch.as_tensor(dataset.indices)[found[-1]])
+            dataset = dataset.dataset
+            continue
+        inner = _inner_datasets(dataset)
+        if len(inner) != 1 or len(inner[0]) != len(dataset):
+            break
+        dataset = inner[0]
+        found.append(found[-1])
+    return found

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections import UserDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Leaf", "get_at", "leaves_of", "put_at"]
+__all__ = ["Leaf", "as_kind_of", "get_at", "leaves_of", "plain", "put_at", "spelled"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,39 @@ def leaves_of(node: Any, path: tuple[Any, ...] = (), name: str = "") -> Iterator
         return
     for key, child_name, child in _children(node):
         yield from leaves_of(child, (*path, key), child_name or name)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor of a derived class (an image of torchvision or MONAI) as a plain tensor.
+
+    Derived classes attach rules of their own to indexing and arithmetic; memory and graph stay those of ``tensor``.
+    """
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+
+
+def as_kind_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a plain tensor as one of the class of ``like``, with its attributes, if both hold as many samples.
+
+    A class that does not allow it leaves the tensor plain.
+    """
+    if type(like) is Tensor or isinstance(like, nn.Parameter) or tensor.shape[:1] != like.shape[:1]:
+        return tensor
+    try:
+        typed = tensor.as_subclass(type(like))
+        vars(typed).update(vars(like))
+    except Exception:  # whatever somebody's class objects to
+        return tensor
+    return typed
+
+
+def spelled(batch: Any, path: tuple[Any, ...]) -> str:
+    """Return the expression by which ``path`` is reached from the variable ``batch``."""
+    expression = "batch"
+    for key in path:
+        indexed = isinstance(batch, Mapping | tuple | list)
+        expression += f"[{json.dumps(key) if isinstance(key, str) else repr(key)}]" if indexed else f".{key}"
+        batch = get_at(batch, (key,))
+    return expression
 
 
 def get_at(batch: Any, path: tuple[Any, ...]) -> Any:

@@ -142,9 +142,9 @@ def _is_nothing(item: Any) -> bool:
 
 
 def _soft_labels(batch: Any, size: int) -> int:
-    """Count the floating ``(B, K)`` tensors of a batch."""
+    """Count the floating ``(B, K)`` tensors of a batch; a column of whole numbers is none of them."""
     found = [leaf.tensor for leaf in leaves_of(batch) if leaf.tensor.ndim == 2 and leaf.tensor.is_floating_point()]
-    return sum(tensor.shape[0] == size for tensor in found)
+    return sum(len(values) == size and (values.shape[1] > 1 or not values.equal(values.round())) for values in found)
 
 
 def _unmixed(batch: Any, items: list[Any]) -> Any | None:

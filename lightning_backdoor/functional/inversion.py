@@ -91,6 +91,11 @@ def count_classes(model: Classifier, images: Tensor) -> int:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(f"`model` must return logits of shape (N, K), got {got}. Pass a callable that does.")
+    if logits.shape[1] == 1:
+        raise ModelError(
+            "`model` must return a logit for each class, got one alone. For a binary model pass "
+            "lambda images: torch.nn.functional.pad(model(images), (1, 0))."
+        )
     return logits.shape[1]
 
 

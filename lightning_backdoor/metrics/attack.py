@@ -30,11 +30,18 @@ class _Agreement(Metric):
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def _count(self, preds: Tensor, labels: Tensor) -> None:
-        classes = preds.argmax(dim=1) if preds.ndim == 2 else preds
+        preds, labels = (part.squeeze(1) if part.shape[1:] == (1,) else part for part in (preds, labels))
+        single = preds.is_floating_point() and preds.ndim == 1
+        classes = (preds > 0).long() if single else preds.argmax(dim=1) if preds.ndim == 2 else preds
         if classes.shape != labels.shape or labels.ndim != 1:
             raise ArgumentError(
                 "`preds` must be class indices of shape (N,) or logits of shape (N, K), with labels of shape (N,), "
                 f"got {tuple(preds.shape)} and {tuple(labels.shape)}."
+            )
+        if single and labels.numel() and int(labels.max()) > 1:
+            raise ArgumentError(
+                f"`preds` of one float for each image are logits of two classes, got labels up to {int(labels.max())}. "
+                "Pass class indices as integers, or all logits."
             )
         self.hits += (classes == labels).sum()
         self.total += labels.numel()
@@ -64,11 +71,12 @@ class AttackSuccessRate(_Agreement):
         """Add a batch.
 
         Args:
-            preds: Class indices ``(N,)`` or logits ``(N, K)`` for triggered images.
-            attack_labels: Labels that the attacker wants, long, shape ``(N,)``.
+            preds: For triggered images, class indices ``(N,)``, logits ``(N, K)``, or of a binary model the logit of
+                class 1, float ``(N,)`` or ``(N, 1)``.
+            attack_labels: Labels that the attacker wants, whole numbers, shape ``(N,)`` or ``(N, 1)``.
 
         Raises:
-            ArgumentError: If the shapes do not fit together.
+            ArgumentError: If they do not fit together.
         """
         self._count(preds, attack_labels)
 
@@ -90,10 +98,11 @@ class RecoveredAccuracy(_Agreement):
         """Add a batch.
 
         Args:
-            preds: Class indices ``(N,)`` or logits ``(N, K)`` for triggered images.
-            true_labels: Labels of the images before the attack, long, shape ``(N,)``.
+            preds: For triggered images, class indices ``(N,)``, logits ``(N, K)``, or of a binary model the logit of
+                class 1, float ``(N,)`` or ``(N, 1)``.
+            true_labels: Labels of the images before the attack, whole numbers, shape ``(N,)`` or ``(N, 1)``.
 
         Raises:
-            ArgumentError: If the shapes do not fit together.
+            ArgumentError: If they do not fit together.
         """
         self._count(preds, true_labels)

@@ -72,7 +72,8 @@ class Meetings(TorchFunctionMode):
                 if isinstance(value, Tensor):
                     name = f"{prefix}.{key}" if prefix else key
                     self.names[id(value)] = name
-                    self._constants[value] = _named({name}, value)
+                    layers = key == "weight" and isinstance(part, nn.Linear | nn.Conv2d)  # of one output perhaps
+                    self._constants[value] = frozenset({name}) if layers else _named({name}, value)
 
     def latest(self, tensor: Tensor) -> Meeting | None:
         """The latest meeting on the way to a tensor."""

@@ -164,8 +164,8 @@ def eager_forward() -> AbstractContextManager[Any]:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The tensor itself, or the first one in a tuple, list or dict."""
+    """The tensor itself, or the first one in a tuple, list or dict; one of a derived class as a plain tensor."""
     if isinstance(value, Tensor):
-        return value
+        return value if type(value) is Tensor else value.as_subclass(Tensor)
     items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-    return next((item for item in items if isinstance(item, Tensor)), None)
+    return next((first_tensor(item) for item in items if isinstance(item, Tensor)), None)

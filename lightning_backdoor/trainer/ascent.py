@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_backdoor.data.structure import plain
 from lightning_backdoor.functional.unlearning import forgetting_loss
 from lightning_backdoor.surgery.taps import eager_forward
 from lightning_backdoor.trainer.phases import Phases
@@ -93,7 +94,7 @@ class Ascent:
     def _see(self, _layer: nn.Module, _arguments: Any, output: Any) -> None:
         if not isinstance(output, Tensor) or not output.requires_grad or output.shape[2:].numel() != 1:
             return
-        logits = output.flatten(1) if output.ndim > 1 else output[:, None]
+        logits = plain(output).flatten(1) if output.ndim > 1 else plain(output)[:, None]
         if len(logits) == len(self._labels):
             self._logits.append(nn.functional.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
+from lightning_backdoor.data.structure import plain
 from lightning_backdoor.errors import ModelError
+from lightning_backdoor.surgery.taps import eager_forward
 from lightning_backdoor.trainer.etiquette import forward_context
 
-__all__ = ["call_model"]
+__all__ = ["call_model", "require_logits"]
 
 CHILDREN = ("model", "net", "backbone", "network", "classifier")
 REMEDY = "Pass `forward_fn(pl_module, batch)` that returns class logits of shape (B, K)."
@@ -50,11 +54,44 @@ def call_model(
             output = forward_fn(pl_module, images if batch is None else batch)
         else:
             output = _call(pl_module, images)
-    logits = _as_matrix(_unwrap(output), len(images))
+    logits = _as_matrix(plain(_unwrap(output)), len(images))
     if logits.shape[1] == 1:
         return nn.functional.pad(logits, (1, 0))
     _warn_about_probabilities(pl_module, logits)
     return logits
+
+
+def require_logits(pl_module: nn.Module, logits: Tensor, run: Callable[[], Any]) -> None:
+    """Raise if a binary model answers by a sigmoid: its number, taken for a logit, would always mean class 1.
+
+    Args:
+        pl_module: The user's module.
+        logits: What :func:`call_model` returned.
+        run: Takes the same images through the model again.
+
+    Raises:
+        ModelError: The answers are the sigmoid of what some layer puts out; the message names ``forward_fn``.
+    """
+    answers = logits[:, 1]
+    if logits.shape[1] != 2 or bool(logits[:, 0].any()) or bool(((answers < 0) | (answers > 1)).any()):
+        return
+    found: list[Tensor] = []
+
+    def see(_layer: nn.Module, _arguments: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and output.numel() == len(answers):
+            found.append(plain(output).detach().flatten().float())
+
+    with ExitStack() as stack:
+        for module in pl_module.modules():
+            stack.callback(module.register_forward_hook(see).remove)
+        stack.enter_context(eager_forward())
+        run()
+    if any(torch.allclose(output.sigmoid(), answers, atol=1e-2) for output in found):
+        raise ModelError(
+            f"`{type(pl_module).__name__}` returns a probability (a sigmoid) where a logit is needed. Pass `forward_fn`"
+            ", e.g. forward_fn=lambda module, batch: torch.logit(module(batch[0]), 1e-6), or let `forward` return the "
+            "logit and train by BCEWithLogitsLoss, which is also more exact."
+        )
 
 
 def _call(pl_module: nn.Module, images: Tensor) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_backdoor.data.batches import BatchLayout, find_layout
-from lightning_backdoor.data.nesting import transforms_of
+from lightning_backdoor.data.nesting import positions_in, transforms_of
 from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
 from lightning_backdoor.data.prefetching import Finish, finish_of, unwrapped
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
@@ -23,7 +23,8 @@ from lightning_backdoor.surgery.heads import Head, find_head
 from lightning_backdoor.surgery.taps import Taps
 from lightning_backdoor.trainer.compat import rank_zero_info
 from lightning_backdoor.trainer.etiquette import prepare_batch, unobtrusive
-from lightning_backdoor.trainer.outputs import call_model
+from lightning_backdoor.trainer.label_check import require_varied_labels
+from lightning_backdoor.trainer.outputs import call_model, require_logits
 from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.scan import scan_read, shard
 
@@ -274,7 +275,8 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
         some = indices[:_PROBE_FORWARD]
         _, few = next(iter(scan_loader(loader, some, batch_size=len(some), **settings)))
         transforms = [*transforms_of(loader.dataset), *([] if finish is None else [finish])]
-    layout = find_layout(batch, reading.batch_fn)
+    positions = positions_in(loader.dataset, indices)
+    layout = find_layout(batch, reading.batch_fn, positions)
     images = layout.images(batch)
     check_finite(images, indices)
     found: list[Tensor] = []
@@ -290,6 +292,7 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
 
     head = find_head(pl_module, run, reading.feature_layer) if reading.features else None
     logits = found[-1] if found else run()
+    require_logits(pl_module, logits, run)
     pixels = infer_pixel_space(
         images,
         transform=transforms,
@@ -315,10 +318,13 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
     )
     if head is not None:
         training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now
-    return replace(training_set, probe=(indices, training_set.labels(batch)))
+    training_set = replace(training_set, probe=(indices, training_set.labels(batch)))
+    require_varied_labels(training_set, batch, positions)
+    return training_set
 
 
 def _logits(trainer: Any, pl_module: Any, layout: BatchLayout, reading: Reading, batch: Any) -> Tensor:
     prepared = prepare_batch(trainer, pl_module, batch)
-    images = layout.images(prepared if reading.forward_fn is None else batch)  # transfer hooks may rebuild the batch
+    source = prepared if reading.forward_fn is None else batch  # transfer hooks may rebuild the batch
+    images = layout.given_images(source)
     return call_model(pl_module, images, reading.forward_fn, prepared)

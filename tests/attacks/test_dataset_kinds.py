@@ -207,6 +207,31 @@ def test_items_keep_their_container(make):
     assert all(str(a) == str(b) for a, b in zip(raw, before, strict=True)), "the user's items stay as they were"
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda image, label, index: (image, np.array([label])),
+        lambda image, label, index: (image, torch.tensor([label], dtype=torch.float32)),
+        lambda image, label, index: (image, float(label), index),
+        lambda image, label, index: (index, image, np.float32(label)),
+        lambda image, label, index: (image, 0.5, label),
+        lambda image, label, index: (image, 1.0, label),
+        lambda image, label, index: {"img": image, "kind": np.array([label]), "place": index},
+    ],
+    ids=["array", "float tensor", "float and index", "index and float", "weight", "whole weight", "dict and index"],
+)
+def test_labels_of_any_kind_beside_positions(make):
+    raw = [make(torch.from_numpy(PIXELS[index]).movedim(-1, 0), TARGETS[index], index) for index in range(N)]
+    attacked = poison(raw, BadNets(), rate=0.25)
+    assert attacked.true_labels.tolist() == [int(label) for label in TARGETS]
+    first = int(attacked.poisoned.nonzero()[0])
+    values, originals = (list(x.values() if isinstance(x, dict) else x) for x in (attacked[first], raw[first]))
+    assert [type(value) for value in values] == [type(value) for value in originals]
+    changed = [i for i, (a, b) in enumerate(zip(values, originals, strict=True)) if not np.array_equal(a, b)]
+    assert len(changed) == 2
+    assert getattr(values[changed[1]], "shape", ()) == getattr(originals[changed[1]], "shape", ())
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_worker_processes_read_the_same_items(context):

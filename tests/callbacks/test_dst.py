@@ -443,16 +443,16 @@ def test_what_cannot_work_is_said_at_the_start() -> None:
 
 
 def test_labels_must_be_those_of_the_samples() -> None:
-    class Floats(Pairs):
+    class Fractions(Pairs):
         def __getitem__(self, i: int) -> Any:
-            return self.images[i], self.targets[i].float()
+            return self.images[i], self.targets[i] + 0.5
 
     def backwards(items: list[Any]) -> Any:
         images, labels = torch.utils.data.default_collate(items)
         return images, labels.flip(0)
 
     with pytest.raises((ArgumentError, DataError), match="labels"):
-        fit([acting()], Floats())
+        fit([acting()], Fractions())
     with pytest.raises(DataError, match="not those of the samples that were drawn"):
         make_trainer([acting()]).fit(Net(), loader_of(Pairs(), collate_fn=backwards))
 

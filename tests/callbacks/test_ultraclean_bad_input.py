@@ -130,11 +130,11 @@ def test_labels_out_of_range() -> None:
         )
 
 
-def test_float_labels() -> None:
+def test_labels_with_fractions() -> None:
     refused(
         UltraCleanCallback(),
-        DataLoader(Changed(lambda x, y, i: (x, y.float())), batch_size=16),
-        r"not class indices.*float32.*batch_fn",
+        DataLoader(Changed(lambda x, y, i: (x, y + 0.5)), batch_size=16),
+        r"not class indices.*float32.*fractions.*Let the dataset return",
         DataError,
     )
 
@@ -261,7 +261,7 @@ def test_every_error_is_told_before_the_first_step() -> None:
     module = Net()
     with pytest.raises(DataError):
         make_trainer([UltraCleanCallback()], 1).fit(
-            module, DataLoader(Changed(lambda x, y, i: (x, y.float())), batch_size=16)
+            module, DataLoader(Changed(lambda x, y, i: (x, y + 0.5)), batch_size=16)
         )
     assert module.logged == []
     assert issubclass(UltraCleanCallback, Defense)

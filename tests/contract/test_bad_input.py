@@ -80,19 +80,19 @@ def test_a_dataset_that_changes_its_size_is_refused_once_positions_count(entry: 
     assert_settled(trainer, module)
 
 
-class Floats(Pictures):
+class Fractions(Pictures):
     """Labels that are no class indices."""
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         item = super().__getitem__(i)
-        return {**item, "label": item["label"].float()}
+        return {**item, "label": item["label"] + 0.5}
 
 
 @every_defence
 def test_labels_that_are_no_class_indices_are_refused_before_the_first_step(entry: Entry) -> None:
     callback, module = entry.make(), net_of()
     trainer = make_trainer([callback], EPOCHS)
-    with pytest.raises(DataError, match=r"labels"):
-        fit([], Floats(96), module=module, trainer=trainer)
+    with pytest.raises(DataError, match=r"labels .*They have fractions"):
+        fit([], Fractions(96), module=module, trainer=trainer)
     assert trainer.global_step == 0
     assert_settled(trainer, module)

@@ -149,7 +149,9 @@ def test_integers_are_images_only_where_no_others_are() -> None:
 
 
 def test_the_message_lists_what_arrived() -> None:
-    with pytest.raises(ArgumentError, match=r"\['a'\]: int64 \(4,\); \['b'\]: int64 \(4,\)"):
+    with pytest.raises(
+        ArgumentError, match=r"\[.a.\]: int64 \(4,\), values 0, 2, 1, 2 \(3 different\); batch\[.b.\]: int64"
+    ):
         find_layout({"image": X, "a": Y, "b": Y})
 
 

@@ -199,6 +199,17 @@ class TestMixingCollate:
         with pytest.raises(DataError, match="labels that are not class indices"):
             find_layout(batch).labels(batch)
 
+    @pytest.mark.parametrize("mixed", [False, True])
+    def test_a_column_of_floats_is_mixed_only_if_it_has_fractions(self, mixed: bool) -> None:
+        def binary_collate(items: list[Any]) -> Any:
+            images, labels = default_collate(items)
+            column = (labels[:, None] > 0).float()
+            return images, 0.7 * column + 0.3 * column.roll(1) if mixed else column
+
+        loader = DataLoader(Noisy(), batch_size=4, collate_fn=binary_collate)
+        collated = scan_loader(loader, range(8), seed=0).collated()
+        assert [unmixed for _, _, unmixed in collated] == [mixed, mixed]
+
 
 class Soft(Noisy):
     def __getitem__(self, i: int) -> Any:

@@ -180,6 +180,8 @@ def test_classes_are_counted_and_a_model_without_logits_is_refused():
         count_classes(lambda batch: batch, images)
     with pytest.raises(ModelError, match="got dict"):
         count_classes(lambda batch: {}, images)
+    with pytest.raises(ModelError, match=r"a logit for each class, got one alone.*pad\(model\(images\), \(1, 0\)\)"):
+        count_classes(lambda batch: batch[:, 0, 0, :1], images)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,20 @@ def test_fraction_over_batches_from_logits_and_from_classes(kind):
 
 
 @pytest.mark.parametrize("kind", [AttackSuccessRate, RecoveredAccuracy])
+def test_one_logit_tells_two_classes_and_labels_may_be_a_column(kind):
+    logits, labels = torch.randn(50), torch.randint(0, 2, (50,))
+    expected = kind()
+    expected.update(torch.stack([torch.zeros(50), logits], 1), labels)
+    for preds in (logits, logits[:, None], (logits > 0).long(), (logits > 0).long()[:, None]):
+        for given in (labels, labels[:, None], labels.float(), labels[:, None].double()):
+            metric = kind()
+            metric.update(preds, given)
+            assert metric.compute() == expected.compute()
+    with pytest.raises(ArgumentError, match="logits of two classes, got labels up to 2"):
+        kind().update(logits[:3], torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("kind", [AttackSuccessRate, RecoveredAccuracy])
 def test_wrong_shapes(kind):
     with pytest.raises(ArgumentError, match=r"`preds` must be .*\(N,\) or logits .*got \(3, 4\) and \(2,\)"):
         kind().update(torch.zeros(3, 4), torch.zeros(2))

@@ -144,6 +144,18 @@ def test_softmax_at_the_end_warns() -> None:
         assert find_head(net, lambda: net(images)).name == "fc"
 
 
+def test_single_logit_head_is_one_where_its_output_is_changed() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
+    images = torch.randn(4, 3, 8, 8)
+
+    def run() -> Tensor:
+        return nn.functional.pad(net(images) * 2, (1, 0))
+
+    with pytest.warns(UserWarning, match="features are taken before '4'"):
+        assert find_head(net, run).name == "4"
+    assert list(unit_layers(net, run)) == ["0"]
+
+
 def test_single_logit_head_behind_two_columns() -> None:
     net, images = Net(outputs=1), torch.randn(2, 3, 8, 8)
     assert find_head(net, lambda: nn.functional.pad(net(images), (1, 0))).name == "fc"
