@@ -18,7 +18,7 @@ from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores
 from lightning_backdoor.surgery.heads import find_head
 from lightning_backdoor.surgery.units import find_units
-from lightning_backdoor.trainer.etiquette import quiet, unobtrusive
+from lightning_backdoor.trainer.etiquette import evaluation_mode, quiet, unobtrusive
 from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.trainer.unit_scan import Measured, UnitScan
@@ -87,13 +87,19 @@ def require_detector(trainer: Any, pl_module: Any, data: TrainingSet, detector: 
 
     Raises:
         ArgumentError: The detector is the user's own and cannot take the place of the model.
-        ModelError: It has no units, but they are to be asked.
+        ModelError: It has no units, but they are to be asked; or only features are asked, and they cannot learn.
     """
-    with unobtrusive(trainer, pl_module), in_unison(trainer, "search for units"):
+    with unobtrusive(trainer, pl_module), in_unison(trainer, "check of the detector"):
         own = isinstance(detector.start, nn.Module)
         module, data = _twin(trainer, pl_module, data, detector) if own else (pl_module, data)
         if units:
             find_units(module, data.few(trainer, module))
+        elif not _can_learn(trainer, module, data):
+            raise ModelError(
+                "Suspects are to be told by how far features move, but no gradient reaches what makes the features "
+                '(torch.no_grad or detach in `forward`), so a detector cannot learn any. Pass suspect="auto", a '
+                "`detector` of your own, or the `verdict` of another defence."
+            )
 
 
 def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector, *, units: bool) -> Distinguished:
@@ -101,6 +107,7 @@ def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detec
 
     The detector is a deep copy of the module, or of one of the user's own. It learns the labels without augmentation,
     so that it relies on a trigger wherever there is one, then turns the centres of the classes away from each other.
+    Where no parameter before the head of the model can learn, all of the copy does: fixed features follow no trigger.
     Every process trains the same detector on the same batches, so their number changes nothing.
 
     Args:
@@ -212,10 +219,15 @@ def _host(trainer: Any, twin: Any, data: TrainingSet, own: nn.Module) -> tuple[A
 
 
 def _train(trainer: Any, twin: Any, data: TrainingSet, detector: Detector, order: Tensor) -> None:
-    """Ordinary training without augmentation, then centre repulsion, with the same optimizer, on samples in order."""
-    parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
-    if not parameters:
+    """Ordinary training without augmentation, then centre repulsion, with the same optimizer, on samples in order.
+
+    Features that no gradient reaches, although everything may learn, are left as they are.
+    """
+    if not any(parameter.requires_grad for parameter in twin.parameters()):
         raise ModelError("The module has no parameter that can learn (requires_grad=False). Unfreeze some layers.")
+    if not _features_learn(trainer, twin, data):
+        _thaw(twin)
+    parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
     for part in twin.modules():
         part.training = True  # not `train()`, which a module may override
     optimizer = torch.optim.AdamW(parameters, lr=LR_OF_COPY if detector.start == "copy" else LR)
@@ -225,11 +237,43 @@ def _train(trainer: Any, twin: Any, data: TrainingSet, detector: Detector, order
         for step, (_, batch) in enumerate(loader):
             labels = data.labels(batch).clone().to(twin.device)  # transfer hooks may change a batch in place
             logits, features = data.outputs(trainer, twin, batch, gradients=True)
+            if step >= detector.steps and not features.requires_grad:
+                return
             loss = F.cross_entropy(logits, labels) if step < detector.steps else center_repulsion_loss(features, labels)
             optimizer.zero_grad()
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
+
+
+def _features_learn(trainer: Any, module: Any, data: TrainingSet) -> bool:
+    """Whether a loss on the features has a gradient."""
+    with quiet(trainer, module), evaluation_mode(module), isolated_rng(), torch.enable_grad():
+        with data.read(range(min(len(data), 2)), 0) as loader:
+            _, batch = next(iter(loader))
+        _, features = data.outputs(trainer, module, batch, gradients=True)
+    return features.requires_grad
+
+
+def _can_learn(trainer: Any, module: Any, data: TrainingSet) -> bool:
+    """The same of a copy, all of which may learn."""
+    if _features_learn(trainer, module, data):
+        return True
+    frozen = _thaw(module)
+    try:
+        return _features_learn(trainer, module, data)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _thaw(module: Any) -> list[nn.Parameter]:
+    """Let every parameter of a module learn, or of the user's own detector in it; return those that could not."""
+    part = dict(module.named_children()).get(HOSTED, module)
+    frozen = [p for p in part.parameters() if p.is_floating_point() and not (p.requires_grad or p.is_inference())]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    return frozen
 
 
 def _order(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector) -> Tensor:

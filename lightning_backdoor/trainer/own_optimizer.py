@@ -52,10 +52,16 @@ def parts_of(trainer: Any, pl_module: Any, data: TrainingSet) -> Parts:
         logits, features = data.outputs(trainer, pl_module, batch, gradients=True, cut=True)
         backbone, classifier = reached(features), reached(logits)
     if not backbone or not classifier:
-        missing = "before" if not backbone else "from"
+        remedy = (
+            "Unfreeze some (requires_grad=True), or use DBRCallback, which also repairs a head on a frozen backbone."
+            if not backbone
+            else "Unfreeze some (requires_grad=True), or name an earlier layer, whose output are the features, by "
+            "`feature_layer`."
+        )
         raise ModelError(
-            f"D-ST trains features and a classifier, but no parameter {missing} layer {data.head.name!r} on can learn. "
-            "Unfreeze some (requires_grad=True), or name the layer whose output are the features by `feature_layer`."
+            "D-ST trains features and a classifier, but no parameter "
+            f"{'before layer' if not backbone else 'from layer'} {data.head.name!r}{' on' * bool(backbone)} can learn. "
+            f"{remedy}"
         )
     if set(backbone) & set(classifier):
         raise ModelError(
