@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_backdoor.baselines.baseline import merged_signature
 from lightning_backdoor.callbacks.repairing import RepairCallback
@@ -33,6 +34,8 @@ class RepairBaseline(RepairCallback):
         feature_layer: Name of the classifier's input layer, where it cannot be found.
         eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
             transform under a fixed seed per image.
+        eval_dataset: In place of ``eval_transform``, for augmentation inside the dataset: the same samples without it,
+            as a dataset, or as a function from the training dataset to one.
         mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units; ``None`` finds it out.
             ``"per_image"``: every image was standardised by itself; its pixels span its smallest to largest value.
         std: Its standard deviation.
@@ -58,6 +61,7 @@ class RepairBaseline(RepairCallback):
         batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
         feature_layer: str | None = None,
         eval_transform: Callable[[Any], Any] | None = None,
+        eval_dataset: Callable[[Any], Any] | Dataset[Any] | None = None,
         mean: Sequence[float] | Literal["per_image"] | None = None,
         std: Sequence[float] | None = None,
         batch_size: int | None = None,
@@ -65,14 +69,16 @@ class RepairBaseline(RepairCallback):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
+        reading = Reading(
+            forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed,
+            eval_dataset=eval_dataset,
+        )  # fmt: skip
         super().__init__(
             epochs=epochs,
             lr=lr,
             reference=True,
             max_removed=max_removed,
-            reading=Reading(
-                forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed
-            ),
+            reading=reading,
             report_dir=report_dir,
             name=name,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lightning_backdoor.callbacks.defense import require_positive
 from lightning_backdoor.callbacks.detecting import Detecting
@@ -70,6 +71,8 @@ class DBRCallback(Detecting, RepairCallback):
         feature_layer: Name of the layer whose output are the features. ``None``: the input of the classifier head.
         eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
             transform under a fixed seed per image.
+        eval_dataset: In place of ``eval_transform``, for augmentation inside the dataset: the same samples without it,
+            as a dataset, or as a function from the training dataset to one.
         mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units; ``None`` finds it out.
             ``"per_image"``: every image was standardised by itself; its pixels span its smallest to largest value.
         std: Its standard deviation.
@@ -115,6 +118,7 @@ class DBRCallback(Detecting, RepairCallback):
         batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
         feature_layer: str | None = None,
         eval_transform: Callable[[Any], Any] | None = None,
+        eval_dataset: Callable[[Any], Any] | Dataset[Any] | None = None,
         mean: Sequence[float] | Literal["per_image"] | None = None,
         std: Sequence[float] | None = None,
         batch_size: int | None = None,
@@ -122,7 +126,10 @@ class DBRCallback(Detecting, RepairCallback):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        reading = Reading(forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed)
+        reading = Reading(
+            forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed,
+            eval_dataset=eval_dataset,
+        )  # fmt: skip
         super().__init__(
             verdict=verdict, trusted=trusted, suspect=suspect, detector=detector, detector_steps=detector_steps,
             fct_metric=fct_metric, draws=draws, transform=transform, max_removed=max_removed, reading=reading,

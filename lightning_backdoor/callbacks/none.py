@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_backdoor.callbacks.compromised import Chosen, choose_units, find_layers, judge_samples, reset_chosen
 from lightning_backdoor.callbacks.defense import (
@@ -77,6 +78,8 @@ class NONECallback(Defense):
         batch_fn: ``batch_fn(batch)`` returns images and labels, where they cannot be found.
         eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
             transform under a fixed seed per image.
+        eval_dataset: In place of ``eval_transform``, for augmentation inside the dataset: the same samples without it,
+            as a dataset, or as a function from the training dataset to one.
         mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units; ``None`` finds it out.
             ``"per_image"``: every image was standardised by itself; its pixels span its smallest to largest value.
         std: Its standard deviation.
@@ -120,6 +123,7 @@ class NONECallback(Defense):
         forward_fn: Callable[[Any, Any], Any] | None = None,
         batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
         eval_transform: Callable[[Any], Any] | None = None,
+        eval_dataset: Callable[[Any], Any] | Dataset[Any] | None = None,
         mean: Sequence[float] | Literal["per_image"] | None = None,
         std: Sequence[float] | None = None,
         batch_size: int | None = None,
@@ -128,8 +132,9 @@ class NONECallback(Defense):
         name: str | None = None,
     ) -> None:
         reading = Reading(
-            forward_fn, batch_fn, None, eval_transform, mean, std, batch_size, num_workers, seed, features=False
-        )
+            forward_fn, batch_fn, None, eval_transform, mean, std, batch_size, num_workers, seed,
+            features=False, eval_dataset=eval_dataset,
+        )  # fmt: skip
         super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
         self.warmup_epochs = require_positive("warmup_epochs", warmup_epochs)
         self.rounds = require_positive("rounds", rounds)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_backdoor.callbacks.defense import require_class, require_fraction, require_one_of
 from lightning_backdoor.callbacks.filtering import FilterCallback
@@ -71,6 +72,8 @@ class UltraCleanCallback(FilterCallback):
         feature_layer: Name of the layer whose output are the features. ``None``: the input of the classifier head.
         eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
             transform under a fixed seed per image.
+        eval_dataset: In place of ``eval_transform``, for augmentation inside the dataset: the same samples without it,
+            as a dataset, or as a function from the training dataset to one.
         mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units; ``None`` finds it out.
             ``"per_image"``: every image was standardised by itself; its pixels span its smallest to largest value.
         std: Its standard deviation.
@@ -109,6 +112,7 @@ class UltraCleanCallback(FilterCallback):
         batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
         feature_layer: str | None = None,
         eval_transform: Callable[[Any], Any] | None = None,
+        eval_dataset: Callable[[Any], Any] | Dataset[Any] | None = None,
         mean: Sequence[float] | Literal["per_image"] | None = None,
         std: Sequence[float] | None = None,
         batch_size: int | None = None,
@@ -117,7 +121,10 @@ class UltraCleanCallback(FilterCallback):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        reading = Reading(forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed)
+        reading = Reading(
+            forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed,
+            eval_dataset=eval_dataset,
+        )  # fmt: skip
         super().__init__(
             warmup_epochs=warmup_epochs,
             max_removed=max_removed,

@@ -18,6 +18,7 @@ from lightning_backdoor.errors import ArgumentError
 __all__ = ["EvalTransform", "choose_transform", "transforms_swapped"]
 
 _SLOTS = ("transform", "transforms")
+_READ_TWICE = 8  # items, to see whether they are random
 
 
 class _Joint:
@@ -40,13 +41,14 @@ class EvalTransform:
 
     Attributes:
         source: ``"argument"`` (the user's ``eval_transform``), ``"validation"`` (the validation dataset's),
-            ``"training"`` (nothing better is known: it stays, seeded per index) or ``"none"`` (there is none).
+            ``"training"`` (nothing better is known: it stays, seeded per index), ``"dataset's own"`` (random, but no
+            attribute: the same), ``"dataset"`` (the user's ``eval_dataset`` is read) or ``"none"`` (there is none).
         description: One sentence for the user.
         given: The user's transform.
         by_leaf: For each class of raw dataset the validation transforms, outermost first.
     """
 
-    source: Literal["argument", "validation", "training", "none"]
+    source: Literal["argument", "validation", "training", "dataset's own", "dataset", "none"]
     description: str
     given: Callable[[Any], Any] | None = None
     by_leaf: Mapping[type, tuple[Callable[..., Any], ...]] = field(default_factory=dict)
@@ -111,6 +113,27 @@ def _probe(train: Any) -> Any:
     return [_signature(item) for item in read_items(train, sorted({0, last}))]
 
 
+def _draws(train: Any) -> bool:
+    """Whether some items are not the same under two seeds."""
+    size = check_dataset(_dataset_of(train))
+    positions = sorted({place * (size - 1) // (_READ_TWICE - 1) for place in range(_READ_TWICE)})
+    first, second = (read_items(train, positions, seed=seed) for seed in (0, 1))
+    return not _same(first, second)
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two items hold the same numbers."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    try:
+        one, two = (np.asarray(part.float() if isinstance(part, Tensor) else part) for part in (first, second))
+        return bool(np.array_equal(one, two, equal_nan=True))
+    except Exception:  # cannot be compared
+        return True
+
+
 def _dataset_of(train: Any) -> Any:
     return train.dataset if isinstance(train, DataLoader) else train
 
@@ -141,7 +164,16 @@ def choose_transform(
     if eval_transform is not None:
         return _checked_argument(train, eval_transform)
     if not any(chain.nodes for chain in chains_of(dataset)):
-        return EvalTransform("none", f"{type(dataset).__name__} has no `transform`: its items are read as they are.")
+        name = type(dataset).__name__
+        if _draws(train):
+            return EvalTransform(
+                "dataset's own",
+                f"{name} augments its images at random and has no `transform` that could be exchanged: they are read "
+                "as they come, under a fixed seed per image. Better pass `eval_dataset`, the same samples without "
+                "augmentation: a dataset, or a function from this one to it, e.g. "
+                "lambda dataset: dataset.with_transform(plain) for Hugging Face's.",
+            )
+        return EvalTransform("none", f"{name} has no `transform`: its items are read as they are.")
     found = "there is no validation dataset" if val_dataset is None else _from_validation(train, val_dataset)
     if isinstance(found, EvalTransform):
         return found
@@ -183,8 +215,8 @@ def _checked_argument(train: Any, eval_transform: Any) -> EvalTransform:
     if not choice.plan(dataset):
         raise ArgumentError(
             f"`eval_transform` was given, but {type(dataset).__name__} and the datasets in it have no `transform` or "
-            "`transforms` attribute that holds a callable. Leave `eval_transform` out, or let the dataset apply "
-            "`self.transform`."
+            "`transforms` attribute that holds a callable. Pass `eval_dataset` instead, the same samples without "
+            "augmentation: a dataset, or a function from this one to it."
         )
     _probe(train)
     try:

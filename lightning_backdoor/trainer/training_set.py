@@ -10,18 +10,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor.data.batches import BatchLayout, find_layout
 from lightning_backdoor.data.nesting import positions_in, transforms_of
 from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
 from lightning_backdoor.data.prefetching import Finish, finish_of, unwrapped
+from lightning_backdoor.data.siblings import is_dataset, over_sibling
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
 from lightning_backdoor.data.views import ScanLoader, batch_size_of, check_dataset, scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.surgery.heads import Head, find_head
 from lightning_backdoor.surgery.taps import Taps
-from lightning_backdoor.trainer.compat import rank_zero_info
+from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.etiquette import prepare_batch, unobtrusive
 from lightning_backdoor.trainer.label_check import require_varied_labels
 from lightning_backdoor.trainer.outputs import call_model, require_logits
@@ -49,6 +50,10 @@ class Reading:
         num_workers: Worker processes of the reading loader.
         seed: Seed of whatever is random in the training transform.
         features: Whether penultimate features are needed at all; where not, no classifier head is searched.
+        eval_dataset: Dataset without augmentation, or a function from the training dataset to it.
+
+    Raises:
+        ArgumentError: ``eval_dataset`` is neither, or is there beside ``eval_transform``.
     """
 
     forward_fn: Callable[[Any, Any], Any] | None = None
@@ -61,6 +66,18 @@ class Reading:
     num_workers: int | None = None
     seed: int = 0
     features: bool = True
+    eval_dataset: Callable[[Any], Any] | Dataset[Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.eval_dataset is None:
+            return
+        if not (is_dataset(self.eval_dataset) or callable(self.eval_dataset)):
+            raise ArgumentError(
+                "`eval_dataset` must be a dataset, or a function from the training dataset to one, got "
+                f"{type(self.eval_dataset).__name__}."
+            )
+        if self.eval_transform is not None:
+            raise ArgumentError("`eval_dataset` and `eval_transform` are two ways to the same end: pass one of them.")
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,8 @@ class TrainingSet:
     """What a loader around this one does to its batches."""
     unread: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     """Samples that the user's ``collate_fn`` was seen to drop, bool ``(N,)``; scans add to it."""
+    source: DataLoader[Any] | None = None
+    """The loader over the user's ``eval_dataset``, which is read in place of the other one."""
 
     def __len__(self) -> int:
         return self.size
@@ -223,9 +242,10 @@ class TrainingSet:
                 "positions may mean other images. Give it one length for the whole fit."
             )
         workers = self.reading.num_workers if num_workers is None else num_workers
-        with transforms_swapped(self.loader.dataset, self.transform):
+        source = self.loader if self.source is None else self.source
+        with transforms_swapped(source.dataset, self.transform):
             yield scan_loader(
-                self.loader,
+                source,
                 indices,
                 seed=self.reading.seed,
                 batch_size=self.reading.batch_size,
@@ -260,12 +280,18 @@ def open_training_set(
 def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_dataset: Any) -> TrainingSet:
     loader, finish = unwrapped(loader), finish_of(loader)
     size = check_dataset(loader.dataset)
-    transform = choose_transform(loader, val_dataset, reading.eval_transform)
+    source, transform = loader, EvalTransform("dataset", "Training images are read from `eval_dataset`.")
+    if reading.eval_dataset is None:
+        transform = choose_transform(loader, val_dataset, reading.eval_transform)
+    else:
+        source = over_sibling(loader, reading.eval_dataset)
+    if transform.source == "dataset's own":
+        rank_zero_warn(transform.description)
     probe = [i * size // min(size, _PROBE) for i in range(min(size, _PROBE))]
     workers = min(loader.num_workers, 1)  # a dataset that opens its files in workers is not opened here
     settings: dict[str, Any] = {"seed": reading.seed, "num_workers": workers, "finish": finish}
-    with transforms_swapped(loader.dataset, transform):
-        first = next(iter(scan_loader(loader, probe, batch_size=len(probe), **settings)), None)
+    with transforms_swapped(source.dataset, transform):
+        first = next(iter(scan_loader(source, probe, batch_size=len(probe), **settings)), None)
         if first is None:
             raise DataError(
                 f"`collate_fn` drops all of {len(probe)} training samples that were looked at first. Look at what the "
@@ -273,9 +299,9 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
             )
         indices, batch = first
         some = indices[:_PROBE_FORWARD]
-        _, few = next(iter(scan_loader(loader, some, batch_size=len(some), **settings)))
-        transforms = [*transforms_of(loader.dataset), *([] if finish is None else [finish])]
-    positions = positions_in(loader.dataset, indices)
+        _, few = next(iter(scan_loader(source, some, batch_size=len(some), **settings)))
+        transforms = [*transforms_of(source.dataset), *([] if finish is None else [finish])]
+    positions = positions_in(source.dataset, indices)
     layout = find_layout(batch, reading.batch_fn, positions)
     images = layout.images(batch)
     check_finite(images, indices)
@@ -297,7 +323,7 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
         images,
         transform=transforms,
         model=pl_module,
-        beside=(loader.dataset, loader.collate_fn),
+        beside=(source.dataset, loader.collate_fn),
         mean=reading.mean,
         std=reading.std,
     )
@@ -315,12 +341,40 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
         (indices, indices),
         finish,
         torch.zeros(size, dtype=torch.bool),
+        None if source is loader else source,
     )
     if head is not None:
         training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now
-    training_set = replace(training_set, probe=(indices, training_set.labels(batch)))
+    labels = training_set.labels(batch)
+    if source is not loader:
+        _require_labels(scan_loader(loader, indices, batch_size=len(indices), **settings), layout, indices, labels)
+    training_set = replace(training_set, probe=(indices, labels))
     require_varied_labels(training_set, batch, positions)
     return training_set
+
+
+def _require_labels(view: ScanLoader, layout: BatchLayout, indices: Tensor, labels: Tensor) -> None:
+    """Check that the samples of `eval_dataset` are those of the training dataset, as far as labels tell.
+
+    Raises:
+        ArgumentError: The labels at some positions differ, or are at another place of the batch.
+    """
+    for own, batch in view:
+        try:
+            theirs = layout.labels(batch)
+        except Exception as error:
+            raise ArgumentError(
+                "`eval_dataset` must give items built like those of the training dataset, but there are no labels in "
+                f"the latter where they are in the former: {type(error).__name__}: {error}"
+            ) from error
+        known = dict(zip(indices.tolist(), labels.tolist(), strict=True))
+        other = [place for place, label in zip(own.tolist(), theirs.tolist(), strict=True) if known[place] != label]
+        if other:
+            raise ArgumentError(
+                "`eval_dataset` must have the samples of the training dataset in its order, but the labels differ at "
+                f"{len(other)} of {len(own)} positions that were looked at ({other[:5]}…). Take the same files and the "
+                "same subset of them, without shuffling."
+            )
 
 
 def _logits(trainer: Any, pl_module: Any, layout: BatchLayout, reading: Reading, batch: Any) -> Tensor:

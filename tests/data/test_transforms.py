@@ -241,10 +241,35 @@ def test_data_without_transform_are_read_as_they_are() -> None:
         pass
 
 
+class Flipping(TensorDataset):
+    """Augments by itself."""
+
+    def __getitem__(self, i: int) -> Any:
+        image, label = super().__getitem__(i)
+        return [image.flip(1) if torch.rand(()) < 0.5 else image, {"label": label, "text": "x"}]
+
+
+def test_augmentation_without_an_attribute_is_told() -> None:
+    data = Flipping(torch.rand(9, 3, 8, 8), torch.arange(9))
+    for train in (data, DataLoader(data, batch_size=2)):
+        choice = choose_transform(train)
+        assert choice.source == "dataset's own"
+        assert "Flipping augments its images at random" in choice.description
+        assert "`eval_dataset`" in choice.description
+
+
+def test_items_that_cannot_be_compared_are_not_taken_for_random() -> None:
+    class Odd(TensorDataset):
+        def __getitem__(self, i: int) -> Any:
+            return torch.full((3,), torch.nan), object(), None, Image.new("RGB", (2, 2)), torch.ones(2).bfloat16()
+
+    assert choose_transform(Odd(torch.rand(2, 3))).source == "none"
+
+
 class TestArgument:
     def test_needs_something_to_replace(self) -> None:
         with pytest.raises(
-            ArgumentError, match=r"`eval_transform` was given, but TensorDataset.*Leave `eval_transform`"
+            ArgumentError, match=r"`eval_transform` was given, but TensorDataset.*Pass `eval_dataset` instead"
         ):
             choose_transform(TensorDataset(torch.rand(4, 3)), None, EVAL)
 
