@@ -113,6 +113,12 @@ class STRIP(Baseline):
         self.false_rejection = require_fraction("false_rejection", false_rejection)
         self._bank: tuple[Tensor, Tensor] | None = None  # positions and pixels of the images that are blended in
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check that the training set can be read, and that blends can be shown to the model."""
+        super().on_train_start(trainer, pl_module)
+        assert self._training_set is not None
+        self._training_set.require_replaceable(trainer, pl_module)
+
     def _scan(self, trainer: Any, pl_module: Any) -> dict[str, Tensor]:
         data = self._training_set
         assert data is not None

@@ -190,6 +190,7 @@ class DSTCallback(Detecting):
         assert data is not None
         require_batches(data.loader)
         require_plain_batches(trainer, data)
+        data.require_replaceable(trainer, pl_module)
         if self._run.stage == "done":
             rank_zero_warn("D-ST: the training of this checkpoint is complete. Fit anew to train for more epochs.")
             trainer.should_stop = True

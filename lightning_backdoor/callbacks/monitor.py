@@ -25,6 +25,7 @@ from lightning_backdoor.trainer.etiquette import prepare_batch, require_unsharde
 from lightning_backdoor.trainer.hooks import TrainerCallback
 from lightning_backdoor.trainer.outputs import call_model
 from lightning_backdoor.trainer.scan import scan_read, shard
+from lightning_backdoor.trainer.training_set import require_replaceable
 from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -218,7 +219,11 @@ class BackdoorMonitor(TrainerCallback):
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
             if not layouts:
-                layouts.append(find_layout(batch, self.batch_fn, positions_in(loader.dataset, indices)))
+                layout = find_layout(batch, self.batch_fn, positions_in(loader.dataset, indices))
+                if painted:
+                    layout = layout.traced(batch)
+                    require_replaceable(trainer, pl_module, layout, batch, alone=self.forward_fn is None)
+                layouts.append(layout)
             layout = layouts[0]
             labels = layout.labels(batch).clone()
             with_trigger = layout.with_images(batch, self._paint(layout.images(batch))) if painted else None

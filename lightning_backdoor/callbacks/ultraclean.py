@@ -159,6 +159,7 @@ class UltraCleanCallback(FilterCallback):
         super().on_train_start(trainer, pl_module)
         assert self._training_set is not None
         self._training_set.require_class("target_class", self.target_class)
+        self._training_set.require_replaceable(trainer, pl_module)
         if self._early is not None:
             self._early.require_same_data(self._training_set)
 

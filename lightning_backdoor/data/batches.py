@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_backdoor.data.labels import class_indices, find_labels
+from lightning_backdoor.data.origins import Origin, Replaced, find_origin
 from lightning_backdoor.data.structure import Leaf, as_kind_of, get_at, leaves_of, plain, put_at, spelled
 from lightning_backdoor.errors import ArgumentError
 
@@ -90,11 +91,13 @@ class BatchLayout:
         image_path: Keys, positions or attribute names that lead to the images; unused with ``batch_fn``.
         label_path: The same for the labels; None when the batch has none.
         batch_fn: The user's function from a batch to ``(images, labels)``.
+        origin: Where it computes the images from, if it does, and they can be traced back.
     """
 
     image_path: tuple[Any, ...] = ()
     label_path: tuple[Any, ...] | None = None
     batch_fn: BatchFn | None = None
+    origin: Origin | None = None
 
     def images(self, batch: Any) -> Tensor:
         """Return the images, ``(B, C, H, W)`` or ``(B, H, W)``: those of the batch, as a plain tensor."""
@@ -102,6 +105,8 @@ class BatchLayout:
 
     def given_images(self, batch: Any) -> Tensor:
         """Return the images as they are in the batch, perhaps of a derived class: what a model is called with."""
+        if isinstance(batch, Replaced):
+            return batch.images
         images: Tensor = _call(self.batch_fn, batch)[0] if self.batch_fn else get_at(batch, self.image_path)
         return images
 
@@ -123,27 +128,39 @@ class BatchLayout:
     def with_images(self, batch: Any, images: Tensor) -> Any:
         """Return a batch of the same structure with ``images`` in place of its own; the batch given is not changed.
 
-        They are of the class of its own images (an image of torchvision or MONAI) where that class allows it.
-
-        Raises:
-            ArgumentError: ``batch_fn`` computes its images instead of taking them from the batch.
+        They are of the class of its own images (an image of torchvision or MONAI) where that class allows it. Where
+        ``batch_fn`` computes the images by a factor and a summand for each channel (and :meth:`traced` has seen it),
+        the tensor that it reads is changed so that it computes ``images``. Where it computes them otherwise, the result
+        is a :class:`~lightning_backdoor.data.origins.Replaced`, which only this layout can read.
         """
         if self.batch_fn is None:
             return put_at(batch, self.image_path, as_kind_of(images, get_at(batch, self.image_path)))
-        old = self.images(batch)
-        for leaf in leaves_of(batch):
-            if _same_view(leaf.tensor, old):
-                return put_at(batch, leaf.path, as_kind_of(images, leaf.tensor))
-        for leaf in leaves_of(batch):
-            fresh = plain(leaf.tensor).detach().clone()
-            if _shares_storage(leaf.tensor, old) and fresh.stride() == leaf.tensor.stride():
-                offset = old.storage_offset() - leaf.tensor.storage_offset()
-                fresh.as_strided(old.shape, old.stride(), offset).copy_(images)
-                return put_at(batch, leaf.path, as_kind_of(fresh, leaf.tensor))
-        raise ArgumentError(
-            "`batch_fn` must return images that are a tensor of the batch, or a view of one, so that others can be put "
-            "in their place; it returned a computed tensor. Move the computation into the model or the dataset."
-        )
+        if isinstance(batch, Replaced):
+            return Replaced(batch.batch, images)
+        in_place = _put_in_place(batch, self.images(batch), images)
+        if in_place is not None:
+            return in_place
+        return Replaced(batch, images) if self.origin is None else self.origin.put(batch, images)
+
+    def traced(self, batch: Any) -> BatchLayout:
+        """Return the same layout, knowing where ``batch_fn`` computes the images of ``batch`` from, if it does."""
+        if self.batch_fn is None or _put_in_place(batch, self.images(batch), self.images(batch)) is not None:
+            return self
+        return replace(self, origin=find_origin(batch, self.images))
+
+
+def _put_in_place(batch: Any, old: Tensor, new: Tensor) -> Any | None:
+    """Put images in the place of ``old``, a tensor of the batch or a view of one; None if it is neither."""
+    for leaf in leaves_of(batch):
+        if _same_view(leaf.tensor, old):
+            return put_at(batch, leaf.path, as_kind_of(new, leaf.tensor))
+    for leaf in leaves_of(batch):
+        fresh = plain(leaf.tensor).detach().clone()
+        if _shares_storage(leaf.tensor, old) and fresh.stride() == leaf.tensor.stride():
+            offset = old.storage_offset() - leaf.tensor.storage_offset()
+            fresh.as_strided(old.shape, old.stride(), offset).copy_(new)
+            return put_at(batch, leaf.path, as_kind_of(fresh, leaf.tensor))
+    return None
 
 
 def _same_view(a: Tensor, b: Tensor) -> bool:
@@ -157,7 +174,7 @@ def _shares_storage(a: Tensor, b: Tensor) -> bool:
 
 
 def _call(batch_fn: BatchFn, batch: Any) -> tuple[Tensor, Any]:
-    pair = batch_fn(batch)
+    pair = batch_fn(batch.batch if isinstance(batch, Replaced) else batch)
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], Tensor):
         raise ArgumentError(f"`batch_fn` must return a pair (images, labels) of tensors, got {type(pair).__name__}.")
     if not any(_is_image(pair[0], dims) for dims in (3, 4)):

@@ -20,7 +20,7 @@ from lightning_backdoor.data.normalisation import (
 )
 from lightning_backdoor.errors import ArgumentError, DataError
 
-__all__ = ["PixelSpace", "check_finite", "infer_pixel_space", "space_of"]
+__all__ = ["PixelSpace", "check_finite", "exact_dtype", "four_dimensions", "infer_pixel_space", "space_of"]
 
 _MARGIN = 0.02  # of the pixel range: what float resizing overshoots
 _OUTSIDE = 0.05  # share of values that may lie further out: random erasing fills with noise
@@ -62,12 +62,12 @@ class PixelSpace:
         Raises:
             ArgumentError: ``mean`` has neither one entry nor one per channel.
         """
-        images = _four(images.detach())
+        images = four_dimensions(images.detach())
         if images.dtype == torch.uint8:
             return images
         if self.identity:
             raise DataError(f"the dataset gave uint8 images before and {images.dtype} now. Give all of them one dtype.")
-        values = images.to(_exact(images.dtype))
+        values = images.to(exact_dtype(images.dtype))
         mean, std = self._constants(values)
         return values.mul(std).add_(mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -84,7 +84,7 @@ class PixelSpace:
         """
         pixels = pixels.to(like.device)
         if not self.identity and like.dtype != torch.uint8:
-            mean, std = self._constants(_four(like.detach()).to(_exact(like.dtype)))
+            mean, std = self._constants(four_dimensions(like.detach()).to(exact_dtype(like.dtype)))
             pixels = pixels.to(mean.dtype).div_(255).sub_(mean).div_(std)
             if not like.is_floating_point():
                 limits = torch.iinfo(like.dtype)
@@ -111,12 +111,13 @@ class PixelSpace:
         return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
 
-def _four(images: Tensor) -> Tensor:
+def four_dimensions(images: Tensor) -> Tensor:
+    """Give grey images without a channel axis one."""
     return images.unsqueeze(1) if images.ndim == 3 else images
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    """A floating dtype for the arithmetic: all values of ``dtype`` up to 2**53 are exact in it."""
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return a floating dtype for the arithmetic, in which values of ``dtype`` up to 2**53 are exact."""
     wide = dtype in (torch.int32, torch.int64, torch.uint32, torch.uint64)
     return torch.float64 if wide else torch.promote_types(dtype, torch.float32)
 
@@ -183,7 +184,7 @@ def infer_pixel_space(
     if images.dtype == torch.uint8:
         return PixelSpace(identity=True)
     whole = not images.is_floating_point()
-    images = _four(images).detach()
+    images = four_dimensions(images).detach()
     images = images.double() if whole else images.float()
     values = images.isfinite()
     if not bool(values.any()):

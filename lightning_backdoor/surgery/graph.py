@@ -193,7 +193,8 @@ class Graph(TorchFunctionMode):
 
     def _read(self, x: Tensor) -> tuple[Strand, ...] | None:
         """The strands of an activation, None for a constant; a tensor from outside is an activation without."""
-        images = x.is_floating_point() or x.dtype == torch.uint8
+        integers = x.ndim > 2 and not x.is_complex() and x.dtype != torch.bool  # fewer dimensions: labels, positions
+        images = x.is_floating_point() or x.dtype == torch.uint8 or integers
         if id(x) in self._places or not (images or x in self._flows):
             return None
         if x not in self._flows:

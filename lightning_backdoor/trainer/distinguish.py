@@ -86,11 +86,13 @@ def require_detector(trainer: Any, pl_module: Any, data: TrainingSet, detector: 
     """Check at the start of a fit what can be checked then.
 
     Raises:
-        ArgumentError: The detector is the user's own and cannot take the place of the model.
+        ArgumentError: The detector is the user's own and cannot take the place of the model; or it cannot be shown
+            transformed images, because ``batch_fn`` computes them.
         ModelError: It has no units, but they are to be asked; or only features are asked, and they cannot learn.
     """
+    own = isinstance(detector.start, nn.Module)
+    data.require_replaceable(trainer, pl_module, alone=True if own else None)
     with unobtrusive(trainer, pl_module), in_unison(trainer, "check of the detector"):
-        own = isinstance(detector.start, nn.Module)
         module, data = _twin(trainer, pl_module, data, detector) if own else (pl_module, data)
         if units:
             find_units(module, data.few(trainer, module))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_backdoor.data.origins import Replaced
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import TrainerError
 
@@ -63,8 +64,11 @@ def quiet(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
 def prepare_batch(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     """Take a batch from the loader to the device as Lightning does, with all transfer hooks of module and datamodule.
 
-    The hooks belong to the user and may change ``batch`` in place: derive other versions of its images before.
+    The hooks belong to the user and may change ``batch`` in place: derive other versions of its images before. Images
+    that a batch cannot hold (:class:`~lightning_backdoor.data.origins.Replaced`) go to the device by themselves.
     """
+    if isinstance(batch, Replaced):
+        return Replaced(batch.batch, trainer.precision_plugin.convert_input(batch.images).to(pl_module.device))
     batch = trainer.precision_plugin.convert_input(batch)
     batch = _before_batch_transfer(pl_module)(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

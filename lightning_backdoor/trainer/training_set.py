@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor.data.batches import BatchLayout, find_layout
 from lightning_backdoor.data.nesting import positions_in, transforms_of
+from lightning_backdoor.data.origins import Replaced, close
 from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
 from lightning_backdoor.data.prefetching import Finish, finish_of, unwrapped
 from lightning_backdoor.data.siblings import is_dataset, over_sibling
@@ -29,7 +30,7 @@ from lightning_backdoor.trainer.outputs import call_model, require_logits
 from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.scan import scan_read, shard
 
-__all__ = ["Reading", "TrainingSet", "open_training_set"]
+__all__ = ["Reading", "TrainingSet", "open_training_set", "require_replaceable"]
 
 _PROBE = 64  # images that the pixel space is inferred from
 _PROBE_FORWARD = 4  # of them that go through the model, with all activations kept
@@ -145,6 +146,25 @@ class TrainingSet:
         if label is not None and label >= self.num_classes:
             raise ArgumentError(f"`{name}` must be a class index below {self.num_classes}, got {label}.")
 
+    def require_replaceable(self, trainer: Any, pl_module: Any, *, alone: bool | None = None) -> None:
+        """Check that the model can be shown other images than those of a batch; for methods that do.
+
+        Args:
+            trainer: The running Trainer.
+            pl_module: The LightningModule under training.
+            alone: Whether a network is called with the images alone; ``None``: as the user's ``forward_fn`` says.
+
+        Raises:
+            ArgumentError: ``batch_fn`` computes the images in a way that cannot be undone, and the model does not take
+                what it returns.
+        """
+        if self.layout.batch_fn is None:
+            return
+        with unobtrusive(trainer, pl_module), in_unison(trainer, "first look at the training images"):
+            batch = self._few()
+            alone = self.reading.forward_fn is None if alone is None else alone
+            require_replaceable(trainer, pl_module, self.layout, batch, alone=alone)
+
     def labels(self, batch: Any) -> Tensor:
         """Class indices of a batch, long ``(B,)``, checked against the number of logits."""
         labels = self.layout.labels(batch)
@@ -201,10 +221,14 @@ class TrainingSet:
 
     def few(self, trainer: Any, pl_module: Any) -> Callable[[], Tensor]:
         """A function that takes a few images through the model and returns their logits; for finding layers."""
-        positions = self.probe[0][:_PROBE_FORWARD]
-        with self.read(positions, num_workers=min(self.loader.num_workers, 1)) as view:
-            _, batch = next(iter(view))
+        batch = self._few()
         return lambda: _logits(trainer, pl_module, self.layout, self.reading, copy.deepcopy(batch))
+
+    def _few(self) -> Any:
+        """A batch of a few images, as the loader gives it."""
+        with self.read(self.probe[0][:_PROBE_FORWARD], num_workers=min(self.loader.num_workers, 1)) as view:
+            _, batch = next(iter(view))
+        return batch
 
     def mixes_labels(self) -> bool:
         """Whether the user's ``collate_fn`` mixes labels (CutMix, MixUp), tried on two batches."""
@@ -302,7 +326,7 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
         _, few = next(iter(scan_loader(source, some, batch_size=len(some), **settings)))
         transforms = [*transforms_of(source.dataset), *([] if finish is None else [finish])]
     positions = positions_in(source.dataset, indices)
-    layout = find_layout(batch, reading.batch_fn, positions)
+    layout = find_layout(batch, reading.batch_fn, positions).traced(batch)
     images = layout.images(batch)
     check_finite(images, indices)
     found: list[Tensor] = []
@@ -323,7 +347,7 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
         images,
         transform=transforms,
         model=pl_module,
-        beside=(source.dataset, loader.collate_fn),
+        beside=(source.dataset, loader.collate_fn, reading.batch_fn),
         mean=reading.mean,
         std=reading.std,
     )
@@ -375,6 +399,41 @@ def _require_labels(view: ScanLoader, layout: BatchLayout, indices: Tensor, labe
                 f"{len(other)} of {len(own)} positions that were looked at ({other[:5]}…). Take the same files and the "
                 "same subset of them, without shuffling."
             )
+
+
+def require_replaceable(trainer: Any, pl_module: Any, layout: BatchLayout, batch: Any, *, alone: bool) -> None:
+    """Check that a network can be shown other images than those of a batch.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule under training.
+        layout: How the images are read; it knows their origin.
+        batch: A batch as the loader gave it.
+        alone: Whether the network is called with the images alone.
+
+    Raises:
+        ArgumentError: ``batch_fn`` computes the images in a way that cannot be undone, and the network is shown more
+            than that, or the transfer hooks do more to the images.
+    """
+    images = layout.images(batch).clone()
+    other = layout.with_images(batch, images)
+    if not isinstance(other, Replaced):
+        return
+    if alone:
+        given, prepared = (prepare_batch(trainer, pl_module, each) for each in (other, copy.deepcopy(batch)))
+        if close(given.images, layout.images(prepared)):
+            return
+    reason = "the transfer hooks change them" if alone else "`forward_fn` reads the batch"
+    instead = (
+        "move what the hooks do into `forward`"
+        if alone
+        else "leave out `forward_fn`, so that the module is called with what `batch_fn` returns"
+    )
+    raise ArgumentError(
+        "`batch_fn` computes its images, by more than a factor and a summand for each channel, so that no batch can be "
+        f"made that holds changed images; and the module does not take them alone, because {reason}. Let `batch_fn` "
+        f"return a tensor of the batch, and compute in `forward`, in `forward_fn` or in the dataset; or {instead}."
+    )
 
 
 def _logits(trainer: Any, pl_module: Any, layout: BatchLayout, reading: Reading, batch: Any) -> Tensor:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_backdoor.data import find_layout
+from lightning_backdoor.data.origins import Replaced
 from lightning_backdoor.errors import ArgumentError, DataError
 
 Pair = namedtuple("Pair", ["img", "cat"])
@@ -186,6 +187,20 @@ def test_channels_last_arrays_are_explained() -> None:
         find_layout(batch)
 
 
+RAW = torch.randint(0, 65536, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)).int()
+SCALE = torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+COMPUTED: dict[str, tuple[Any, Any, float]] = {
+    "fractions": ((RAW.to(torch.uint16), Y), lambda b: b[0].float() / 65535, 1e-5),
+    "normalised": ({"x": RAW.byte(), "y": Y}, lambda b: (b["x"].float() / 255 - 0.4) / SCALE, 1e-2),
+    "doubled": ((X, Y), lambda b: b[0] * 2, 1e-6),
+    "inverted": ((RAW, Y), lambda b: 1 - b[0].double() / 65535, 1e-5),
+    "channels last": ([RAW.permute(0, 2, 3, 1).contiguous(), Y], lambda b: b[0].permute(0, 3, 1, 2) / 65535.0, 1e-5),
+    "grey": ((RAW[:, 0].short(), Y), lambda b: b[0].float() / 1000 - 1, 1e-3),
+    "grey with a channel": ((RAW[:, 0].contiguous(), Y), lambda b: b[0].unsqueeze(1) / 65535.0, 1e-5),
+    "half": ((RAW.byte(), Y), lambda b: (b[0] / 255).half(), 2e-3),
+}
+
+
 class TestBatchFn:
     def test_picks_and_replaces_by_identity(self) -> None:
         other = torch.rand(4, 3, 8, 8)
@@ -220,11 +235,56 @@ class TestBatchFn:
         if form == "sliced":
             assert torch.equal(changed[0][:, 0], whole[:, 0])
 
-    def test_computed_images_cannot_be_replaced(self) -> None:
-        layout = find_layout((X, Y), lambda b: (b[0] * 2, b[1]))
-        assert torch.equal(layout.images((X, Y)), X * 2)
-        with pytest.raises(ArgumentError, match="`batch_fn` must return images that are a tensor of the batch"):
-            layout.with_images((X, Y), X)
+    @pytest.mark.parametrize("name", COMPUTED)
+    def test_computed_images_are_traced_back(self, name: str) -> None:
+        batch, compute, tolerance = COMPUTED[name]
+        before = repr(batch)
+        layout = find_layout(batch, lambda b: (compute(b), Y)).traced(batch)
+        images = layout.images(batch)
+        new = images.flip(0, -1)
+        changed = layout.with_images(batch, new)
+        assert type(changed) is type(batch)
+        assert layout.images(changed).dtype == images.dtype
+        assert torch.allclose(layout.images(changed), new, atol=tolerance)
+        assert torch.allclose(layout.images(layout.with_images(batch, images)), images, atol=tolerance)
+        leaf, twin = (next(iter(b.values())) if isinstance(b, dict) else b[0] for b in (batch, changed))
+        assert (leaf.dtype, leaf.shape) == (twin.dtype, twin.shape)
+        assert repr(batch) == before, "the user's batch is not changed"
+
+    @pytest.mark.parametrize(
+        "compute",
+        [
+            lambda x: x.sqrt(),
+            lambda x: x.clamp(max=0.9),
+            lambda x: (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True),
+            lambda x: torch.nn.functional.avg_pool2d(x, 2),
+            lambda x: x.mean(1),
+            lambda x: x * 0,
+        ],
+        ids=["root", "clamp", "by image", "smaller", "grey", "constant"],
+    )
+    def test_images_computed_otherwise_stand_beside_the_batch(self, compute: Any) -> None:
+        layout = find_layout((X, Y), lambda b: (compute(b[0]), b[1])).traced((X, Y))
+        new = layout.images((X, Y)) + 1
+        changed = layout.with_images((X, Y), new)
+        assert isinstance(changed, Replaced)
+        assert changed.batch[0] is X
+        assert layout.images(changed) is new
+        assert layout.labels(changed).tolist() == Y.tolist()
+        assert layout.images(layout.with_images(changed, new * 2)).equal(new * 2)
+        assert find_layout(changed, layout.batch_fn).images(changed) is new
+
+    def test_of_two_tensors_that_one_is_changed_that_is_read(self) -> None:
+        batch = {"shown": X * 2, "read": X, "y": Y}
+        layout = find_layout(batch, lambda b: (b["read"] * 3, b["y"])).traced(batch)
+        changed = layout.with_images(batch, X.flip(0) * 3)
+        assert changed["shown"] is batch["shown"]
+        assert torch.allclose(changed["read"], X.flip(0))
+
+    def test_tensors_of_the_batch_have_no_origin(self) -> None:
+        for batch_fn in (None, lambda b: (b[0].transpose(2, 3), b[1])):
+            layout = find_layout((X, Y), batch_fn)
+            assert layout.traced((X, Y)) is layout
 
     def test_must_return_a_pair_of_images_and_labels(self) -> None:
         with pytest.raises(ArgumentError, match="`batch_fn` must return a pair"):
