@@ -52,7 +52,8 @@ def judge_samples(
         )
     if earlier is None or keep is None:
         return decision
-    return add_removed(decision, earlier.scores, keep, threshold=earlier.threshold, max_removed=max_removed)
+    limits: dict[str, Any] = {"max_removed": max_removed, "labels": None if rule == "paper" else measured.labels}
+    return add_removed(decision, earlier.scores, keep, threshold=earlier.threshold, **limits)
 
 
 def choose_units(

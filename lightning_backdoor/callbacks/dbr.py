@@ -63,7 +63,8 @@ class DBRCallback(Detecting, RepairCallback):
         transform: Replaces turning and shifting: takes and returns the pixels of one image, uint8 ``(1, C, H, W)``. It
             is called for every image under a seed of its own.
         reference: The authors' loop without these bounds: every epoch, suspects first, with a constant rate.
-        max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``.
+        max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``. With ``suspect="auto"`` 15 %
+            of each label are not suspect in any case (of the median label, where a label is larger).
         report_dir: Folder for the report (with ``name``, a sub-folder of it). ``None``: beside the logger's files;
             without a logger there is no report.
         forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``, where images alone are not enough.

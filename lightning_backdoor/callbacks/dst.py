@@ -72,7 +72,8 @@ class DSTCallback(Detecting):
         fct_metric: How far features move; ``"auto"``: ``"cosine"`` where some are negative, else ``"mse"``.
         draws: Transformations per image.
         transform: Replaces turning and shifting in the detector: from one image, uint8 ``(1, C, H, W)``, to another.
-        max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``.
+        max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``. With ``suspect="auto"`` 15 %
+            of each label are not suspect in any case (of the median label, where a label is larger).
         report_dir: Folder for the report (with ``name``, a sub-folder of it). ``None``: beside the logger's files;
             without a logger there is no report.
         forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``, where images alone are not enough.

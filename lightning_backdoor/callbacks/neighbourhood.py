@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_backdoor.callbacks.suspects import masks_of
 from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.errors import DataError
+from lightning_backdoor.functional.decisions import limit_of_labels
 from lightning_backdoor.functional.neighbours import neighbour_agreement, reconsider_uncertain
 from lightning_backdoor.trainer.compat import rank_zero_warn
 from lightning_backdoor.trainer.flagged_batches import Flags
@@ -121,6 +123,8 @@ def second_look(
                 budget = int(max_removed * len(data)) - int(flags.suspect.sum())
                 uncertain = verdict.keep & ~flags.trusted & ~flags.suspect
                 more, fewer = reconsider_uncertain(agreement, flags.labels, flags.trusted, uncertain, most=budget)
+                keep, order = verdict.keep & ~fewer, verdict.scores.masked_fill(flags.suspect, math.inf)
+                fewer &= ~limit_of_labels(order, keep, flags.labels)
     mean, more, fewer = trainer.strategy.broadcast((mean, more, fewer), src=0)
     if not readmit:
         return mean, verdict, 0, 0

@@ -2,7 +2,7 @@
 
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores, select_trusted, split_by_rank
 from lightning_backdoor.functional.contrastive import mixed_cross_entropy, ss_contrastive_loss
-from lightning_backdoor.functional.decisions import limit_removed, natural_break, select_fraction
+from lightning_backdoor.functional.decisions import limit_of_labels, limit_removed, natural_break, select_fraction
 from lightning_backdoor.functional.denoising import local_median, nl_means
 from lightning_backdoor.functional.evidence import Decision, decide
 from lightning_backdoor.functional.hyperplane import (
@@ -34,6 +34,7 @@ __all__ = [
     "find_shared_modes",
     "forgetting_loss",
     "invert_trigger",
+    "limit_of_labels",
     "limit_removed",
     "local_median",
     "mixed_cross_entropy",

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
 
-__all__ = ["limit_removed", "natural_break", "select_fraction"]
+__all__ = ["LEFT", "limit_of_labels", "limit_removed", "natural_break", "select_fraction"]
+
+LEFT = 0.15  # of a label; poisons with right labels are seldom more than 80 % of it, and a class needs some samples
 
 
 def natural_break(values: Tensor) -> float:
@@ -84,4 +86,34 @@ def limit_removed(scores: Tensor, keep: Tensor, max_removed: float) -> Tensor:
     allowed = removed[scores[removed].argsort(descending=True, stable=True)[:budget]]
     limited = torch.ones_like(keep)
     limited[allowed] = False
+    return limited
+
+
+def limit_of_labels(scores: Tensor, keep: Tensor, labels: Tensor, left: float = LEFT) -> Tensor:
+    """Return ``keep`` with the least suspicious removed samples of a label put back until enough of it are left.
+
+    Enough is a share of the label, or of as many samples as the median label has, where the label has more: poisons of
+    other classes can be the larger part of the label that they are given, and its own samples are enough then.
+
+    Args:
+        scores: Float, shape ``(N,)``; larger is more suspicious.
+        keep: Bool, shape ``(N,)``.
+        labels: Labels as given, long, shape ``(N,)``.
+        left: The share, in ``[0, 1]``; numbers of samples are rounded up.
+
+    Example:
+        >>> import torch
+        >>> labels, keep = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.tensor([False] * 4 + [True] * 4)
+        >>> limit_of_labels(torch.tensor([4.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0]), keep, labels, 0.5)
+        tensor([False,  True,  True, False,  True,  True,  True,  True])
+    """
+    _, places, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    usual = int(counts.median()) if len(counts) else 0
+    kept = torch.bincount(places[keep], minlength=len(counts)).tolist()
+    limited = keep.clone()
+    for place, count in enumerate(counts.tolist()):
+        lacking = math.ceil(left * min(count, usual) - 1e-9) - kept[place]
+        if lacking > 0:
+            removed = (~keep & (places == place)).nonzero().squeeze(1)
+            limited[removed[scores[removed].argsort(descending=True, stable=True)[-lacking:]]] = True
     return limited

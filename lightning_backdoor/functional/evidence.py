@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.functional.decisions import limit_removed, natural_break, select_fraction
+from lightning_backdoor.functional.decisions import (
+    LEFT,
+    limit_of_labels,
+    limit_removed,
+    natural_break,
+    select_fraction,
+)
 from lightning_backdoor.functional.modes import (
     DENIED_AGREEMENT,
     DENIED_SEPARATION,
@@ -20,7 +26,10 @@ from lightning_backdoor.functional.modes import (
 )
 from lightning_backdoor.functional.shared import find_shared_modes
 
-__all__ = ["Decision", "add_removed", "decide", "decide_by_break"]
+OF_LABEL = f"left_of_label({LEFT:g})"
+"""Stands in a rule where :func:`~lightning_backdoor.functional.limit_of_labels` kept some samples."""
+
+__all__ = ["OF_LABEL", "Decision", "add_removed", "decide", "decide_by_break"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,9 @@ def decide(
 
     Returns:
         The decision. When nothing stands out and ``fraction`` is ``None``, ``keep`` is all true and the threshold
-        infinite.
+        infinite. Without a ``fraction`` some samples of every label stay, whatever their scores
+        (:func:`~lightning_backdoor.functional.limit_of_labels`): a population that is nearly all of a label may be the
+        label itself.
 
     Raises:
         ArgumentError: If ``by_ranking`` or ``removed`` comes without a ``fraction``.
@@ -107,14 +118,25 @@ def decide(
             early = f"early agreement < {DENIED_AGREEMENT:g} of the rest's"
             rule = f"{rule} or denied(separation>={DENIED_SEPARATION:g}, {early})"
     wanted = int((~keep).sum())
+    spared = limit_of_labels(order, keep, labels) & ~keep if fraction is None else torch.zeros_like(keep)
+    if bool(spared.any()):
+        keep, rule = keep | spared, f"{rule}, {OF_LABEL}"
     limited = limit_removed(order, keep, max_removed)
-    if int((~limited).sum()) < wanted:
+    if not torch.equal(limited, keep):
         keep, rule = limited, f"{rule}, max_removed({max_removed:g})"
-        threshold = float(scores[keep & considered].max())
+        threshold = float(scores[keep & considered & ~spared].max())
     return Decision(scores, keep, threshold, rule, tuple(modes), wanted, bool(together))
 
 
-def add_removed(decision: Decision, scores: Tensor, keep: Tensor, *, threshold: float, max_removed: float) -> Decision:
+def add_removed(
+    decision: Decision,
+    scores: Tensor,
+    keep: Tensor,
+    *,
+    threshold: float,
+    max_removed: float,
+    labels: Tensor | None = None,
+) -> Decision:
     """Join a later decision with an earlier verdict: what was removed stays removed, with its score, within one cap.
 
     The later model was trained without the removed samples, so it no longer finds anything wrong with them.
@@ -125,6 +147,8 @@ def add_removed(decision: Decision, scores: Tensor, keep: Tensor, *, threshold: 
         keep: Samples that the earlier verdict kept, bool, shape ``(N,)``.
         threshold: Threshold of the earlier verdict.
         max_removed: Largest share of all samples that may be removed in all, in ``(0, 1)``.
+        labels: Labels of all N samples, long ``(N,)``; some samples of every label stay, as in :func:`decide`. ``None``
+            sets no limit.
     """
     removed = ~keep
     if len(decision.keep) < len(keep):
@@ -134,15 +158,23 @@ def add_removed(decision: Decision, scores: Tensor, keep: Tensor, *, threshold: 
             keep=torch.ones_like(keep).masked_scatter(keep, decision.keep),
         )
     budget = max(int(max_removed * len(removed)) - int(removed.sum()), 0)
-    new = (~decision.keep & ~removed).nonzero().squeeze(1)
+    spared, order = torch.zeros_like(keep), decision.scores.masked_fill(removed, math.inf)
+    if labels is not None:
+        spared = limit_of_labels(order, decision.keep & keep, labels) & ~decision.keep & keep
+    rule = f"{decision.rule}, {OF_LABEL}" if bool(spared.any()) and OF_LABEL not in decision.rule else decision.rule
+    new = (~decision.keep & ~removed & ~spared).nonzero().squeeze(1)
     new = new[decision.scores[new].argsort(descending=True, stable=True)[:budget]]
     still = keep.clone()
     still[new] = False
+    threshold = min(decision.threshold, threshold)
+    if 0 < len(new) == budget:
+        threshold = float(decision.scores[still & ~spared].max())
     return replace(
         decision,
         scores=torch.where(removed, scores, decision.scores),
         keep=still,
-        threshold=float(decision.scores[still].max()) if 0 < len(new) == budget else min(decision.threshold, threshold),
+        rule=rule,
+        threshold=threshold,
         wanted=decision.wanted + int((removed & decision.keep).sum()),
     )
 

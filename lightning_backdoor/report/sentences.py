@@ -5,9 +5,20 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from lightning_backdoor.functional.evidence import OF_LABEL
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.table import ClassRow
 from lightning_backdoor.verdict import Verdict
+
+OF_ALL = (
+    "Compare the images on both sides of the line. If the kept ones show the same mark, raise `max_removed` and train "
+    "again. If they look ordinary, the rule was misled: lower `max_removed`, or choose another rule."
+)
+OF_ONE_LABEL = (
+    "Nearly a whole label stood out, and some of its images stay so that the model knows the label. Compare the images "
+    "on both sides of the line. If they show the same mark, take all of them out of the data set and train again. If "
+    "they look ordinary, they are a kind of image that no other label has: train without this check."
+)
 
 __all__ = ["Summary", "count", "number", "percent", "score", "summarise"]
 
@@ -110,9 +121,11 @@ def _nothing(looked: str, total: int, treatment: str) -> Summary:
     )
 
 
-def _capped(looked: str, where: str, *, removed: int, total: int, evidence: Evidence) -> Summary:
+def _capped(looked: str, where: str, rule: str, *, removed: int, total: int, evidence: Evidence) -> Summary:
     wanted, max_removed = evidence.wanted or 0, evidence.max_removed
     limit = "`max_removed`" if max_removed is None else f"`max_removed={max_removed:g}`"
+    if OF_LABEL in rule:  # a kind of image, or a trigger: whichever it is, `max_removed` would change nothing
+        limit = f"{limit} or the limit of a label" if "max_removed(" in rule else "the limit of a label"
     only = f"only the {removed:,} most suspicious {_were(removed)}" if removed else "none was"
     left = wanted - removed
     return Summary(
@@ -121,8 +134,7 @@ def _capped(looked: str, where: str, *, removed: int, total: int, evidence: Evid
         found=f"{count(wanted, 'image')} ({percent(wanted, total)}) stood out, more than {limit} allows.",
         done=f"The limit cut the removal short: {only} taken out.{where} "
         f"The other {count(left, 'image')} that stood out {'is' if left == 1 else 'are'} still in the training set.",
-        then="Compare the images on both sides of the line. If the kept ones show the same mark, raise `max_removed` "
-        "and train again. If they look ordinary, the rule was misled: lower `max_removed`, or choose another rule.",
+        then=OF_ONE_LABEL if OF_LABEL in rule else OF_ALL,
     )
 
 
@@ -142,7 +154,7 @@ def summarise(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evi
     looked = _looked(verdict, method, rows, evidence)
     where = _where(rows, evidence)
     if evidence.wanted is not None and evidence.wanted > removed:
-        capped = _capped(looked, where, removed=removed, total=total, evidence=evidence)
+        capped = _capped(looked, where, verdict.rule, removed=removed, total=total, evidence=evidence)
         return capped._replace(done=" ".join(filter(None, (capped.done, evidence.treatment))))
     if removed == 0:
         return _nothing(looked, total, evidence.treatment)

@@ -72,6 +72,56 @@ def test_the_cap_keeps_the_most_suspicious_and_says_so() -> None:
     assert follows_its_threshold(decision, torch.ones(600, dtype=torch.bool))
 
 
+def label_of_two(share: float, *, own: int = 200, other: int = 200, seed: int = 0) -> tuple[Tensor, ...]:
+    """Three labels of ``other`` samples; a share of label 0 is of a kind that no other label has. And which ones."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(4).repeat_interleave(torch.tensor([own, other, other, other]))
+    kind = torch.arange(len(labels)) < round(share * own)
+    values = 2 * torch.randn(4, 12, generator=generator)[labels] + torch.randn(len(labels), 12, generator=generator)
+    values[:, :2] = torch.randn(len(labels), 2, generator=generator) + 9 * kind[:, None]
+    return values, torch.randn(len(labels), generator=generator), labels, kind
+
+
+@pytest.mark.parametrize(("share", "removed"), [(0.0, 0), (0.8, 160), (0.9, 170)])
+def test_some_samples_of_every_label_stay(share: float, removed: int) -> None:
+    """Nine of ten images of a label with a black border may be all that there is of the label."""
+    values, ranking, labels, kind = label_of_two(share)
+    decision = decide(values, ranking, labels)
+    gone = ~decision.keep
+    assert (int(gone.sum()), decision.wanted) == (removed, int(kind.sum()))
+    assert bool(kind[gone].all())
+    assert ("left_of_label(0.15)" in decision.rule) == (share == 0.9)
+    if share == 0.9:
+        assert decision.scores[gone].min() >= decision.scores[kind & decision.keep].max(), "the most suspicious first"
+        assert decision.threshold == 0.5
+        both = decide(values, ranking, labels, max_removed=0.1)
+        assert int((~both.keep).sum()) == 80
+        assert both.rule.endswith("left_of_label(0.15), max_removed(0.1)")
+        assert bool((both.scores[~both.keep] > both.threshold).all())
+        by_fraction = decide(values, ranking, labels, fraction=0.225)
+        assert torch.equal(~by_fraction.keep, kind), "a quota is as the paper has it"
+
+
+def test_a_label_that_others_were_given_keeps_its_own_samples_and_no_more() -> None:
+    """Of many classes, the target's own images are few beside the poisons: 92 % of the label are removed."""
+    values, ranking, labels, kind = label_of_two(0.92, own=600, other=50)
+    decision = decide(values, ranking, labels, max_removed=0.9)
+    assert torch.equal(~decision.keep, kind)
+    assert decision.rule == "second_mode(separation>=2.5)"
+
+
+def test_some_samples_of_every_label_stay_over_all_looks_together() -> None:
+    values, ranking, labels, _ = label_of_two(0.9)
+    first = decide(values, ranking, labels)
+    rest = first.keep & (labels == 0)
+    later = Decision(ranking[first.keep], ~rest[first.keep], 0.5, "later", (), int(rest.sum()))
+    common = {"scores": first.scores, "keep": first.keep, "threshold": 0.5, "max_removed": 0.9}
+    joined = add_removed(later, **common, labels=labels)
+    assert torch.equal(joined.keep, first.keep)
+    assert joined.rule == "later, left_of_label(0.15)"
+    assert int((~add_removed(later, **common).keep).sum()) == 200, "without a limit the label would be gone"
+
+
 def test_only_considered_samples_are_removed() -> None:
     values, ranking, labels, poisoned = data()
     inside = decide(values, ranking, labels, considered=labels == 1)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from lightning_backdoor.functional.evidence import OF_LABEL
 from lightning_backdoor.report import Evidence
 from lightning_backdoor.report.sentences import Summary, number, percent, score, summarise
 from lightning_backdoor.report.table import class_rows
@@ -55,6 +58,15 @@ def test_capped_has_its_own_sentence():
     assert "only the 20 most suspicious were taken out" in summary.done
     assert "40 images that stood out are still in the training set" in summary.done
     assert "raise `max_removed`" in summary.then
+
+
+def test_a_label_of_which_some_stay_has_its_own_sentence():
+    judged = replace(verdict(200, 20), rule=f"second_mode(separation>=2.5), {OF_LABEL}")
+    summary = told(judged, evidence(wanted=24, max_removed=0.3))
+    assert "24 images (12 %) stood out, more than the limit of a label allows" in summary.found
+    assert "`max_removed" not in " ".join(summary)
+    both = told(replace(judged, rule=f"{judged.rule}, max_removed(0.1)"), evidence(wanted=24, max_removed=0.1))
+    assert "more than `max_removed=0.1` or the limit of a label allows" in both.found
 
 
 def test_a_limit_that_leaves_nothing_to_remove_is_not_nothing_found():
