@@ -142,7 +142,7 @@ CLEAN_MODEL = "clean-model"
 BASELINES = ("AC", "spectral", "STRIP", "deep-kNN", "fine-tune", "ABL")
 """Defences from the literature."""
 
-AT_THE_END = ("NONE", "NONE-paper", "random-reset", "D-BR", "D-BR-paper", *BASELINES[:-1])
+AT_THE_END = ("ultraclean-paper", "NONE", "NONE-paper", "random-reset", "D-BR", "D-BR-paper", *BASELINES[:-1])
 """Defences that act when training is about to end: they share the undefended training up to its last epoch."""
 
 

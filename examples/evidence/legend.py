@@ -63,8 +63,8 @@ NOTES = {
     "D-BR": "looks when training is about to end; unlearns suspects, relearns from trusted images",
     "D-ST": "looks before the first epoch; learns features by contrast, and a classifier from trusted images",
     "ultraclean-paper": "the authors' score on {c.output}, as in two of their four scripts (`from_paper()` alone: "
-    "softmax), of the network at half of the epochs (theirs is trained to the end); removes {c.fraction:.0%} whatever "
-    "the data look like",
+    "softmax), of a network that is trained to the end; trains anew; removes {c.fraction:.0%} whatever the data look "
+    "like",
     "NONE-paper": "the authors' quotas, whatever the data look like",
     "D-BR-paper": "the authors' shares and rate, whatever the data look like; trusts images class by class, trains its "
     "detector with AdamW",

@@ -17,7 +17,7 @@ WORK: dict[str, tuple[float, float]] = {
     "perfect": (1, 0),
     "random": (1, 0),
     "ultraclean": (1.8, 0),
-    "ultraclean-paper": (1.5, 1),
+    "ultraclean-paper": (1, 4),
     "ultraclean+NONE": (2.0, 3),
     "NONE": (0.2, 3),
     "NONE-paper": (0.2, 3),

@@ -10,6 +10,7 @@ from examples.evidence.architectures import ARCHITECTURES, architectures
 from examples.evidence.cells import ADAPTIVE, CLEAN_MODEL, FURTHER, RATES, STANDARD
 from examples.evidence.legend import legend
 from examples.evidence.missing import missing, missing_ablations
+from examples.evidence.older import older
 from examples.evidence.protocols import PROTOCOLS, Setting
 from examples.evidence.published import PUBLISHED, pair, published, published_detection
 from examples.evidence.rows import Row, setting_of
@@ -48,6 +49,7 @@ def page(rows: list[Row], ablations: Mapping[str, list[Row]]) -> str:
             f"## {found[0]['dataset']}, {setting}",
             circumstances(found),
             f"### Clean accuracy / attack success rate\n\n{headline(found)}",
+            *filter(None, [older(found)]),
             *_above(found),
             f"### Detection\n\n{detection(found)}",
             f"### On clean data\n\n{CLEAN}\n\n{on_clean_data(found)}",
@@ -231,7 +233,7 @@ INTRODUCTION = """# What was measured
 Written by `python -m examples.evidence results` from the {count} rows of `results.jsonl` and those of the ablations
 beside it; do not edit it. All rates are in per cent; several seeds are given as mean ± standard deviation.
 A cell is *void* where the attack did not take: the undefended model obeys the trigger in less than half of the images.
-– stands for what was not measured; names with `-paper` follow the papers.
+– stands for what was not measured; names with `-paper` are the papers' methods (below the tables: which rows are not).
 Defences that act when training ends (NONE, D-BR, most baselines) go on from the undefended run before its last epoch,
 and draw the batches of that epoch anew: where they do nothing, that alone is what changes (see *On clean data*).
 

@@ -18,6 +18,8 @@ from examples.evidence.protocols import Cell, Setting
 from lightning_backdoor import __version__
 
 Row = dict[str, Any]
+NAMES = 1
+"""Counts up where the name of an attack or defence comes to mean something else; see :mod:`examples.evidence.older`."""
 IDENTITY = ("dataset", "images", "model", "recipe", "epochs", "attack", "seed")
 """What tells two rows apart, beside the defence."""
 
@@ -81,6 +83,7 @@ def circumstances(module: str, device: str) -> Row:
             "pytorch_lightning": pl.__version__,
         },
         "hardware": torch.cuda.get_device_name() if device == "cuda" else threads,
+        "names": NAMES,
         "command": " ".join(["python -m", module, *sys.argv[1:]]),
     }
 

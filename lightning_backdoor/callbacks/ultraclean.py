@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,8 @@ class UltraCleanCallback(FilterCallback):
 
     Args:
         warmup_epochs: Epochs of ordinary training before the scan. ``None``: half of ``max_epochs`` (10 if that is not
-            set). Strong backdoors show early, weak ones late. The scan never comes later than the last epoch.
+            set); with the paper's score and cut and a rewind, when training is about to end. Strong backdoors show
+            early, weak ones late. The scan never comes later than the last epoch.
         score: ``"auto"`` looks for a second mode in the features and their movement; ``"paper"`` is L1 on the outputs.
         output: What ``score="paper"`` compares: ``"logits"`` or ``"softmax"`` (which saturates and ranks poorly).
         rule: ``"auto"`` removes second modes that pass the no-poison gate; ``"fraction"`` removes the top ``fraction``.
@@ -146,7 +148,12 @@ class UltraCleanCallback(FilterCallback):
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> UltraCleanCallback:
-        """Use the paper's score (L1 on softmax outputs) and cut (a fraction of 0.2), which always removes images."""
+        """Use the paper's score (L1 on softmax outputs) and cut (a fraction of 0.2), which always removes images.
+
+        The network that is asked is trained to the end, and so is the one that starts again on the rest: the fit takes
+        twice its epochs. ``warmup_epochs`` asks earlier. Without a rewind nothing would be trained after the end, so
+        that ``rewind=False`` asks after half of the epochs.
+        """
         return cls(**{"score": "paper", "output": "softmax", "rule": "fraction", **overrides})
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -187,6 +194,8 @@ class UltraCleanCallback(FilterCallback):
         return {**super().__getstate__(), "_scanner": None}
 
     def _first_scan(self, trainer: Any) -> int:
+        if self.warmup_epochs is None and self.rewind and (self.score, self.rule) == ("paper", "fraction"):
+            return sys.maxsize  # when training is about to end
         return warmup_or_half(self.warmup_epochs, planned_max_epochs(trainer))
 
     def _asks_neighbours(self, trainer: Any) -> bool:

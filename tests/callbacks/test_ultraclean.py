@@ -132,6 +132,30 @@ def test_the_paper_removes_its_fraction() -> None:
     assert bool(((verdict.scores >= 0) & (verdict.scores <= 4)).all()), "L1 between probability vectors, twice"
 
 
+def test_the_paper_asks_the_trained_network_and_trains_as_long_again() -> None:
+    callback = UltraCleanCallback.from_paper()
+    _, module = fit([callback], epochs=3)
+    (look,) = callback._looks
+    assert (look.epochs, look.rewinds) == (3, True)
+    assert [len(positions) for _, positions in module.epochs()] == [64] * 3 + [64 - int(0.2 * 64)] * 3
+
+
+@pytest.mark.parametrize(
+    ("callback", "first"),
+    [
+        (UltraCleanCallback.from_paper(rewind=False), 2),  # nothing would be trained after the end
+        (UltraCleanCallback.from_paper(warmup_epochs=1), 1),
+        (UltraCleanCallback(rule="fraction"), 2),
+        (UltraCleanCallback(score="paper"), 2),
+        (UltraCleanCallback(), 2),
+    ],
+    ids=str,
+)
+def test_others_look_half_way_or_when_they_are_told(callback: UltraCleanCallback, first: int) -> None:
+    trainer = make_trainer([callback], epochs=4)
+    assert callback._first_scan(trainer) == first
+
+
 def test_target_class_looks_at_one_label_only() -> None:
     callback = always(target_class=2, fraction=0.5, warmup_epochs=1)
     fit([callback], epochs=2)

@@ -62,7 +62,7 @@ def test_defences_are_told_by_their_calls() -> None:
     }.items():
         assert line(told, name).startswith(f"| {name} | `{call}` |")
     assert "score on logits, as in two" in line(told, "ultraclean-paper")
-    assert "at half of the epochs" in line(told, "ultraclean-paper")
+    assert "trained to the end" in line(told, "ultraclean-paper")
     assert "20 images are blended in (default: 100)" in line(told, "STRIP")
     assert re.search(r"isolates 1 % of the images .* for 5 epochs \(default: 20\)", line(told, "ABL"))
     assert "a network of the next seed, trained on clean data alone" in line(told, "clean-model")
