@@ -297,7 +297,8 @@ def _order(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector) 
     labels = data.read_labels(trainer, pl_module)
     if LEAST_OF_CLASS * len(torch.unique(labels)) <= size:  # a head may have more outputs than there are classes
         return order
-    return torch.cat([order[: detector.steps * size], _by_classes(labels, size, repelling, generator)])
+    read = (~data.unread).nonzero().squeeze(1)
+    return torch.cat([order[: detector.steps * size], read[_by_classes(labels[read], size, repelling, generator)]])
 
 
 def _by_classes(labels: Tensor, size: int, batches: int, generator: torch.Generator) -> Tensor:
