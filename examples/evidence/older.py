@@ -59,7 +59,11 @@ def older(rows: Iterable[Row]) -> str:
 
 def _counted(sentence: str, count: int) -> str:
     """The sentence in the singular, if it is about one row."""
-    return sentence if count > 1 else sentence.replace("1 rows", "row").replace(") are ", ") is ").replace(") have ", ") has ")
+    if count > 1:
+        return sentence
+    for many, one in (("1 rows", "row"), (") are ", ") is "), (") have ", ") has ")):
+        sentence = sentence.replace(many, one, 1)
+    return sentence
 
 
 def _attacks(found: list[Row]) -> str:
