@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_backdoor.baselines.baseline import Baseline
 from lightning_backdoor.callbacks.defense import require_fraction, require_positive
@@ -34,6 +35,11 @@ def blend(pixels: Tensor, overlay: Tensor, weight: float = 0.5) -> Tensor:
     """
     mixed = pixels.float() * (1 - weight) + overlay.float() * weight
     return mixed.round().clamp(0, 255).to(torch.uint8)
+
+
+def resized(overlays: Tensor, like: Tensor) -> Tensor:
+    """Bring images, uint8 ``(T, C, H, W)``, to height and width of others."""
+    return F.interpolate(overlays.float(), like.shape[2:], mode="nearest").to(torch.uint8)
 
 
 def strip_scores(logits: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -139,7 +145,7 @@ class STRIP(Baseline):
         check_finite(images, indices)
         pixels = data.pixels.to_pixels(images).to(pl_module.device)
         answers = []
-        for overlay in overlays:
+        for overlay in overlays if overlays.shape[2:] == pixels.shape[2:] else resized(overlays, pixels):
             mixed = data.pixels.to_model(blend(pixels, overlay, self.weight), like=images)
             logits, _ = data.outputs(trainer, pl_module, data.layout.with_images(batch, mixed))
             answers.append(logits)

@@ -48,6 +48,10 @@ class RowStore:
         """Whether the rows are in a file."""
         return self._folder is not None
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether rows of this shape can be written: all have the shape of the first ones."""
+        return self._values is None or self._values.shape[1:] == shape
+
     def has(self, positions: Tensor) -> bool:
         """Whether all rows at ``positions``, long ``(B,)``, are written."""
         return bool(self.written[positions].all())
@@ -62,8 +66,7 @@ class RowStore:
             self._values = self._allocate(tuple(values.shape[1:]))
         if values.shape[1:] != self._values.shape[1:]:
             raise DataError(
-                f"All training images must reach the model in one size, got {tuple(values.shape[1:])} after "
-                f"{self._values.shape[1:]}. Add a resize and a crop to the transform, or pass `eval_transform`."
+                f"All rows must have one shape, got {tuple(values.shape[1:])} after {self._values.shape[1:]}."
             )
         self._values[positions.numpy()] = values.cpu().numpy()
         self.written[positions] = True

@@ -84,9 +84,17 @@ class DenoisedScan:
             store.close()
 
     def _denoised(self, rows: Tensor, images: Tensor, device: torch.device) -> list[Tensor]:
-        """The denoised versions of a batch, uint8 ``(B, C, H, W)`` each, computed on the device the first time."""
-        if not all(store.has(rows) for store in self._stores):
-            pixels = self.data.pixels.to_pixels(images).to(device)
-            for store, denoise in zip(self._stores, DENOISERS, strict=True):
-                store.write(rows, denoise(pixels))
+        """The denoised versions of a batch, uint8 ``(B, C, H, W)`` each, computed on the device the first time.
+
+        Where batches differ in size, those of the size of the first one are remembered.
+        """
+        channels = () if images.ndim == 4 else (1,)
+        fits = all(store.fits((*channels, *images.shape[1:])) for store in self._stores)
+        if fits and all(store.has(rows) for store in self._stores):
+            return [store.read(rows) for store in self._stores]
+        pixels = self.data.pixels.to_pixels(images).to(device)
+        if not fits:
+            return [denoise(pixels) for denoise in DENOISERS]
+        for store, denoise in zip(self._stores, DENOISERS, strict=True):
+            store.write(rows, denoise(pixels))
         return [store.read(rows) for store in self._stores]

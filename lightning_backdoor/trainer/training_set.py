@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor.data.batches import BatchLayout, find_layout
@@ -237,12 +238,18 @@ class TrainingSet:
             return any([unmixed for _, _, unmixed in view.collated()])
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """Images at some dataset positions as 8-bit pixels, uint8 ``(n, C, H, W)``; black if they are unread."""
+        """Images at some dataset positions as 8-bit pixels, uint8 ``(n, C, H, W)``; black if they are unread.
+
+        Batches of smaller images than others get black margins.
+        """
         with self.read(indices, num_workers=min(self.loader.num_workers, 1)) as view:
             found = [(read, self.pixels.to_pixels(self.layout.images(batch))) for read, batch in view]
         if not found:
             raise DataError(f"`collate_fn` drops all of {len(indices)} images that are to be shown.")
-        read, images = (torch.cat(parts) for parts in zip(*found, strict=True))
+        height, width = (max(images.shape[side] for _, images in found) for side in (2, 3))
+        margins = [(0, width - images.shape[3], 0, height - images.shape[2]) for _, images in found]
+        read = torch.cat([positions for positions, _ in found])
+        images = torch.cat([F.pad(part, margin) for (_, part), margin in zip(found, margins, strict=True)])
         wanted = torch.as_tensor(indices, dtype=torch.long)
         if len(read) == len(wanted):
             return images
