@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_backdoor.data.prefetching import unwrapped
 from lightning_backdoor.data.random_state import isolated_rng
@@ -87,6 +87,25 @@ def require_alone(trainer: Any, defense: Defense) -> None:
         )
 
 
+def warn_of_evaluation_mode(pl_module: nn.Module, method: str) -> None:
+    """Warn where everything that learns is in evaluation mode, as in a model that was loaded and evaluated.
+
+    Lightning trains every module in the mode that it arrives in: through fixed batch-norm statistics, without dropout.
+    A part alone, such as a frozen backbone, is the user's choice.
+
+    Args:
+        pl_module: The LightningModule at the start of a fit.
+        method: Name of the defence, for readers.
+    """
+    learning = [part for part in pl_module.modules() if any(p.requires_grad for p in part.parameters(recurse=False))]
+    if learning and not any(part.training for part in learning):
+        rank_zero_warn(
+            f"{method}: all layers of `{type(pl_module).__name__}` that learn are in evaluation mode, and Lightning "
+            "trains them in it: with fixed batch-norm statistics and without dropout. Call `model.train()` before "
+            "`fit`, unless this is what you want."
+        )
+
+
 class Defense(TrainerCallback):
     """Base of the defences.
 
@@ -145,6 +164,7 @@ class Defense(TrainerCallback):
         loader = None if self._curation is None else self._curation.loader
         if loader is None:
             raise TrainerError(f"{type(self).__name__} found no training loader. Pass one map-style loader to `fit`.")
+        warn_of_evaluation_mode(pl_module, self.title or self.method)
         self._training_set = open_training_set(trainer, pl_module, loader, self.reading, _validation_dataset(trainer))
         if self.verdict is not None:
             require_same_data(self.verdict, self._training_set)

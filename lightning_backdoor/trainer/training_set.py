@@ -197,10 +197,14 @@ class TrainingSet:
             return logits, torch.cat(list(taps.read().values()), dim=1)
 
     def predict(self, trainer: Any, pl_module: Any, *, description: str, positions: Tensor | None = None) -> Tensor:
-        """Classes that the model gives to all samples, long ``(N,)``, or to those at ``positions``, ``(M,)``."""
+        """Classes that the model gives to all samples, long ``(N,)``, or to those at ``positions``, ``(M,)``.
+
+        -1 where logits are NaN: weights that have diverged must not pass for a model that prefers some class.
+        """
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
-            return {"predicted": _logits(trainer, pl_module, self.layout, self.reading, batch).argmax(dim=1)}
+            logits = _logits(trainer, pl_module, self.layout, self.reading, batch)
+            return {"predicted": logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)}
 
         return self.scan(trainer, pl_module, step, description=description, positions=positions)["predicted"]
 

@@ -1,0 +1,43 @@
+"""A repair whose weights are no numbers any more is undone, whatever label such a model seems to give."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_backdoor import DBRCallback, Verdict
+from tests.callbacks.helpers import LIGHTNING_WARNS, Pictures, fit, same_state
+
+pytestmark = LIGHTNING_WARNS
+SUSPECT = torch.arange(64) % 16 == 0
+GIVEN = Verdict(torch.arange(64).float(), ~SUSPECT, 0.0, "known")
+
+
+def one_class() -> Pictures:
+    """Images that nearly all have label 0, which is what ``argmax`` makes of NaN."""
+    data = Pictures()
+    data.targets[3:] = 0
+    return data
+
+
+def repair(lr: float) -> tuple[DBRCallback, bool, bool]:
+    """The callback, whether all weights are finite, and whether they are those of a training without it."""
+    _, undefended = fit([], one_class())
+    callback = DBRCallback(verdict=GIVEN, epochs=2, trusted=0.2, lr=lr)
+    _, module = fit([callback], one_class())
+    finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
+    return callback, finite, same_state(undefended, module)
+
+
+def test_an_epoch_that_ends_in_nan_is_undone() -> None:
+    callback, finite, unchanged = repair(lr=1e30)
+    assert callback.history[0].undone == (True, True)
+    assert callback.history[0].accuracy[1:] == (0.0, 0.0)
+    assert finite
+    assert unchanged
+
+
+def test_one_that_does_not_is_kept() -> None:
+    callback, finite, unchanged = repair(lr=1e-3)
+    assert not any(callback.history[0].undone)
+    assert finite
+    assert not unchanged
