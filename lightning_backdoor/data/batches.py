@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_backdoor.data.labels import class_indices, find_labels
 from lightning_backdoor.data.origins import Origin, Replaced, find_origin
-from lightning_backdoor.data.structure import Leaf, as_kind_of, get_at, leaves_of, plain, put_at, spelled
+from lightning_backdoor.data.structure import Leaf, as_kind_of, get_at, leaves_of, put_at, spelled
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.functional.kinds import plain
 
 __all__ = ["BatchFn", "BatchLayout", "find_layout", "holds_images"]
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_backdoor.data.structure import Leaf, plain, spelled
+from lightning_backdoor.data.structure import Leaf, spelled
 from lightning_backdoor.errors import ArgumentError, DataError
+from lightning_backdoor.functional.kinds import plain
 
 __all__ = ["class_indices", "find_labels"]
 

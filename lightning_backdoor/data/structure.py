@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Leaf", "as_kind_of", "get_at", "leaves_of", "plain", "put_at", "spelled"]
+from lightning_backdoor.functional.kinds import plain
+
+__all__ = ["Leaf", "as_kind_of", "copied", "get_at", "leaves_of", "put_at", "spelled"]
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,6 @@ def leaves_of(node: Any, path: tuple[Any, ...] = (), name: str = "") -> Iterator
         yield from leaves_of(child, (*path, key), child_name or name)
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """Return the values of a tensor of a derived class (an image of torchvision or MONAI) as a plain tensor.
-
-    Derived classes attach rules of their own to indexing and arithmetic; memory and graph stay those of ``tensor``.
-    """
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
-
-
 def as_kind_of(tensor: Tensor, like: Tensor) -> Tensor:
     """Return a plain tensor as one of the class of ``like``, with its attributes, if both hold as many samples.
 
@@ -70,6 +64,12 @@ def as_kind_of(tensor: Tensor, like: Tensor) -> Tensor:
     except Exception:  # whatever somebody's class objects to
         return tensor
     return typed
+
+
+def copied(batch: Any) -> Any:
+    """Return a deep copy of a batch; tensors of derived classes need not know how to be copied."""
+    derived = [leaf.tensor for leaf in leaves_of(batch) if type(leaf.tensor) is not Tensor]
+    return copy.deepcopy(batch, {id(tensor): as_kind_of(plain(tensor).clone(), tensor) for tensor in derived})
 
 
 def spelled(batch: Any, path: tuple[Any, ...]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_backdoor.errors import ModelError
+from lightning_backdoor.functional.kinds import plain
 from lightning_backdoor.surgery.meetings import Meeting, Meetings
 from lightning_backdoor.surgery.nested import mapped
 
@@ -166,6 +167,6 @@ def eager_forward() -> AbstractContextManager[Any]:
 def first_tensor(value: Any) -> Tensor | None:
     """The tensor itself, or the first one in a tuple, list or dict; one of a derived class as a plain tensor."""
     if isinstance(value, Tensor):
-        return value if type(value) is Tensor else value.as_subclass(Tensor)
+        return plain(value)
     items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
     return next((first_tensor(item) for item in items if isinstance(item, Tensor)), None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_backdoor.data.structure import plain
+from lightning_backdoor.functional.kinds import plain
 from lightning_backdoor.functional.unlearning import forgetting_loss
 from lightning_backdoor.surgery.taps import eager_forward
 from lightning_backdoor.trainer.phases import Phases

@@ -11,8 +11,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from lightning_backdoor.data.structure import plain
 from lightning_backdoor.errors import ModelError
+from lightning_backdoor.functional.kinds import plain
 from lightning_backdoor.surgery.taps import eager_forward
 from lightning_backdoor.trainer.etiquette import forward_context
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from lightning_backdoor.data.origins import Replaced, close
 from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
 from lightning_backdoor.data.prefetching import Finish, finish_of, unwrapped
 from lightning_backdoor.data.siblings import is_dataset, over_sibling
+from lightning_backdoor.data.structure import copied
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
 from lightning_backdoor.data.views import ScanLoader, batch_size_of, check_dataset, scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
@@ -227,7 +227,7 @@ class TrainingSet:
     def few(self, trainer: Any, pl_module: Any) -> Callable[[], Tensor]:
         """A function that takes a few images through the model and returns their logits; for finding layers."""
         batch = self._few()
-        return lambda: _logits(trainer, pl_module, self.layout, self.reading, copy.deepcopy(batch))
+        return lambda: _logits(trainer, pl_module, self.layout, self.reading, copied(batch))
 
     def _few(self) -> Any:
         """A batch of a few images, as the loader gives it."""
@@ -431,7 +431,7 @@ def require_replaceable(trainer: Any, pl_module: Any, layout: BatchLayout, batch
     if not isinstance(other, Replaced):
         return
     if alone:
-        given, prepared = (prepare_batch(trainer, pl_module, each) for each in (other, copy.deepcopy(batch)))
+        given, prepared = (prepare_batch(trainer, pl_module, each) for each in (other, copied(batch)))
         if close(given.images, layout.images(prepared)):
             return
     reason = "the transfer hooks change them" if alone else "`forward_fn` reads the batch"

@@ -1,0 +1,20 @@
+"""Tensors of derived classes, as torchvision and MONAI make them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["plain"]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor of a derived class as a plain tensor.
+
+    Derived classes attach rules of their own to indexing and arithmetic. Memory and graph stay those of ``tensor``, and
+    who watches the operations of a model sees this one, too.
+    """
+    if type(tensor) is Tensor:
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.view(tensor.shape)
