@@ -24,8 +24,8 @@ def attributes_of(node: Any) -> dict[str, Any]:
 def _is_dataset(value: Any) -> bool:
     if isinstance(value, Dataset):
         return True
-    if isinstance(value, type | nn.Module | str | bytes | list | tuple | Mapping):
-        return False
+    if isinstance(value, type | nn.Module | str | bytes | list | tuple | Mapping) or callable(value):
+        return False  # what is called is a transform; albumentations' compositions have items and a length
     library = type(value).__module__.partition(".")[0]
     return library not in _NO_DATASETS and hasattr(value, "__getitem__") and hasattr(value, "__len__")
 
@@ -49,6 +49,17 @@ def _inner_datasets(node: Any) -> list[Any]:
             if _is_dataset(next(iter(several), None)):  # one look: a list of a million file names is not searched
                 found += [item for item in several if _is_dataset(item)]
     return found
+
+
+def random_streams_in(node: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[Any, str]]:
+    """Yield (node, attribute) for what draws from a stream of its own, as albumentations does; datasets as above."""
+    path = (*path, id(node))
+    for name, value in attributes_of(node).items():
+        if callable(value) and hasattr(value, "set_random_seed"):
+            yield node, name
+    for child in _inner_datasets(node) if len(path) < _MAX_DEPTH else ():
+        if id(child) not in path:
+            yield from random_streams_in(child, path)
 
 
 def image_transform(node: Any) -> Callable[..., Any] | None:

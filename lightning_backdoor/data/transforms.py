@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_backdoor.data.nesting import attributes_of, chains_of, image_transform, is_standard
+from lightning_backdoor.data.nesting import attributes_of, chains_of, image_transform, is_standard, random_streams_in
 from lightning_backdoor.data.views import check_dataset, read_items
 from lightning_backdoor.errors import ArgumentError
 
@@ -24,15 +26,32 @@ _READ_TWICE = 8  # items, to see whether they are random
 class _Joint:
     """A transform of images in the place of one that is called with (image, target), or with the image alone."""
 
-    def __init__(self, transform: Callable[[Any], Any]) -> None:
+    def __init__(self, transform: Callable[..., Any]) -> None:
         self.transform = transform
 
-    def __call__(self, image: Any, *targets: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        if not args:  # by name, as albumentations is
+            return self.transform(**named)
+        image, *targets = args
         return (self.transform(image), *targets) if targets else self.transform(image)
 
 
-def _identity(image: Any) -> Any:
-    return image
+class _Reseeded:
+    """A copy of a transform with a random stream of its own, seeded from torch's at every call.
+
+    The scan seeds torch's stream by the position of the image. The user's transform draws nothing meanwhile.
+    """
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = copy.deepcopy(transform)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.transform.set_random_seed(int(torch.randint(2**31, ())))
+        return self.transform(*args, **kwargs)
+
+
+def _identity(*args: Any, **named: Any) -> Any:
+    return args[0] if args else named  # what is called by name answers by name
 
 
 @dataclass(frozen=True)
@@ -81,16 +100,23 @@ def _replacements(node: Any, new: Callable[..., Any]) -> Iterator[tuple[str, Any
 def transforms_swapped(dataset: Any, choice: EvalTransform | None) -> Iterator[None]:
     """Lend ``choice`` to ``dataset`` and the datasets inside it; each attribute is put back at the end.
 
-    Only instance attributes ``transform`` and ``transforms`` that hold a callable are replaced. Worker processes that
-    start inside see the new transform, those already running keep theirs.
+    Only instance attributes ``transform`` and ``transforms`` that hold a callable are replaced, and those that hold a
+    callable with a random stream of its own (``set_random_seed``, as albumentations has it): by a copy that the seed
+    of the scan reaches. Worker processes that start inside see the new transform, those already running keep theirs.
     """
     pairs = choice.plan(dataset) if choice is not None else []
     old = []
+
+    def lend(node: Any, name: str, value: Any) -> None:
+        old.append((node, name, attributes_of(node)[name]))
+        attributes_of(node)[name] = value
+
     try:
         for node, new in pairs or []:
             for name, value in list(_replacements(node, new)):
-                old.append((node, name, attributes_of(node)[name]))
-                attributes_of(node)[name] = value
+                lend(node, name, value)
+        for node, name in list(random_streams_in(dataset)):
+            lend(node, name, _Reseeded(attributes_of(node)[name]))
         yield
     finally:
         for node, name, value in reversed(old):
@@ -110,14 +136,20 @@ def _signature(item: Any) -> Any:
 
 def _probe(train: Any) -> Any:
     last = check_dataset(_dataset_of(train)) - 1
-    return [_signature(item) for item in read_items(train, sorted({0, last}))]
+    return [_signature(item) for item in _items(train, sorted({0, last}))]
+
+
+def _items(train: Any, positions: Sequence[int], *, seed: int = 0) -> list[Any]:
+    """Items as they are read now; transforms with a random stream of their own draw from copies of it."""
+    with transforms_swapped(_dataset_of(train), None):
+        return read_items(train, positions, seed=seed)
 
 
 def _draws(train: Any) -> bool:
     """Whether some items are not the same under two seeds."""
     size = check_dataset(_dataset_of(train))
     positions = sorted({place * (size - 1) // (_READ_TWICE - 1) for place in range(_READ_TWICE)})
-    first, second = (read_items(train, positions, seed=seed) for seed in (0, 1))
+    first, second = (_items(train, positions, seed=seed) for seed in (0, 1))
     return not _same(first, second)
 
 

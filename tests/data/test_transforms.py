@@ -16,7 +16,7 @@ from torchvision import transforms as v1
 from torchvision.datasets import FakeData, ImageFolder, VisionDataset, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-from lightning_backdoor.data import choose_transform, transforms_of, transforms_swapped
+from lightning_backdoor.data import choose_transform, scan_loader, transforms_of, transforms_swapped
 from lightning_backdoor.errors import ArgumentError, DataError
 
 TRAIN = v1.Compose([v1.RandomCrop(8, padding=4), v1.ColorJitter(0.5), v1.ToTensor()])
@@ -330,3 +330,72 @@ def test_a_swapped_dataset_can_go_to_spawned_workers(folder: Path) -> None:
         with transforms_swapped(dataset, choose_transform(dataset, None, EVAL)):
             copy = pickle.loads(pickle.dumps(dataset))
             assert torch.equal(image_of(copy[0]), image_of(dataset[0]))
+
+
+class OwnStream:
+    """What matters of albumentations' Compose: keywords, items, a length, and a random stream of its own."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength, self.random = strength, np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, i: int) -> Any:
+        return self
+
+    def set_random_seed(self, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+
+    def __call__(self, *, image: np.ndarray) -> dict[str, np.ndarray]:
+        return {"image": image + np.float32(self.strength * self.random.random())}
+
+
+class Composed(Dataset):
+    """Calls its attribute by keyword, whatever its name is."""
+
+    def __init__(self, transform: Any, name: str = "transform") -> None:
+        self.images, self.name = np.zeros((12, 3, 4, 4), np.float32), name
+        setattr(self, name, transform)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Any:
+        transform = getattr(self, self.name)
+        return self.images[i] if transform is None else transform(image=self.images[i])["image"], i % 3
+
+
+def values(dataset: Any, choice: Any, workers: int = 0) -> torch.Tensor:
+    """One number of every image as the scan reads it."""
+    with transforms_swapped(dataset, choice):
+        view = scan_loader(DataLoader(dataset, batch_size=4), range(12), seed=0, num_workers=workers)
+        return torch.cat([images[:, 0, 0, 0] for _, (images, _) in view])
+
+
+@pytest.mark.parametrize("name", ["transform", "augment"])
+def test_a_transform_with_a_random_stream_of_its_own_is_read_by_the_seed_of_the_scan(name: str) -> None:
+    dataset = Composed(OwnStream(1.0), name)
+    choice = choose_transform(dataset)
+    first = values(dataset, choice)
+    assert len(first.unique()) == 12, "every image has its own draw"
+    assert torch.equal(first, values(dataset, choice))
+    untouched = np.random.default_rng(0).random()
+    assert getattr(dataset, name).random.random() == untouched, "the training draws what it would have drawn"
+
+
+@pytest.mark.slow
+def test_a_transform_with_a_random_stream_of_its_own_is_read_alike_in_workers() -> None:
+    dataset = Composed(OwnStream(1.0))
+    choice = choose_transform(dataset)
+    assert torch.equal(values(dataset, choice), values(dataset, choice, workers=2))
+
+
+@pytest.mark.parametrize("val", [OwnStream(0.0), None])
+@pytest.mark.parametrize("name", ["transform", "transforms"])
+def test_compositions_with_items_and_a_length_are_no_datasets(val: Any, name: str) -> None:
+    train = Composed(OwnStream(1.0), name)
+    choice = choose_transform(train, Composed(val, name))
+    assert choice.source == "validation"
+    assert not values(train, choice).any()
+    assert transforms_of(train) == [getattr(train, name)]
