@@ -65,7 +65,7 @@ NOTES = {
     "ultraclean-paper": "the authors' score on {c.output}, as in two of their four scripts (`from_paper()` alone: "
     "softmax), of a network that is trained to the end; trains anew; removes {c.fraction:.0%} whatever the data look "
     "like",
-    "NONE-paper": "the authors' quotas, whatever the data look like",
+    "NONE-paper": "the authors' quotas, natural break and fine-tuning, whatever the data look like",
     "D-BR-paper": "the authors' shares and rate, whatever the data look like; trusts images class by class, trains its "
     "detector with AdamW",
     "AC": "the smaller of two clusters in a class, where it stands apart and has less than {c.size:.0%} of it",

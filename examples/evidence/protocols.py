@@ -20,7 +20,7 @@ WORK: dict[str, tuple[float, float]] = {
     "ultraclean-paper": (1, 4),
     "ultraclean+NONE": (2.0, 3),
     "NONE": (0.2, 3),
-    "NONE-paper": (0.2, 3),
+    "NONE-paper": (0.2, 22),
     "random-reset": (0.2, 2),
     "D-BR": (0.1, 15),
     "D-BR-paper": (0.1, 40),

@@ -35,6 +35,9 @@ from lightning_backdoor.trainer.unit_scan import UnitScan
 
 __all__ = ["NONECallback"]
 
+PAPER_EPOCHS = 20  # of the authors' fine-tuning
+NO_LIMIT = 0.999999  # of removed images: the natural break leaves one at least
+
 
 class NONECallback(Defense):
     """Reset the units that a backdoor works through, drop the images that drive them, and fine-tune.
@@ -71,6 +74,8 @@ class NONECallback(Defense):
         samples: ``"drop"`` takes the samples out, ``"keep"`` leaves the data as they are and always resets the most
             compromised units, against backdoors that nobody planted (natural backdoors). ``"auto"`` is ``"drop"``.
         residual_mode: What belongs to a unit that enters a sum; see :func:`~lightning_backdoor.surgery.find_units`.
+        reference: Fine-tune as the authors: at a constant rate, with what the optimizer remembers of the reset weights,
+            and without going back where it costs accuracy.
         max_removed: Largest share of the training set that may be removed, in ``(0, 1)``.
         report_dir: Folder for the report (with ``name``, a sub-folder of it). ``None``: beside the logger's files;
             without a logger there is no report.
@@ -118,6 +123,7 @@ class NONECallback(Defense):
         rule: Literal["auto", "paper"] = "auto",
         samples: Literal["auto", "drop", "keep"] = "auto",
         residual_mode: Literal["branch_only", "reference", "full_group"] = "branch_only",
+        reference: bool = False,
         max_removed: float = 0.3,
         report_dir: str | Path | None = None,
         forward_fn: Callable[[Any, Any], Any] | None = None,
@@ -147,6 +153,7 @@ class NONECallback(Defense):
         self.rule = require_one_of("rule", rule, ("auto", "paper"))
         self.samples = require_one_of("samples", samples, ("auto", "drop", "keep"))
         self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))
+        self.reference = reference
         self._by_quota = rule == "paper" or samples == "keep"
         self.history: list[Round] = []
         self._series, self._tuning = Series(), FineTuning()
@@ -154,8 +161,23 @@ class NONECallback(Defense):
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> NONECallback:
-        """Use the authors' quotas, natural break, zeroing and learning rate; this always removes images."""
-        return cls(**{"rule": "paper", "reset": "prune", "lr": 1e-4, **overrides})
+        """Use the authors' quotas, natural break, zeroing and fine-tuning, without bounds; this always removes images.
+
+        The model is fine-tuned for 20 epochs at a constant rate of 1e-4 (meant for SGD with momentum), and keeps what
+        has come of it. Nothing limits how many images are removed.
+
+        What is left of the differences: all units that can be reset are looked at, those of a ResNet's stem and first
+        stage, too, and those of a projection shortcut before its batch norm (the authors: after it), and the weights
+        that read a sum through a projection are reset with the others; images at the natural break stay, only those
+        above it leave; a class that the model is never sure of gets a threshold of its own
+        (:func:`~lightning_backdoor.functional.strong_thresholds`) instead of no units; when the network is trained, and
+        how, is up to the Trainer.
+        """
+        paper: dict[str, Any] = {
+            "rule": "paper", "reset": "prune", "residual_mode": "reference", "reference": True, "lr": 1e-4,
+            "finetune_epochs": PAPER_EPOCHS, "max_removed": NO_LIMIT,
+        }  # fmt: skip
+        return cls(**{**paper, **overrides})
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the curation of the training loader."""
@@ -265,9 +287,11 @@ class NONECallback(Defense):
         if chosen:
             series.begin(weights(trainer, pl_module), before, right)
             seed = self.reading.seed + len(self.history) * len(self._layers)
-            reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=seed)
+            optimizers = () if self.reference else trainer.optimizers
+            reset_chosen(self._layers, chosen, mode=self.reset, optimizers=optimizers, seed=seed)
             self._tuning.disown_the_past(trainer, pl_module, "NONE")
-            self._tuning.begin(trainer, self.finetune_epochs or enough_epochs(trainer), self.lr)
+            epochs = self.finetune_epochs or enough_epochs(trainer)
+            self._tuning.begin(trainer, epochs, self.lr, constant=self.reference)
         self._tell(trainer, pl_module, time.monotonic() - began)
 
     def _judge(self, trainer: Any, pl_module: Any) -> None:
@@ -278,6 +302,8 @@ class NONECallback(Defense):
         assert series.before is not None
         predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
         judged = self.history[-1].judged(predicted, self.verdict, series, self._in_training)
+        if self.reference:
+            judged = replace(judged, undone=False, readmitted=False)
         self.history[-1] = judged
         if judged.readmitted:
             self._adopt(readmission(self.verdict, series.before["keep"]))

@@ -37,7 +37,7 @@ class FineTuning:
     def __init__(self) -> None:
         self.left = 0
         self.share = 1.0
-        self._steady = self._pauses = False
+        self._steady = self._constant = self._pauses = False
         self._epochs = 0
         self._until = 0  # epochs that the fit has had at the end of the phase
         self._lr: float | None = None
@@ -54,6 +54,7 @@ class FineTuning:
         lr: float | None,
         *,
         steady: bool = False,
+        constant: bool = False,
         pause: bool = False,
         done: int | None = None,
     ) -> None:
@@ -64,12 +65,14 @@ class FineTuning:
             epochs: Length of the phase, at least 1.
             lr: Learning rate of its first step; ``None``: 5 % of the largest that each parameter group has had.
             steady: Keep this rate to the end, and leave batch norms alone.
+            constant: Keep this rate to the end.
             pause: Let schedulers wait within the plan, too: the phase may have more steps than they were made for.
             done: Epochs that the fit has had; ``None``: with the one that ends.
         """
         self.left = self._epochs = epochs
         self._until = (trainer.current_epoch + 1 if done is None else done) + epochs
         self._lr, self._steady, self._pauses = lr, steady, pause
+        self._constant = constant
         self._factor = self.share = 1.0
         self._hold(trainer)
 
@@ -114,6 +117,8 @@ class FineTuning:
             if module.training and "BatchNorm" in type(module).__name__:
                 self._given_back.callback(setattr, module, "training", True)
                 module.training = False
+        if self._constant:
+            return
         done = self._epochs - self.left + batch_idx / max(trainer.num_training_batches, 1)
         self._factor = max(1 - done / self._epochs, 0.0)
 
@@ -169,6 +174,7 @@ class FineTuning:
             "until": self._until,
             "lr": self._lr,
             "steady": self._steady,
+            "constant": self._constant,
             "pauses": self._pauses,
         }
 
@@ -177,6 +183,7 @@ class FineTuning:
         self.left, self._epochs = state_dict["left"], state_dict["epochs"]
         self._until, self._lr = state_dict["until"], state_dict["lr"]
         self._steady, self._pauses = state_dict["steady"], state_dict["pauses"]
+        self._constant = state_dict["constant"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""

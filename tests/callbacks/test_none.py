@@ -7,6 +7,7 @@ import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as lightning_pytorch
@@ -18,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_backdoor import NONECallback, UltraCleanCallback, Verdict, attacks
+from lightning_backdoor.callbacks.compromised import judge_samples
 from lightning_backdoor.callbacks.round_report import sentence
 from lightning_backdoor.callbacks.rounds import Round, Series, judgement, reset_units, shares, unfinished
 from lightning_backdoor.errors import ArgumentError, ModelError, TrainerError
@@ -366,6 +368,58 @@ def verdict_on(keep: torch.Tensor) -> Verdict:
 
 def first(count: int, size: int = 1000) -> torch.Tensor:
     return torch.arange(size) < count
+
+
+class Steps(pl.Callback):
+    """Learning rate and size of the momentum of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+        self.momentum: list[list[torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.seen.append((trainer.current_epoch, optimizer.param_groups[0]["lr"]))
+        self.momentum.append([state["momentum_buffer"].clone() for state in optimizer.state.values()])
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_the_authors_fine_tuning_is_not_bounded(reference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -1.0)  # every round costs too much
+    callback, steps = NONECallback.from_paper(finetune_epochs=2, reference=reference), Steps()
+    trainer, _ = fit([callback, steps], epochs=2)
+    (told,) = callback.history
+    assert (told.undone, trainer.current_epoch) == (not reference, 4)
+    assert told.units
+    first = next(i for i, (epoch, _) in enumerate(steps.seen) if epoch == 2)
+    before, after = steps.momentum[first - 1 : first + 1]
+    cleared = any(bool(((old != 0) & (new == 0)).any()) for old, new in zip(before, after, strict=True))
+    assert cleared == (not reference), "what the optimizer remembers of the reset weights"
+
+
+def test_the_authors_rate_is_constant_and_batch_norms_keep_their_statistics() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    running = SimpleNamespace(current_epoch=3, num_training_batches=10, optimizers=[], lr_scheduler_configs=[])
+    for constant, rate in ((True, 1e-4), (False, 0.5e-4)):
+        tuning = FineTuning()
+        tuning._hold = lambda _: None
+        tuning.begin(running, 20, 1e-4, constant=constant)
+        again = FineTuning()
+        again.load_state_dict(tuning.state_dict())
+        again.left = 10  # half of it is over
+        again._take_over = lambda _: None
+        again.at_batch_start(running, net.train(), 0)
+        assert again.rate({}) == pytest.approx(rate)
+        assert not net[1].training
+
+
+def test_the_papers_cut_is_the_natural_break_alone() -> None:
+    paper = NONECallback.from_paper()
+    scores = torch.cat([torch.randn(10), 100 + torch.randn(90)])
+    measured = SimpleNamespace(raw_bias=scores, labels=torch.zeros(100, dtype=torch.long))
+    decision = judge_samples(measured, None, rule="paper", max_removed=paper.max_removed)
+    assert torch.equal(decision.keep, scores < 50)
+    assert decision.rule == "natural_break"
+    assert repr(eval(repr(paper))) == repr(paper)  # our own text
 
 
 @pytest.mark.parametrize(("right", "undone"), [(940, True), (960, False)])
