@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -157,9 +157,9 @@ def infer_pixel_space(
 
     uint8 images are pixels. Else, in this order: ``mean`` and ``std``; the ``Normalize`` steps of ``transform``
     (torchvision v1 and v2, kornia, MONAI, or any object with ``mean`` and ``std``, nested); floats in 0..1; floats in
-    0..255; a normalisation that functions of ``transform`` or ``beside`` mention, those inside ``model`` or its timm
-    configuration, if the images are normalised so; floats from -1 to 1. The result is checked: undone, the images must
-    lie within the pixel range.
+    0..255; those inside ``model`` or its timm configuration, and those that functions of ``transform`` or ``beside``
+    mention, if the images are normalised so; floats from -1 to 1. The result is checked: undone, the images must lie
+    within the pixel range.
 
     Integers from 0 to 255 are pixels in another dtype. Pixels 0 and 255 of all other integers, of floats within 0..1
     that would fill less than two grey levels, and of images that a ``Normalize`` in units of their own was applied to,
@@ -222,7 +222,7 @@ def _from_range(images: Tensor, finite: Tensor, transform: Any, model: Any, besi
         return _stretched(images) if 0 < 255 * (high - low) < _LEVELS else PixelSpace()
     if low >= -1e-3 and 64 < high < 256:
         return PixelSpace(std=(1 / 255,))
-    for affine in (*mentioned([transform, *beside]), *configured(model)) if low < 0 else ():
+    for affine in _told(transform, model, beside) if low < 0 else ():
         space = PixelSpace(*affine)
         if _fits(space, images) and _is_certain(space, images):
             return space
@@ -230,6 +230,12 @@ def _from_range(images: Tensor, finite: Tensor, transform: Any, model: Any, besi
     if -1 - 2 * slack <= low < -_REACH and _REACH < high <= 1 + 2 * slack and _fits(signed, images):
         return signed
     raise _cannot_infer(images, "that is neither 0..1 nor 0..255 nor -1..1, and no Normalize was found that fits")
+
+
+def _told(transform: Any, model: Any, beside: Sequence[Any]) -> Iterator[Affine]:
+    """Normalisations that may be those applied, one by one: the search through functions comes last."""
+    yield from configured(model)
+    yield from mentioned([transform, *beside])
 
 
 def _of_integers(images: Tensor) -> PixelSpace:

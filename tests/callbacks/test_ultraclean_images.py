@@ -109,6 +109,29 @@ def acted(callback: Any, trainer: Any) -> None:
         assert callback.verdict is not None
 
 
+def test_a_hugging_face_dataset_that_normalises() -> None:
+    datasets, pictures = pytest.importorskip("datasets"), Pairs()
+
+    def prepare(rows: dict[str, list[int]]) -> dict[str, list[Tensor]]:
+        return {
+            "pixel_values": [NORMALISE(pictures.images[i].float() / 255) for i in rows["at"]],
+            "label": rows["label"],
+        }
+
+    made = datasets.Dataset.from_dict({"at": list(range(64)), "label": pictures.targets.tolist()})
+
+    class Called(Watching):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return torch.nn.functional.cross_entropy(self(batch["pixel_values"]), batch["label"])
+
+    callback, module = UltraCleanCallback(warmup_epochs=1), Called()
+    pictures.images[:, :, 0, 0], pictures.images[:, :, 0, 1] = 0, 255
+    make_trainer([callback], 1).fit(module, DataLoader(made.with_transform(prepare), batch_size=16))
+    assert callback.verdict is not None
+    assert min(low for _, low, _ in module.seen) >= -MEAN[0] / STD[0] - 1e-5
+    assert max(high for _, _, high in module.seen) <= (1 - MEAN[2]) / STD[2] + 1e-5
+
+
 def test_units_are_followed_from_integer_images() -> None:
     callback, data = NONECallback(warmup_epochs=1), Converted(KINDS["int16"][0], n=32)
     make_trainer([callback], 1).fit(Net(), DataLoader(data, batch_size=16))
