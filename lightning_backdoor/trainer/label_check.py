@@ -23,8 +23,8 @@ _PROBE = 1024  # images whose labels are read where those of the first look are 
 def require_varied_labels(data: TrainingSet, batch: Any, positions: Sequence[Tensor]) -> None:
     """Refuse a ``batch_fn`` that gives one label to images which differ by the label that the batch shows itself.
 
-    Looks closer only if all labels of the first look are equal: then it reads those of up to 1,024 images, evenly
-    spread over the dataset. A dataset of one class passes, since the batch itself shows no other.
+    Looks closer only if all labels of the first look are equal: then it reads up to 1,024 images from all over the
+    dataset. A dataset of one class passes, since the batch itself shows no other.
 
     Args:
         data: The training set, with the labels of the first look.
@@ -39,17 +39,26 @@ def require_varied_labels(data: TrainingSet, batch: Any, positions: Sequence[Ten
         return
     try:
         found = find_layout(batch, positions=positions)
-        shown = len(torch.unique(found.labels(batch)))
+        shown = {*found.labels(batch).tolist()}
     except (ArgumentError, DataError):  # nothing to compare with
         return
-    if shown < 2:
+    some = _spread(len(data), data.reading.seed)
+    with data.read(some, min(data.loader.num_workers, 1)) as view:
+        for _, other in view:
+            if bool((data.labels(other) != seen[0]).any()):
+                return
+            shown.update(found.labels(other).tolist())
+    if len(shown) < 2:
         return
-    count = min(len(data), _PROBE)
-    with data.read([i * len(data) // count for i in range(count)], min(data.loader.num_workers, 1)) as view:
-        if any(bool((data.labels(other) != seen[0]).any()) for _, other in view):
-            return
     raise ArgumentError(
-        f"`batch_fn` gives label {int(seen[0])} to all of {count} images from all over the training set, where "
-        f"{spelled(batch, found.label_path or ())} holds {shown} different labels in the first {len(seen)}. Leave "
-        "`batch_fn` out, by which these are used, or let it return labels that differ."
+        f"`batch_fn` gives label {int(seen[0])} to all of {len(some)} images from all over the training set, where "
+        f"{spelled(batch, found.label_path or ())} holds {len(shown)} different labels. Leave `batch_fn` out, by which "
+        "these are used, or let it return labels that differ."
     )
+
+
+def _spread(size: int, seed: int) -> Tensor:
+    """Positions from all over a dataset, one at random from each of up to 1,024 equal parts: labels may be periodic."""
+    edges = torch.arange(min(size, _PROBE) + 1) * size // min(size, _PROBE)
+    drawn = torch.rand(len(edges) - 1, generator=torch.Generator().manual_seed(seed))
+    return edges[:-1] + (drawn * edges.diff()).long()

@@ -143,10 +143,15 @@ class TestRefusedAtTheStart:
         with pytest.raises(ArgumentError, match=r'patient.*96 different|patient"\]: int64 \(64,\).*\(64 different\)'):
             fitted(cls(), Flat, data)
 
-    def test_a_batch_fn_that_loses_the_labels(self, cls: Any) -> None:
-        data = Pictures(lambda image, label, i: (image, label[None]))
-        with pytest.raises(ArgumentError, match=r"gives label 0 to all of 96 .* batch\[1\] holds 2 different labels"):
+    @pytest.mark.parametrize("size", [IMAGES, 64 * 10])
+    def test_a_batch_fn_that_loses_the_labels(self, cls: Any, size: int) -> None:
+        """Whatever the size: of 640 images, every tenth one has the same label."""
+        data = Pictures(lambda image, label, i: (image, label[None]), n=size)
+        words = rf"gives label 0 to all of {size} .* batch\[1\] holds 2 different labels"
+        with pytest.raises(ArgumentError, match=words):
             fitted(cls(batch_fn=lambda batch: (batch[0], batch[1].argmax(1))), Flat, data)
+        if size > IMAGES:
+            return
         callback = cls()  # the remedy
         fitted(callback, Flat, data, epochs=1, limit_train_batches=1)
         assert callback.verdict.labels.tolist() == [i % 2 for i in range(IMAGES)]
