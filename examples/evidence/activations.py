@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from examples.evidence.cells import BEYOND
 from examples.quickstart import Classifier, digits, right
 from lightning_backdoor import NONECallback, attacks, metrics
 
@@ -53,7 +54,7 @@ def main() -> None:
         if only and activation.__name__ not in only:
             continue
         undefended = trained(activation, poisoned, [])
-        defence, quiet = NONECallback(), NONECallback()
+        defence, quiet = NONECallback(extra_epochs=BEYOND), NONECallback(extra_epochs=BEYOND)
         defended, untouched = trained(activation, poisoned, [defence]), trained(activation, clean, [quiet])
         rates = metrics.DetectionRates()
         rates.update(defence.verdict.scores, defence.verdict.keep, poisoned.poisoned)

@@ -120,20 +120,23 @@ RATES: dict[str, Attack] = {
 
 ATTACKS: dict[str, Attack] = STANDARD | FURTHER | ADAPTIVE | RATES
 
+BEYOND = 100
+"""Epochs that a repair may have beyond the plan: enough for all, so that each begins when training is about to end."""
+
 CALLBACKS: dict[str, Callable[[], list[Any]]] = {
     "ultraclean": lambda: [UltraCleanCallback()],
-    "ultraclean+NONE": lambda: [UltraCleanCallback(), NONECallback()],
+    "ultraclean+NONE": lambda: [UltraCleanCallback(), NONECallback(extra_epochs=BEYOND)],
     "ultraclean-paper": lambda: [UltraCleanCallback.from_paper(output="logits")],
-    "NONE": lambda: [NONECallback()],
-    "NONE-paper": lambda: [NONECallback.from_paper()],
-    "D-BR": lambda: [DBRCallback()],
+    "NONE": lambda: [NONECallback(extra_epochs=BEYOND)],
+    "NONE-paper": lambda: [NONECallback.from_paper(extra_epochs=BEYOND)],
+    "D-BR": lambda: [DBRCallback(extra_epochs=BEYOND)],
     "D-BR-paper": lambda: [DBRCallback.from_paper()],
     "D-ST": lambda: [DSTCallback()],
     "AC": lambda: [baselines.ActivationClustering()],
     "spectral": lambda: [baselines.SpectralSignatures()],
     "STRIP": lambda: [baselines.STRIP(draws=20)],
     "deep-kNN": lambda: [baselines.DeepKNN()],
-    "ABL": lambda: [baselines.ABL(epochs=5)],
+    "ABL": lambda: [baselines.ABL(epochs=5, extra_epochs=BEYOND)],
 }
 
 CLEAN_MODEL = "clean-model"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from examples.evidence import command
 from examples.evidence.cache import undefended
+from examples.evidence.cells import BEYOND
 from examples.evidence.data import per_class
 from examples.evidence.training import accuracy, train_network
 from lightning_backdoor import NONECallback, metrics
@@ -24,7 +25,9 @@ def main() -> None:
     train, test, setting = command.begin_setting(options)
     shared = undefended(train, setting, "clean", 0, options.cache)
     few = per_class(test, IMAGES // 10)
-    defence = NONECallback(samples="keep", rounds=options.rounds, reset_fraction=options.reset_fraction)
+    defence = NONECallback(
+        samples="keep", extra_epochs=BEYOND, rounds=options.rounds, reset_fraction=options.reset_fraction
+    )
     print("| | clean accuracy | units reset | REASR@2% | @4% | @6% | @8% | @10% | @12% |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, callbacks in {"undefended": [], "NONE": [defence]}.items():

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from examples.evidence.cells import BEYOND
 from lightning_backdoor import NONECallback, Verdict
-from lightning_backdoor.callbacks.compromised import reset_chosen
 from lightning_backdoor.callbacks.rounds import Round, shares
 from lightning_backdoor.trainer.copies import weights
 from lightning_backdoor.trainer.finetuning import enough_epochs
@@ -25,7 +25,7 @@ class RandomReset(NONECallback):
     """
 
     def __init__(self, units: dict[str, int], labels: Tensor, keep: Tensor, seed: int = 0) -> None:
-        super().__init__(rounds=1, seed=seed)
+        super().__init__(rounds=1, extra_epochs=BEYOND, seed=seed)
         self.units = units
         self.given = Verdict((~keep).float(), keep, 0.5, "random reset", labels)
 
@@ -44,6 +44,4 @@ class RandomReset(NONECallback):
         self._series.last_look = trainer.current_epoch + 1
         everything = torch.ones_like(self.given.keep)
         self._series.begin(weights(trainer, pl_module), everything, predicted == self.given.labels)
-        reset_chosen(self._layers, chosen, mode=self.reset, optimizers=trainer.optimizers, seed=self.reading.seed)
-        self._tuning.disown_the_past(trainer, pl_module, self.method)
         self._tuning.begin(trainer, enough_epochs(trainer), self.lr)

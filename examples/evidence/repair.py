@@ -24,6 +24,7 @@ from examples.evidence import rows
 from examples.evidence.ablation import Variants, ablation, expected
 from examples.evidence.cache import restored
 from examples.evidence.cases import Case
+from examples.evidence.cells import BEYOND
 from examples.evidence.consistency import fct_of
 from examples.evidence.table import repair_table
 from examples.evidence.training import images_of, labels_of, logits_of
@@ -77,13 +78,13 @@ def treatments(case: Case) -> dict[str, Callable[[], pl.Callback]]:
     truth = verdict_by(torch.rand(len(labels), generator=torch.Generator().manual_seed(0)), labels, case.poisoned)
     return {  # each with a fifth of every class to learn anew
         "true poisons: unlearn only": lambda: UnlearnOnly(verdict=truth),
-        "true poisons: relearn only": lambda: baselines.FineTuneTrusted(verdict=truth, epochs=10),
-        "true poisons: both": lambda: DBRCallback(verdict=truth),
+        "true poisons: relearn only": lambda: baselines.FineTuneTrusted(verdict=truth, epochs=10, extra_epochs=BEYOND),
+        "true poisons: both": lambda: DBRCallback(verdict=truth, extra_epochs=BEYOND),
         **{
-            name: lambda score=score: DBRCallback(verdict=verdict_by(score(), labels), trusted=0.2)
+            name: lambda score=score: DBRCallback(verdict=verdict_by(score(), labels), trusted=0.2, extra_epochs=BEYOND)
             for name, score in chosen.items()
         },
-        "split units": lambda: DBRCallback(trusted=0.2),
+        "split units": lambda: DBRCallback(trusted=0.2, extra_epochs=BEYOND),
     }
 
 

@@ -14,7 +14,7 @@ from examples.evidence import rows
 from examples.evidence.cache import EARLY, early, undefended
 from examples.evidence.candidates import together
 from examples.evidence.cases import opened
-from examples.evidence.cells import AT_THE_END, CALLBACKS, CLEAN_MODEL, clean_share, filtered
+from examples.evidence.cells import AT_THE_END, BEYOND, CALLBACKS, CLEAN_MODEL, clean_share, filtered
 from examples.evidence.cost import measured
 from examples.evidence.protocols import Cell
 from examples.evidence.random_reset import RandomReset
@@ -80,7 +80,11 @@ def _callbacks(defence: str, dataset: Any, poisoned: torch.Tensor, seed: int, re
     if defence == "random-reset":
         return [RandomReset(reference["units"], labels_of(dataset), ~poisoned, seed)]
     if defence == "fine-tune":
-        return [baselines.FineTuneTrusted(verdict=clean_share(labels_of(dataset), poisoned, seed), epochs=5)]
+        return [
+            baselines.FineTuneTrusted(
+                verdict=clean_share(labels_of(dataset), poisoned, seed), epochs=5, extra_epochs=BEYOND
+            )
+        ]
     return CALLBACKS[defence]() if defence in CALLBACKS else []
 
 

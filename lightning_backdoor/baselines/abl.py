@@ -52,7 +52,7 @@ class ABL(RepairBaseline):
     Implements *Anti-Backdoor Learning* (`Li et al., 2021 <https://arxiv.org/abs/2110.11571>`_). In the first
     ``warmup_epochs`` a batch whose loss is below ``gamma`` is climbed on (local gradient ascent), which keeps ordinary
     images from being learned as well as poisoned ones. Then the ``isolate`` share of all images with the lowest loss
-    leaves the training set. When training is about to end, ``epochs`` of repair climb on the isolated images and
+    leaves the training set. At the end of the plan ``epochs`` of repair climb on the isolated images and
     descend on all others (global gradient ascent). Assumes that poisons are learned fastest. A baseline: **it changes
     the training from the first step on, and unlearns images whatever the data look like**, without any bound.
 
@@ -107,9 +107,12 @@ class ABL(RepairBaseline):
             rank_zero_info("ABL: fast_dev_run trains too little for a verdict; no look.")
             return
         if self._last_look is None and (ends or done >= self._isolation(planned_max_epochs(trainer))):
-            self._look(trainer, pl_module, done)
-        if ends and self.history and not self._run.accuracy:
+            with self._acting():
+                self._look(trainer, pl_module, done)
+        if (ends or done >= self._repair_begins(trainer)) and self.history and not self._run.accuracy:
             self._begin(trainer, pl_module, done)
+            if self.history[-1].no_room:
+                self._tell(trainer, pl_module, 0.0)
 
     def _isolation(self, max_epochs: int | None) -> int:
         if self.warmup_epochs is not None:

@@ -36,7 +36,8 @@ class Baseline(FilterCallback):
         warmup_epochs: Epochs of ordinary training before the scan. ``None``: when training is about to end, since the
             papers look at trained networks.
         max_removed: Largest share of the training set that may be removed, in ``(0, 1)``.
-        rewind: Go back to the start of fit after samples were removed; ``False`` trains on from there.
+        rewind: Go back to the start of fit after samples were removed; ``False`` trains on from there. See
+            :class:`~lightning_backdoor.UltraCleanCallback` for what goes back.
         report_dir: Folder for the report; with a ``name``, a folder of that name in it. ``None``: beside the logger's
             files; without a logger there is no report.
         forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``, for models that cannot be called with

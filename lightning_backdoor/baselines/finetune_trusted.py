@@ -22,16 +22,16 @@ __all__ = ["FineTuneTrusted"]
 class FineTuneTrusted(RepairBaseline):
     """Fine-tune on the images that a verdict trusts, and do nothing else.
 
-    When training is about to end, some more epochs go through the trusted images alone, by the user's own
-    ``training_step`` and optimizer, at a constant rate. Assumes that the trusted images are clean. A baseline (FT in
-    BackdoorBench, `Wu et al., 2022 <https://arxiv.org/abs/2206.12654>`_): **it rarely harms, and often leaves the
+    The last ``epochs`` of the plan (and ``extra_epochs`` beyond it) go through the trusted images alone, by the user's
+    own ``training_step`` and optimizer, at a constant rate. Assumes that the trusted images are clean. A baseline (FT
+    in BackdoorBench, `Wu et al., 2022 <https://arxiv.org/abs/2206.12654>`_): **it rarely harms, and often leaves the
     backdoor**.
 
     Args:
         verdict: Verdict of another defence. Its ``trusted`` samples are taken; without any, its least suspicious ones.
         trusted: Share of the images of every class that counts as least suspicious, in ``(0, 1)``.
         warmup_epochs: 0 fine-tunes the weights as they are (loaded, or of the ``ckpt_path`` given to ``fit``) and ends
-            the fit, whatever ``max_epochs`` says. ``None``: when training is about to end.
+            the fit. ``None``: as late as the plan leaves time for it.
         **common: Arguments of :class:`~lightning_backdoor.baselines.RepairBaseline`.
 
     Example:
@@ -57,13 +57,16 @@ class FineTuneTrusted(RepairBaseline):
         self.warmup_epochs = warmup_epochs
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Begin when training is about to end; count the epochs that follow."""
-        if self._repaired(trainer, pl_module) or self._last_look is not None or not about_to_end(trainer):
+        """Begin when it is time; count the epochs that follow."""
+        if self._repaired(trainer, pl_module) or self._last_look is not None:
+            return
+        if trainer.current_epoch + 1 < self._repair_begins(trainer) and not about_to_end(trainer):
             return
         if trainer.fast_dev_run:
             rank_zero_info("Fine-tuning: fast_dev_run trains too little to repair anything.")
             return
-        self._look(trainer, pl_module, trainer.current_epoch + 1)
+        with self._acting():
+            self._look(trainer, pl_module, trainer.current_epoch + 1)
 
     def _at_once(self) -> bool:
         return self.warmup_epochs == 0
@@ -85,7 +88,10 @@ class FineTuneTrusted(RepairBaseline):
         assert verdict.trusted is not None
         self.history.append(Repair(done, removed, int((~verdict.keep).sum()), (), 0, int(verdict.trusted.sum())))
         self._begin(trainer, pl_module, done)
-        rank_zero_info(f"Fine-tuning on {self.history[-1].trusted:,} of {len(data):,} images follows.")
+        if self.history[-1].no_room:
+            self._tell(trainer, pl_module, 0.0)
+        else:
+            rank_zero_info(f"Fine-tuning on {self.history[-1].trusted:,} of {len(data):,} images follows.")
 
     def _meaning(self) -> str:
         return "given"

@@ -23,7 +23,9 @@ class RepairBaseline(RepairCallback):
     at a constant rate and **without any bound: what suffers is not put back**.
 
     Args:
-        epochs: Epochs of repair, beyond ``max_epochs`` if need be.
+        epochs: Epochs of repair, at most as many as are left of the plan and of ``extra_epochs``. The repair begins as
+            late as that leaves time for it, and takes half of the plan at most.
+        extra_epochs: Epochs that it may have beyond the plan (``max_epochs``, ``max_steps``, ``max_time``).
         lr: Learning rate of the repair. ``None``: 5 % of the largest so far.
         max_removed: Largest share of the training set that may be unlearned, in ``(0, 1)``.
         report_dir: Folder for the report; with a ``name``, a folder of that name in it. ``None``: beside the logger's
@@ -54,6 +56,7 @@ class RepairBaseline(RepairCallback):
         self,
         *,
         epochs: int = 20,
+        extra_epochs: int = 0,
         lr: float | None = None,
         max_removed: float = 0.5,
         report_dir: str | Path | None = None,
@@ -75,6 +78,7 @@ class RepairBaseline(RepairCallback):
         )  # fmt: skip
         super().__init__(
             epochs=epochs,
+            extra_epochs=extra_epochs,
             lr=lr,
             reference=True,
             max_removed=max_removed,

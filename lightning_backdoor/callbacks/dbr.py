@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,14 +27,17 @@ class DBRCallback(Detecting, RepairCallback):
     """Repair a model: unlearn the images that a backdoor was learned from, and learn trustworthy ones anew.
 
     Implements D-BR (*Effective Backdoor Defense by Exploiting Sensitivity of Poisoned Samples*, `Chen et al., 2022
-    <https://openreview.net/forum?id=AsH-Tx2U0Ug>`_) inside a Trainer. When training is about to end (or after
-    ``warmup_epochs``), a copy of the model is trained without augmentation, so that it relies on a trigger wherever
-    there is one. Images are trusted if its features stay where they are when the image is turned and shifted; they are
-    suspect if they are a second population inside their class. Then every epoch unlearns the suspects and learns the
-    trusted images anew, by the user's own ``training_step`` and optimizer. If nothing is suspect, nothing changes.
+    <https://openreview.net/forum?id=AsH-Tx2U0Ug>`_) inside a Trainer. When as many epochs are left as the repair may
+    need (or after ``warmup_epochs``), a copy of the model is trained without augmentation, so that it relies on a
+    trigger wherever there is one. Images are trusted if its features stay where they are when the image is turned and
+    shifted; they are suspect if they are a second population inside their class. Then every epoch unlearns the suspects
+    and learns the trusted images anew, by the user's own ``training_step`` and optimizer. If nothing is suspect,
+    nothing changes.
 
     Assumes nothing: no clean data, no poison rate, no target class. Costs about three epochs of training for the look,
-    and up to ``epochs`` epochs over suspects and trusted images, beyond ``max_epochs`` if need be.
+    and up to ``epochs`` epochs over suspects and trusted images. They are epochs of the plan (``max_epochs``,
+    ``max_steps``, ``max_time``), unless ``extra_epochs`` are allowed; what is left of the plan is ordinary training on
+    the images that are not suspect. An epoch of repair is judged and undone with its last batch, before validation.
 
     Differs from the paper: suspects come from evidence instead of a share, which unlearns clean images on clean data;
     the detector may start from the model; all classes are trusted equally; batches of suspects and of trusted images
@@ -44,10 +46,13 @@ class DBRCallback(Detecting, RepairCallback):
 
     Args:
         verdict: Verdict of another defence: what it removed is unlearned. There is no detector then.
-        warmup_epochs: Epochs of ordinary training before the look; ``None``: when training is about to end. With a
-            number there is a second look at the end if the first one found nothing. 0 repairs the weights as they are
-            (loaded, or of the ``ckpt_path`` given to ``fit``) and ends the fit, whatever ``max_epochs`` says.
-        epochs: Largest number of epochs of repair.
+        warmup_epochs: Epochs of ordinary training before the look; ``None``: as late as the plan leaves time for the
+            repair, which takes half of it at most. With a number there is a second look at the end if the first one
+            found nothing. 0 repairs the weights as they are (loaded, or of the ``ckpt_path`` given to ``fit``) and ends
+            the fit; where a ``ckpt_path`` is at its ``max_epochs``, the repair goes on beyond it.
+        epochs: Largest number of epochs of repair; at most what is left.
+        extra_epochs: Epochs that the repair may have beyond the plan. If they are as many as ``epochs``, the look comes
+            when training is about to end.
         lr: Learning rate of the repair, falling to zero. ``None``: 5 % of the largest so far.
         trusted: Share of the images of every class that are learned anew, in ``(0, 1)``.
         suspect: ``"auto"`` looks for second populations; a number in ``(0, 1)`` is the share of all images, those that
@@ -104,6 +109,7 @@ class DBRCallback(Detecting, RepairCallback):
         verdict: Verdict | None = None,
         warmup_epochs: int | None = None,
         epochs: int = 10,
+        extra_epochs: int = 0,
         lr: float | None = None,
         trusted: float = 0.5,
         suspect: Literal["auto"] | float = "auto",
@@ -134,7 +140,8 @@ class DBRCallback(Detecting, RepairCallback):
         super().__init__(
             verdict=verdict, trusted=trusted, suspect=suspect, detector=detector, detector_steps=detector_steps,
             fct_metric=fct_metric, draws=draws, transform=transform, max_removed=max_removed, reading=reading,
-            report_dir=report_dir, name=name, epochs=epochs, lr=lr, reference=reference,
+            report_dir=report_dir, name=name, epochs=epochs, extra_epochs=extra_epochs, lr=lr,
+            reference=reference,
         )  # fmt: skip
         self.warmup_epochs = 0 if warmup_epochs == 0 else require_positive("warmup_epochs", warmup_epochs)
 
@@ -142,11 +149,12 @@ class DBRCallback(Detecting, RepairCallback):
     def from_paper(cls, **overrides: Any) -> DBRCallback:
         """Use the authors' shares, rate and unbounded loop, with a detector from fresh weights.
 
-        This always unlearns images. What is left of the differences: trusted images are chosen class by class, and the
-        detector is trained by ``detector_steps`` of AdamW, the model repaired by the user's optimizer.
+        This always unlearns images, in 20 epochs beyond the plan. What is left of the differences: trusted images are
+        chosen class by class, and the detector is trained by ``detector_steps`` of AdamW, the model repaired by the
+        user's optimizer.
         """
         paper = {"suspect": 0.05, "trusted": 0.2, "detector": "fresh", "draws": 1, "lr": 1e-4, "epochs": 20}
-        return cls(**{**paper, "reference": True, **overrides})
+        return cls(**{**paper, "extra_epochs": 20, "reference": True, **overrides})
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the curation of the training loader; before a checkpoint is loaded, keep the first weights."""
@@ -171,14 +179,18 @@ class DBRCallback(Detecting, RepairCallback):
         """Look when it is time; judge an epoch of repair when it is over."""
         if self._repaired(trainer, pl_module):
             return
-        ends, warmup = not self._acted and about_to_end(trainer), self.warmup_epochs or sys.maxsize
-        done = trainer.current_epoch + 1
-        if self._acted or not is_due(done, last_scan=self._last_look, warmup=warmup, every=None, ends=ends):
+        if self._acted:
+            self._look_at_suspects(trainer, pl_module)
+            return
+        warmup, done = self.warmup_epochs or self._repair_begins(trainer), trainer.current_epoch + 1
+        ends = about_to_end(trainer) and (self._last_look is None or self.warmup_epochs is not None)
+        if not is_due(done, last_scan=self._last_look, warmup=warmup, every=None, ends=ends):
             return
         if trainer.fast_dev_run:
             rank_zero_info("D-BR: fast_dev_run trains too little for a verdict; no look.")
             return
-        self._look(trainer, pl_module, done)
+        with self._acting():
+            self._look(trainer, pl_module, done)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a repair lasts, with the weights to go back to."""

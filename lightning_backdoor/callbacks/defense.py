@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +18,9 @@ from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ArgumentError, DataError, TrainerError
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.writer import write_report
+from lightning_backdoor.trainer.checkpoint_files import save_weights
 from lightning_backdoor.trainer.compat import rank_zero_warn, validation_loaders
+from lightning_backdoor.trainer.copies import put_weights
 from lightning_backdoor.trainer.curation import Curation, curation_of
 from lightning_backdoor.trainer.etiquette import require_unsharded
 from lightning_backdoor.trainer.hooks import TrainerCallback
@@ -25,6 +30,7 @@ from lightning_backdoor.verdict import Verdict
 __all__ = [
     "Defense",
     "require_class",
+    "require_count",
     "require_fraction",
     "require_one_of",
     "require_positive",
@@ -34,7 +40,7 @@ __all__ = [
 ]
 
 NAMED = 5  # labels in a warning, at most
-SCHEMA = 1  # of what checkpoints hold of any defence: a release that changes it counts up
+SCHEMA = 2  # of what checkpoints hold of any defence: a release that changes it counts up
 
 
 def require_fraction(name: str, value: float) -> float:
@@ -49,6 +55,13 @@ def require_positive(name: str, value: int | None) -> int | None:
     """Return ``value`` if it is None or a whole number of at least one."""
     if value is not None and (not isinstance(value, int) or value < 1):
         raise ArgumentError(f"`{name}` must be a whole number of at least 1, or None, got {value!r}.")
+    return value
+
+
+def require_count(name: str, value: int) -> int:
+    """Return ``value`` if it is a whole number, 0 or larger."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ArgumentError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
     return value
 
 
@@ -134,6 +147,8 @@ class Defense(TrainerCallback):
         self.verdict: Verdict | None = None
         self._curation: Curation | None = None
         self._training_set: TrainingSet | None = None
+        self._acts = False
+        self._began = 0.0  # of the fit, in seconds since the epoch
 
     @property
     def state_key(self) -> str:
@@ -154,6 +169,7 @@ class Defense(TrainerCallback):
         if stage != "fit":
             return
         require_unsharded(trainer)
+        self._acts, self._began = False, time.time()
         self._curation = curation_of(trainer)
         self._curation.join(self.state_key)
         if self.verdict is not None:
@@ -176,8 +192,44 @@ class Defense(TrainerCallback):
         self._leave()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the training loader back; Lightning does not tear down after an error."""
-        self._leave()
+        """Save what was trained if it is the defence that fails; give the training loader back.
+
+        Lightning does not tear down after an error.
+        """
+        try:
+            if isinstance(exception, Exception) and trainer.global_step and (self._acts or self._before_repair):
+                self._save_training(trainer, pl_module, exception)
+        finally:
+            self._leave()
+
+    @property
+    def _before_repair(self) -> dict[str, Any] | None:
+        """While a repair lasts, the weights that it began with, as :func:`~.copies.weights` returns them."""
+        return None
+
+    @contextmanager
+    def _acting(self) -> Iterator[None]:
+        """While the defence measures or decides: an exception is none of the training's."""
+        self._acts = True
+        yield
+        self._acts = False
+
+    def _save_training(self, trainer: Any, pl_module: Any, exception: Exception) -> None:
+        """Let the module have its weights from before the repair, save them, and say so in the exception."""
+        name, before = self.title or self.method, self._before_repair
+        if before is not None:
+            put_weights(trainer, pl_module, before)
+        when = "from before the repair" if before is not None else "as they were trained"
+        told = f"{name} failed after epoch {trainer.current_epoch}. The module has its weights {when}"
+        if self.report_dir is not None or trainer.loggers or trainer.checkpoint_callbacks:
+            own = self.state_key.removeprefix("lightning_backdoor.")
+            path = Path(self.report_dir or trainer.default_root_dir) / f"trained-before-{own}-failed.ckpt"
+            save_weights(trainer, pl_module, path)
+            told = f'{told}, and so has the file {path}: module.load_state_dict(torch.load("{path}")["state_dict"])'
+        if hasattr(exception, "add_note"):  # Python 3.11
+            exception.add_note(f"{told}.")
+        else:
+            rank_zero_warn(f"{told}.")
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only."""
@@ -205,7 +257,7 @@ class Defense(TrainerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
-        return {**self.__dict__, "_curation": None, "_training_set": None}
+        return {**self.__dict__, "_curation": None, "_training_set": None, "_acts": False}
 
     def _leave(self) -> None:
         if self._curation is not None:

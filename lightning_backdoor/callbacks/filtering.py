@@ -13,6 +13,7 @@ from lightning_backdoor.callbacks.defense import Defense, require_positive
 from lightning_backdoor.callbacks.looks import Look
 from lightning_backdoor.callbacks.schedule import is_due
 from lightning_backdoor.functional.evidence import Decision
+from lightning_backdoor.trainer.checkpoint_files import tell_earlier_files
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.limits import about_to_end
 from lightning_backdoor.trainer.rewind import Rewind, require_rewindable
@@ -98,6 +99,8 @@ class FilterCallback(Defense):
         """Go back to the start of fit if the epoch before removed samples."""
         if self._last_scan is not None and trainer.current_epoch < self._last_scan:
             self._last_scan = 0  # another defence went back
+        if self._rewind.is_due:
+            tell_earlier_files(trainer, self.title or self.method, self._began)
         if self._rewind.carry_out(trainer, pl_module) and self._curation is not None:
             self._curation.restart_iterator()
             self._last_scan = 0
@@ -111,6 +114,10 @@ class FilterCallback(Defense):
         if trainer.fast_dev_run:
             rank_zero_info(f"{self.method}: fast_dev_run trains too little for a verdict; no scan.")
             return
+        with self._acting():
+            self._scan_and_prune(trainer, pl_module)
+
+    def _scan_and_prune(self, trainer: Any, pl_module: Any) -> None:
         began = time.monotonic()
         found = self._scan(trainer, pl_module)
         decision = trainer.strategy.broadcast(self._decide(found), src=0)  # float ties must not tell ranks apart

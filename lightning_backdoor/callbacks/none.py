@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,20 +15,36 @@ from torch.utils.data import Dataset
 from lightning_backdoor.callbacks.compromised import Chosen, choose_units, find_layers, judge_samples, reset_chosen
 from lightning_backdoor.callbacks.defense import (
     Defense,
+    require_count,
     require_fraction,
     require_one_of,
     require_positive,
     require_rate,
 )
-from lightning_backdoor.callbacks.round_report import evidence, sentence
-from lightning_backdoor.callbacks.rounds import Round, Series, judgement, readmission, reset_units, shares, unfinished
-from lightning_backdoor.callbacks.schedule import is_due, never_looked
+from lightning_backdoor.callbacks.round_report import evidence, last_word, sentence
+from lightning_backdoor.callbacks.rounds import (
+    STILL_OBEYED,
+    Round,
+    Series,
+    judgement,
+    readmission,
+    reset_units,
+    shares,
+    unfinished,
+)
+from lightning_backdoor.callbacks.schedule import is_due, never_looked, repair_begins
 from lightning_backdoor.surgery.units import UnitLayer
+from lightning_backdoor.trainer.checkpoint_files import warn_of_earlier_files
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.copies import weights
+from lightning_backdoor.trainer.copies import restart_averages, weights
 from lightning_backdoor.trainer.etiquette import require_automatic
 from lightning_backdoor.trainer.finetuning import FineTuning, conclude, enough_epochs
-from lightning_backdoor.trainer.limits import about_to_end, require_extendable
+from lightning_backdoor.trainer.limits import (
+    about_to_end,
+    epochs_left,
+    planned_end,
+    require_extendable,
+)
 from lightning_backdoor.trainer.training_set import Reading
 from lightning_backdoor.trainer.unit_scan import UnitScan
 
@@ -43,28 +58,37 @@ class NONECallback(Defense):
     """Reset the units that a backdoor works through, drop the images that drive them, and fine-tune.
 
     Implements NONE (*Training with More Confidence*, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_) inside a
-    Trainer. When training is about to end (or after ``warmup_epochs``), the largest response of every unit to every
-    training image is looked at. A direction over units that splits one label into two populations and no other label,
-    or all labels into two, is what a backdoor looks like. If there is one, its samples leave the training set, the
-    units that they drive are drawn anew, and fine-tuning follows. Otherwise nothing changes.
+    Trainer. When as many epochs are left as its rounds need (or after ``warmup_epochs``), the largest response of every
+    unit to every training image is looked at. A direction over units that splits one label into two populations and no
+    other label, or all labels into two, is what a backdoor looks like. If there is one, its samples leave the training
+    set, the units that they drive are drawn anew, and fine-tuning follows. Otherwise nothing changes.
 
     Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes a look, three
-    if a class has no confident sample; for each round two more, and epochs of fine-tuning beyond ``max_epochs`` if need
-    be; two bytes per image for each of up to 512 units; a copy of weights and optimizer, to which training returns if
-    a round brings what all have cost to over 5 points of accuracy.
+    if a class has no confident sample; for each round two more; two bytes per image for each of up to 512 units; a copy
+    of weights and optimizer, to which training returns if a round brings what all have cost to over 5 points of
+    accuracy. Fine-tuning takes epochs of the plan (``max_epochs``, ``max_steps``, ``max_time``), unless
+    ``extra_epochs`` are allowed.
+
+    Units are reset at the start of an epoch, and rounds are judged and undone with the last batch of one, before
+    validation: what monitors a score, saves a checkpoint or averages weights sees both of one state.
 
     Differs from the paper: units and samples are chosen by evidence instead of by quota and a natural break, which
     fires on clean data, too (``rule="paper"`` keeps both); reset units may learn again (``reset="prune"``: never).
 
     Args:
-        warmup_epochs: Epochs of ordinary training before the first look. ``None``: one look, when training is about to
-            end. With a number there is a second look at the end if the first one found nothing or was undone.
+        warmup_epochs: Epochs of ordinary training before the first look. ``None``: as late as the plan leaves time for
+            all rounds, which take half of it at most. There is a second look at the end if the first one found nothing
+            or was undone; what is found then is removed and reported, and reset if ``extra_epochs`` are left.
+        extra_epochs: Epochs that fine-tuning may have beyond the plan. If they are as many as all rounds need, the
+            first look comes when training is about to end.
         rounds: Most looks in a row, each followed by its fine-tuning, as long as they find something, or the model
             still gives over 10 % of the removed samples their label (after the second one: and it made them a quarter
             fewer). ``None``: 3; 1 where units are reset by quota.
-        finetune_epochs: Epochs of fine-tuning after a reset, with frozen batch-norm statistics. ``None``: a tenth of
-            ``max_epochs``; more, up to ``max_epochs``, where this is less than 100 steps.
-        lr: Learning rate at the start of fine-tuning, from where it falls to zero. ``None``: 5 % of the largest so far.
+        finetune_epochs: Epochs of fine-tuning after a reset. ``None``: a tenth of
+            ``max_epochs``; more, up to ``max_epochs``, where this is less than 100 steps. At most what is left.
+        lr: Learning rate at the start of fine-tuning, from where it falls to zero, with frozen batch-norm statistics.
+            ``None``: within the plan that of the user's schedule, and ordinary training; beyond it 5 % of the largest
+            so far.
         reset_fraction: Largest share of the units of a layer that one round resets, in ``(0, 1)``.
         reset: ``"reinit"`` draws units anew and lets them learn; ``"prune"`` zeroes them.
         strong: Probability above which a sample is confidently of a class.
@@ -113,6 +137,7 @@ class NONECallback(Defense):
         self,
         *,
         warmup_epochs: int | None = None,
+        extra_epochs: int = 0,
         rounds: int | None = None,
         finetune_epochs: int | None = None,
         lr: float | None = None,
@@ -143,6 +168,7 @@ class NONECallback(Defense):
         )  # fmt: skip
         super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
         self.warmup_epochs = require_positive("warmup_epochs", warmup_epochs)
+        self.extra_epochs = require_count("extra_epochs", extra_epochs)
         self.rounds = require_positive("rounds", rounds)
         self.finetune_epochs = require_positive("finetune_epochs", finetune_epochs)
         self.lr = require_rate("lr", lr)
@@ -158,13 +184,14 @@ class NONECallback(Defense):
         self.history: list[Round] = []
         self._series, self._tuning = Series(), FineTuning()
         self._layers: list[UnitLayer] = []
+        self._warned = False
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> NONECallback:
         """Use the authors' quotas, natural break, zeroing and fine-tuning, without bounds; this always removes images.
 
-        The model is fine-tuned for 20 epochs at a constant rate of 1e-4 (meant for SGD with momentum), and keeps what
-        has come of it. Nothing limits how many images are removed.
+        The model is fine-tuned for 20 epochs beyond the plan at a constant rate of 1e-4 (meant for SGD with momentum),
+        and keeps what has come of it. Nothing limits how many images are removed.
 
         What is left of the differences: all units that can be reset are looked at, those of a ResNet's stem and first
         stage, too, and those of a projection shortcut before its batch norm (the authors: after it), and the weights
@@ -175,7 +202,7 @@ class NONECallback(Defense):
         """
         paper: dict[str, Any] = {
             "rule": "paper", "reset": "prune", "residual_mode": "reference", "reference": True, "lr": 1e-4,
-            "finetune_epochs": PAPER_EPOCHS, "max_removed": NO_LIMIT,
+            "finetune_epochs": PAPER_EPOCHS, "extra_epochs": PAPER_EPOCHS, "max_removed": NO_LIMIT,
         }  # fmt: skip
         return cls(**{**paper, **overrides})
 
@@ -184,7 +211,7 @@ class NONECallback(Defense):
         if stage == "fit":
             require_automatic(pl_module, "NONE fine-tunes")
             require_extendable(trainer, "NONE")
-            self._series, self._tuning, self.history = Series(), FineTuning(), []
+            self._series, self._tuning, self.history, self._warned = Series(), FineTuning(), [], False
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -199,36 +226,50 @@ class NONECallback(Defense):
         self._tuning.at_train_start()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look again later if another defence went back to the start."""
+        """Look again later if another defence went back to the start; else reset what the last look chose."""
         if self._series.last_look is not None and trainer.current_epoch < self._series.last_look:
-            self._tuning.release()
+            self._tuning.leave()
             self._series, self._tuning = Series(), FineTuning()
+        elif self._series.due:
+            self._reset(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Prepare a step of fine-tuning."""
         self._tuning.at_batch_start(trainer, pl_module, batch_idx)
 
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Judge a round with the last batch of its fine-tuning, before validation."""
+        if self._series.before is not None and self._tuning.ends_now(trainer):
+            self._judge(trainer, pl_module)
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Look, drop and reset when it is time; judge a round when its fine-tuning is over."""
-        series = self._series
+        """Look and drop when it is time; say what came of a round when its fine-tuning is over."""
+        series, began = self._series, time.monotonic()
         if self._tuning.left:
             if self._tuning.at_epoch_end():
-                self._judge(trainer, pl_module)
-                if 0 < series.treated < (self.rounds or (1 if self._by_quota else 3)):
+                if series.before is not None:  # a callback that came later has ended the epoch
+                    self._judge(trainer, pl_module)
+                self._tell(trainer, pl_module, time.monotonic() - began)
+                if 0 < series.treated < self._most_rounds and epochs_left(trainer, self.extra_epochs) != 0:
                     self._look(trainer, pl_module)
             return
-        done, warmup, ends = trainer.current_epoch + 1, self.warmup_epochs or sys.maxsize, about_to_end(trainer)
-        if series.treated or not is_due(done, last_scan=series.last_look, warmup=warmup, every=None, ends=ends):
-            return
+        done, ends = trainer.current_epoch + 1, about_to_end(trainer)
         if trainer.fast_dev_run:
             rank_zero_info("NONE: fast_dev_run trains too little for a verdict; no look.")
-            return
-        self._look(trainer, pl_module)
+        elif series.treated:
+            if ends and done > (series.judged or 0) and not self._by_quota:
+                self._look_at_removed(trainer, pl_module)
+        elif is_due(done, last_scan=series.last_look, warmup=self._first_look(trainer), every=None, ends=ends):
+            self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say so if training ended before the first look."""
-        if self.verdict is None and not trainer.fast_dev_run:
+        """Say so if training ended before the first look, or with a model that is not repaired."""
+        if trainer.fast_dev_run:
+            return
+        if self.verdict is None:
             rank_zero_warn(f"NONE: {never_looked(frozen=not self._layers)}")
+        elif self.history and not self._by_quota and (warning := last_word(self.history[-1], self.verdict)):
+            rank_zero_warn(f"NONE {warning}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a round lasts, with the weights to go back to."""
@@ -252,11 +293,30 @@ class NONECallback(Defense):
         return {**super().__getstate__(), "_layers": []}
 
     def _leave(self) -> None:
-        self._tuning.release()
+        self._tuning.leave()
         super()._leave()
 
+    @property
+    def _before_repair(self) -> dict[str, Any] | None:
+        return self._series.before
+
+    @property
+    def _most_rounds(self) -> int:
+        return self.rounds or (1 if self._by_quota else 3)
+
+    def _first_look(self, trainer: Any) -> int:
+        """Epochs before it, as the plan is now."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs
+        needed = self._most_rounds * (self.finetune_epochs or enough_epochs(trainer))
+        return repair_begins(planned_end(trainer), needed, self.extra_epochs)
+
     def _look(self, trainer: Any, pl_module: Any) -> None:
-        """Measure, decide, drop, reset, and let fine-tuning follow."""
+        """Measure, decide, drop, and choose the units that are reset when the next epoch begins."""
+        with self._acting():
+            self._look_at_all(trainer, pl_module)
+
+    def _look_at_all(self, trainer: Any, pl_module: Any) -> None:
         began = time.monotonic()
         assert self._training_set is not None
         self._layers = find_layers(trainer, pl_module, self._training_set, self.residual_mode)
@@ -268,48 +328,75 @@ class NONECallback(Defense):
         decision = judge_samples(measured, earlier, rule=self.rule, max_removed=self.max_removed)
         decision = trainer.strategy.broadcast(decision, src=0)  # float ties must not tell ranks apart
         series, training, right = self._series, self._in_training, measured.predicted == measured.labels
-        treated = self.history[-series.treated :] if series.treated else []
+        treated = [past for past in self.history if past.units][-series.treated :] if series.treated else []
         where: dict[str, Any] = {"training": training, "drops": not keeps, "by_quota": self._by_quota}
         verdict, wanted = judgement(decision, self.verdict, measured.labels, right, treated=treated, **where)
         before = torch.ones_like(verdict.keep) if self.verdict is None else self.verdict.keep
         removed = self._adopt(verdict)
+        accuracy, obeyed = shares(measured.predicted, verdict, self._in_training)
         chosen: list[Chosen] = []
-        if self._by_quota or removed or unfinished(treated):
+        anew = not treated and not keeps and (obeyed or 0.0) > STILL_OBEYED  # after a round that was undone
+        if self._by_quota or removed or unfinished(treated) or anew:
             driven = None if self._by_quota else scan.driven(trainer, pl_module, ~verdict.keep)
             found = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
             chosen = trainer.strategy.broadcast(found, src=0)
-        accuracy, obeyed = shares(measured.predicted, verdict, self._in_training)
         series.last_look = trainer.current_epoch + 1
-        units = tuple((self._layers[i].name, unit, label, score) for i, unit, label, score in chosen)
+        left, end = epochs_left(trainer, self.extra_epochs), planned_end(trainer)
+        units = tuple((self._layers[i].name, unit, label, score) for i, unit, label, score in chosen if left != 0)
         modes = tuple((mode.label, mode.separation) for mode in decision.modes)
         told = Round(series.last_look, removed, wanted, modes, units, measured.unconfident, accuracy, obeyed)
-        self.history.append(replace(told, shared=decision.shared))
-        if chosen:
+        self.history.append(replace(told, shared=decision.shared, no_room=bool(chosen) and left == 0))
+        if units:
             series.begin(weights(trainer, pl_module), before, right)
+            wanted_epochs = self.finetune_epochs or enough_epochs(trainer)
+            epochs = wanted_epochs if left is None else min(wanted_epochs, left)
+            within = end is not None and series.last_look + epochs <= end
+            self._tuning.begin(trainer, epochs, self.lr, ordinary=within and self.lr is None, constant=self.reference)
+        self._tell(trainer, pl_module, time.monotonic() - began)
+
+    def _reset(self, trainer: Any, pl_module: Any) -> None:
+        """Reset the units that the last look chose; all that monitors or saves has seen the epoch before."""
+        with self._acting():
+            self._series.due = False
+            places = {layer.name: place for place, layer in enumerate(self._layers)}
+            chosen = [(places[name], unit, label, score) for name, unit, label, score in self.history[-1].units]
             seed = self.reading.seed + len(self.history) * len(self._layers)
             optimizers = () if self.reference else trainer.optimizers
             reset_chosen(self._layers, chosen, mode=self.reset, optimizers=optimizers, seed=seed)
-            self._tuning.disown_the_past(trainer, pl_module, "NONE")
-            epochs = self.finetune_epochs or enough_epochs(trainer)
-            self._tuning.begin(trainer, epochs, self.lr, constant=self.reference)
-        self._tell(trainer, pl_module, time.monotonic() - began)
+            restart_averages(trainer, pl_module)
+        if not self._warned:
+            warn_of_earlier_files(trainer, "NONE", self._began)
+        self._warned = True
 
     def _judge(self, trainer: Any, pl_module: Any) -> None:
         """Compare with the model before the reset, and go back to it if this one is much worse."""
-        began, series = time.monotonic(), self._series
+        series = self._series
         assert self._training_set is not None
         assert self.verdict is not None
-        assert series.before is not None
-        predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
-        judged = self.history[-1].judged(predicted, self.verdict, series, self._in_training)
-        if self.reference:
-            judged = replace(judged, undone=False, readmitted=False)
-        self.history[-1] = judged
-        if judged.readmitted:
-            self._adopt(readmission(self.verdict, series.before["keep"]))
-        conclude(trainer, pl_module, series.before if judged.undone else None)
-        series.end(undone=judged.undone)
-        self._tell(trainer, pl_module, time.monotonic() - began)
+        assert series.keep is not None
+        with self._acting():
+            predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
+            judged = self.history[-1].judged(predicted, self.verdict, series, self._in_training)
+            if self.reference:
+                judged = replace(judged, undone=False, readmitted=False)
+            self.history[-1] = judged
+            if judged.readmitted:
+                self._adopt(readmission(self.verdict, series.keep))
+            conclude(trainer, pl_module, series.before if judged.undone else None)
+            series.end(trainer.current_epoch + 1, undone=judged.undone)
+
+    def _look_at_removed(self, trainer: Any, pl_module: Any) -> None:
+        """At the end of training, see what the model makes of the samples that earlier rounds removed."""
+        began, last = time.monotonic(), self.history[-1]
+        assert self._training_set is not None
+        assert self.verdict is not None
+        with self._acting():
+            predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
+            accuracy, obeyed = shares(predicted, self.verdict, self._in_training)
+            done, gone = trainer.current_epoch + 1, int((~self.verdict.keep).sum())
+            self._series.judged = done
+            self.history.append(Round(done, 0, last.wanted, (), (), (), accuracy, obeyed, again=gone))
+            self._tell(trainer, pl_module, time.monotonic() - began)
 
     def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
         """Log, print one sentence, and write the report of all rounds so far."""
@@ -319,7 +406,7 @@ class NONECallback(Defense):
         removed, units = float(len(self.verdict.removed)), float(len(reset_units(rounds)))
         pl_module.log_dict({"backdoor/none/removed": removed, "backdoor/none/units_reset": units})
         last = rounds[-1]
-        unsolved = (last.undone and not last.readmitted) or (last.removed and not last.units)
+        unsolved = (last.undone and not last.readmitted) or (last.removed and not last.units) or last.no_room
         (rank_zero_warn if unsolved else rank_zero_info)(f"NONE {sentence(rounds, len(data))}")
         shown = evidence(rounds, data, rule=self.rule, seconds=seconds, max_removed=self.max_removed)
         self._write_report(trainer, shown)

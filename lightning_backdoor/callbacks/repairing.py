@@ -1,4 +1,4 @@
-"""What defences share that repair a model: epochs of unlearning and relearning, within a fit or beyond its plan."""
+"""What defences share that repair a model: epochs of unlearning and relearning within a fit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_backdoor.callbacks.defense import Defense, require_positive, require_rate
+from lightning_backdoor.callbacks.defense import Defense, require_count, require_positive, require_rate
 from lightning_backdoor.callbacks.repairs import Repair, evidence, sentence
+from lightning_backdoor.callbacks.rounds import STILL_OBEYED, shares
+from lightning_backdoor.callbacks.schedule import repair_begins
 from lightning_backdoor.callbacks.suspects import split_of
-from lightning_backdoor.trainer.compat import rank_zero_info
+from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.etiquette import require_automatic
-from lightning_backdoor.trainer.limits import require_extendable
+from lightning_backdoor.trainer.limits import about_to_end, epochs_left, planned_end, require_extendable
 from lightning_backdoor.trainer.phases import require_batches
 from lightning_backdoor.trainer.training_set import Reading
 from lightning_backdoor.trainer.unlearning import Unlearning
@@ -38,6 +40,7 @@ class RepairCallback(Defense):
         self,
         *,
         epochs: int,
+        extra_epochs: int,
         lr: float | None,
         reference: bool,
         max_removed: float,
@@ -47,6 +50,7 @@ class RepairCallback(Defense):
     ) -> None:
         super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
         self.epochs = require_positive("epochs", epochs) or 1
+        self.extra_epochs = require_count("extra_epochs", extra_epochs)
         self.lr = require_rate("lr", lr)
         self.reference = reference
         self.history: list[Repair] = []
@@ -91,23 +95,29 @@ class RepairCallback(Defense):
             self._run.resume(trainer)
         elif self._at_once():
             if not self.history and not trainer.fast_dev_run:
-                self._look(trainer, pl_module, trainer.current_epoch)
+                with self._acting():
+                    self._look(trainer, pl_module, trainer.current_epoch)
             trainer.should_stop = trainer.should_stop or not self._run.left
         self._run.let_go()
         if self._run.left and self._curation is not None:
             self._curation.restart_iterator()
-            self._run.at_epoch_start()
+            self._run.count_batches()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin an epoch of repair, if there is one."""
         if self._last_look is not None and trainer.current_epoch < self._last_look:  # another defence went back
             self._run.stop()
             self._run, self._last_look = self._new_run(), None
-        self._run.at_epoch_start()
+        self._run.at_epoch_start(trainer, pl_module, self._began)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Know what the batch holds, and set the rate of its step."""
         self._run.at_batch_start(trainer, pl_module, batch_idx)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Judge an epoch of repair with its last batch, before validation."""
+        with self._acting():
+            self._run.at_batch_end(trainer, pl_module)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Turn the loss of suspects around."""
@@ -116,6 +126,16 @@ class RepairCallback(Defense):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Limit the ascent."""
         self._run.at_step(trainer, optimizer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say so if training ends with a model that is not repaired."""
+        remaining = self.history[-1].remaining if self.history and not self.reference else None
+        if remaining is not None and remaining > STILL_OBEYED:
+            rank_zero_warn(
+                f"{self.title} ends with a model that gives {remaining:.1%} of the suspect images their label: part of "
+                "a backdoor may still be there, or their labels are true (clean-label attack). Look at the report; to "
+                "be sure, train anew without them."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a repair lasts, with the weights to go back to."""
@@ -139,9 +159,15 @@ class RepairCallback(Defense):
         super()._leave()
 
     def _new_run(self) -> Unlearning:
-        return Unlearning(
-            epochs=self.epochs, lr=self.lr, reference=self.reference, seed=self.reading.seed, method=self.title
-        )
+        return Unlearning(lr=self.lr, reference=self.reference, seed=self.reading.seed, method=self.title)
+
+    @property
+    def _before_repair(self) -> dict[str, Any] | None:
+        return self._run.before
+
+    def _repair_begins(self, trainer: Any) -> int:
+        """Epochs after which the repair has to begin, as the plan is now."""
+        return repair_begins(planned_end(trainer), self.epochs, self.extra_epochs)
 
     def _attach(self) -> None:
         assert self.verdict is not None
@@ -150,17 +176,23 @@ class RepairCallback(Defense):
         self._run.attach(self._training_set, self._curation, split_of(self.verdict, self.reading.seed))
 
     def _begin(self, trainer: Any, pl_module: Any, done: int) -> None:
-        """Let a repair by the verdict follow."""
+        """Let a repair by the verdict follow, or say that no epoch is left for one."""
+        left = epochs_left(trainer, self.extra_epochs)
+        epochs = self.epochs if left is None or (self._at_once() and not left) else min(self.epochs, left)
+        if not epochs:
+            self.history[-1] = replace(self.history[-1], no_room=True)
+            return
         self._attach()
-        self._run.begin(trainer, pl_module, done)
+        self._run.begin(trainer, pl_module, done, epochs)
 
     def _repaired(self, trainer: Any, pl_module: Any) -> bool:
         """Judge an epoch of repair, and say whether there was one; call in ``on_train_epoch_end``."""
         if not self._run.left:
             return False
-        began = time.monotonic()
-        if self._run.at_epoch_end(trainer, pl_module):
-            run = self._run
+        began, run = time.monotonic(), self._run
+        with self._acting():
+            over = run.at_epoch_end(trainer, pl_module)
+        if over:
             self.history[-1] = replace(
                 self.history[-1], accuracy=(*run.accuracy,), obeyed=(*run.obeyed,), undone=(*run.undone,)
             )
@@ -168,12 +200,24 @@ class RepairCallback(Defense):
             trainer.should_stop = trainer.should_stop or self._at_once()
         return True
 
+    def _look_at_suspects(self, trainer: Any, pl_module: Any) -> None:
+        """At the end of training, see what the model makes of suspects that were unlearned epochs ago."""
+        last = self.history[-1] if self.history else None
+        if last is None or not last.suspects or not last.undone or self.reference or not about_to_end(trainer):
+            return
+        began, data = time.monotonic(), self._training_set
+        assert data is not None
+        with self._acting():
+            predicted = data.predict(trainer, pl_module, description=f"{self.title} check")
+            self.history[-1] = replace(last, at_end=shares(predicted, self.verdict, self._in_training))
+            self._tell(trainer, pl_module, time.monotonic() - began)
+
     def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
         """Log, print one sentence, and write the report."""
         data, repairs = self._training_set, self.history
         assert data is not None
         counts = {"removed": sum(past.removed for past in repairs), "epochs": len(repairs[-1].undone)}
         pl_module.log_dict({f"backdoor/{self.method.lower()}/{name}": float(n) for name, n in counts.items()})
-        rank_zero_info(f"{self.title} {sentence(repairs[-1], len(data))}")
+        (rank_zero_warn if repairs[-1].no_room else rank_zero_info)(f"{self.title} {sentence(repairs[-1], len(data))}")
         shown = evidence(repairs, data, meaning=self._meaning(), seconds=seconds, max_removed=self.max_removed)
         self._write_report(trainer, shown)

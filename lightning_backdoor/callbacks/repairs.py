@@ -33,6 +33,9 @@ class Repair:
         accuracy: Share of the watched samples that got their label, before and after every epoch of repair.
         obeyed: Share of the suspects that got their label, before and after every epoch.
         undone: For every epoch whether the weights went back because accuracy had suffered.
+        no_room: Whether nothing was repaired for want of epochs.
+        at_end: Share of the images in training and of the removed ones that got their label at the end of training, if
+            it went on after the repair.
     """
 
     epochs: int
@@ -44,6 +47,8 @@ class Repair:
     accuracy: tuple[float, ...] = ()
     obeyed: tuple[float, ...] = ()
     undone: tuple[bool, ...] = ()
+    no_room: bool = False
+    at_end: tuple[float, float | None] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that load with ``weights_only=True``."""
@@ -55,6 +60,13 @@ class Repair:
         last = max((i + 1 for i, undone in enumerate(self.undone) if not undone), default=0)
         return self.accuracy[last], self.obeyed[last]
 
+    @property
+    def remaining(self) -> float | None:
+        """Share of the suspects that get their label, as far as was looked last; ``None`` without a repair."""
+        if self.at_end is not None:
+            return self.at_end[1]
+        return self.outcome[1] if self.undone and self.suspects else None
+
 
 def sentence(repair: Repair, total: int) -> str:
     """Say what the look found, or what came out of the repair.
@@ -63,8 +75,20 @@ def sentence(repair: Repair, total: int) -> str:
         repair: The latest one.
         total: Samples of the training set.
     """
+    if repair.no_room:
+        found = f"{repair.suspects:,} are suspect" if repair.suspects else f"{repair.trusted:,} are trusted"
+        return (
+            f"looked at {total:,} training images: {found}, and no epoch is left for a repair: a backdoor may still be "
+            "there. Allow some epochs (`extra_epochs`), or train anew without the suspect images."
+        )
     if not repair.suspects and not repair.undone:
         return f"looked at {total:,} training images: nothing stands out, nothing to repair."
+    if repair.at_end is not None:
+        accuracy, given = repair.at_end
+        return (
+            f"at the end of training: accuracy on training images {accuracy:.1%}, of suspects given their label "
+            f"{given or 0.0:.1%}."
+        )
     if not repair.undone:
         return (
             f"looked at {total:,} training images: {repair.suspects:,} will be unlearned, {repair.trusted:,} learned "

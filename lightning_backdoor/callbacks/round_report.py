@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from lightning_backdoor.callbacks.rounds import OWN_LABEL, STILL_OBEYED, Round, reset_units
+from lightning_backdoor.callbacks.rounds import OWN_LABEL, Round, reset_units
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.training_set import TrainingSet
+from lightning_backdoor.verdict import Verdict
 
-__all__ = ["evidence", "sentence"]
+__all__ = ["evidence", "last_word", "sentence"]
 
 MEANING = (
     "It measures how far the image drives the most compromised units of the model out of the range that they have on "
@@ -23,6 +24,23 @@ def sentence(rounds: list[Round], total: int) -> str:
         total: Samples of the training set.
     """
     latest = rounds[-1]
+    if latest.again:
+        return (
+            f"at the end of training: accuracy on training images {latest.accuracy:.1%}; of {latest.again:,} removed "
+            f"images {latest.obeyed or 0.0:.1%} are given their label{_outcome(latest)}."
+        )
+    if not latest.units and latest.no_room:
+        given = "" if latest.obeyed is None else f", {latest.obeyed:.1%} of all that are removed given their label"
+        return (
+            f"looked at {total:,} training images: {latest.removed:,} removed{given}, no unit reset, since no epoch is "
+            "left for fine-tuning: the backdoor may still be there. Allow some (`extra_epochs`), or train anew without "
+            "the removed images."
+        )
+    if not latest.units and not latest.removed and latest.obeyed is not None:
+        return (
+            f"looked again at {total:,} training images: nothing new was found; of the images removed before "
+            f"{latest.obeyed:.1%} are given their label{_outcome(latest)}."
+        )
     if not latest.units:
         unmet = ", but no unit that they drive was found: the backdoor may still be there" if latest.removed else ""
         return f"looked at {total:,} training images: {latest.removed:,} removed, no unit reset{unmet}."
@@ -43,13 +61,33 @@ def _outcome(round_: Round) -> str:
         return "; the model gives the removed images their label without having seen them, so all of this was undone"
     if round_.undone:
         return "; the rounds cost too much accuracy, so the weights went back: the backdoor may still be there"
-    obeyed = round_.obeyed_after or 0.0
-    if obeyed > OWN_LABEL:
+    if not round_.remains:
+        return ""
+    rate = (round_.obeyed if round_.accuracy_after is None else round_.obeyed_after) or 0.0
+    if rate > OWN_LABEL:
         return (
             "; the backdoor may still be there, or these may be clean images of one kind or have true labels "
             "(clean-label attack): look at the report"
         )
-    return "; part of the backdoor may still be there" if obeyed > STILL_OBEYED else ""
+    return "; part of the backdoor may still be there"
+
+
+def last_word(latest: Round, verdict: Verdict) -> str:
+    """Say that a fit ends with a model that still gives removed images their label; else nothing.
+
+    What was said of the latest round already, that it was undone or had no epochs, is not said again.
+
+    Args:
+        latest: The latest round.
+        verdict: The verdict at the end.
+    """
+    if not latest.remains or latest.undone or latest.no_room:
+        return ""
+    rate = (latest.obeyed if latest.accuracy_after is None else latest.obeyed_after) or 0.0
+    return (
+        f"ends with a model that gives {rate:.1%} of the {len(verdict.removed):,} removed images their label"
+        f"{_outcome(latest)}. To be sure, train anew without them."
+    )
 
 
 def evidence(rounds: list[Round], data: TrainingSet, *, rule: str, seconds: float, max_removed: float) -> Evidence:

@@ -49,6 +49,8 @@ class Round:
         undone: Whether the weights went back because accuracy had suffered.
         shared: Whether most labels share the second mode, as under an all-to-all attack.
         readmitted: Whether the samples came back, because the model gives them their label without having seen them.
+        no_room: Whether no unit was reset for want of epochs to fine-tune in.
+        again: Removed samples of earlier rounds, if all that this one did was to look at them at the end of training.
     """
 
     epochs: int
@@ -64,6 +66,14 @@ class Round:
     undone: bool = False
     shared: bool = False
     readmitted: bool = False
+    no_room: bool = False
+    again: int = 0
+
+    @property
+    def remains(self) -> bool:
+        """Whether the model gives over a tenth of the removed samples their label, as far as was looked last."""
+        rate = self.obeyed if self.accuracy_after is None or self.undone else self.obeyed_after
+        return rate is not None and rate > STILL_OBEYED and not self.readmitted
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that load with ``weights_only=True``."""
@@ -83,9 +93,9 @@ class Round:
         """
         assert verdict.labels is not None
         assert series.right is not None
-        assert series.before is not None
+        assert series.keep is not None
         after, obeyed = shares(predicted, verdict, training)
-        new = series.before["keep"] & ~verdict.keep
+        new = series.keep & ~verdict.keep
         own_label = bool(new.any()) and _share((predicted == verdict.labels)[new]) > after / 2
         lost = _share(series.right[verdict.keep if training is None else training]) - after
         readmitted, undone = self.shared and own_label, lost > MAX_LOSS
@@ -100,25 +110,30 @@ class Series:
 
     Attributes:
         last_look: Epochs trained before the last look; ``None`` before the first.
+        judged: Epochs trained when a round was judged last.
         treated: Rounds that reset units.
         right: Samples that got their label before the first of all rounds, bool ``(N,)``.
-        before: While a round lasts, the weights to go back to if it does harm, and what was kept before it.
+        keep: Samples that were kept before the last round, bool ``(N,)``.
+        due: Whether the units of the last round are to be reset at the start of the next epoch.
+        before: Until a round is judged, the weights to go back to if it does harm.
     """
 
     last_look: int | None = None
+    judged: int | None = None
     treated: int = 0
     right: Tensor | None = None
+    keep: Tensor | None = None
+    due: bool = False
     before: dict[str, Any] | None = None
 
     def begin(self, weights: dict[str, Any], keep: Tensor, right: Tensor) -> None:
-        """Units are about to be reset, in a model of these weights; see ``right`` and ``before``."""
-        self.treated += 1
+        """Units are to be reset with the next epoch, in a model of these weights; see ``right`` and ``keep``."""
+        self.treated, self.due, self.before, self.keep = self.treated + 1, True, weights, keep
         self.right = right if self.right is None else self.right
-        self.before = {**weights, "keep": keep}
 
-    def end(self, *, undone: bool) -> None:
-        """A round is over; after one that was undone a last look may begin anew."""
-        self.before = None
+    def end(self, epochs: int, *, undone: bool) -> None:
+        """A round is over after so many epochs; after one that was undone a last look may begin anew."""
+        self.judged, self.before = epochs, None
         self.treated = 0 if undone else self.treated
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 
-__all__ = ["is_due", "never_looked", "warmup_or_half"]
+__all__ = ["is_due", "never_looked", "repair_begins", "warmup_or_half"]
 
 DEFAULT_WARMUP = 10
 
@@ -14,6 +15,19 @@ def warmup_or_half(warmup_epochs: int | None, max_epochs: int | None) -> int:
     if warmup_epochs is not None:
         return warmup_epochs
     return max(1, math.ceil(max_epochs / 2)) if max_epochs is not None and max_epochs > 0 else DEFAULT_WARMUP
+
+
+def repair_begins(end: int | None, needed: int, extra_epochs: int) -> int:
+    """Epochs after which a repair has to begin, so that it fits into the plan and into ``extra_epochs`` beyond it.
+
+    It takes at most half of the plan. Without a plan it begins when training is about to end.
+
+    Args:
+        end: Epochs that the fit will have had at the end of the plan; ``None`` without a plan.
+        needed: Largest number of epochs of the repair.
+        extra_epochs: Epochs that it may have beyond the plan.
+    """
+    return sys.maxsize if end is None else end - max(0, min(needed - extra_epochs, end // 2))
 
 
 def is_due(epochs: int, *, last_scan: int | None, warmup: int, every: int | None, ends: bool) -> bool:

@@ -64,7 +64,9 @@ class UltraCleanCallback(FilterCallback):
             each label stay in any case (of the median label, where a label is larger).
         target_class: Look only at samples with this label (the paper's known-class scenario).
         rewind: Go back to the start of fit after samples were removed; ``False`` trains on from there, without a last
-            look.
+            look. Counters (numbers, strings and None among the attributes of the module and of callbacks) go back as
+            well; for anything else the module may have a method ``on_backdoor_restart()``, a callback
+            ``on_backdoor_restart(trainer, pl_module)``.
         rescore_every: Scan again every so many epochs after the first scan; removed samples stay removed. With
             ``rule="fraction"`` the first scan removes all that may go, and later ones renew the scores of the rest.
         report_dir: Folder for the report; with a ``name``, a folder of that name in it (``UltraClean.<name>``).

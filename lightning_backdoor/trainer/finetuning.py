@@ -1,4 +1,4 @@
-"""Some epochs with a learning rate of their own and frozen batch-norm statistics, beyond the planned end if need be."""
+"""Some epochs with a learning rate of their own and frozen batch-norm statistics."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_backdoor.trainer.compat import rank_zero_warn
 from lightning_backdoor.trainer.copies import put_weights, restart_averages
-from lightning_backdoor.trainer.limits import beyond_plan, hold_open, planned_epochs, release
+from lightning_backdoor.trainer.limits import beyond_plan, hold_open, plan_is_over, planned_epochs, release
 
 __all__ = ["FineTuning", "conclude", "enough_epochs"]
 
@@ -24,28 +23,33 @@ _NEVER = 2**62
 class FineTuning:
     """A phase of fine-tuning inside a fit: asked for at the end of an epoch, it takes the epochs that follow.
 
-    The learning rate falls in a straight line to zero. It is in the optimizers during their steps alone (Lightning
-    calls ``training_step`` within them), so schedulers and monitors see their own one. Once the epochs that the user
-    planned are used up, schedulers wait: one that is at its end could not go on. Batch norms keep their statistics and
-    train their scale and shift. A steady phase does neither: its rate is constant, and batch norms go on as ever.
+    An ordinary phase trains as ever: it only counts epochs, and keeps the fit from ending before. Any other one has a
+    learning rate of its own, which falls in a straight line to zero. It is in the optimizers during their steps alone
+    (Lightning calls ``training_step`` within them), so schedulers and monitors see their own one. Batch norms keep
+    their statistics and train their scale and shift. A steady phase does neither: its rate is constant, and batch norms
+    go on as ever.
+
+    Schedulers wait where they could not go on: beyond the plan of the user, and in an epoch for the steps by which it
+    is longer than an ordinary one.
 
     Attributes:
-        left: Epochs of the phase that are still to come; 0 outside of it.
+        left: Epochs of the phase that are not over; 0 outside of it.
         share: What the rate of the next step is multiplied with.
     """
 
     def __init__(self) -> None:
         self.left = 0
         self.share = 1.0
-        self._steady = self._constant = self._pauses = False
+        self._ordinary = self._steady = self._constant = False
+        self._batches = 0  # of an ordinary epoch
         self._epochs = 0
         self._until = 0  # epochs that the fit has had at the end of the phase
         self._lr: float | None = None
         self._factor = 1.0
-        self._given_back = ExitStack()
+        self._given_back, self._waiting = ExitStack(), ExitStack()
         self._took_over = False
         self._held: Any = None
-        self._warned = False
+        self._fresh = False
 
     def begin(
         self,
@@ -53,9 +57,9 @@ class FineTuning:
         epochs: int,
         lr: float | None,
         *,
+        ordinary: bool = False,
         steady: bool = False,
         constant: bool = False,
-        pause: bool = False,
         done: int | None = None,
     ) -> None:
         """Start the phase with the next epoch; call in ``on_train_epoch_end``, or with ``done`` elsewhere.
@@ -64,34 +68,23 @@ class FineTuning:
             trainer: The running Trainer.
             epochs: Length of the phase, at least 1.
             lr: Learning rate of its first step; ``None``: 5 % of the largest that each parameter group has had.
+            ordinary: Leave the learning rate, its schedule and batch norms alone.
             steady: Keep this rate to the end, and leave batch norms alone.
             constant: Keep this rate to the end.
-            pause: Let schedulers wait within the plan, too: the phase may have more steps than they were made for.
             done: Epochs that the fit has had; ``None``: with the one that ends.
         """
         self.left = self._epochs = epochs
         self._until = (trainer.current_epoch + 1 if done is None else done) + epochs
-        self._lr, self._steady, self._pauses = lr, steady, pause
-        self._constant = constant
+        self._lr, self._ordinary, self._steady, self._constant = lr, ordinary, steady, constant
+        self._batches = int(trainer.num_training_batches)
         self._factor = self.share = 1.0
+        self._fresh = True
         self._hold(trainer)
 
-    def disown_the_past(self, trainer: Any, pl_module: nn.Module, method: str) -> None:
-        """Let averages of the model start again, and warn, once in a fit, of a *best* that was saved before.
-
-        Args:
-            trainer: The running Trainer.
-            pl_module: The LightningModule under training.
-            method: Name of the defence that treats the model.
-        """
-        restart_averages(trainer, pl_module)
-        kept = [saver.best_model_path for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None)]
-        if any(kept) and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"{method}: {', '.join(filter(None, kept))} was saved before the model was treated and may hold the "
-                "backdoor. Use the last checkpoint, not the best one."
-            )
+    def begins_now(self) -> bool:
+        """Whether this is the first epoch of the phase; true once, call in ``on_train_epoch_start``."""
+        fresh, self._fresh = self._fresh, False
+        return fresh and self.left > 0
 
     def at_fit_start(self, trainer: Any) -> None:
         """Continue a phase that was interrupted; a checkpoint from beyond the plan is none too many."""
@@ -108,9 +101,10 @@ class FineTuning:
 
         Not earlier: a run that is resumed within an epoch does not begin one.
         """
-        if not self.left:
+        if not self.left or self._ordinary:
             return
         self._take_over(trainer)
+        self._let_schedulers_wait(trainer, batch_idx)
         if self._steady:
             return
         for module in pl_module.modules():
@@ -122,6 +116,17 @@ class FineTuning:
         done = self._epochs - self.left + batch_idx / max(trainer.num_training_batches, 1)
         self._factor = max(1 - done / self._epochs, 0.0)
 
+    def ends_now(self, trainer: Any) -> bool:
+        """Whether the phase ends with this batch, by its length or with the plan; call in ``on_train_batch_end``.
+
+        What changes the weights then is done before validation, and before anything is saved or monitored.
+        """
+        if self.left and plan_is_over(trainer):
+            self.left = 1
+            self.release()  # a Trainer that is kept open would go on with the epoch
+            return True
+        return self.left == 1 and bool(trainer.is_last_batch)
+
     def at_epoch_end(self) -> bool:
         """Count an epoch of the phase, and say whether it was the last one; call in ``on_train_epoch_end``."""
         if not self.left:
@@ -132,14 +137,25 @@ class FineTuning:
         self.release()
         return True
 
+    def batches_in_plan(self, trainer: Any) -> int | None:
+        """Batches that the next epoch may have without exceeding the user's plan; ``None`` beyond it."""
+        return None if beyond_plan(trainer) else self._batches
+
     def stop(self) -> None:
         """End the phase before its time."""
-        self.left = 0
+        self.left, self._fresh = 0, False
         self.release()
 
+    def leave(self) -> None:
+        """Give everything back that belongs to the user; the fit is over."""
+        self.release()
+        self._waiting.close()
+
     def release(self) -> None:
-        """Give everything back that belongs to the user."""
+        """Give everything back but schedulers that are at their end; the fit may go on without the phase."""
         self._given_back.close()
+        if self._held is None or not beyond_plan(self._held):
+            self._waiting.close()
         self._took_over = False
         if self._held is not None:
             release(self._held, self)
@@ -161,9 +177,14 @@ class FineTuning:
             self._given_back.callback(optimizer.register_step_pre_hook(rates.lend).remove)
             self._given_back.callback(optimizer.register_step_post_hook(rates.give_back).remove)
         self._took_over = True
-        for config in trainer.lr_scheduler_configs if self._pauses or beyond_plan(trainer) else ():
-            if config.frequency != _NEVER:
-                self._given_back.callback(setattr, config, "frequency", config.frequency)
+
+    def _let_schedulers_wait(self, trainer: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._waiting.close()
+        longer, beyond = batch_idx >= self._batches, beyond_plan(trainer)
+        for config in trainer.lr_scheduler_configs:
+            if config.frequency != _NEVER and (beyond or (longer and config.interval == "step")):
+                self._waiting.callback(setattr, config, "frequency", config.frequency)
                 config.frequency = _NEVER
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,20 +195,24 @@ class FineTuning:
             "until": self._until,
             "lr": self._lr,
             "steady": self._steady,
+            "ordinary": self._ordinary,
             "constant": self._constant,
-            "pauses": self._pauses,
+            "batches": self._batches,
+            "fresh": self._fresh,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
         self.left, self._epochs = state_dict["left"], state_dict["epochs"]
         self._until, self._lr = state_dict["until"], state_dict["lr"]
-        self._steady, self._pauses = state_dict["steady"], state_dict["pauses"]
-        self._constant = state_dict["constant"]
+        self._ordinary, self._steady = state_dict["ordinary"], state_dict["steady"]
+        self._constant, self._batches = state_dict["constant"], state_dict["batches"]
+        self._fresh = state_dict["fresh"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
-        return {**self.__dict__, "_given_back": ExitStack(), "_took_over": False, "_held": None}
+        running = {"_given_back": ExitStack(), "_waiting": ExitStack(), "_took_over": False, "_held": None}
+        return {**self.__dict__, **running}
 
 
 class _Rates:

@@ -12,7 +12,10 @@ from lightning_backdoor.errors import TrainerError
 __all__ = [
     "about_to_end",
     "beyond_plan",
+    "epochs_left",
     "hold_open",
+    "plan_is_over",
+    "planned_end",
     "planned_epochs",
     "planned_max_epochs",
     "release",
@@ -21,16 +24,13 @@ __all__ = [
 ]
 
 _UNREACHABLE = 10**9
-_NOT_EXTENDABLE = {
-    "Timer": "Limit the run by `max_epochs` or `max_steps` instead of `max_time`.",
-    "StochasticWeightAveraging": "Use Lightning's WeightAveraging.",
-}
+_NOT_EXTENDABLE = {"StochasticWeightAveraging": "Use Lightning's WeightAveraging."}
 _NOT_PLANNED = {
     "BaseFinetuning": "Vary `requires_grad` before the fit.",
     "StochasticWeightAveraging": "Use Lightning's WeightAveraging.",
 }
-_HELD: WeakKeyDictionary[Any, tuple[tuple[int | None, int | None, int], set[int]]] = WeakKeyDictionary()
-"""Trainers kept from ending: their own limits, and which holders still want them open."""
+_HELD: WeakKeyDictionary[Any, tuple[tuple[int | None, int | None, int], dict[int, int | None]]] = WeakKeyDictionary()
+"""Trainers kept from ending: their own limits, and the last epoch that each holder wants, ``None`` without end."""
 
 
 def hold_open(trainer: Any, holder: object, until: int | None = None) -> None:
@@ -40,15 +40,20 @@ def hold_open(trainer: Any, holder: object, until: int | None = None) -> None:
         trainer: The running Trainer.
         holder: Who wants it open.
         until: Epochs that the fit will have had by then, if that is known; progress displays show it, or the plan
-            where that is longer.
+            where that is longer. The user's ``max_steps`` stay in force unless this lies beyond them.
     """
     loop = trainer.fit_loop
     if trainer not in _HELD:
-        _HELD[trainer] = (loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps), set()
-    planned = planned_max_epochs(trainer) or 0
-    loop.min_epochs, loop.max_epochs = (_UNREACHABLE, -1) if until is None else (until, max(until, planned))
-    loop.epoch_loop.max_steps = -1
-    _HELD[trainer][1].add(id(holder))
+        _HELD[trainer] = (loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps), {}
+    (*_, max_steps), holders = _HELD[trainer]
+    holders[id(holder)] = until
+    known = [last for last in holders.values() if last is not None]
+    if len(known) < len(holders):
+        loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = _UNREACHABLE, -1, -1
+        return
+    last, by_steps = max(known), _end_by_steps(trainer)
+    loop.min_epochs, loop.max_epochs = last, max(last, planned_max_epochs(trainer) or 0)
+    loop.epoch_loop.max_steps = max_steps if by_steps is not None and last <= by_steps else -1
 
 
 def release(trainer: Any, holder: object) -> None:
@@ -56,7 +61,7 @@ def release(trainer: Any, holder: object) -> None:
     if trainer not in _HELD:
         return
     limits, holders = _HELD[trainer]
-    holders.discard(id(holder))
+    holders.pop(id(holder), None)
     if not holders:
         loop = trainer.fit_loop
         loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = limits
@@ -78,9 +83,30 @@ def planned_max_epochs(trainer: Any) -> int | None:
 def planned_epochs(trainer: Any) -> int:
     """How many epochs the user planned, by epochs or by steps; 1 where there is no plan."""
     max_epochs, max_steps = _planned(trainer)
-    by_steps = None if max_steps is None else math.ceil(max_steps / max(trainer.num_training_batches, 1))
+    by_steps = None if max_steps is None else math.ceil(max_steps / _steps_per_epoch(trainer))
     known = [limit for limit in (max_epochs, by_steps) if limit is not None]
-    return max(1, min(known, default=1))
+    return max(1, min(known)) if known else 1
+
+
+def planned_end(trainer: Any) -> int | None:
+    """Epochs that the fit will have had at the end of the user's plan, whoever holds the loop open.
+
+    ``max_steps`` and ``max_time`` are converted to epochs: the former by the steps that an epoch has now, the latter by
+    the mean duration of the epochs so far (none are complete: it counts for nothing). ``None``: nothing limits the fit.
+    Every process must call it.
+    """
+    limits = (planned_max_epochs(trainer), _end_by_steps(trainer), _end_by_time(trainer))
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def epochs_left(trainer: Any, extra: int) -> int | None:
+    """Epochs that are left of the plan, and ``extra`` ones beyond it; ``None``: nothing limits them.
+
+    An early stop shortens no plan: what a repair needs then is taken from the epochs that it has saved.
+    """
+    end = planned_end(trainer)
+    return None if end is None else max(end + extra - _done(trainer), 0)
 
 
 def require_extendable(trainer: Any, method: str) -> None:
@@ -91,7 +117,7 @@ def require_extendable(trainer: Any, method: str) -> None:
         method: Name of the defence that may need them.
 
     Raises:
-        TrainerError: ``max_time`` is set, or weights are averaged by StochasticWeightAveraging.
+        TrainerError: Weights are averaged by StochasticWeightAveraging.
     """
     classes = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
     for name, remedy in _NOT_EXTENDABLE.items():
@@ -124,9 +150,54 @@ def require_planned(trainer: Any, method: str) -> None:
 
 def _planned(trainer: Any) -> tuple[int | None, int | None]:
     loop = trainer.fit_loop
-    limits, _ = _HELD.get(trainer, ((loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps), set()))
+    limits, _ = _HELD.get(trainer, ((loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps), {}))
     _, max_epochs, max_steps = limits
     return (None if max_epochs == -1 else max_epochs), (None if max_steps == -1 else max_steps)
+
+
+def _end_by_steps(trainer: Any) -> int | None:
+    max_steps = _planned(trainer)[1]
+    if max_steps is None:
+        return None
+    steps_left = max(max_steps - int(trainer.global_step), 0)
+    return _done(trainer) + math.ceil(steps_left / _steps_per_epoch(trainer))
+
+
+def _end_by_time(trainer: Any) -> int | None:
+    done, seconds = _done(trainer), _seconds_left(trainer)
+    if seconds is None or done == 0:
+        return None
+    left, elapsed = seconds
+    by_time: int = trainer.strategy.broadcast(done + int(max(left, 0.0) * done / max(elapsed, 1e-9)), src=0)
+    return by_time
+
+
+def _seconds_left(trainer: Any) -> tuple[float, float] | None:
+    """Seconds that ``max_time`` leaves, and those that have passed; ``None`` without a limit."""
+    timers = [callback for callback in trainer.callbacks if hasattr(callback, "time_remaining")]
+    known = [(timer.time_remaining(), timer.time_elapsed()) for timer in timers]
+    return min(((left, elapsed) for left, elapsed in known if left is not None), default=None)
+
+
+def _done(trainer: Any) -> int:
+    """Epochs that the fit has had; in ``on_train_epoch_end`` with the one that ends."""
+    return int(trainer.fit_loop.epoch_progress.current.processed)
+
+
+def _steps_per_epoch(trainer: Any) -> int:
+    return max(1, math.ceil(trainer.num_training_batches / int(trainer.accumulate_grad_batches)))
+
+
+def plan_is_over(trainer: Any) -> bool:
+    """Whether ``max_steps`` or ``max_time`` end the fit within its epoch, now; call in ``on_train_batch_end``.
+
+    Every process must call it.
+    """
+    max_steps = trainer.fit_loop.epoch_loop.max_steps
+    if max_steps != -1 and trainer.global_step >= max_steps:
+        return True
+    seconds = _seconds_left(trainer)
+    return seconds is not None and bool(trainer.strategy.broadcast(seconds[0] <= 0, src=0))
 
 
 def about_to_end(trainer: Any) -> bool:

@@ -30,6 +30,8 @@ class Phases:
         rank: This process.
         world: Number of processes.
         epoch: Says which epoch the next one is.
+        most: Batches of all phases together; the last phase leaves samples out where there are too many. ``None``: any
+            number.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class Phases:
         rank: int,
         world: int,
         epoch: Callable[[], int],
+        most: int | None = None,
     ) -> None:
-        self._least, self._mixed = tuple(least), mixed
+        self._least, self._most, self._mixed = tuple(least), most, mixed
         self._parts, self._size, self._seed, self._rank, self._world = tuple(parts), size, seed, rank, world
         self._epoch = epoch
         self._drawn: tuple[int, list[list[int]]] = (-1, [])
@@ -53,10 +56,13 @@ class Phases:
     def lengths(self) -> list[int]:
         """Batches of each phase."""
         shares = [math.ceil(len(part) / self._world) for part in self._parts]
-        return [
-            max(math.ceil(share / self._size), min(share, least))
-            for share, least in zip(shares, self._least, strict=True)
-        ]
+        fewest = [math.ceil(share / self._size) for share in shares]
+        more = [max(min(share, least) - few, 0) for share, few, least in zip(shares, fewest, self._least, strict=True)]
+        if self._most is not None and sum(fewest) + sum(more) > self._most:
+            spare, wanted = max(self._most - sum(fewest), 0), max(sum(more), 1)
+            more = [spare * wish // wanted for wish in more]
+            fewest[-1] -= min(max(sum(fewest) - self._most, 0), max(fewest[-1] - 1, 0))
+        return [few + some for few, some in zip(fewest, more, strict=True)]
 
     def phase_of(self, place: int) -> int:
         """Phase of the batch that is drawn at some place, counted from 0; a new pass begins after the last one."""
@@ -95,7 +101,7 @@ class Phases:
             return ()
         padded = order.repeat(2 if self._world <= len(order) else self._world)
         share = padded[: math.ceil(len(order) / self._world) * self._world][self._rank :: self._world]
-        return torch.tensor_split(share, batches)
+        return torch.tensor_split(share[: batches * self._size], batches)
 
 
 def require_batches(loader: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.trainer.compat import load_again
 from lightning_backdoor.trainer.copies import averages, foreign, on_cpu, put_weights, weights
+from lightning_backdoor.trainer.counters import counters, put_counters, reset_metrics
 from lightning_backdoor.trainer.limits import hold_open, release
 
 __all__ = ["Rewind", "require_rewindable", "restore", "snapshot"]
@@ -33,8 +34,9 @@ _NOT_REWINDABLE = {
 def snapshot(trainer: Any, pl_module: Any) -> dict[str, Any]:
     """Copy everything that training changes, as tensors and plain values that load with ``weights_only=True``.
 
-    Holds the module's state, optimizers, averages, schedulers, the precision plugin, and the state of every other
-    callback. Costs one copy of the model and of its optimizer state on the CPU.
+    Holds the module's state, optimizers, averages, schedulers, the precision plugin, the state of every other
+    callback, and the counters of module and callbacks (:func:`~.counters.counters`). Costs one copy of the model and of
+    its optimizer state on the CPU.
 
     Args:
         trainer: The running Trainer, with optimizers already set up.
@@ -44,7 +46,7 @@ def snapshot(trainer: Any, pl_module: Any) -> dict[str, Any]:
         **weights(trainer, pl_module),
         "schedulers": [on_cpu(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
         "precision": on_cpu(trainer.precision_plugin.state_dict()),
-        "callbacks": _of_callbacks(trainer),
+        **_of_owners(trainer, pl_module),
     }
 
 
@@ -52,7 +54,9 @@ def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
     """Put a :func:`snapshot` back and let the Trainer count epochs and steps from zero again.
 
     Call in ``on_train_epoch_start``. The logger's step axis goes on, so that curves do not overlap. Random streams go
-    on, too: the second run draws fresh batches.
+    on, too: the second run draws fresh batches. Metrics inside the module are reset. Last ``on_backdoor_restart()`` of
+    the module is called, and ``on_backdoor_restart(trainer, pl_module)`` of callbacks, where there is such a method: it
+    puts back what else the training has changed.
 
     Args:
         trainer: The running Trainer.
@@ -68,8 +72,12 @@ def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
             callback.load_state_dict(_where_it_saves_now(callback, own["callbacks"][key]))
         if hasattr(callback, "_last_global_step_saved"):  # ModelCheckpoint skips a step number that it has seen
             callback._last_global_step_saved = 0
+        put_counters(callback, state["counters"]["callbacks"].get(key, {}))
     put_weights(trainer, pl_module, state)
+    put_counters(pl_module, state["counters"]["module"])
+    reset_metrics(pl_module)
     _count_from_zero(trainer)
+    _call_restart_hooks(trainer, pl_module)
 
 
 class Rewind:
@@ -96,7 +104,7 @@ class Rewind:
         self._before_checkpoint = {
             "module": on_cpu(pl_module.state_dict()),
             "averages": averages(trainer),
-            "callbacks": _of_callbacks(trainer),
+            **_of_owners(trainer, pl_module),
         }
 
     def at_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -211,8 +219,24 @@ def _announce_again(trainer: Any, rewind: Rewind) -> None:
         callback.on_train_epoch_start(trainer, trainer.lightning_module)
 
 
-def _of_callbacks(trainer: Any) -> dict[str, Any]:
-    return {key: on_cpu(callback.state_dict()) for key, callback in foreign(trainer)}
+def _call_restart_hooks(trainer: Any, pl_module: Any) -> None:
+    for _, callback in foreign(trainer):
+        if hasattr(callback, "on_backdoor_restart"):
+            callback.on_backdoor_restart(trainer, pl_module)
+    if hasattr(pl_module, "on_backdoor_restart"):
+        pl_module.on_backdoor_restart()
+
+
+def _of_owners(trainer: Any, pl_module: Any) -> dict[str, Any]:
+    """State of all callbacks, and counters of them and of the module."""
+    callbacks = foreign(trainer)
+    return {
+        "callbacks": {key: on_cpu(callback.state_dict()) for key, callback in callbacks},
+        "counters": {
+            "module": counters(pl_module),
+            "callbacks": {key: counters(callback) for key, callback in callbacks},
+        },
+    }
 
 
 def _where_it_saves_now(callback: Any, state: dict[str, Any]) -> dict[str, Any]:

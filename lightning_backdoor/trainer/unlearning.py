@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_backdoor.data.views import batch_size_of
 from lightning_backdoor.trainer.ascent import Ascent
-from lightning_backdoor.trainer.copies import weights
+from lightning_backdoor.trainer.checkpoint_files import warn_of_earlier_files
+from lightning_backdoor.trainer.copies import restart_averages, weights
 from lightning_backdoor.trainer.curation import Curation
 from lightning_backdoor.trainer.finetuning import FineTuning, conclude
 from lightning_backdoor.trainer.limits import hold_open, release
@@ -45,12 +46,11 @@ class Unlearning:
     """Epochs of D-BR inside a fit: asked for at the end of an epoch (or before the first one), they are the next ones.
 
     Batches of suspects, with the loss turned around, alternate with batches of trusted samples, so that what is
-    unlearned is the trigger rather than the class. An epoch that costs more than five points of accuracy is undone, and
-    the next one has half its rate. It is over when suspects get their label no more often than by mistake and accuracy
-    is back.
+    unlearned is the trigger rather than the class. An epoch that costs more than five points of accuracy is undone with
+    its last batch, before validation, and the next one has half its rate. The repair is over when suspects get their
+    label no more often than by mistake and accuracy is back.
 
     Args:
-        epochs: Largest number of epochs.
         lr: Learning rate; see :class:`~lightning_backdoor.trainer.finetuning.FineTuning`.
         reference: The authors' loop instead: all epochs, each of which goes through the suspects first and the trusted
             samples next, a constant rate, no bound of any kind.
@@ -63,14 +63,15 @@ class Unlearning:
         undone: For every epoch whether it was undone.
     """
 
-    def __init__(self, *, epochs: int, lr: float | None, reference: bool, seed: int, method: str) -> None:
-        self._epochs, self._lr, self._reference, self._seed = epochs, lr, reference, seed
+    def __init__(self, *, lr: float | None, reference: bool, seed: int, method: str) -> None:
+        self._lr, self._reference, self._seed = lr, reference, seed
         self._method = method
         self.accuracy: list[float] = []
         self.obeyed: list[float] = []
         self.undone: list[bool] = []
         self._tuning = FineTuning()
         self._rate = 1.0
+        self._judged = False
         self._before: dict[str, Any] | None = None
         self._data: TrainingSet | None = None
         self._curation: Curation | None = None
@@ -81,20 +82,31 @@ class Unlearning:
 
     @property
     def left(self) -> int:
-        """Epochs that may still come; 0 outside of a repair."""
+        """Epochs that may still come, with the present one; 0 outside of a repair."""
         return self._tuning.left
+
+    @property
+    def before(self) -> dict[str, Any] | None:
+        """Weights that an epoch which does harm goes back to; ``None`` outside of a repair."""
+        return self._before
 
     def attach(self, data: TrainingSet, curation: Curation, split: Split) -> None:
         """Say which samples it is about; call before :meth:`begin` or :meth:`resume`."""
         self._data, self._curation, self._split = data, curation, split
         self._ascent = Ascent(data.head.module if data.head.certain else None, bounded=not self._reference)
 
-    def begin(self, trainer: Any, pl_module: Any, done: int) -> None:
-        """Start with the next epoch, after ``done`` ones; call in ``on_train_epoch_end`` or ``on_train_start``."""
+    def begin(self, trainer: Any, pl_module: Any, done: int, epochs: int) -> None:
+        """Start with the next epoch, after ``done`` ones; call in ``on_train_epoch_end`` or ``on_train_start``.
+
+        Args:
+            trainer: The running Trainer.
+            pl_module: The LightningModule under training.
+            done: Epochs that the fit has had.
+            epochs: Largest number of epochs of the repair.
+        """
         self._measure(trainer, pl_module)
         self._before = weights(trainer, pl_module)
-        self._tuning.disown_the_past(trainer, pl_module, self._method)
-        self._tuning.begin(trainer, self._epochs, self._lr, steady=self._reference, pause=True, done=done)
+        self._tuning.begin(trainer, epochs, self._lr, steady=self._reference, done=done)
         self.resume(trainer)
 
     def hold(self, trainer: Any, *, expected: bool) -> None:
@@ -122,6 +134,7 @@ class Unlearning:
             [part.nonzero().squeeze(1) for part in parts],
             size=batch_size_of(self._data.loader),
             least=(0, 0) if self._reference else (LEAST_STEPS, 2 * LEAST_STEPS),
+            most=self._tuning.batches_in_plan(trainer),
             mixed=not self._reference,
             seed=self._seed,
             rank=trainer.global_rank,
@@ -131,8 +144,21 @@ class Unlearning:
         self._curation.set_phases(self._phases)
         self._curation.refresh()
 
-    def at_epoch_start(self) -> None:
-        """Call in ``on_train_start`` (an epoch may be resumed in its middle) and ``on_train_epoch_start``."""
+    def at_epoch_start(self, trainer: Any, pl_module: Any, since: float) -> None:
+        """Let averages start again with the first epoch; call in ``on_train_epoch_start``.
+
+        Args:
+            trainer: The running Trainer.
+            pl_module: The LightningModule under training.
+            since: When the fit began; see :func:`~.checkpoint_files.warn_of_earlier_files`.
+        """
+        if self._tuning.begins_now():
+            restart_averages(trainer, pl_module)
+            warn_of_earlier_files(trainer, self._method, since)
+        self.count_batches()
+
+    def count_batches(self) -> None:
+        """Count batches from here; call in ``on_train_start``, too: an epoch may be resumed in its middle."""
         self._ascent.at_epoch_start()
 
     def at_batch_start(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
@@ -152,24 +178,36 @@ class Unlearning:
         if self._phases is not None:
             self._ascent.at_step(trainer, optimizer)
 
+    def at_batch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Judge an epoch with its last batch; call in ``on_train_batch_end``."""
+        if self._phases is not None and not self._judged and (self._tuning.ends_now(trainer) or trainer.is_last_batch):
+            self._judge(trainer, pl_module)
+
     def at_epoch_end(self, trainer: Any, pl_module: Any) -> bool:
-        """Judge an epoch, and say whether it was the last one; call in ``on_train_epoch_end``."""
+        """Say whether the epoch was the last one; call in ``on_train_epoch_end``."""
+        if not self._judged:  # a callback that came later has ended the epoch
+            self._judge(trainer, pl_module)
+        self._judged = False
+        lost = self.accuracy[0] - self.accuracy[-1]
+        forgotten = lost <= TOLERANCE and self.obeyed[-1] <= self._by_mistake(self.accuracy[-1])
+        if self._tuning.at_epoch_end() or (forgotten and not self._reference):
+            self.stop()
+            return True
+        self.resume(trainer)
+        return False
+
+    def _judge(self, trainer: Any, pl_module: Any) -> None:
+        """Measure what an epoch has led to, and undo it if it costs too much."""
         self._ascent.release()
-        accuracy, obeyed = self._measure(trainer, pl_module)
-        lost = self.accuracy[0] - accuracy
-        harmful = not self._reference and lost > MAX_LOSS
+        accuracy, _ = self._measure(trainer, pl_module)
+        harmful = not self._reference and self.accuracy[0] - accuracy > MAX_LOSS
         self.undone.append(harmful)
         conclude(trainer, pl_module, self._before if harmful else None)
         if harmful:
             self._rate /= 2
         elif not self._reference:
             self._before = weights(trainer, pl_module)
-        complete = not self._reference and lost <= TOLERANCE and obeyed <= self._by_mistake(accuracy)
-        if self._tuning.at_epoch_end() or complete:
-            self.stop()
-            return True
-        self.resume(trainer)
-        return False
+        self._judged = True
 
     def stop(self) -> None:
         """End the repair, if there is one, and draw as before."""
@@ -183,7 +221,7 @@ class Unlearning:
 
     def release(self) -> None:
         """Give everything back that belongs to the user; a repair that is not over can be resumed."""
-        self._tuning.release()
+        self._tuning.leave()
         self._ascent.release()
         self.let_go()
         if self._phases is not None and self._curation is not None:
@@ -198,6 +236,7 @@ class Unlearning:
             "undone": list(self.undone),
             "tuning": self._tuning.state_dict(),
             "rate": self._rate,
+            "judged": self._judged,
             "before": self._before,
         }
 
@@ -205,7 +244,7 @@ class Unlearning:
         """Continue where the checkpoint was written."""
         self.accuracy, self.obeyed = list(state_dict["accuracy"]), list(state_dict["obeyed"])
         self.undone, self._rate = list(state_dict["undone"]), state_dict["rate"]
-        self._before = state_dict["before"]
+        self._before, self._judged = state_dict["before"], state_dict["judged"]
         self._tuning.load_state_dict(state_dict["tuning"])
 
     def _measure(self, trainer: Any, pl_module: Any) -> tuple[float, float]:

@@ -54,7 +54,7 @@ def test_the_easiest_samples_have_the_smallest_loss() -> None:
 @pytest.mark.parametrize("settings", [{"batch_size": 24, "shuffle": True}, {"batch_size": 160}], ids=str)
 def test_isolates_planted_poisons(settings: dict[str, Any]) -> None:
     data, truth = red_corners()
-    callback = ABL(isolate=POISONS / 160, epochs=1, warmup_epochs=1)
+    callback = ABL(isolate=POISONS / 160, epochs=1, extra_epochs=3, warmup_epochs=1)
     make_trainer([callback], 2).fit(Rigged(), DataLoader(data, **settings))
     assert torch.equal(callback.verdict.suspect, truth)
     assert torch.equal(callback.verdict.keep, ~truth)
@@ -74,7 +74,7 @@ def test_isolates_after_a_fifth_of_the_planned_epochs(others: list[Any]) -> None
 
 
 def test_isolates_as_many_of_clean_data() -> None:
-    callback = ABL(isolate=0.1, epochs=1, warmup_epochs=1)
+    callback = ABL(isolate=0.1, epochs=1, extra_epochs=3, warmup_epochs=1)
     make_trainer([callback], 1).fit(Rigged(), DataLoader(red_corners(poisoned=False)[0], batch_size=32))
     assert callback.verdict.suspect.sum() == 16
 
@@ -83,7 +83,7 @@ def test_isolates_as_many_of_clean_data() -> None:
 def test_climbs_on_low_losses_until_it_isolates_and_on_isolated_samples_at_the_end(
     accumulate: int, gamma: float
 ) -> None:
-    callback, losses = ABL(isolate=0.0625, gamma=gamma, epochs=2, warmup_epochs=1, lr=1e-3), Losses()
+    callback, losses = ABL(isolate=0.0625, gamma=gamma, epochs=2, extra_epochs=3, warmup_epochs=1, lr=1e-3), Losses()
     trainer, module = fit([callback, losses], epochs=3, accumulate_grad_batches=accumulate)
     logged, isolated = module.logged, set(callback.verdict.suspect.nonzero().squeeze(1).tolist())
     assert len(isolated) == 4
@@ -104,7 +104,7 @@ def test_climbs_on_low_losses_until_it_isolates_and_on_isolated_samples_at_the_e
 
 def test_flooding_is_that_of_a_literal_loop() -> None:
     before = Before(1)
-    _, module = fit([ABL(gamma=1.3, warmup_epochs=2, isolate=0.0625, epochs=1), before], epochs=2)
+    _, module = fit([ABL(gamma=1.3, warmup_epochs=2, isolate=0.0625, epochs=1, extra_epochs=1), before], epochs=2)
     torch.manual_seed(0)
     twin, data = Net(), Pictures()
     optimizer = torch.optim.SGD(twin.parameters(), lr=twin.lr, momentum=0.9)
@@ -122,7 +122,7 @@ def test_flooding_is_that_of_a_literal_loop() -> None:
 
 def test_without_flooding_the_training_is_untouched_until_it_isolates() -> None:
     before = Before(2)
-    fit([ABL(gamma=0.0, warmup_epochs=2, isolate=0.1, epochs=1), before], epochs=3)
+    fit([ABL(gamma=0.0, warmup_epochs=2, isolate=0.1, epochs=1, extra_epochs=1), before], epochs=3)
     _, plain = fit([], epochs=2)
     assert same_state(before.state, plain)
 
@@ -139,7 +139,7 @@ class Before(pl.Callback):
 
 
 def test_fine_tunes_on_trusted_samples_alone(tmp_path: Path) -> None:
-    callback = FineTuneTrusted(verdict=GIVEN, epochs=3, lr=0.01, report_dir=tmp_path)
+    callback = FineTuneTrusted(verdict=GIVEN, epochs=3, extra_epochs=3, lr=0.01, report_dir=tmp_path)
     losses, before = Losses(), Before(2)
     trainer, module = fit([callback, losses, before], epochs=2)
     _, plain = fit([], epochs=2)
@@ -156,14 +156,14 @@ def test_fine_tunes_on_trusted_samples_alone(tmp_path: Path) -> None:
 
 def test_least_suspicious_samples_are_trusted_where_a_verdict_names_none() -> None:
     given = Verdict(GIVEN.scores, GIVEN.keep, 59.0, "known")
-    _, module = fit([FineTuneTrusted(verdict=given, trusted=0.25, epochs=1)], epochs=1)
+    _, module = fit([FineTuneTrusted(verdict=given, trusted=0.25, epochs=1, extra_epochs=1)], epochs=1)
     assert module.epochs()[1:] == [(1, list(range(16)))]
 
 
 def test_says_which_classes_no_trusted_sample_has() -> None:
     given = replace(GIVEN, trusted=TRUSTED & (torch.arange(64) % 8 == 1))
     with pytest.warns(UserWarning, match=r"no image of the classes \[.+\] is trusted; the model may forget them"):
-        fit([FineTuneTrusted(verdict=given, epochs=1)], epochs=1)
+        fit([FineTuneTrusted(verdict=given, epochs=1, extra_epochs=1)], epochs=1)
 
 
 def test_fine_tunes_a_finished_checkpoint_and_ends(tmp_path: Path) -> None:

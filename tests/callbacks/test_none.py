@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,16 +67,17 @@ def test_finds_planted_poisons_resets_units_and_removes_the_backdoor(poisoned: A
     _, undefended = train_digits(poisoned, [])
     assert share_right(undefended, attacked) > 0.6, "the attack must work for the defence to have something to do"
 
-    callback = NONECallback()
-    trainer, module = train_digits(poisoned, [callback])
-
-    truth, removed = poisoned.poisoned, ~callback.verdict.keep
-    assert (removed & truth).sum() >= 0.9 * truth.sum()
-    assert (removed & ~truth).sum() <= 0.01 * len(truth)
-    assert share_right(module, attacked) < 0.1
-    assert share_right(module, test) > share_right(undefended, test) - 0.05
-    assert trainer.current_epoch == 12, "fine-tuning beyond the planned six epochs"
-    assert trainer.max_epochs == 6, "the user's limit is back"
+    for extra_epochs, epochs, looked in ((6, 12, [6]), (0, 6, [3])):
+        callback = NONECallback(extra_epochs=extra_epochs, rounds=1)
+        trainer, module = train_digits(poisoned, [callback])
+        truth, removed = poisoned.poisoned, ~callback.verdict.keep
+        assert (removed & truth).sum() >= 0.9 * truth.sum()
+        assert (removed & ~truth).sum() <= 0.01 * len(truth)
+        assert share_right(module, attacked) < 0.1
+        assert share_right(module, test) > share_right(undefended, test) - 0.05
+        assert [past.epochs for past in callback.history] == looked
+        assert trainer.current_epoch == epochs, "six are planned"
+        assert trainer.max_epochs == 6, "the user's limit is back"
     assert trainer.callback_metrics["backdoor/none/units_reset"] > 0
 
 
@@ -91,7 +93,7 @@ def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> 
 
 def acting(**kwargs: Any) -> NONECallback:
     """NONE that drops samples and resets units, whatever the data look like."""
-    return NONECallback(**{"rule": "paper", "finetune_epochs": 2, **kwargs})
+    return NONECallback(**{"rule": "paper", "finetune_epochs": 2, "extra_epochs": 20, **kwargs})
 
 
 class Moments(pl.Callback):
@@ -237,7 +239,7 @@ def test_averaged_weights_start_again_from_the_treated_model() -> None:
     average = Average()
     average.counts = []
     _, module = fit([average, acting(finetune_epochs=2)])
-    assert average.counts == [0, 4, 8, 12, 0, 3], "again after the reset"
+    assert average.counts == [0, 4, 8, 12, 16, 3], "again after the reset, which the fifth epoch begins with"
     assert same_state(average.average.module, module), "and again from the model that was judged"
 
 
@@ -353,7 +355,7 @@ def test_limits_by_steps_early_stopping_and_accumulation() -> None:
 
 
 def test_more_rounds_without_a_finding_do_nothing(poisoned: Any) -> None:
-    callback = NONECallback(rounds=3)
+    callback = NONECallback(rounds=3, extra_epochs=20)
     trainer, _ = train_digits(poisoned, [callback])
     assert [bool(past.units) for past in callback.history] == [True, False]
     epochs = trainer.current_epoch
@@ -424,7 +426,7 @@ def test_the_papers_cut_is_the_natural_break_alone() -> None:
 
 @pytest.mark.parametrize(("right", "undone"), [(940, True), (960, False)])
 def test_rounds_share_one_bound_on_what_they_may_cost(right: int, undone: bool) -> None:
-    series = Series(2, 2, right=first(1000), before={"keep": first(1000)})
+    series = Series(2, treated=2, right=first(1000), keep=first(1000))
     told = Round(5, 0, 0, (), (("body.0", 0, 0, 1.0),), (), accuracy=0.97, obeyed=None)  # the first one cost three
     judged = told.judged((~first(right)).long(), verdict_on(first(1000)), series)
     assert (judged.accuracy_after, judged.undone) == (pytest.approx(right / 1000), undone)
@@ -432,7 +434,7 @@ def test_rounds_share_one_bound_on_what_they_may_cost(right: int, undone: bool) 
 
 def test_images_that_leave_later_do_not_hide_what_the_rounds_cost() -> None:
     kept, predicted = first(900), (~first(800)).long()  # of the images that are left a hundred have been forgotten
-    series = Series(5, 2, right=first(1000), before={"keep": first(1000)})
+    series = Series(5, treated=2, right=first(1000), keep=first(1000))
     told = Round(5, 100, 100, (), (("body.0", 0, 0, 1.0),), (), accuracy=0.8, obeyed=None)
     assert told.judged(predicted, verdict_on(kept), series).undone, "eleven points since the start, none in this round"
 
@@ -440,7 +442,7 @@ def test_images_that_leave_later_do_not_hide_what_the_rounds_cost() -> None:
 def test_samples_of_this_round_come_back_whatever_earlier_ones_removed() -> None:
     before, kept = ~first(600, 2000), ~first(1000, 2000)  # 600 true poisons, then 400 that are innocent
     predicted = first(600, 2000).long()  # the model obeys none of the former, and gives the latter their label
-    series = Series(5, 2, right=first(2000, 2000), before={"keep": before})
+    series = Series(5, treated=2, right=first(2000, 2000), keep=before)
     told = Round(5, 400, 400, (), (("body.0", 0, 0, 1.0),), (), 1.0, 0.4, shared=True)
     judged = told.judged(predicted, verdict_on(kept), series)
     assert (judged.obeyed_after, judged.readmitted) == (pytest.approx(0.4), True)
@@ -478,7 +480,7 @@ def test_what_another_defence_has_removed_counts_where_the_model_obeys_it(
 @pytest.mark.parametrize("first_of_two", [UltraCleanCallback, NONECallback])
 def test_none_leaves_a_model_alone_that_ultraclean_has_trained_anew(first_of_two: type) -> None:
     train, _ = digits(1400)
-    both = UltraCleanCallback(), NONECallback()
+    both = UltraCleanCallback(), NONECallback(extra_epochs=20)
     ordered = sorted(both, key=lambda callback: not isinstance(callback, first_of_two))
     trainer, _ = train_digits(attacks.poison(train, attacks.BadNets(), target=0, rate=0.05), ordered, epochs=8)
     assert len(both[0].verdict.removed) == 70
@@ -489,8 +491,10 @@ def test_none_leaves_a_model_alone_that_ultraclean_has_trained_anew(first_of_two
 def test_classes_of_two_kinds_lose_no_more_in_later_rounds() -> None:
     train, _ = digits(1400)
     images, labels = train.tensors
-    callback = NONECallback()
-    train_digits(TensorDataset(images, labels % 5), [callback], epochs=8)
+    callback = NONECallback(extra_epochs=20)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "NONE ends with a model")
+        train_digits(TensorDataset(images, labels % 5), [callback], epochs=8)
     removed = [past.removed for past in callback.history]
     assert sum(removed[1:]) == 0
     if removed[0]:  # with so few images a kind may be taken for a backdoor, which its labels contradict
@@ -508,7 +512,16 @@ def test_sentences_say_what_came_of_a_round() -> None:
     assert "without having seen them, so all of this was undone" in back
     assert "backdoor" not in back
     assert "no unit that they drive was found" in sentence([replace(told, units=())], 100)
-    assert sentence([replace(told, units=(), removed=0)], 100).endswith("0 removed, no unit reset.")
+    nothing = Round(3, 0, 0, (), (), (), 0.99, None)
+    assert sentence([nothing], 100).endswith("0 removed, no unit reset.")
+    found = replace(nothing, obeyed=0.885)
+    assert "removed before 88.5% are given their label; part of the backdoor may still be there." in sentence(
+        [found], 9
+    )
+    assert "no epoch is left for fine-tuning" in sentence([replace(found, removed=70, no_room=True)], 100)
+    ended = sentence([told, replace(nothing, obeyed=0.2, again=70)], 100)
+    assert ended.startswith("at the end of training: accuracy on training images 99.0%; of 70 removed images 20.0%")
+    assert ended.endswith("part of the backdoor may still be there.")
 
 
 def test_a_round_of_the_warm_up_that_was_undone_is_not_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,7 +587,7 @@ def test_goes_on_for_three_rounds_by_itself_unless_it_resets_by_quota(monkeypatc
     train, _ = digits()
     poisoned = attacks.poison(train, attacks.BadNets(), target=0, rate=0.05)
     for settings, rounds in (({}, 3), ({"rounds": 1}, 1), ({"rule": "paper"}, 1), ({"samples": "keep"}, 1)):
-        callback = NONECallback(finetune_epochs=1, **settings)
+        callback = NONECallback(finetune_epochs=1, extra_epochs=20, **settings)
         train_digits(poisoned, [callback])
         assert [bool(past.units) for past in callback.history] == [True] * rounds, settings
 
@@ -590,7 +603,7 @@ def test_an_average_of_a_part_of_the_model_starts_again_too() -> None:
 
     module = WithAverage()
     make_trainer([acting(finetune_epochs=1)], 2).fit(module, loader_of(Pictures()))
-    assert int(module.average.n_averaged) == 0
+    assert int(module.average.n_averaged) == 1, "the first update after the round was judged"
     assert same_state(module.average.module, module.body)
 
 
@@ -610,8 +623,6 @@ def test_units_that_no_optimizer_trains_are_left_alone() -> None:
 
 
 def test_what_cannot_be_extended_is_refused() -> None:
-    with pytest.raises(TrainerError, match="does not go together with Timer"):
-        fit([acting()], max_time="00:00:01:00")
     with pytest.raises(TrainerError, match="StochasticWeightAveraging"):
         fit([acting(), pl.callbacks.StochasticWeightAveraging(0.1)])
 
@@ -642,7 +653,7 @@ def test_training_that_ends_without_a_look_says_so() -> None:
 def test_a_best_checkpoint_from_before_the_reset_is_warned_of(tmp_path: Path) -> None:
     best, callback = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss"), acting(rounds=3, finetune_epochs=1)
     for _ in range(2):
-        with pytest.warns(UserWarning, match="may hold the backdoor. Use the last checkpoint") as told:
+        with pytest.warns(UserWarning, match="may hold the backdoor: .*ckpt. Use one that is saved later") as told:
             fit([best, callback], val=Pictures(seed=1), enable_checkpointing=True)
         assert len(callback.history) == 3
         assert len([warning for warning in told if "may hold the backdoor" in str(warning.message)]) == 1, "in a fit"
@@ -655,8 +666,10 @@ def test_an_all_to_all_backdoor_is_found_and_weakened() -> None:
     attacked = attacks.triggered(test, attacks.BadNets(), labels="all_to_all")
     _, undefended = train_digits(poisoned, [], epochs=12)
     assert share_right(undefended, attacked) > 0.6
-    callback = NONECallback()
-    _, module = train_digits(poisoned, [callback], epochs=12)
+    callback = NONECallback(extra_epochs=20)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "NONE ends with a model")  # a tenth of the images, give or take a few
+        _, module = train_digits(poisoned, [callback], epochs=12)
     truth, removed = poisoned.poisoned, ~callback.verdict.keep
     assert callback.verdict.rule.startswith("shared_mode")
     assert (removed & truth).sum() >= 0.9 * truth.sum()
@@ -677,7 +690,7 @@ def test_an_innocent_mark_in_every_label_costs_no_samples(tmp_path: Path) -> Non
     images = torch.stack([marked[i][0] for i in range(len(marked))])
     innocent = TensorDataset(images, train.tensors[1])  # the marks of the attack beside the true labels
     _, plain = train_digits(innocent, [], epochs=8)
-    callback = NONECallback(report_dir=tmp_path)
+    callback = NONECallback(report_dir=tmp_path, extra_epochs=20)
     trainer, module = train_digits(innocent, [callback], epochs=8)
     assert callback.verdict.keep.all()
     assert callback.verdict.rule.endswith("readmitted")

@@ -90,7 +90,7 @@ def test_layers_that_are_thawed_in_a_round_that_is_undone_go_on_learning(monkeyp
             self.momentum = groups[-1]["params"][0] in trainer.optimizers[0].state
 
     undo(monkeypatch)
-    seen, callback = Seen(), NONECallback(rule="paper", warmup_epochs=4, finetune_epochs=2)
+    seen, callback = Seen(), NONECallback(rule="paper", warmup_epochs=4, finetune_epochs=2, extra_epochs=1)
     train([Thaw(5), callback, seen], blocks=2, epochs=5)
     plain = train([Thaw(99)], blocks=2, epochs=4)
     assert [look.undone for look in callback.history] == [True]

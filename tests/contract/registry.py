@@ -109,8 +109,8 @@ ENTRIES = [
         "filter",
         2,
     ),
-    Entry(NONECallback, {"rule": "paper", "finetune_epochs": 1}, {}, "repair", 2),
-    Entry(DBRCallback, {**DETECTOR, "epochs": 2}, {"detector_steps": 3}, "repair", 3),
+    Entry(NONECallback, {"rule": "paper", "finetune_epochs": 1, "extra_epochs": 1}, {}, "repair", 2),
+    Entry(DBRCallback, {**DETECTOR, "epochs": 2, "extra_epochs": 2}, {"detector_steps": 3}, "repair", 3),
     Entry(DSTCallback, {**DETECTOR, "projection": 8}, {"detector_steps": 3}, "own", 0),
     Entry(
         BackdoorMonitor,
@@ -139,13 +139,13 @@ ENTRIES = [
     Entry(RandomFilter, {"warmup_epochs": 1, "fraction": 0.2}, {"fraction": 0.001}, "filter", 1),
     Entry(
         ABL,
-        {"warmup_epochs": 1, "isolate": 0.1, "gamma": 1.3, "epochs": 2},
+        {"warmup_epochs": 1, "isolate": 0.1, "gamma": 1.3, "epochs": 2, "extra_epochs": 2},
         None,
         "repair",
         1,
         untouched={"gamma": 0.0},
     ),
-    Entry(FineTuneTrusted, {"verdict": GIVEN, "epochs": 2}, None, "repair", 3),
+    Entry(FineTuneTrusted, {"verdict": GIVEN, "epochs": 2, "extra_epochs": 2}, None, "repair", 3),
 ]
 
 every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

@@ -82,14 +82,14 @@ class Cable(pl.Callback):
     """Raises in the middle of the given epoch, counted by epochs that were begun; once."""
 
     def __init__(self, epoch: int) -> None:
-        self.left, self.armed = epoch + 1, True
+        self.armed, self.last, self.begun = [True], epoch + 1, list[int]()  # lists: a restart gives numbers back
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self.left -= 1
+        self.begun.append(trainer.current_epoch)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.armed and self.left == 0 and batch_idx == 1:
-            self.armed = False
+        if self.armed and len(self.begun) == self.last and batch_idx == 1:
+            self.armed.clear()
             raise RuntimeError("the cable")
 
 

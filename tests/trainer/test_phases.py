@@ -252,3 +252,16 @@ def test_only_steps_that_hold_suspects_are_clipped() -> None:
     assert norm(1, False) == 50.0
     assert norm(1, True, scale=4.0) == pytest.approx(MAX_NORM, rel=1e-5), "unscaled before"
     assert norm(1, True, scale=4.0, fused=True) == pytest.approx(4 * MAX_NORM, rel=1e-5), "unscales by itself, later"
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 6, 9, 30])
+def test_a_plan_for_steps_is_not_exceeded_where_one_batch_of_each_phase_fits(most: int) -> None:
+    """Five suspects and sixteen trusted samples, in batches of four at most."""
+    some = phases((torch.arange(5), torch.arange(5, 21)), least=(5, 10), most=most)
+    assert len(some) <= max(most, 3), "two batches of suspects, and one at least of trusted samples"
+    drawn = list(some)
+    assert len(drawn) == len(some)
+    assert all(0 < len(batch) <= 4 for batch in drawn)
+    assert set(range(5)) <= {position for batch in drawn for position in batch}
+    if most >= 6:
+        assert sorted(position for batch in drawn for position in batch) == list(range(21))

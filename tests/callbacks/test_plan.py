@@ -1,0 +1,299 @@
+"""A repair fits into the epochs, steps or minutes that are planned, unless more are allowed; a restart begins anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_backdoor import DBRCallback, NONECallback, attacks
+from lightning_backdoor.baselines import ABL, FineTuneTrusted
+from lightning_backdoor.callbacks.schedule import repair_begins
+from lightning_backdoor.errors import ArgumentError
+from tests.callbacks.helpers import (
+    LIGHTNING_WARNS,
+    DigitNet,
+    Net,
+    Pictures,
+    always,
+    digits,
+    loader_of,
+    make_trainer,
+    same_state,
+    state_of,
+)
+from tests.callbacks.test_dbr import GIVEN
+
+pytestmark = [
+    *LIGHTNING_WARNS,
+    pytest.mark.filterwarnings("ignore:NONE after fine-tuning.* cost too much accuracy"),
+    pytest.mark.filterwarnings("ignore:D-BR ends with a model"),
+]
+
+EPOCHS, BATCHES = 4, 4
+
+
+def none(**kwargs: Any) -> NONECallback:
+    return NONECallback(**{"rule": "paper", **kwargs})
+
+
+def dbr(**kwargs: Any) -> DBRCallback:
+    return DBRCallback(**{"verdict": GIVEN, "trusted": 0.2, **kwargs})
+
+
+def abl(**kwargs: Any) -> ABL:
+    return ABL(**{"isolate": 0.0625, "warmup_epochs": 1, **kwargs})
+
+
+def tuned(**kwargs: Any) -> FineTuneTrusted:
+    return FineTuneTrusted(**{"verdict": GIVEN, **kwargs})
+
+
+REPAIRS = {"NONE": none, "D-BR": dbr, "ABL": abl, "FineTuneTrusted": tuned}
+every_repair = pytest.mark.parametrize("name", REPAIRS)
+
+
+class Planned(Net):
+    """Counts on the plan, as many templates do: lists by epoch and by step, and a counter of its own."""
+
+    def __init__(self, epochs: int = EPOCHS) -> None:
+        super().__init__()
+        self.by_epoch, self.by_step = [0.9] * epochs, [0.1] * (epochs * BATCHES)
+        self.steps = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        weight = self.by_epoch[self.current_epoch] + self.by_step[self.global_step] + 0 * self.by_step[self.steps]
+        self.steps += 1
+        return weight * super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        sgd = torch.optim.SGD(self.parameters(), lr=0.05)
+        rates = [1.0] * (len(self.by_epoch) + 1)
+        return [sgd], [torch.optim.lr_scheduler.LambdaLR(sgd, lambda epoch: rates[epoch])]
+
+
+def train(callbacks: list[Any], make: Any = Planned, epochs: int | None = EPOCHS, **kwargs: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    module, trainer = make(), make_trainer(callbacks, epochs, **kwargs)
+    trainer.fit(module, loader_of(Pictures()))
+    return trainer, module
+
+
+@pytest.mark.parametrize(
+    ("end", "needed", "extra", "begins"),
+    [(12, 3, 0, 9), (12, 3, 1, 10), (12, 3, 9, 12), (6, 15, 0, 3), (1, 5, 0, 1), (2, 5, 0, 1), (60, 18, 0, 42)],
+)
+def test_a_repair_begins_so_late_that_it_still_fits(end: int, needed: int, extra: int, begins: int) -> None:
+    assert repair_begins(end, needed, extra) == begins
+    assert repair_begins(None, needed, extra) > 10**6
+
+
+@every_repair
+def test_a_repair_takes_no_epoch_and_no_step_beyond_the_plan(name: str) -> None:
+    callback = REPAIRS[name]()
+    trainer, module = train([callback])
+    assert trainer.current_epoch == EPOCHS
+    assert trainer.global_step <= EPOCHS * BATCHES
+    assert len({epoch for epoch, *_ in module.drawn}) == EPOCHS
+    assert not callback.verdict.keep.all()
+    last = callback.history[-1]
+    assert last.accuracy_after is not None if name == "NONE" else 0 < len(last.undone) <= EPOCHS // 2
+
+
+@every_repair
+def test_steps_that_are_planned_are_not_exceeded(name: str) -> None:
+    callback = REPAIRS[name]()
+    trainer, _ = train([callback], Net, epochs=None, max_steps=14)
+    assert trainer.global_step == 14
+    last = callback.history[-1]
+    assert last.accuracy_after is not None if name == "NONE" else last.undone
+
+
+@every_repair
+def test_extra_epochs_are_taken_if_they_are_allowed(name: str) -> None:
+    more = {"finetune_epochs": 3, "rounds": 1} if name == "NONE" else {"epochs": 3}
+    trainer, _ = train([REPAIRS[name](extra_epochs=2, **more)], Net)
+    assert trainer.current_epoch <= EPOCHS + 2
+    if name != "D-BR":  # whose repair may be complete before
+        assert trainer.current_epoch == EPOCHS + 2
+    assert trainer.max_epochs == EPOCHS
+
+
+@every_repair
+def test_without_an_epoch_left_nothing_is_repaired_and_it_says_so(name: str) -> None:
+    callback = REPAIRS[name]()
+    with pytest.warns(UserWarning, match=r"no epoch is left.*`extra_epochs`"):
+        trainer, _ = train([callback], Net, epochs=1)
+    assert trainer.current_epoch == 1
+    assert callback.history[-1].no_room
+
+
+@pytest.mark.parametrize("value", [-1, 0.5, True])
+@every_repair
+def test_extra_epochs_are_a_whole_number(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match="`extra_epochs` must be a whole number of at least 0"):
+        REPAIRS[name](extra_epochs=value)
+
+
+@pytest.mark.parametrize("name", ["NONE", "D-BR"])
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_a_repair_ends_with_the_time_that_is_planned(name: str, interval: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that batches alone move: six seconds are a batch and a half."""
+    seconds = [0.0]
+
+    class Ticking(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            seconds[0] += 4.0
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr("pytorch_lightning.callbacks.timer.time.monotonic", lambda: seconds[0])
+    timer = pl.callbacks.Timer({"seconds": 4 * BATCHES * 4 + 6}, interval=interval, verbose=False)
+    callback = REPAIRS[name]()
+    trainer, _ = train([callback, timer], Ticking, epochs=50)
+    planned = 4 * BATCHES + 2 if interval == "step" else 5 * BATCHES
+    assert planned - 2 <= trainer.global_step <= planned
+    last = callback.history[-1]
+    assert last.epochs == 2, "half of what the time is enough for"
+    assert last.accuracy_after is not None if name == "NONE" else last.undone
+
+
+def test_a_restart_gives_counters_back_and_calls_the_modules_hook() -> None:
+    class Hooked(Planned):
+        restarts: int
+
+        def on_fit_start(self) -> None:
+            self.restarts = 0
+
+        def on_backdoor_restart(self) -> None:
+            self.restarts += 1
+            self.where = self.trainer.current_epoch, self.trainer.global_step, self.steps
+
+    class Patience(pl.Callback):
+        def __init__(self) -> None:
+            self.epochs, self.called = 0, 0
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            self.epochs += 1
+
+        def on_backdoor_restart(self, trainer: Any, pl_module: Any) -> None:
+            assert self.epochs == 0
+            self.called += 1
+
+    patience = Patience()
+    trainer, module = train([always(warmup_epochs=2), patience], Hooked)
+    assert trainer.current_epoch == EPOCHS
+    assert module.steps == trainer.global_step, "counted from the restart"
+    assert module.restarts == 1
+    assert module.where == (0, 0, 0)
+    assert (patience.epochs, patience.called) == (EPOCHS, 1)
+
+
+class Broken(Net):
+    """Fails in one epoch."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.current_epoch == self.at and batch_idx == 1:
+            raise RuntimeError("broken")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("name", ["NONE", "D-BR"])
+def test_a_repair_that_fails_leaves_the_trained_weights_and_a_file_of_them(name: str, tmp_path: Path) -> None:
+    _, trained = train([], Net)
+    callback, made = REPAIRS[name](extra_epochs=50, report_dir=tmp_path), []
+    with pytest.raises(RuntimeError, match="broken") as failure:
+        train([callback], lambda: made.append(Broken(at=EPOCHS)) or made[0])
+    module = made[0]
+    assert same_state(trained, module)
+    (path,) = tmp_path.glob("*.ckpt")
+    assert same_state(trained, torch.load(path, weights_only=True)["state_dict"])
+    if hasattr(failure.value, "__notes__"):
+        (note,) = failure.value.__notes__
+        assert f"{callback.title or 'NONE'} failed after epoch {EPOCHS}" in note
+        assert str(path) in note
+
+
+def test_a_look_that_fails_leaves_the_trained_weights_and_a_file_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("disk full")
+
+    for name, callback in (("ultraclean", always()), ("NONE", none()), ("D-BR", dbr())):
+        folder, module = tmp_path / name, Net()  # not trained to the end: as it is at the look
+        callback.report_dir = str(folder)
+        with monkeypatch.context() as patch:
+            for method in ("scan", "predict", "read_labels"):
+                patch.setattr(f"lightning_backdoor.trainer.training_set.TrainingSet.{method}", fails)
+            with pytest.raises(RuntimeError, match="disk full"):
+                train([callback], lambda module=module: module)
+        (path,) = folder.glob("*.ckpt")
+        assert same_state(state_of(module), torch.load(path, weights_only=True)["state_dict"])
+
+
+def test_an_error_of_the_training_writes_no_file(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="broken"):
+        train([none(report_dir=tmp_path)], lambda: Broken(at=1))
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def poisoned_digits() -> Any:
+    return attacks.poison(digits()[0], attacks.BadNets(), target=0, rate=0.05)
+
+
+def test_after_a_round_that_was_undone_the_last_word_is_about_the_model_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -2.0)
+    poisoned, callback = poisoned_digits(), NONECallback(warmup_epochs=4, finetune_epochs=1)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="NONE") as told:
+        make_trainer([callback], 6).fit(DigitNet(), DataLoader(poisoned, batch_size=32, shuffle=True))
+    assert [bool(past.units) for past in callback.history] == [True, False]
+    last = callback.history[-1]
+    assert last.removed == 0
+    assert last.obeyed > 0.9, "the images are out already, and the model still gives them their label"
+    assert last.no_room
+    messages = [str(one.message) for one in told]
+    assert any("no epoch is left for fine-tuning: the backdoor may still be there" in message for message in messages)
+
+
+def test_images_that_are_out_and_still_get_their_label_are_reason_for_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = iter([-2.0, 2.0])
+    poisoned = poisoned_digits()
+    callback = NONECallback(warmup_epochs=4, finetune_epochs=1, extra_epochs=1)
+    begin = callback._judge
+
+    def judge(*args: Any) -> None:
+        monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", next(judged))
+        begin(*args)
+
+    monkeypatch.setattr(callback, "_judge", judge)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=r"the weights went back|NONE ends with a model"):
+        make_trainer([callback], 6).fit(DigitNet(), DataLoader(poisoned, batch_size=32, shuffle=True))
+    first, second, *_ = callback.history
+    assert first.undone
+    assert second.removed == 0
+    assert second.units
+    assert not second.undone
+
+
+def test_training_that_goes_on_after_a_repair_ends_with_a_look_at_the_removed_images() -> None:
+    poisoned, callback = poisoned_digits(), NONECallback(warmup_epochs=4, finetune_epochs=3, rounds=1)
+    torch.manual_seed(0)
+    make_trainer([callback], 8).fit(DigitNet(), DataLoader(poisoned, batch_size=32, shuffle=True))
+    assert [past.epochs for past in callback.history] == [4, 8]
+    last = callback.history[-1]
+    assert last.again == len(callback.verdict.removed) > 0
+    assert last.obeyed < 0.1
+    assert callback.history[0].accuracy_after is not None
