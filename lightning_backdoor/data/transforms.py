@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_backdoor.data.nesting import attributes_of, chains_of, image_transform, is_standard, random_streams_in
-from lightning_backdoor.data.views import check_dataset, read_items
+from lightning_backdoor.data.views import Keyed, check_dataset, read_items
 from lightning_backdoor.errors import ArgumentError
 
 __all__ = ["EvalTransform", "choose_transform", "transforms_swapped"]
@@ -196,7 +196,7 @@ def choose_transform(
     if eval_transform is not None:
         return _checked_argument(train, eval_transform)
     if not any(chain.nodes for chain in chains_of(dataset)):
-        name = type(dataset).__name__
+        name = type(dataset.dataset if isinstance(dataset, Keyed) else dataset).__name__
         if _draws(train):
             return EvalTransform(
                 "dataset's own",

@@ -17,7 +17,7 @@ from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.data.structure import leaves_of
 from lightning_backdoor.errors import DataError
 
-__all__ = ["IndexedView", "ScanLoader", "batch_size_of", "check_dataset", "read_items", "scan_loader"]
+__all__ = ["IndexedView", "Keyed", "ScanLoader", "batch_size_of", "check_dataset", "read_items", "scan_loader"]
 
 _MASK = 2**64 - 1
 _DEFAULT_BATCH_SIZE = 128
@@ -86,6 +86,24 @@ class IndexedView(Dataset[tuple[int, Any]]):
                 seed_all(_mix(self.seed, index))
                 items.append((index, self.dataset[index]))
         return items
+
+
+class Keyed(Dataset[Any]):
+    """A dataset that is read by tuples, such as (position, size), to be read by positions.
+
+    Args:
+        dataset: The dataset.
+        key: Makes the tuple of a position.
+    """
+
+    def __init__(self, dataset: Any, key: Callable[[int], Any]) -> None:
+        self.dataset, self.key = dataset, key
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.key(index)]
 
 
 class _Collate:
@@ -167,7 +185,8 @@ class _WorkerInit:
     def __call__(self, worker_id: int) -> None:
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, IndexedView):
-            object.__setattr__(info, "dataset", info.dataset.dataset)
+            dataset = info.dataset.dataset
+            object.__setattr__(info, "dataset", dataset.dataset if isinstance(dataset, Keyed) else dataset)
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
 

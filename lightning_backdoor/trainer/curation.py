@@ -26,6 +26,7 @@ from lightning_backdoor.trainer.loaders import (
     clone,
     describe,
     is_map_style,
+    key_of,
     origin,
     require_curable,
     require_enough,
@@ -232,6 +233,9 @@ class Curation:
         require_curable(loader)
         module = self._trainer.lightning_module
         self._state.drop_single = module is not None and any(isinstance(m, _BatchNorm) for m in module.modules())
+        self._state.key = key_of(loader)
+        if self._state.kept is not None:
+            self._state.kept.slot = self._slot
         twin = clone(loader, self._state)
         keep = self._combined(self._masks)
         if keep is not None:
@@ -242,6 +246,10 @@ class Curation:
                 self._trainer.val_check_interval = self._clamped(interval, self._limit(twin))
         self._loader, self._clone = loader, twin
         return twin
+
+    @property
+    def _slot(self) -> int | None:
+        return None if self._state.key is None else self._state.key.slot
 
     def _combined(self, masks: dict[str, Tensor], key: str | None = None) -> Tensor | None:
         active = [mask for user, mask in masks.items() if user in self._users or user == key]
@@ -256,7 +264,7 @@ class Curation:
     def _apply(self, keep: Tensor | None) -> None:
         """Put a mask in force, or leave all as it was if it cannot be."""
         before = self._state.kept
-        self._state.kept = None if keep is None or bool(keep.all()) else Kept(keep)
+        self._state.kept = None if keep is None or bool(keep.all()) else Kept(keep, self._slot)
         if keep is None or self._loader is None or self._clone is None:
             return
         try:

@@ -23,7 +23,7 @@ from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.trainer.compat import wrapped_sampler
 
-__all__ = ["Draws", "Kept", "Repeated", "dry_count", "restricted"]
+__all__ = ["RULES", "Draws", "Kept", "Repeated", "deep_twin", "dry_count", "restricted"]
 
 
 class Draws(Protocol):
@@ -38,13 +38,15 @@ class Kept:
 
     Args:
         mask: Samples that stay, bool ``(N,)``.
+        slot: Where samples are named by tuples, the place of the position in them.
 
     Attributes:
         mask: The same, on the CPU.
         positions: The kept positions in rising order.
     """
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, slot: int | None = None) -> None:
+        self.slot = slot
         self.mask = mask.detach().to("cpu", torch.bool, copy=True)
         # some ten bytes for each sample, where lists of Python's numbers take 44
         self.positions = array("q", self.mask.nonzero().squeeze(1).numpy().tobytes())
@@ -58,7 +60,9 @@ class Kept:
         return self.positions if len(self.mask) <= end else self.positions[: bisect_left(self.positions, end)]
 
     def allows(self, index: Any) -> bool:
-        """Whether a dataset position stays."""
+        """Whether a dataset position, or a tuple that holds one, stays."""
+        if self.slot is not None and isinstance(index, tuple | list):
+            index = index[self.slot]
         try:
             return bool(self._flags[operator.index(index)])
         except (TypeError, IndexError) as error:
@@ -92,7 +96,7 @@ def restricted(
         part: The kept part of an item of a sampler of an unknown kind, ``None`` if nothing of it is left.
         count: Epoch length of a sampler of an unknown kind, see :func:`dry_count`.
     """
-    rule = _RULES.get(type(sampler))
+    rule = RULES.get(type(sampler))
     if rule is not None:
         return rule(sampler, kept)
     inner = wrapped_sampler(sampler) if isinstance(sampler, DistributedSampler) else None
@@ -135,7 +139,7 @@ def _weighted(sampler: WeightedRandomSampler, kept: Kept) -> Draws:
     return twin
 
 
-_RULES: dict[type, Callable[[Any, Kept], Draws]] = {
+RULES: dict[type, Callable[[Any, Kept], Draws]] = {
     SequentialSampler: _sequential,
     RandomSampler: _random,
     SubsetRandomSampler: _subset,
@@ -254,11 +258,16 @@ def dry_count(sampler: Any, part: Callable[[Any], Any], dataset: Any) -> int:
 
 def _twin(sampler: Any, dataset: Any) -> Any:
     """A copy that shares the dataset, deep if possible, so that iterating it leaves the sampler's own state alone."""
-    memo: dict[int, Any] = {id(dataset): dataset}
-    for value in vars(sampler).values():
-        if isinstance(value, torch.Generator):
-            memo[id(value)] = torch.Generator(value.device).set_state(value.get_state())
     try:
-        return copy.deepcopy(sampler, memo)
+        return deep_twin(sampler, dataset)
     except Exception:  # holds something that cannot be copied, an open file perhaps
         return copy.copy(sampler)
+
+
+def deep_twin(sampler: Any, dataset: Any) -> Any:
+    """A deep copy that shares the dataset; raises whatever copying raises."""
+    memo: dict[int, Any] = {id(dataset): dataset}
+    for value in getattr(sampler, "__dict__", {}).values():
+        if isinstance(value, torch.Generator):
+            memo[id(value)] = torch.Generator(value.device).set_state(value.get_state())
+    return copy.deepcopy(sampler, memo)

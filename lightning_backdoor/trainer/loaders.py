@@ -13,13 +13,16 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from lightning_backdoor.data.prefetching import unwrapped
 from lightning_backdoor.errors import DataError, TrainerError
 from lightning_backdoor.trainer.compat import limited
-from lightning_backdoor.trainer.samplers import KeepState, PhasedBatches, filtered
+from lightning_backdoor.trainer.draws import RULES
+from lightning_backdoor.trainer.keys import Key, find_key
+from lightning_backdoor.trainer.samplers import KeepState, PhasedBatches, filtered, is_ordinary
 
 __all__ = [
     "batch_count",
     "clone",
     "describe",
     "is_map_style",
+    "key_of",
     "origin",
     "require_curable",
     "require_enough",
@@ -172,6 +175,15 @@ def clone(loader: Any, state: KeepState) -> Any:
         changes["sampler"] = _again(drawn, filtered(_once(drawn), state, loader.dataset))
     twin.__dict__.update(changes)
     return twin
+
+
+def key_of(loader: Any) -> Key | None:
+    """How the samplers of a map-style loader name samples, where that is not by their position alone."""
+    inner = unwrapped(loader)
+    drawn = _once(inner.batch_sampler)
+    if drawn is None or (is_ordinary(type(drawn)) and type(drawn.sampler) in RULES):
+        return None
+    return find_key(drawn, inner.dataset)
 
 
 def _once(sampler: Any) -> Any:

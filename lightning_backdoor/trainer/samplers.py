@@ -13,9 +13,10 @@ from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.trainer.draws import Draws, Kept, dry_count, restricted
+from lightning_backdoor.trainer.keys import Key
 from lightning_backdoor.trainer.phases import Phases
 
-__all__ = ["KeepState", "KeptDistributedSampler", "KeptSampler", "PhasedBatches", "filtered"]
+__all__ = ["KeepState", "KeptDistributedSampler", "KeptSampler", "PhasedBatches", "filtered", "is_ordinary"]
 
 
 def _same(count: int) -> int:
@@ -29,12 +30,14 @@ class KeepState:
     Attributes:
         kept: The samples that stay, ``None`` for all.
         phases: Batches of some samples, then of others, instead of whatever the user's samplers draw; ``None``: theirs.
+        key: How samples are named where that is not by their position alone.
         drop_single: Leave out a batch of one sample that pruning made: batch norm cannot take it.
         agree: The common epoch length of all processes, given the length that this one counted.
     """
 
     kept: Kept | None = None
     phases: Phases | None = None
+    key: Key | None = None
     drop_single: bool = False
     agree: Callable[[int], int] = _same
 
@@ -121,7 +124,10 @@ class PhasedBatches(BatchSampler):
         return len(self._inner) if self._state.phases is None else len(self._state.phases)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._inner if self._state.phases is None else self._state.phases)
+        phases, key = self._state.phases, self._state.key
+        if phases is None or key is None:
+            return iter(self._inner if phases is None else phases)
+        return ([key(index) for index in batch] for batch in phases)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_inner" not in self.__dict__:
@@ -150,7 +156,7 @@ def filtered(sampler: Any, state: KeepState, dataset: Any) -> Any:
     Raises:
         DataError: If a sampler has no length.
     """
-    if not (isinstance(sampler, BatchSampler) and _is_ordinary(type(sampler))):
+    if not is_ordinary(type(sampler)):
         return _kind(sampler)(sampler, state, dataset, batches=True)
     batches = copy.copy(sampler)
     size = None if sampler.drop_last else sampler.batch_size
@@ -162,8 +168,11 @@ def _kind(sampler: Any) -> type[KeptSampler]:
     return KeptDistributedSampler if isinstance(sampler, DistributedSampler) else KeptSampler
 
 
-def _is_ordinary(kind: type[BatchSampler]) -> bool:
-    return kind.__iter__ is BatchSampler.__iter__ and kind.__len__ is BatchSampler.__len__
+def is_ordinary(kind: type) -> bool:
+    """Whether batches are formed as torch's own batch sampler forms them."""
+    return issubclass(kind, BatchSampler) and (
+        kind.__iter__ is BatchSampler.__iter__ and kind.__len__ is BatchSampler.__len__
+    )
 
 
 def _is_batch(item: Any) -> bool:

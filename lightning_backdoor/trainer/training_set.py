@@ -20,13 +20,15 @@ from lightning_backdoor.data.prefetching import Finish, finish_of, unwrapped
 from lightning_backdoor.data.siblings import is_dataset, over_sibling
 from lightning_backdoor.data.structure import copied
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
-from lightning_backdoor.data.views import ScanLoader, batch_size_of, check_dataset, scan_loader
+from lightning_backdoor.data.views import Keyed, ScanLoader, batch_size_of, check_dataset, read_items, scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.surgery.heads import Head, find_head
 from lightning_backdoor.surgery.taps import Taps
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.etiquette import prepare_batch, unobtrusive
+from lightning_backdoor.trainer.keys import Key
 from lightning_backdoor.trainer.label_check import require_varied_labels
+from lightning_backdoor.trainer.loaders import key_of
 from lightning_backdoor.trainer.outputs import call_model, require_logits
 from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.scan import scan_read, shard
@@ -102,7 +104,7 @@ class TrainingSet:
     unread: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     """Samples that the user's ``collate_fn`` was seen to drop, bool ``(N,)``; scans add to it."""
     source: DataLoader[Any] | None = None
-    """The loader over the user's ``eval_dataset``, which is read in place of the other one."""
+    """What is read in place of that loader: one over ``eval_dataset``, or by position where its samplers do not."""
 
     def __len__(self) -> int:
         return self.size
@@ -308,18 +310,25 @@ def open_training_set(
         DataError: If the dataset is empty or iterable, an image is not finite, or labels are not class indices.
         ModelError: If no logits come out of the model, or none that are finite.
     """
-    with unobtrusive(trainer, pl_module), in_unison(trainer, "first look at the training images"):
-        return _open(trainer, pl_module, loader, reading, val_dataset)
+    with unobtrusive(trainer, pl_module):
+        with in_unison(trainer, "first look at the sampler"):
+            key = key_of(loader)
+        key = trainer.strategy.broadcast(key, src=0)  # all processes read images in one size
+        with in_unison(trainer, "first look at the training images"):
+            return _open(trainer, pl_module, loader, reading, val_dataset=val_dataset, key=key)
 
 
-def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_dataset: Any) -> TrainingSet:
+def _open(
+    trainer: Any, pl_module: Any, loader: Any, reading: Reading, *, val_dataset: Any, key: Key | None
+) -> TrainingSet:
     loader, finish = unwrapped(loader), finish_of(loader)
+    by_position = loader if key is None else over_sibling(loader, Keyed(loader.dataset, key))
     size = check_dataset(loader.dataset)
-    source, transform = loader, EvalTransform("dataset", "Training images are read from `eval_dataset`.")
+    source, transform = by_position, EvalTransform("dataset", "Training images are read from `eval_dataset`.")
     if reading.eval_dataset is None:
-        transform = choose_transform(loader, val_dataset, reading.eval_transform)
+        transform = choose_transform(source, val_dataset, reading.eval_transform)
     else:
-        source = over_sibling(loader, reading.eval_dataset)
+        source = _readable(over_sibling(loader, reading.eval_dataset), key)
     if transform.source == "dataset's own":
         rank_zero_warn(transform.description)
     probe = [i * size // min(size, _PROBE) for i in range(min(size, _PROBE))]
@@ -381,11 +390,22 @@ def _open(trainer: Any, pl_module: Any, loader: Any, reading: Reading, val_datas
     if head is not None:
         training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now
     labels = training_set.labels(batch)
-    if source is not loader:
-        _require_labels(scan_loader(loader, indices, batch_size=len(indices), **settings), layout, indices, labels)
+    if reading.eval_dataset is not None:
+        _require_labels(scan_loader(by_position, indices, batch_size=len(indices), **settings), layout, indices, labels)
     training_set = replace(training_set, probe=(indices, labels))
     require_varied_labels(training_set, batch, positions)
     return training_set
+
+
+def _readable(source: DataLoader[Any], key: Key | None) -> DataLoader[Any]:
+    """The loader over ``eval_dataset``, by position also where its items are named as those of the training dataset."""
+    if key is None:
+        return source
+    try:
+        read_items(source, [0])
+    except Exception:
+        return over_sibling(source, Keyed(source.dataset, key))
+    return source
 
 
 def _require_labels(view: ScanLoader, layout: BatchLayout, indices: Tensor, labels: Tensor) -> None:
