@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_backdoor.data.augmentation import Recorder, same, without_random_steps
 from lightning_backdoor.data.nesting import attributes_of, chains_of, image_transform, is_standard, random_streams_in
 from lightning_backdoor.data.views import Keyed, check_dataset, read_items
 from lightning_backdoor.errors import ArgumentError
@@ -60,11 +63,12 @@ class EvalTransform:
 
     Attributes:
         source: ``"argument"`` (the user's ``eval_transform``), ``"validation"`` (the validation dataset's),
-            ``"training"`` (nothing better is known: it stays, seeded per index), ``"dataset's own"`` (random, but no
-            attribute: the same), ``"dataset"`` (the user's ``eval_dataset`` is read) or ``"none"`` (there is none).
+            ``"training"`` (nothing better is known: it stays without its random steps, or seeded per index),
+            ``"dataset's own"`` (random, but no attribute: seeded per index), ``"dataset"`` (the user's
+            ``eval_dataset`` is read) or ``"none"`` (there is none).
         description: One sentence for the user.
         given: The user's transform.
-        by_leaf: For each class of raw dataset the validation transforms, outermost first.
+        by_leaf: For each class of raw dataset the transforms that are lent, outermost first.
     """
 
     source: Literal["argument", "validation", "training", "dataset's own", "dataset", "none"]
@@ -75,7 +79,7 @@ class EvalTransform:
     def plan(self, dataset: Any) -> list[tuple[Any, Callable[..., Any]]] | None:
         """Return (node, new image transform) pairs for ``dataset``; None when a transform has no counterpart."""
         pairs: dict[int, tuple[Any, Callable[..., Any]]] = {}
-        for chain in chains_of(dataset) if self.source in ("argument", "validation") else ():
+        for chain in chains_of(dataset) if self.given is not None or self.by_leaf else ():
             new = (self.given,) if self.given is not None else self.by_leaf.get(chain.leaf)
             nodes = chain.nodes[:1] if self.given is not None else chain.nodes
             if new == () and len(nodes) == 1:
@@ -150,20 +154,7 @@ def _draws(train: Any) -> bool:
     size = check_dataset(_dataset_of(train))
     positions = sorted({place * (size - 1) // (_READ_TWICE - 1) for place in range(_READ_TWICE)})
     first, second = (_items(train, positions, seed=seed) for seed in (0, 1))
-    return not _same(first, second)
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Whether two items hold the same numbers."""
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
-        return len(first) == len(second) and all(map(_same, first, second))
-    try:
-        one, two = (np.asarray(part.float() if isinstance(part, Tensor) else part) for part in (first, second))
-        return bool(np.array_equal(one, two, equal_nan=True))
-    except Exception:  # cannot be compared
-        return True
+    return not same(first, second)
 
 
 def _dataset_of(train: Any) -> Any:
@@ -176,8 +167,8 @@ def choose_transform(
     """Choose the transform that the scan reads the training images with.
 
     In this order: the user's ``eval_transform``; the transform of the validation dataset, if both are built on the same
-    class of raw dataset and give items of the same shape and dtype; the training transform, made repeatable by a seed
-    per index. Nothing is changed; two training items are read.
+    class of raw dataset and give items of the same shape and dtype; the training transform without its random steps,
+    made repeatable by a seed per index where some stay. Nothing is changed; two training items are read.
 
     Args:
         train: The training loader (preferred: its workers read the items) or its dataset.
@@ -209,11 +200,51 @@ def choose_transform(
     found = "there is no validation dataset" if val_dataset is None else _from_validation(train, val_dataset)
     if isinstance(found, EvalTransform):
         return found
-    return EvalTransform(
-        "training",
-        f"Training images are read with the training transform, seeded per image, because {found}. "
-        "Pass `eval_transform` for a transform without augmentation.",
-    )
+    remedy = "Pass `eval_transform` for a transform without augmentation."
+    plain = _without_random_steps(train, found)
+    if plain is None:
+        words = f"Training images are read with the training transform, seeded per image, because {found}. {remedy}"
+        return EvalTransform("training", words)
+    with transforms_swapped(dataset, plain):
+        random = _draws(train)
+    words = f"{plain.description} What else is random in it is seeded per image. {remedy}"
+    return replace(plain, description=words) if random else plain
+
+
+def _without_random_steps(train: Any, why: str) -> EvalTransform | None:
+    """Return the training transform without its random steps; None if there are none, or it cannot be looked into.
+
+    Augmentation can hide what the model has learned: a trigger in a corner that is turned out of the image.
+    """
+    dataset = _dataset_of(train)
+    olds: dict[type, tuple[Any, ...]] = {}
+    for chain in chains_of(dataset):
+        transforms = tuple(image_transform(node) for node in chain.nodes)
+        if any(old is not new for old, new in zip(olds.setdefault(chain.leaf, transforms), transforms, strict=False)):
+            return None  # the class of the raw images does not say which transform
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            recorders = {
+                leaf: tuple(Recorder(old, Path(folder) / f"{i}-{j}") for j, old in enumerate(parts))
+                for i, (leaf, parts) in enumerate(olds.items())
+            }
+            with transforms_swapped(dataset, EvalTransform("training", "", by_leaf=recorders)):
+                before = _probe(train)
+            found = {
+                leaf: [without_random_steps(old, *one.read()) for old, one in zip(parts, recorders[leaf], strict=True)]
+                for leaf, parts in olds.items()
+            }
+        names = list(dict.fromkeys(name for parts in found.values() for _, out in parts for name in out))
+        words = (
+            f"Training images are read with the training transform without its random steps ({', '.join(names)}), "
+            f"because {why}."
+        )
+        by_leaf = {leaf: tuple(left or _identity for left, _ in parts) for leaf, parts in found.items()}
+        choice = EvalTransform("training", words, by_leaf=by_leaf)
+        with transforms_swapped(dataset, choice):
+            return choice if names and before == _probe(train) else None
+    except Exception:  # whatever cannot be called or compared in parts is read whole
+        return None
 
 
 def _from_validation(train: Any, val_dataset: Any) -> EvalTransform | str:

@@ -226,7 +226,7 @@ def test_else_the_training_transform_stays_and_says_why(val: Any, reason: str) -
     assert reason in choice.description
     assert "`eval_transform`" in choice.description
     with transforms_swapped(train, choice):
-        assert train.transform is TRAIN
+        assert train.transform.transforms == [TRAIN.transforms[0], TRAIN.transforms[2]], "all but ColorJitter"
     assert anatomy(train) == before
 
 
@@ -399,3 +399,55 @@ def test_compositions_with_items_and_a_length_are_no_datasets(val: Any, name: st
     assert choice.source == "validation"
     assert not values(train, choice).any()
     assert transforms_of(train) == [getattr(train, name)]
+
+
+AUGMENTING = {
+    "v1": lambda: v1.Compose([v1.RandomAffine(15), v1.RandomHorizontalFlip(), v1.ColorJitter(0.5), v1.ToTensor()]),
+    "nested": lambda: v1.Compose([v1.Compose([v1.RandomCrop(10, padding=2), v1.ToTensor()]), v1.RandomErasing()]),
+}
+
+
+@pytest.mark.parametrize("way", ["v1", "nested"])
+@pytest.mark.parametrize("form", ["fake", "subset", "outside", "wrapped v2"])
+def test_without_validation_the_random_steps_of_the_training_transform_are_left_out(
+    way: str, form: str, folder: Path
+) -> None:
+    transform = AUGMENTING[way]()
+    dataset = FORMS[form](folder, transform)
+    steps = list(transform.transforms)
+    choice = choose_transform(dataset)
+    assert choice.source == "training"
+    words = "RandomAffine, RandomHorizontalFlip, ColorJitter" if way == "v1" else "RandomCrop, RandomErasing"
+    assert f"without its random steps ({words}), because there is no validation dataset." in choice.description
+    assert "eval_transform" not in choice.description
+    plain = FORMS[form](folder, v1.ToTensor())
+    with transforms_swapped(dataset, choice):
+        assert all(torch.equal(dataset[i][0], plain[i][0]) for i in range(3))
+    assert transform.transforms == steps
+    assert transforms_of(dataset) == [transform]
+
+
+def test_what_is_random_and_cannot_be_left_out_is_seeded() -> None:
+    dataset = fake(TRAIN)
+    choice = choose_transform(dataset)
+    assert "without its random steps (ColorJitter)" in choice.description
+    assert "What else is random in it is seeded per image. Pass `eval_transform`" in choice.description
+
+
+class Own:
+    """A step of the user's own, which may do more than to augment."""
+
+    def __call__(self, image: Any) -> Any:
+        return v1.functional.adjust_brightness(image, 0.5 + float(torch.rand(())))
+
+
+@pytest.mark.parametrize("step", [Own(), v2.Lambda(Own()), v1.ToTensor()])
+def test_other_steps_than_the_random_ones_of_libraries_stay(step: Any) -> None:
+    choice = choose_transform(fake(v1.Compose([step])))
+    assert "with the training transform, seeded per image" in choice.description
+
+
+def test_a_lone_random_transform_is_replaced_by_none() -> None:
+    dataset = fake(v2.RandomAffine(15))
+    with transforms_swapped(dataset, choose_transform(dataset)):
+        assert np.array_equal(dataset[0][0], fake()[0][0])
