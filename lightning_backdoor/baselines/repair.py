@@ -35,7 +35,7 @@ class RepairBaseline(RepairCallback):
         batch_fn: ``batch_fn(batch)`` returns images and labels, for batches in which they cannot be found.
         feature_layer: Name of the classifier's input layer, where it cannot be found.
         eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
-            transform under a fixed seed per image.
+            transform without its random steps.
         eval_dataset: In place of ``eval_transform``, for augmentation inside the dataset: the same samples without it,
             as a dataset, or as a function from the training dataset to one.
         mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units; ``None`` finds it out.

@@ -76,7 +76,7 @@ class DBRCallback(Detecting, RepairCallback):
         batch_fn: ``batch_fn(batch)`` returns images and labels, where they cannot be found.
         feature_layer: Name of the layer whose output are the features. ``None``: the input of the classifier head.
         eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
-            transform under a fixed seed per image.
+            transform without its random steps.
         eval_dataset: In place of ``eval_transform``, for augmentation inside the dataset: the same samples without it,
             as a dataset, or as a function from the training dataset to one.
         mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units; ``None`` finds it out.
