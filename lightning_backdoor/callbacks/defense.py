@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_backdoor.callbacks.majorities import warn_of_majorities
 from lightning_backdoor.data.prefetching import unwrapped
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ArgumentError, DataError, TrainerError
@@ -39,7 +40,6 @@ __all__ = [
     "spared",
 ]
 
-NAMED = 5  # labels in a warning, at most
 SCHEMA = 2  # of what checkpoints hold of any defence: a release that changes it counts up
 
 
@@ -338,35 +338,6 @@ def spared(verdict: Verdict, unread: Tensor, earlier: Verdict | None) -> Verdict
     labels = None if verdict.labels is None else verdict.labels.masked_fill(unread, -1)
     scores = verdict.scores.masked_fill(spare, float(verdict.scores[~spare].min()))
     return replace(verdict, scores=scores, keep=verdict.keep | spare, labels=labels, trusted=trusted, suspect=suspect)
-
-
-def warn_of_majorities(verdict: Verdict, before: Tensor | None, title: str) -> None:
-    """Warn if a verdict removes most samples of a label, and more of them than the one before.
-
-    Args:
-        verdict: The verdict.
-        before: Samples that the verdict before kept, bool ``(N,)``; ``None`` if there was none.
-        title: Name of the defence for readers.
-    """
-    if verdict.labels is None:
-        return
-    present, places, counts = torch.unique(verdict.labels, return_inverse=True, return_counts=True)
-    removed = torch.bincount(places[~verdict.keep], minlength=len(present))
-    earlier = removed.new_zeros(len(present))
-    if before is not None:
-        earlier = torch.bincount(places[~before], minlength=len(present))
-    most = ((2 * removed > counts) & (removed > earlier)).nonzero().squeeze(1).tolist()
-    if not most:
-        return
-    told = [f"{int(removed[i])} of the {int(counts[i])} with label {int(present[i])}" for i in most[:NAMED]]
-    further = f", and most of those with {len(most) - NAMED} more labels" if len(most) > NAMED else ""
-    rank_zero_warn(
-        f"{title} takes most images of a label for poisoned: {', '.join(told)}{further}. Either they carry a trigger, "
-        "or they are a kind of image that no other label has (of another camera, with a border), which the model will "
-        "then not know. Look at them in the report. To keep those of label k and leave out the others, train without "
-        "this callback on `torch.utils.data.Subset(dataset, positions)`, where `positions` are "
-        "`(callback.verdict.keep | (callback.verdict.labels == k)).nonzero().flatten().tolist()`."
-    )
 
 
 def require_same_data(verdict: Verdict, data: TrainingSet) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores
 from lightning_backdoor.surgery.heads import find_head
 from lightning_backdoor.surgery.units import find_units
+from lightning_backdoor.trainer.class_batches import order_of_steps
 from lightning_backdoor.trainer.etiquette import evaluation_mode, quiet, unobtrusive
 from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
@@ -29,8 +29,6 @@ ANGLE = 180.0  # degrees, either way
 SHIFT = 0.2  # of the side, either way
 LR, LR_OF_COPY = 1e-3, 1e-4  # of AdamW, which trains convolutional networks and transformers alike
 HOSTED = "backdoor_detector"  # name of the user's own detector within a copy of the model
-LEAST_OF_CLASS = 2  # samples of a class in a batch, on average, for its centre to be more than a sample of it
-DRAWN_OF_CLASS = 4  # of some classes, where there are too many for that
 STRONG, WEAK = 0.9, 0.1  # probabilities above and below which a sample is confidently of a class, or not
 
 Transform = Callable[[Tensor], Tensor]
@@ -124,7 +122,9 @@ def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detec
         DataError: There is one class only.
     """
     with unobtrusive(trainer, pl_module):
-        order = _order(trainer, pl_module, data, detector)
+        order = order_of_steps(
+            trainer, pl_module, data, steps=detector.steps, all_steps=detector.all_steps, seed=detector.seed
+        )
         with in_unison(trainer, "training of the detector"):
             twin, data = _twin(trainer, pl_module, data, detector)
             with quiet(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
@@ -276,44 +276,6 @@ def _thaw(module: Any) -> list[nn.Parameter]:
     for parameter in frozen:
         parameter.requires_grad_(True)
     return frozen
-
-
-def _order(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector) -> Tensor:
-    """Positions of the samples of all steps: one shuffle after the other.
-
-    Where a batch holds fewer than two samples of a class on average, most centres would be single samples, and the loss
-    would turn every image away from every other. The batches of centre repulsion then are of some classes each. That
-    takes one more pass over the data, for the labels.
-    """
-    with data.read([]) as loader:
-        size = min(int(loader.batch_size or 1), len(data))
-    needed = detector.all_steps * size
-    generator = torch.Generator().manual_seed(detector.seed)
-    shuffles = [torch.randperm(len(data), generator=generator) for _ in range(math.ceil(needed / len(data)))]
-    order = torch.cat(shuffles)[:needed]
-    repelling = detector.all_steps - detector.steps
-    if size < 2 or not repelling or LEAST_OF_CLASS * data.num_classes <= size:
-        return order
-    labels = data.read_labels(trainer, pl_module)
-    if LEAST_OF_CLASS * len(torch.unique(labels)) <= size:  # a head may have more outputs than there are classes
-        return order
-    read = (~data.unread).nonzero().squeeze(1)
-    return torch.cat([order[: detector.steps * size], read[_by_classes(labels[read], size, repelling, generator)]])
-
-
-def _by_classes(labels: Tensor, size: int, batches: int, generator: torch.Generator) -> Tensor:
-    """Positions of batches of some random classes each, with about four samples of each (repeated if it has fewer)."""
-    _, counts = torch.unique(labels, return_counts=True)
-    classes = torch.split(labels.argsort(stable=True), counts.tolist())
-    shares = [len(part) for part in torch.tensor_split(torch.arange(size), max(size // DRAWN_OF_CLASS, 2))]
-    drawn = []
-    for _ in range(batches):
-        chosen = torch.randperm(len(classes), generator=generator)[: len(shares)].tolist()
-        for place, share in zip(chosen, shares, strict=True):
-            members = classes[place]
-            shuffled = members[torch.randperm(len(members), generator=generator)]
-            drawn.append(shuffled.repeat(math.ceil(share / len(members)))[:share])
-    return torch.cat(drawn)
 
 
 def _agree(trainer: Any, twin: nn.Module) -> None:

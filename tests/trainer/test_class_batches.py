@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_backdoor.trainer.distinguish import Detector, _order
+from lightning_backdoor.trainer.class_batches import order_of_steps
 
 STEPS, REPULSION = 3, 40
 
@@ -33,7 +33,7 @@ def data_of(labels: Tensor, size: int, outputs: int) -> Any:
 
 
 def order_of(data: Any, seed: int = 0) -> Tensor:
-    return _order(None, None, data, Detector("copy", None, STEPS, 1, None, seed, repulsion_steps=REPULSION))
+    return order_of_steps(None, None, data, steps=STEPS, all_steps=STEPS + REPULSION, seed=seed)
 
 
 def shuffles(n: int, size: int) -> Tensor:
