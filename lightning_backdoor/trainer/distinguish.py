@@ -21,12 +21,11 @@ from lightning_backdoor.trainer.class_batches import order_of_steps
 from lightning_backdoor.trainer.etiquette import evaluation_mode, quiet, unobtrusive
 from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
+from lightning_backdoor.trainer.turning import turn_and_shift
 from lightning_backdoor.trainer.unit_scan import Measured, UnitScan
 
 __all__ = ["Detector", "Distinguished", "distinguish", "require_detector", "turn_and_shift"]
 
-ANGLE = 180.0  # degrees, either way
-SHIFT = 0.2  # of the side, either way
 LR, LR_OF_COPY = 1e-3, 1e-4  # of AdamW, which trains convolutional networks and transformers alike
 HOSTED = "backdoor_detector"  # name of the user's own detector within a copy of the model
 STRONG, WEAK = 0.9, 0.1  # probabilities above and below which a sample is confidently of a class, or not
@@ -144,38 +143,6 @@ def distinguish(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detec
     automatic = "mse" if float(found["smallest"].min()) >= 0 else "cosine"
     metric = automatic if detector.metric == "auto" else detector.metric
     return Distinguished(found["labels"], found[metric], measured)
-
-
-def turn_and_shift(pixels: Tensor, indices: Tensor, *, seed: int) -> Tensor:
-    """Turn every image by up to 180 degrees and shift it by up to a fifth of its sides, on the device; black outside.
-
-    Args:
-        pixels: uint8 ``(B, C, H, W)``.
-        indices: Dataset positions, long ``(B,)``: an image meets the same transformation in whatever batch it is.
-        seed: Any integer.
-
-    Returns:
-        uint8 ``(B, C, H, W)``, from the nearest pixels.
-    """
-    from kornia.geometry.transform import get_affine_matrix2d, warp_affine  # noqa: PLC0415  (slow to import)
-
-    draws = [torch.rand(3, generator=_generator(seed, int(index))) * 2 - 1 for index in indices]
-    drawn = torch.stack(draws).to(pixels.device)
-    height, width = pixels.shape[-2:]
-    sides = drawn.new_tensor([width, height])
-    centre = ((sides - 1) / 2).expand(len(pixels), 2)
-    matrices = get_affine_matrix2d(
-        translations=drawn[:, 1:] * SHIFT * sides,
-        center=centre,
-        scale=torch.ones_like(centre),
-        angle=drawn[:, 0] * ANGLE,
-    )
-    moved = warp_affine(pixels.float(), matrices[:, :2], (height, width), mode="nearest", padding_mode="zeros")
-    return moved.round().clamp(0, 255).to(torch.uint8)
-
-
-def _generator(seed: int, index: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + index) * 0x9E3779B97F4A7C15 % 2**63)
 
 
 def _twin(trainer: Any, pl_module: Any, data: TrainingSet, detector: Detector) -> tuple[Any, TrainingSet]:

@@ -185,7 +185,8 @@ def _done(trainer: Any) -> int:
 
 
 def _steps_per_epoch(trainer: Any) -> int:
-    return max(1, math.ceil(trainer.num_training_batches / int(trainer.accumulate_grad_batches)))
+    steps: int = math.ceil(trainer.num_training_batches / int(trainer.accumulate_grad_batches))
+    return max(1, steps)
 
 
 def plan_is_over(trainer: Any) -> bool:
