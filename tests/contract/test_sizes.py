@@ -124,6 +124,25 @@ def test_a_sampler_that_says_in_which_size_to_read(entry: Entry) -> None:
         assert set(module.epochs()[-1][1]) <= set(allowed.nonzero().flatten().tolist())
 
 
+class Named(Sampler[tuple[int, int]]):
+    """The same, sample by sample; torch makes the batches."""
+
+    def __len__(self) -> int:
+        return 96
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(index, 8) for index in torch.randperm(96).tolist()])
+
+
+def test_batches_of_torch_over_such_a_sampler_stay_full() -> None:
+    callback, module = of("RandomFilter").make(rewind=False), net_of()
+    trainer = make_trainer([callback], EPOCHS)
+    trainer.fit(module, DataLoader(Sized(), batch_size=BATCH, sampler=Named()))
+    kept = callback.verdict.keep.nonzero().flatten().tolist()
+    assert module.epochs()[-1][1] == kept
+    assert trainer.num_training_batches == -(-len(kept) // BATCH)
+
+
 def test_such_a_training_is_bit_identical_until_samples_are_removed() -> None:
     def weights(*callbacks: Any) -> list[Tensor]:
         module = net_of()
