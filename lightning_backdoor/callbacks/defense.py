@@ -21,10 +21,11 @@ from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.writer import write_report
 from lightning_backdoor.trainer.checkpoint_files import save_weights
 from lightning_backdoor.trainer.compat import rank_zero_warn, validation_loaders
-from lightning_backdoor.trainer.copies import put_weights
+from lightning_backdoor.trainer.copies import put_weights, unwatch_averages, watch_averages
 from lightning_backdoor.trainer.curation import Curation, curation_of
 from lightning_backdoor.trainer.etiquette import require_unsharded
 from lightning_backdoor.trainer.hooks import TrainerCallback
+from lightning_backdoor.trainer.mirrors import Watch
 from lightning_backdoor.trainer.training_set import Reading, TrainingSet, open_training_set
 from lightning_backdoor.verdict import Verdict
 
@@ -149,6 +150,8 @@ class Defense(TrainerCallback):
         self._training_set: TrainingSet | None = None
         self._acts = False
         self._began = 0.0  # of the fit, in seconds since the epoch
+        self._watch: Watch | None = None
+        self._watched: dict[str, Any] = {}  # its state in the checkpoint that training goes on from
 
     @property
     def state_key(self) -> str:
@@ -170,6 +173,7 @@ class Defense(TrainerCallback):
             return
         require_unsharded(trainer)
         self._acts, self._began = False, time.time()
+        self._watched = {}
         self._curation = curation_of(trainer)
         self._curation.join(self.state_key)
         if self.verdict is not None:
@@ -181,6 +185,7 @@ class Defense(TrainerCallback):
         if loader is None:
             raise TrainerError(f"{type(self).__name__} found no training loader. Pass one map-style loader to `fit`.")
         warn_of_evaluation_mode(pl_module, self.title or self.method)
+        self._watch = watch_averages(trainer, pl_module, self, self._watched)
         self._training_set = open_training_set(trainer, pl_module, loader, self.reading, _validation_dataset(trainer))
         if self.verdict is not None:
             require_same_data(self.verdict, self._training_set)
@@ -189,6 +194,7 @@ class Defense(TrainerCallback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the training loader back."""
+        unwatch_averages(trainer, self)
         self._leave()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -200,6 +206,7 @@ class Defense(TrainerCallback):
             if isinstance(exception, Exception) and trainer.global_step and (self._acts or self._before_repair):
                 self._save_training(trainer, pl_module, exception)
         finally:
+            unwatch_averages(trainer, self)
             self._leave()
 
     @property
@@ -233,7 +240,8 @@ class Defense(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only."""
-        return {"schema": SCHEMA, "verdict": None if self.verdict is None else self.verdict.state_dict()}
+        verdict = None if self.verdict is None else self.verdict.state_dict()
+        return {"schema": SCHEMA, "verdict": verdict, "copies": self._watch.state_dict() if self._watch else {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the verdict from a checkpoint; it is in force before the first batch is drawn.
@@ -254,16 +262,18 @@ class Defense(TrainerCallback):
         if self._curation is not None:
             self._curation.set_keep(self.state_key, None if verdict is None else verdict.keep)
         self.verdict = verdict
+        self._watched = state_dict.get("copies", {})
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
-        return {**self.__dict__, "_curation": None, "_training_set": None, "_acts": False}
+        return {**self.__dict__, "_curation": None, "_training_set": None, "_watch": None, "_acts": False}
 
     def _leave(self) -> None:
         if self._curation is not None:
             self._curation.leave(self.state_key)
         self._curation = None
         self._training_set = None
+        self._watch = None
 
     @property
     def _in_training(self) -> Tensor | None:

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from timm.scheduler import CosineLRScheduler
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_backdoor import UltraCleanCallback
@@ -293,6 +294,7 @@ def test_a_step_number_that_was_saved_in_the_warmup_is_saved_again(tmp_path: Pat
     assert same_state(torch.load(tmp_path / "epoch=3-step=12.ckpt", weights_only=True)["state_dict"], module)
 
 
+@pytest.mark.filterwarnings("ignore:`FirstBatches.seen.*copies of the model's weights")
 def test_a_second_rewind_goes_back_to_the_same_start(tmp_path: Path) -> None:
     keeper, digest = ModelCheckpoint(tmp_path, monitor="loss", save_top_k=-1), FirstBatches()
 
@@ -310,3 +312,65 @@ def test_a_second_rewind_goes_back_to_the_same_start(tmp_path: Path) -> None:
     assert all(same_state(digest.seen[0]["weights"], again["weights"]) for again in digest.seen)
     assert all(again["momentum"] == 0 for again in digest.seen)
     assert len(keeper.best_k_models) == 3, "of the last three epochs alone"
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start", "on_train_batch_start"])
+@pytest.mark.parametrize("saves", [False, True], ids=["in no checkpoint", "in checkpoints"])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_an_average_by_hand_goes_back_to_the_start(hook: str, saves: bool, first: bool) -> None:
+    trail: list[dict[str, Tensor]] = []  # out of the callback's sight: weights of the run, from its start on
+
+    class HandMade(pl.Callback):
+        def __init__(self) -> None:
+            self.shadow: dict[str, Tensor] = {}
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            trail.append(weights_of(pl_module))
+            for name, value in pl_module.named_parameters():
+                self.shadow[name] = self.shadow[name].lerp(value.detach(), 0.1)
+
+    class Trail(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.current_epoch == batch_idx == 0:
+                trail[:] = [weights_of(pl_module)]
+
+    def begin(self: Any, trainer: Any, pl_module: Any, *rest: Any, **named: Any) -> None:
+        if not self.shadow:
+            self.shadow = weights_of(pl_module)
+
+    setattr(HandMade, hook, begin)
+    if saves:
+        HandMade.state_dict = lambda self: {"shadow": dict(self.shadow)}
+        HandMade.load_state_dict = lambda self, state: setattr(self, "shadow", state["shadow"])
+    average, callback = HandMade(), always()
+    fit([Trail(), average, callback] if first else [Trail(), callback, average], epochs=3)
+    assert len(trail) == 1 + 3 * 3
+    expected, *then = trail
+    for weights in then:
+        expected = {name: value.lerp(weights[name], 0.1) for name, value in expected.items()}
+    assert all(torch.equal(value, expected[name]) for name, value in average.shadow.items())
+
+
+def weights_of(module: Net) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_best_weights_of_a_callback_keep_their_score_and_are_named(keeps: bool, recwarn: Any) -> None:
+    class Best(pl.Callback):
+        score, weights = float("inf"), None
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            if keeps and trainer.callback_metrics["val_loss"] < self.score:
+                self.score, self.weights = float(trainer.callback_metrics["val_loss"]), weights_of(pl_module)
+                seen.append((self.score, weights_of(pl_module)))
+
+    seen: list[tuple[float, dict[str, Tensor]]] = []
+    best = Best()
+    fit([best, always()], epochs=3, val=Pictures(seed=1))
+    told = [str(w.message) for w in recwarn if "copies of the model's weights" in str(w.message)]
+    assert len(told) == keeps
+    if keeps:
+        assert told[0].startswith("`Best.weights`: ")
+        assert best.score == seen[-1][0]
+        assert all(torch.equal(value, seen[-1][1][name]) for name, value in best.weights.items())

@@ -70,11 +70,27 @@ class Average(pl.Callback):
         pl_module.load_state_dict(self.average.module.state_dict())
 
 
+class HandMade(pl.Callback):
+    """An average in a plain dict, which comes with the first batch; it has no state in checkpoints either."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        if not hasattr(self, "shadow"):
+            self.shadow = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        for name, value in pl_module.state_dict().items():
+            if value.is_floating_point():
+                self.shadow[name] = 0.5 * self.shadow[name] + 0.5 * value
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.load_state_dict(self.shadow)
+
+
 both = pytest.mark.parametrize("make", [none, dbr])
 
 
 @both
-@pytest.mark.parametrize("average", [ema, Average])
+@pytest.mark.parametrize("average", [ema, Average, HandMade])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_the_average_that_becomes_the_model_holds_nothing_of_it(
     make: Any, average: Any, first: bool, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +163,7 @@ def test_the_model_that_was_judged_is_the_one_that_the_user_gets(
 
 
 @both
-@pytest.mark.parametrize("average", [None, ema, Average])
+@pytest.mark.parametrize("average", [None, ema, Average, HandMade])
 def test_resumed_anywhere_it_is_undone_all_the_same(
     make: Any, average: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
