@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -61,7 +62,9 @@ def watch_averages(trainer: Any, pl_module: Any, holder: object, before: dict[st
     if trainer not in _WATCHES:
         watch = Watch(trainer, pl_module, _find)
         # one optimizer is enough, since copies are compared with the weights from one of its steps to the next
-        handles = [optimizer.register_step_pre_hook(watch.at_step) for optimizer in trainer.optimizers[:1]]
+        handles: list[Any] = []
+        with suppress(AttributeError):  # of an optimizer that passes torch's own by, which calls no hooks
+            handles = [optimizer.register_step_pre_hook(watch.at_step) for optimizer in trainer.optimizers[:1]]
         _WATCHES[trainer] = watch, handles
     watch, _ = _WATCHES[trainer]
     watch.holders.add(id(holder))

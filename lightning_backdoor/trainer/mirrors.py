@@ -278,7 +278,8 @@ class _Search:
         if id(module) in self._parts or isinstance(module, AveragedModel):
             return
         self._parts.add(id(module))
-        if path and self._add("", self._module, path, tensors_of(module)):
+        trained = any(parameter.grad is not None for parameter in module.parameters())
+        if path and not trained and self._add("", self._module, path, tensors_of(module)):
             return
         self.attributes("", self._module, path, module, _DEPTH)
         buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False)}
@@ -315,8 +316,6 @@ class _Search:
         registered = tuple(f"{prefix}.{place}".lstrip(".") for place in usable) if inside else ()
         if any(own.get(name) is not tensor for name, tensor in zip(registered, usable.values(), strict=False)):
             registered = ()
-        if registered and any(tensor.grad is not None for tensor in usable.values()):
-            return False
         places, sources = self._model.sources(usable, registered)
         if registered:
             sources = [names for names in sources if any(own[name].grad is not None for name in names)]
@@ -465,10 +464,10 @@ def _moves(rows: list[tuple[Tensor, list[Tensor]]]) -> int | None:
     Returns:
         The number of the source that it averages, -1 for another change, ``None`` for no change.
     """
-    device, number = rows[-1][0].device, len(rows[-1][1])
-    rows = [(own.to(device), of) for own, of in rows if len(of) == number and own.shape == rows[-1][0].shape]
-    own = torch.stack([values for values, _ in rows])
-    of = [torch.stack(list(values)) for values in zip(*(sources for _, sources in rows), strict=True)]
+    last, sources = rows[-1]
+    rows = [row for row in rows if row[0].shape == last.shape and len(row[1]) == len(sources)]
+    own = torch.stack([values.to(last.device) for values, _ in rows])  # those from a checkpoint are on the CPU
+    of = [torch.stack([row[1][k].to(now.device) for row in rows]) for k, now in enumerate(sources)]
     precision = [(torch.finfo(own.dtype).eps, torch.finfo(values.dtype).eps) for values in of]
     own, of = own.double().cpu(), [values.double().cpu() for values in of]
     moved = (own[1:] != own[:-1]).any(dim=1).nonzero().flatten().tolist()
