@@ -24,6 +24,8 @@ LIGHTNING_WARNS = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
     pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`"),
+    # tests that write weights down: they are copies that came of the training
+    pytest.mark.filterwarnings(r"ignore:`(Before|FirstBatches|Moments?)\..*copies of the model"),
 ]
 
 

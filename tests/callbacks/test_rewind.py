@@ -294,7 +294,6 @@ def test_a_step_number_that_was_saved_in_the_warmup_is_saved_again(tmp_path: Pat
     assert same_state(torch.load(tmp_path / "epoch=3-step=12.ckpt", weights_only=True)["state_dict"], module)
 
 
-@pytest.mark.filterwarnings("ignore:`FirstBatches.seen.*copies of the model's weights")
 def test_a_second_rewind_goes_back_to_the_same_start(tmp_path: Path) -> None:
     keeper, digest = ModelCheckpoint(tmp_path, monitor="loss", save_top_k=-1), FirstBatches()
 
