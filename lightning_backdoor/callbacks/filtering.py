@@ -129,7 +129,8 @@ class FilterCallback(Defense):
             self._rewind.ask(trainer)
         modes = tuple((mode.label, mode.separation) for mode in decision.modes)
         run, rewinds = self._rewind.count + 1, self._rewind.is_due
-        self._looks.append(Look(self._last_scan, run, removed, decision.wanted, rewinds, modes))
+        accuracy = float(found["right"].float().mean()) if "right" in found else None
+        self._looks.append(Look(self._last_scan, run, removed, decision.wanted, rewinds, modes, accuracy))
         self._tell(trainer, pl_module, time.monotonic() - began)
         if not self._looks_again():
             self._forget_images()

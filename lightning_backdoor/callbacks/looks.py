@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning_backdoor.callbacks.learned import little_learned
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.denoised_scan import DENOISERS
 from lightning_backdoor.trainer.training_set import TrainingSet
@@ -23,6 +24,7 @@ class Look:
         wanted: Samples that the rule pointed at in all, before ``max_removed`` limited it.
         rewinds: Whether training started again because of it.
         modes: Label and separation of every second mode that it found.
+        accuracy: Share of the samples that the model gave their label, in ``[0, 1]``; ``None`` if that was not asked.
     """
 
     epochs: int
@@ -31,6 +33,7 @@ class Look:
     wanted: int
     rewinds: bool
     modes: tuple[tuple[int, float], ...]
+    accuracy: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that load with ``weights_only=True``."""
@@ -53,7 +56,8 @@ def sentence(looks: list[Look], total: int) -> str:
     before = sum(look.removed for look in earlier)
     then = "; training starts again on the rest" if latest.rewinds else ""
     if not before:
-        return f"looked at {total:,} training images: {latest.removed:,} removed{then}."
+        little = "" if latest.removed else little_learned(latest.accuracy)
+        return f"looked at {total:,} training images: {latest.removed:,} removed{then}.{little}"
     if not latest.removed:
         return f"looked again at {total:,} training images: nothing new was found; {before:,} stay removed."
     return (

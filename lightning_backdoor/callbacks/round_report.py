@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_backdoor.callbacks.learned import little_learned
 from lightning_backdoor.callbacks.rounds import OWN_LABEL, Round, reset_units
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.trainer.training_set import TrainingSet
@@ -43,7 +44,8 @@ def sentence(rounds: list[Round], total: int) -> str:
         )
     if not latest.units:
         unmet = ", but no unit that they drive was found: the backdoor may still be there" if latest.removed else ""
-        return f"looked at {total:,} training images: {latest.removed:,} removed, no unit reset{unmet}."
+        little = "" if latest.removed else little_learned(latest.accuracy)
+        return f"looked at {total:,} training images: {latest.removed:,} removed, no unit reset{unmet}.{little}"
     layers = len({layer for layer, *_ in latest.units})
     units = f"{len(latest.units):,} units of {layers} layers reset"
     if latest.accuracy_after is None:

@@ -65,6 +65,7 @@ class DenoisedScan:
             shift = len(moved) * features - torch.stack([version for _, version in moved]).sum(dim=0)
             return {
                 "labels": labels,
+                "right": logits.argmax(dim=1) == labels.to(logits.device),
                 "susceptibility": susceptibility_scores(outputs[0], outputs[1:]),
                 "movement": shift.square().mean(dim=1),
                 "responses": torch.cat([features, shift], dim=1).clamp(-_HALF, _HALF).half(),

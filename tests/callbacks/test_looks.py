@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,10 @@ def test_a_quiet_last_look_leaves_what_was_found(tmp_path: Path, caplog: pytest.
 def test_modes_are_facts_where_they_were_looked_for(tmp_path: Path, score: Any) -> None:
     fit([UltraCleanCallback(warmup_epochs=1, report_dir=tmp_path, score=score, rule="fraction")], epochs=1)
     assert ("classes with a second mode" in (tmp_path / "report.html").read_text()) == (score == "auto")
+
+
+def test_a_quiet_look_at_a_model_that_has_learned_little_says_so() -> None:
+    words = "gives only 43% of the training images their label: it may not have learned a backdoor yet"
+    assert words in sentence([replace(QUIET, accuracy=0.43)], 100)
+    assert sentence([replace(QUIET, accuracy=0.5)], 100) == sentence([QUIET], 100)
+    assert words not in sentence([replace(FOUND, accuracy=0.43)], 100)

@@ -513,6 +513,10 @@ def test_sentences_say_what_came_of_a_round() -> None:
     assert "backdoor" not in back
     assert "no unit that they drive was found" in sentence([replace(told, units=())], 100)
     nothing = Round(3, 0, 0, (), (), (), 0.99, None)
+    little = "The model gives only 43% of the training images their label"
+    assert little not in sentence([nothing], 100)
+    assert little in sentence([replace(nothing, accuracy=0.43)], 100)
+    assert little not in sentence([replace(nothing, accuracy=0.43, removed=9)], 100)
     assert sentence([nothing], 100).endswith("0 removed, no unit reset.")
     found = replace(nothing, obeyed=0.885)
     assert "removed before 88.5% are given their label; part of the backdoor may still be there." in sentence(
