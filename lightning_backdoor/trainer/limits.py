@@ -185,8 +185,7 @@ def _done(trainer: Any) -> int:
 
 
 def _steps_per_epoch(trainer: Any) -> int:
-    steps: int = math.ceil(trainer.num_training_batches / int(trainer.accumulate_grad_batches))
-    return max(1, steps)
+    return max(1, math.ceil(float(trainer.num_training_batches) / int(trainer.accumulate_grad_batches)))
 
 
 def plan_is_over(trainer: Any) -> bool:
