@@ -203,9 +203,10 @@ def plan_is_over(trainer: Any) -> bool:
 def about_to_end(trainer: Any) -> bool:
     """Whether the fit loop would stop after the epoch that is just ending; call in ``on_train_epoch_end``.
 
-    It would not while somebody holds it open.
+    It would not while somebody holds it open for further epochs.
     """
-    if trainer in _HELD:
+    _, holders = _HELD.get(trainer, ((), {}))
+    if any(until is None or until > _done(trainer) for until in holders.values()):
         return False
     can_stop = getattr(trainer.fit_loop, "_can_stop_early", True)
     return beyond_plan(trainer) or bool(can_stop and (trainer.should_stop or _early_stopping_will_ask(trainer)))

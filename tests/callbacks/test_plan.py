@@ -15,6 +15,7 @@ from lightning_backdoor import DBRCallback, NONECallback, attacks
 from lightning_backdoor.baselines import ABL, FineTuneTrusted
 from lightning_backdoor.callbacks.schedule import repair_begins
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.trainer.limits import about_to_end
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     DigitNet,
@@ -297,3 +298,17 @@ def test_training_that_goes_on_after_a_repair_ends_with_a_look_at_the_removed_im
     assert last.again == len(callback.verdict.removed) > 0
     assert last.obeyed < 0.1
     assert callback.history[0].accuracy_after is not None
+
+
+def test_the_last_epoch_is_the_last_also_for_callbacks_whose_turn_comes_before_that_of_a_repair() -> None:
+    ends: list[bool] = []
+
+    class Before(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            ends.append(about_to_end(trainer))
+
+    train([Before(), none(finetune_epochs=2, rounds=1)], Net)
+    assert ends == [False, False, False, True]
+    ends.clear()
+    train([Before(), none(finetune_epochs=1, rounds=1, extra_epochs=1)], Net)
+    assert ends == [False, False, False, True, True], "at the end of the plan, and of the repair"
