@@ -24,8 +24,8 @@ from lightning_backdoor.metrics import AttackSuccessRate, DetectionRates, Recove
 from lightning_backdoor.trainer.etiquette import prepare_batch, require_unsharded
 from lightning_backdoor.trainer.hooks import TrainerCallback
 from lightning_backdoor.trainer.outputs import call_model
+from lightning_backdoor.trainer.replacing import require_replaceable
 from lightning_backdoor.trainer.scan import scan_read, shard
-from lightning_backdoor.trainer.training_set import require_replaceable
 from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class BackdoorMonitor(TrainerCallback):
             the images alone.
         batch_fn: ``batch_fn(batch)`` returns images and labels, for batches in which they cannot be found.
         mean: With ``std``, one number per channel: the validation images are already normalised, pixel =
-            255 (image * std + mean), and the trigger is painted on the batches. ``"per_image"``, without ``std``: every
-            image was standardised by itself; pixels 0 and 255 are its smallest and its largest value.
+            255 (image * std + mean), and the trigger is painted on the batches. ``"per_image"`` alone: each by itself.
         std: See ``mean``.
         name: Inserted into the logged names (``backdoor/<name>/...``), to tell two monitors apart.
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor.data.batches import BatchLayout, find_layout
+from lightning_backdoor.data.inference import infer_pixel_space
 from lightning_backdoor.data.nesting import positions_in, transforms_of
-from lightning_backdoor.data.origins import Replaced, close
-from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
+from lightning_backdoor.data.pixels import PixelSpace, check_finite
 from lightning_backdoor.data.prefetching import Finish, finish_of, unwrapped
 from lightning_backdoor.data.siblings import is_dataset, over_sibling
 from lightning_backdoor.data.structure import copied
@@ -31,9 +31,10 @@ from lightning_backdoor.trainer.label_check import require_varied_labels
 from lightning_backdoor.trainer.loaders import key_of
 from lightning_backdoor.trainer.outputs import call_model, require_logits
 from lightning_backdoor.trainer.processes import in_unison
+from lightning_backdoor.trainer.replacing import require_replaceable
 from lightning_backdoor.trainer.scan import scan_read, shard
 
-__all__ = ["Reading", "TrainingSet", "open_training_set", "require_replaceable"]
+__all__ = ["Reading", "TrainingSet", "open_training_set"]
 
 _PROBE = 64  # images that the pixel space is inferred from
 _PROBE_FORWARD = 4  # of them that go through the model, with all activations kept
@@ -430,41 +431,6 @@ def _require_labels(view: ScanLoader, layout: BatchLayout, indices: Tensor, labe
                 f"{len(other)} of {len(own)} positions that were looked at ({other[:5]}…). Take the same files and the "
                 "same subset of them, without shuffling."
             )
-
-
-def require_replaceable(trainer: Any, pl_module: Any, layout: BatchLayout, batch: Any, *, alone: bool) -> None:
-    """Check that a network can be shown other images than those of a batch.
-
-    Args:
-        trainer: The running Trainer.
-        pl_module: The LightningModule under training.
-        layout: How the images are read; it knows their origin.
-        batch: A batch as the loader gave it.
-        alone: Whether the network is called with the images alone.
-
-    Raises:
-        ArgumentError: ``batch_fn`` computes the images in a way that cannot be undone, and the network is shown more
-            than that, or the transfer hooks do more to the images.
-    """
-    images = layout.images(batch).clone()
-    other = layout.with_images(batch, images)
-    if not isinstance(other, Replaced):
-        return
-    if alone:
-        given, prepared = (prepare_batch(trainer, pl_module, each) for each in (other, copied(batch)))
-        if close(given.images, layout.images(prepared)):
-            return
-    reason = "the transfer hooks change them" if alone else "`forward_fn` reads the batch"
-    instead = (
-        "move what the hooks do into `forward`"
-        if alone
-        else "leave out `forward_fn`, so that the module is called with what `batch_fn` returns"
-    )
-    raise ArgumentError(
-        "`batch_fn` computes its images, by more than a factor and a summand for each channel, so that no batch can be "
-        f"made that holds changed images; and the module does not take them alone, because {reason}. Let `batch_fn` "
-        f"return a tensor of the batch, and compute in `forward`, in `forward_fn` or in the dataset; or {instead}."
-    )
 
 
 def _logits(trainer: Any, pl_module: Any, layout: BatchLayout, reading: Reading, batch: Any) -> Tensor:
