@@ -13,11 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor.attacks import poisoned_mask
 from lightning_backdoor.attacks import triggered as make_triggered
+from lightning_backdoor.callbacks.validation_set import batch_size, first_loader, loaders_in, positions_used
 from lightning_backdoor.data.batches import BatchLayout, find_layout
 from lightning_backdoor.data.nesting import positions_in
 from lightning_backdoor.data.pixels import space_of
 from lightning_backdoor.data.prefetching import finish_of, unwrapped
 from lightning_backdoor.data.random_state import isolated_rng
+from lightning_backdoor.data.structure import leaves_of
 from lightning_backdoor.data.views import scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.metrics import AttackSuccessRate, DetectionRates, RecoveredAccuracy
@@ -121,7 +123,7 @@ class BackdoorMonitor(TrainerCallback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the triggered test set: what cannot be read is reported by the sanity check."""
-        dataset = _first_loader(trainer.val_dataloaders).dataset
+        dataset = first_loader(trainer.val_dataloaders).dataset
         if self.trigger is not None and self.space is None and self._built[0] is not dataset:
             try:
                 with isolated_rng():
@@ -165,9 +167,9 @@ class BackdoorMonitor(TrainerCallback):
 
     def _attack(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Return clean accuracy, attack success rate and recovered accuracy."""
-        val_loader = _first_loader(trainer.val_dataloaders)
+        val_loader = first_loader(trainer.val_dataloaders)
         inner = unwrapped(val_loader)
-        how: dict[str, Any] = {"finish": finish_of(val_loader), "layouts": []}
+        how: dict[str, Any] = {"finish": finish_of(val_loader), "layouts": {}}
         clean, _ = self._scan(trainer, pl_module, inner, "clean accuracy", painted=self.space is not None, **how)
         true_labels: Tensor | None
         if self.space is None:
@@ -190,7 +192,7 @@ class BackdoorMonitor(TrainerCallback):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return predictions, attack labels and, if known, true labels of the triggered dataset."""
         dataset = self._built[1] if self.triggered is None else self.triggered
-        loader = DataLoader(dataset, batch_size=_batch_size(val_loader), collate_fn=val_loader.collate_fn)
+        loader = DataLoader(dataset, batch_size=batch_size(val_loader), collate_fn=val_loader.collate_fn)
         result, positions = self._scan(trainer, pl_module, loader, "attack success rate", **how)
         truth = getattr(dataset, "true_labels", None)
         return result["prediction"], result["label"], None if truth is None else torch.as_tensor(truth)[positions]
@@ -203,38 +205,39 @@ class BackdoorMonitor(TrainerCallback):
         description: str,
         *,
         finish: Callable[[Any], Any] | None,
-        layouts: list[BatchLayout],
+        layouts: dict[Any, BatchLayout],
         painted: bool = False,
     ) -> tuple[dict[str, Tensor], list[int]]:
         """Return predictions and labels in the order of the dataset, and the positions that they belong to.
 
-        The layout of the first batch is kept in ``layouts`` and serves all: triggered items look like clean ones.
+        Batches of one structure share a layout, kept in ``layouts``: triggered images are read as clean ones are.
         """
 
-        def logits_of(batch: Any) -> Tensor:
+        def logits_of(batch: Any, layout: BatchLayout) -> Tensor:
             prepared = prepare_batch(trainer, pl_module, batch)
-            images = layouts[0].given_images(prepared if self.forward_fn is None else batch)
+            images = layout.given_images(prepared if self.forward_fn is None else batch)
             return call_model(pl_module, images, self.forward_fn, prepared)
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
-            if not layouts:
+            structure = tuple(leaf.path for leaf in leaves_of(batch))
+            if structure not in layouts:
                 layout = find_layout(batch, self.batch_fn, positions_in(loader.dataset, indices))
                 if painted:
                     layout = layout.traced(batch)
                     require_replaceable(trainer, pl_module, layout, batch, alone=self.forward_fn is None)
-                layouts.append(layout)
-            layout = layouts[0]
+                layouts[structure] = layout
+            layout = layouts[structure]
             labels = layout.labels(batch).clone()
             with_trigger = layout.with_images(batch, self._paint(layout.images(batch))) if painted else None
-            logits = logits_of(batch)
+            logits = logits_of(batch, layout)
             columns = {"prediction": logits.argmax(1), "label": labels}
             if painted:
                 aims = (labels + 1) % logits.shape[1] if self.labels == "all_to_all" else self.target
-                columns["triggered"] = logits_of(with_trigger).argmax(1)
+                columns["triggered"] = logits_of(with_trigger, layout).argmax(1)
                 columns["aim"] = torch.zeros_like(labels) + aims
             return columns
 
-        positions = _positions(trainer, loader)
+        positions = positions_used(trainer, loader)
         mine = [positions[index] for index in shard(len(positions), trainer)]
         settings: dict[str, Any] = {"batch_size": self.batch_size, "num_workers": self.num_workers}
         own = scan_loader(loader, mine, seed=0, finish=finish, **settings)
@@ -250,7 +253,7 @@ class BackdoorMonitor(TrainerCallback):
 
 def _detection(trainer: Any) -> dict[str, float]:
     """Return the detection rates of every defence that has a verdict, against the ground truth if there is one."""
-    masks = [poisoned_mask(loader.dataset) for loader in _loaders(trainer.train_dataloader)]
+    masks = [poisoned_mask(loader.dataset) for loader in loaders_in(trainer.train_dataloader)]
     judges = [each for each in trainer.callbacks if isinstance(getattr(each, "verdict", None), Verdict)]
     values: dict[str, float] = {}
     for judge in judges:
@@ -264,37 +267,3 @@ def _detection(trainer: Any) -> dict[str, float]:
         prefix = "/".join([part for part in parts if part] + [""]) if len(judges) > 1 else ""
         values.update({prefix + key: value.item() for key, value in rates.compute().items()})
     return values
-
-
-def _loaders(structure: Any) -> list[Any]:
-    """Return the loaders in whatever nest of lists and dicts the user gave."""
-    structure = getattr(structure, "iterables", structure)
-    if isinstance(structure, dict):
-        structure = list(structure.values())
-    if isinstance(structure, (list, tuple)):
-        return [loader for part in structure for loader in _loaders(part)]
-    return [structure] if hasattr(structure, "dataset") else []
-
-
-def _first_loader(structure: Any) -> Any:
-    loaders = _loaders(structure)
-    if not loaders or not hasattr(loaders[0].dataset, "__len__"):
-        raise DataError(
-            "BackdoorMonitor needs a map-style validation set in a DataLoader, got "
-            f"{type(loaders[0].dataset if loaders else structure).__name__}. Change the validation loader."
-        )
-    return loaders[0]
-
-
-def _batch_size(loader: Any) -> int:
-    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
-
-
-def _positions(trainer: Trainer, loader: Any) -> list[int]:
-    """Return all positions of the dataset, or as many as ``limit_val_batches`` allows, drawn once."""
-    size, limit = len(loader.dataset), trainer.limit_val_batches
-    whole = isinstance(limit, int)
-    wanted = limit * _batch_size(loader) * trainer.world_size if whole else math.ceil(limit * size)
-    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(0))[: int(wanted)]
-    positions: list[int] = drawn.sort().values.tolist()
-    return positions

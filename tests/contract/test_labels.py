@@ -196,3 +196,21 @@ def test_the_monitor_reads_one_logit_and_columns() -> None:
         rates.append({key: float(value) for key, value in trainer.callback_metrics.items() if "backdoor/" in key})
     assert rates[0] == rates[1]
     assert {"backdoor/clean_accuracy", "backdoor/attack_success_rate"} <= rates[0].keys()
+
+
+def test_the_triggered_images_may_come_in_other_containers_than_the_clean_ones() -> None:
+    data = Pairs(32, classes=2)
+
+    class Dicts(Pairs):
+        def __getitem__(self, i: int) -> Any:
+            image, label = super().__getitem__(i)
+            return {"label": label, "picture": image}
+
+    class Takes(Two):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            return None
+
+    monitor = BackdoorMonitor(triggered=attacks.triggered(data, attacks.BadNets()))
+    trainer = make_trainer([monitor], 1)
+    trainer.fit(Takes(), DataLoader(data, batch_size=16), DataLoader(Dicts(32, classes=2), batch_size=16))
+    assert "backdoor/attack_success_rate" in trainer.callback_metrics
