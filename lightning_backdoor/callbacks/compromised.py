@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -15,14 +17,22 @@ from lightning_backdoor.functional.hyperplane import select_units
 from lightning_backdoor.surgery.graph import ResidualMode
 from lightning_backdoor.surgery.reset import reset_units
 from lightning_backdoor.surgery.units import UnitLayer, find_units
-from lightning_backdoor.trainer.compat import rank_zero_info
+from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.etiquette import unobtrusive
 from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
 from lightning_backdoor.trainer.unit_scan import Measured
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["Chosen", "choose_units", "find_layers", "judge_samples", "reset_chosen"]
+__all__ = [
+    "Chosen",
+    "check_resettable",
+    "choose_units",
+    "find_layers",
+    "frozen_layers",
+    "judge_samples",
+    "reset_chosen",
+]
 
 MIN_DRIVEN = 1.0  # distance of two means over the sum of both standard deviations
 
@@ -59,7 +69,7 @@ def judge_samples(
 def choose_units(
     layers: Sequence[UnitLayer], excess: Tensor, driven: Tensor | None, *, reset_fraction: float
 ) -> list[Chosen]:
-    """Choose the units of every layer that are reset.
+    """Choose the units of every layer that are reset; those of layers that do not learn are left alone.
 
     Args:
         layers: The layers, with U units in all.
@@ -80,36 +90,70 @@ def choose_units(
 def _top(
     layers: Sequence[UnitLayer], scores: Tensor, of_class: Tensor, reset_fraction: float, least: float
 ) -> list[Chosen]:
-    chosen, start = [], 0
-    for place, layer in enumerate(layers):
-        part = scores[start : start + layer.size]
-        for unit in select_units(part, reset_fraction, least=least).tolist():
-            chosen.append((place, unit, int(of_class[start + unit]), float(part[unit])))
-        start += layer.size
+    chosen = []
+    for place, (layer, rows) in enumerate(_rows(layers)):
+        part = scores[rows]
+        for unit in select_units(part, reset_fraction, least=least).tolist() if layer.trainable else ():
+            chosen.append((place, unit, int(of_class[rows][unit]), float(part[unit])))
     return chosen
 
 
+def frozen_layers(layers: Sequence[UnitLayer], driven: Tensor) -> list[str]:
+    """Names of the layers that do not learn, but have units that the suspicious samples drive.
+
+    Args:
+        layers: The layers, with U units in all.
+        driven: How far the suspicious samples drive each unit, float ``(U,)``.
+    """
+    frozen = [(layer.name, driven[rows]) for layer, rows in _rows(layers) if not layer.trainable]
+    return [name for name, part in frozen if bool((part > MIN_DRIVEN).any())]
+
+
+def _rows(layers: Sequence[UnitLayer]) -> list[tuple[UnitLayer, slice]]:
+    """Each layer and its place among the units of all."""
+    ends = list(accumulate(layer.size for layer in layers))
+    return [(layer, slice(end - layer.size, end)) for layer, end in zip(layers, ends, strict=True)]
+
+
 def find_layers(trainer: Any, pl_module: Any, data: TrainingSet, residual_mode: ResidualMode) -> list[UnitLayer]:
-    """The layers whose units can learn again: nothing that they need is frozen, and an optimizer has their weights.
+    """All layers whose units can be looked at.
 
-    There may be none as long as a callback is there that thaws layers later.
-
-    Raises:
-        ModelError: There is none, and no callback thaws layers later.
+    Those are ``trainable`` whose units can be reset now: nothing that they need is frozen, and an optimizer has their
+    weights. What the others show counts for the samples all the same.
     """
     with unobtrusive(trainer, pl_module), in_unison(trainer, "search for units"):
         found = find_units(pl_module, data.few(trainer, pl_module), residual_mode=residual_mode)
     trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    layers = [layer for layer in found if layer.trainable and id(layer.layer.weight) in trained]
+    return [replace(layer, trainable=layer.trainable and id(layer.layer.weight) in trained) for layer in found]
+
+
+def check_resettable(trainer: Any, layers: Sequence[UnitLayer], *, needed: bool) -> None:
+    """Say at the start of a fit how many of the layers can be reset.
+
+    There may be none as long as a callback is there that thaws layers later.
+
+    Args:
+        trainer: The running Trainer.
+        layers: From :func:`find_layers`.
+        needed: Whether the defence does nothing without resets.
+
+    Raises:
+        ModelError: There is none, no callback thaws layers later, and resets are needed.
+    """
+    able = sum(layer.trainable for layer in layers)
     thaws = any(cls.__name__ == "BaseFinetuning" for callback in trainer.callbacks for cls in type(callback).__mro__)
-    if not layers and not thaws:
+    why = "all weights that they need are frozen (requires_grad=False) or in no optimizer"
+    if not able and not thaws and needed:
         raise ModelError(
-            "Units must be able to learn to be reset, but all weights that they need are frozen (requires_grad=False) "
-            "or in no optimizer. Unfreeze some layers, or use UltraCleanCallback."
+            f"Units must be able to learn to be reset, but {why}. Unfreeze some layers, or use UltraCleanCallback."
         )
-    if len(found) > len(layers) > 0:
-        rank_zero_info(f"NONE leaves {len(found) - len(layers)} of {len(found)} layers alone, which do not learn.")
-    return layers
+    if not able and not thaws:
+        rank_zero_warn(
+            f"NONE looks at the units of {len(layers)} layers and drops images, but can reset no unit: {why}. "
+            "Unfreeze some layers, or use UltraCleanCallback, which trains anew without these images."
+        )
+    elif able < len(layers):
+        rank_zero_info(f"NONE looks at {len(layers)} layers; {len(layers) - able} do not learn and are not reset.")
 
 
 def reset_chosen(
@@ -123,4 +167,6 @@ def reset_chosen(
     """Reset the chosen units; see :func:`~lightning_backdoor.surgery.reset_units`."""
     for i, layer in enumerate(layers):
         units = torch.tensor([unit for place, unit, *_ in chosen if place == i], dtype=torch.long)
+        if len(units) == 0:  # reset_units refuses layers that do not learn
+            continue
         reset_units(layer, units, mode=mode, optimizers=optimizers, seed=seed + i)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_backdoor.callbacks.compromised import Chosen, choose_units, find_layers, judge_samples, reset_chosen
+from lightning_backdoor.callbacks.compromised import (
+    Chosen,
+    check_resettable,
+    choose_units,
+    find_layers,
+    frozen_layers,
+    judge_samples,
+    reset_chosen,
+)
 from lightning_backdoor.callbacks.defense import (
     Defense,
     require_count,
@@ -223,6 +231,7 @@ class NONECallback(Defense):
         super().on_train_start(trainer, pl_module)
         assert self._training_set is not None
         self._layers = find_layers(trainer, pl_module, self._training_set, self.residual_mode)
+        check_resettable(trainer, self._layers, needed=self._by_quota)
         self._tuning.at_train_start()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -267,7 +276,7 @@ class NONECallback(Defense):
         if trainer.fast_dev_run:
             return
         if self.verdict is None:
-            rank_zero_warn(f"NONE: {never_looked(frozen=not self._layers)}")
+            rank_zero_warn(f"NONE: {never_looked(frozen=self._waits)}")
         elif self.history and not self._by_quota and (warning := last_word(self.history[-1], self.verdict)):
             rank_zero_warn(f"NONE {warning}")
 
@@ -297,6 +306,11 @@ class NONECallback(Defense):
         super()._leave()
 
     @property
+    def _waits(self) -> bool:
+        """Whether it has nothing to do but to reset units, and a callback has yet to thaw them."""
+        return self._by_quota and not any(layer.trainable for layer in self._layers)
+
+    @property
     def _before_repair(self) -> dict[str, Any] | None:
         return self._series.before
 
@@ -320,7 +334,7 @@ class NONECallback(Defense):
         began = time.monotonic()
         assert self._training_set is not None
         self._layers = find_layers(trainer, pl_module, self._training_set, self.residual_mode)
-        if not self._layers:  # a callback has yet to thaw them: it is due again after the next epoch
+        if self._waits:  # it is due again after the next epoch
             return
         scan = UnitScan(self._training_set, self._layers, strong=self.strong, weak=self.weak)
         measured = scan.measure(trainer, pl_module)
@@ -338,6 +352,12 @@ class NONECallback(Defense):
         anew = not treated and not keeps and (obeyed or 0.0) > STILL_OBEYED  # after a round that was undone
         if self._by_quota or removed or unfinished(treated) or anew:
             driven = None if self._by_quota else scan.driven(trainer, pl_module, ~verdict.keep)
+            if driven is not None and (frozen := frozen_layers(self._layers, driven)):
+                rank_zero_warn(
+                    f"NONE: the removed images drive units of {', '.join(frozen)}, which do not learn (frozen, or in "
+                    "no optimizer) and are not reset. The backdoor may stay: unfreeze them, or train anew without "
+                    "`verdict.removed`."
+                )
             found = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
             chosen = trainer.strategy.broadcast(found, src=0)
         series.last_look = trainer.current_epoch + 1

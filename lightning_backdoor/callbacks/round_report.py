@@ -43,7 +43,7 @@ def sentence(rounds: list[Round], total: int) -> str:
             f"{latest.obeyed:.1%} are given their label{_outcome(latest)}."
         )
     if not latest.units:
-        unmet = ", but no unit that they drive was found: the backdoor may still be there" if latest.removed else ""
+        unmet = ", but no unit that they drive can be reset: the backdoor may still be there" if latest.removed else ""
         little = "" if latest.removed else little_learned(latest.accuracy)
         return f"looked at {total:,} training images: {latest.removed:,} removed, no unit reset{unmet}.{little}"
     layers = len({layer for layer, *_ in latest.units})

@@ -46,7 +46,7 @@ def is_due(epochs: int, *, last_scan: int | None, warmup: int, every: int | None
 
 
 def never_looked(*, frozen: bool) -> str:
-    """Say that no look came before the end, and what to do; ``frozen``: no layer could learn when it was time."""
+    """Say that no look came before the end, and what to do; ``frozen``: no unit could be reset when it was time."""
     if frozen:
         return "no layer could learn when it was time to look. Thaw layers before the end, or use UltraCleanCallback."
     return "training ended before it could look. Pass `warmup_epochs`, a number of epochs."

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lightning_backdoor import DBRCallback, Verdict
 from tests.callbacks.helpers import LIGHTNING_WARNS, Pictures, fit, same_state
 
-pytestmark = LIGHTNING_WARNS
+pytestmark = [*LIGHTNING_WARNS, pytest.mark.filterwarnings("ignore:D-BR ends with a model that gives")]
 SUSPECT = torch.arange(64) % 16 == 0
 GIVEN = Verdict(torch.arange(64).float(), ~SUSPECT, 0.0, "known")
 
@@ -22,7 +23,7 @@ def one_class() -> Pictures:
 def repair(lr: float) -> tuple[DBRCallback, bool, bool]:
     """The callback, whether all weights are finite, and whether they are those of a training without it."""
     _, undefended = fit([], one_class())
-    callback = DBRCallback(verdict=GIVEN, epochs=2, trusted=0.2, lr=lr)
+    callback = DBRCallback(verdict=GIVEN, epochs=2, extra_epochs=2, trusted=0.2, lr=lr)
     _, module = fit([callback], one_class())
     finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
     return callback, finite, same_state(undefended, module)

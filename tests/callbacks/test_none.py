@@ -511,7 +511,7 @@ def test_sentences_say_what_came_of_a_round() -> None:
     back = sentence([replace(told, undone=True, readmitted=True)], 100)
     assert "without having seen them, so all of this was undone" in back
     assert "backdoor" not in back
-    assert "no unit that they drive was found" in sentence([replace(told, units=())], 100)
+    assert "no unit that they drive can be reset" in sentence([replace(told, units=())], 100)
     nothing = Round(3, 0, 0, (), (), (), 0.99, None)
     little = "The model gives only 43% of the training images their label"
     assert little not in sentence([nothing], 100)
