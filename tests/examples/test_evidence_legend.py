@@ -55,10 +55,10 @@ def test_defences_are_told_by_their_calls() -> None:
     told = legend.defences_legend()
     for name, call in {
         "ultraclean": "UltraCleanCallback()",
-        "ultraclean+NONE": "UltraCleanCallback()` and `NONECallback()",
+        "ultraclean+NONE": "UltraCleanCallback()` and `NONECallback(extra_epochs=100)",
         "ultraclean-paper": "UltraCleanCallback(score='paper', rule='fraction')",
         "STRIP": "STRIP(draws=20)",
-        "ABL": "ABL(epochs=5)",
+        "ABL": "ABL(epochs=5, extra_epochs=100)",
     }.items():
         assert line(told, name).startswith(f"| {name} | `{call}` |")
     assert "score on logits, as in two" in line(told, "ultraclean-paper")
