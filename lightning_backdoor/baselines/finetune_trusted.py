@@ -22,10 +22,10 @@ __all__ = ["FineTuneTrusted"]
 class FineTuneTrusted(RepairBaseline):
     """Fine-tune on the images that a verdict trusts, and do nothing else.
 
-    The last ``epochs`` of the plan (and ``extra_epochs`` beyond it) go through the trusted images alone, by the user's
-    own ``training_step`` and optimizer, at a constant rate. Assumes that the trusted images are clean. A baseline (FT
-    in BackdoorBench, `Wu et al., 2022 <https://arxiv.org/abs/2206.12654>`_): **it rarely harms, and often leaves the
-    backdoor**.
+    At the end of the plan, and in ``extra_epochs`` beyond it, some epochs go through the trusted images alone, by the
+    user's own ``training_step`` and optimizer, at a constant rate. Assumes that the trusted images are clean. A
+    baseline (FT in BackdoorBench, `Wu et al., 2022 <https://arxiv.org/abs/2206.12654>`_): **it rarely harms, and often
+    leaves the backdoor**.
 
     Args:
         verdict: Verdict of another defence. Its ``trusted`` samples are taken; without any, its least suspicious ones.

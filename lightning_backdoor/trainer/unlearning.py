@@ -53,7 +53,7 @@ class Unlearning:
     Args:
         lr: Learning rate; see :class:`~lightning_backdoor.trainer.finetuning.FineTuning`.
         reference: The authors' loop instead: all epochs, each of which goes through the suspects first and the trusted
-            samples next, a constant rate, no bound of any kind.
+            samples next, a constant rate, no bound but that weights stay finite.
         seed: Seed of the shuffles.
         method: Name of the defence, for readers.
 
@@ -197,10 +197,11 @@ class Unlearning:
         return False
 
     def _judge(self, trainer: Any, pl_module: Any) -> None:
-        """Measure what an epoch has led to, and undo it if it costs too much."""
+        """Measure what an epoch has led to, and undo it if it costs too much or the weights are no numbers any more."""
         self._ascent.release()
         accuracy, _ = self._measure(trainer, pl_module)
-        harmful = not self._reference and self.accuracy[0] - accuracy > MAX_LOSS
+        broken = not all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters())
+        harmful = broken or (not self._reference and self.accuracy[0] - accuracy > MAX_LOSS)
         self.undone.append(harmful)
         conclude(trainer, pl_module, self._before if harmful else None)
         if harmful:

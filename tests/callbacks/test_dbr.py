@@ -311,18 +311,20 @@ def test_an_epoch_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch) -> N
     assert callback._run._rate == 0.125
 
 
-def test_a_schedule_made_for_the_plan_takes_no_more_steps_than_an_ordinary_epoch_has() -> None:
+@pytest.mark.parametrize("extra_epochs", [0, 3])
+def test_a_schedule_made_for_the_plan_takes_no_more_steps_than_it_has(extra_epochs: int) -> None:
     class OneCycle(Net):
         def configure_optimizers(self) -> Any:
             sgd = torch.optim.SGD(self.parameters(), lr=0.05)
             cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, 0.05, total_steps=16)
             return {"optimizer": sgd, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
-    callback = acting(warmup_epochs=0, reference=False, epochs=2, trusted=0.9)
+    callback = acting(reference=False, epochs=2, extra_epochs=extra_epochs, trusted=0.9)
     module = OneCycle()
     make_trainer([callback], 4).fit(module, loader_of(Pictures()))
-    assert len(module.drawn) > 16, "more steps than the schedule has"
-    assert module.lr_schedulers().last_epoch == 4 * len(callback.history[0].undone) < 16
+    assert callback.history[0].undone
+    assert (len(module.drawn) > 16) == (extra_epochs > 0)
+    assert module.lr_schedulers().last_epoch == min(len(module.drawn), 16)
 
 
 def test_a_second_population_of_all_labels_is_not_unlearned() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,17 +22,18 @@ def one_class() -> Pictures:
     return data
 
 
-def repair(lr: float) -> tuple[DBRCallback, bool, bool]:
+def repair(lr: float, **kwargs: Any) -> tuple[DBRCallback, bool, bool]:
     """The callback, whether all weights are finite, and whether they are those of a training without it."""
     _, undefended = fit([], one_class())
-    callback = DBRCallback(verdict=GIVEN, epochs=2, extra_epochs=2, trusted=0.2, lr=lr)
+    callback = DBRCallback(verdict=GIVEN, epochs=2, extra_epochs=2, trusted=0.2, lr=lr, **kwargs)
     _, module = fit([callback], one_class())
     finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
     return callback, finite, same_state(undefended, module)
 
 
-def test_an_epoch_that_ends_in_nan_is_undone() -> None:
-    callback, finite, unchanged = repair(lr=1e30)
+@pytest.mark.parametrize("reference", [False, True])
+def test_an_epoch_that_ends_in_nan_is_undone(reference: bool) -> None:
+    callback, finite, unchanged = repair(lr=1e30, reference=reference)
     assert callback.history[0].undone == (True, True)
     assert callback.history[0].accuracy[1:] == (0.0, 0.0)
     assert finite

@@ -69,15 +69,15 @@ def test_where_nothing_is_found_the_training_is_bit_identical(entry: Entry, plai
 
 
 class Moment(pl.Callback):
-    """Weights at the beginning of one epoch, the first time that it begins."""
+    """Weights at the beginning of one epoch, every time that it begins."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
-        self.weights: dict[str, Tensor] | None = None
+        self.seen: list[dict[str, Tensor]] = []
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == self.epoch and self.weights is None:
-            self.weights = state_of(pl_module)
+        if trainer.current_epoch == self.epoch:
+            self.seen.append(state_of(pl_module))
 
 
 @every
@@ -86,7 +86,7 @@ def test_until_it_acts_the_weights_are_those_of_a_training_without_it(entry: Ent
     run = fit([moment, callback], module=net_of(noisy=True))
     plain = fit([], module=net_of(noisy=True), epochs=entry.first)
     assert entry.acted(callback, run.trainer)
-    found = moment.weights if moment.weights is not None else state_of(run.module)
+    found = moment.seen[0] if moment.seen else state_of(run.module)
     assert same_state(plain.module, found)
 
 
@@ -94,5 +94,5 @@ def test_those_that_always_act_say_so() -> None:
     loud = {entry.name: entry.cls.__doc__ or "" for entry in ENTRIES if entry.silent is None}
     assert set(loud) == {"ABL", "FineTuneTrusted"}
     assert "unlearns images whatever the data look like" in loud["ABL"]
-    assert "some more epochs go through the trusted images" in loud["FineTuneTrusted"]
+    assert "some epochs go through the trusted images" in loud["FineTuneTrusted"]
     assert torch.is_grad_enabled()
