@@ -203,7 +203,8 @@ class Defense(TrainerCallback):
         Lightning does not tear down after an error.
         """
         try:
-            if isinstance(exception, Exception) and trainer.global_step and (self._acts or self._before_repair):
+            fails = self._curation is not None and (self._acts or self._before_repair is not None)  # in a fit
+            if isinstance(exception, Exception) and trainer.global_step and fails:
                 self._save_training(trainer, pl_module, exception)
         finally:
             unwatch_averages(trainer, self)

@@ -258,8 +258,10 @@ class NONECallback(Defense):
             if self._tuning.at_epoch_end():
                 if series.before is not None:  # a callback that came later has ended the epoch
                     self._judge(trainer, pl_module)
+                self._readmit()
                 self._tell(trainer, pl_module, time.monotonic() - began)
-                if 0 < series.treated < self._most_rounds and epochs_left(trainer, self.extra_epochs) != 0:
+                left = epochs_left(trainer, planned_end(trainer), self.extra_epochs)
+                if 0 < series.treated < self._most_rounds and left != 0:
                     self._look(trainer, pl_module)
             return
         done, ends = trainer.current_epoch + 1, about_to_end(trainer)
@@ -361,7 +363,8 @@ class NONECallback(Defense):
             found = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
             chosen = trainer.strategy.broadcast(found, src=0)
         series.last_look = trainer.current_epoch + 1
-        left, end = epochs_left(trainer, self.extra_epochs), planned_end(trainer)
+        end = planned_end(trainer)
+        left = epochs_left(trainer, end, self.extra_epochs)
         units = tuple((self._layers[i].name, unit, label, score) for i, unit, label, score in chosen if left != 0)
         modes = tuple((mode.label, mode.separation) for mode in decision.modes)
         told = Round(series.last_look, removed, wanted, modes, units, measured.unconfident, accuracy, obeyed)
@@ -370,8 +373,9 @@ class NONECallback(Defense):
             series.begin(weights(trainer, pl_module), before, right)
             wanted_epochs = self.finetune_epochs or enough_epochs(trainer)
             epochs = wanted_epochs if left is None else min(wanted_epochs, left)
-            within = end is not None and series.last_look + epochs <= end
-            self._tuning.begin(trainer, epochs, self.lr, ordinary=within and self.lr is None, constant=self.reference)
+            beyond = end is not None and series.last_look + epochs > end
+            ordinary = self.lr is None and end is not None and not beyond
+            self._tuning.begin(trainer, epochs, self.lr, ordinary=ordinary, constant=self.reference, beyond=beyond)
         self._tell(trainer, pl_module, time.monotonic() - began)
 
     def _reset(self, trainer: Any, pl_module: Any) -> None:
@@ -400,10 +404,19 @@ class NONECallback(Defense):
             if self.reference:
                 judged = replace(judged, undone=False, readmitted=False)
             self.history[-1] = judged
-            if judged.readmitted:
-                self._adopt(readmission(self.verdict, series.keep))
             conclude(trainer, pl_module, series.before if judged.undone else None)
             series.end(trainer.current_epoch + 1, undone=judged.undone)
+
+    def _readmit(self) -> None:
+        """Take samples of the last round back if it says so; not before the epoch ends, which has its validation yet.
+
+        The number of batches of an epoch decides when Lightning validates.
+        """
+        if self.history[-1].readmitted:
+            assert self.verdict is not None
+            assert self._series.keep is not None
+            with self._acting():
+                self._adopt(readmission(self.verdict, self._series.keep))
 
     def _look_at_removed(self, trainer: Any, pl_module: Any) -> None:
         """At the end of training, see what the model makes of the samples that earlier rounds removed."""

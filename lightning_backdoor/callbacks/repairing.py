@@ -177,13 +177,14 @@ class RepairCallback(Defense):
 
     def _begin(self, trainer: Any, pl_module: Any, done: int) -> None:
         """Let a repair by the verdict follow, or say that no epoch is left for one."""
-        left = epochs_left(trainer, self.extra_epochs)
+        end = planned_end(trainer)
+        left = epochs_left(trainer, end, self.extra_epochs)
         epochs = self.epochs if left is None or (self._at_once() and not left) else min(self.epochs, left)
         if not epochs:
             self.history[-1] = replace(self.history[-1], no_room=True)
             return
         self._attach()
-        self._run.begin(trainer, pl_module, done, epochs)
+        self._run.begin(trainer, pl_module, done, epochs, beyond=end is not None and done + epochs > end)
 
     def _repaired(self, trainer: Any, pl_module: Any) -> bool:
         """Judge an epoch of repair, and say whether there was one; call in ``on_train_epoch_end``."""

@@ -47,6 +47,7 @@ LEDGER = {
     "trainer._val_check_time_interval": "validation by the clock becomes validation by batches (Lightning 2.6 on)",
     "pl_module._trainer": "forward passes ignore the Trainer's precision",
     "pl_module._on_before_batch_transfer": "scans pass a datamodule's `on_before_batch_transfer` over",
+    "Timer._interval": "a repair within `Timer(interval='epoch')` may be judged before the last batch of its epoch",
     "EarlyStopping._run_early_stopping_check": "early stopping in the warm-up ends the run without a scan",
     "ModelCheckpoint._last_global_step_saved": "a step number that was saved before a rewind is not saved again",
     "DistributedSamplerWrapper.dataset._sampler": "a user's sampler is filtered after it is sharded, not before",

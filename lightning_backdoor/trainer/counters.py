@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-__all__ = ["counters", "put_counters", "reset_metrics"]
+__all__ = ["counters", "defines", "put_counters", "reset_metrics"]
 
 _SCALARS = (bool, int, float, str, type(None))
 _PACKAGES = ("pytorch_lightning.", "lightning.", "torch.")
@@ -26,7 +26,7 @@ def counters(owner: Any) -> dict[str, Any]:
     bases = [cls for cls in type(owner).__mro__ if cls.__module__.startswith(_PACKAGES)]
     if isinstance(owner, nn.Module):
         own = {name for cls in bases if cls.__name__ == "LightningModule" for name in vars(cls())}
-    elif all(cls.__name__ == "Callback" for cls in bases) and not _saves_state(owner):
+    elif all(cls.__name__ == "Callback" for cls in bases) and not defines(owner, "state_dict"):
         own = set()
     else:
         return {}
@@ -36,12 +36,11 @@ def counters(owner: Any) -> dict[str, Any]:
 def put_counters(owner: Any, state: dict[str, Any]) -> None:
     """Put back what :func:`counters` copied.
 
-    What has become an object of another kind since (an open file, a module) is left alone; a dict of tensors, as the
-    copy of the best weights, is not.
+    What has become an object of another kind since (an open file, a module, a parameter) is left alone; a dict of
+    tensors, as the copy of the best weights, is not.
     """
-    for name, value in state.items():
-        if _holds_values(vars(owner).get(name)):
-            vars(owner)[name] = value
+    now = vars(owner)  # without the parts of a module, which an entry of the same name would hide
+    now.update({name: value for name, value in state.items() if name in now and _holds_values(now[name])})
 
 
 def reset_metrics(module: nn.Module) -> None:
@@ -51,9 +50,10 @@ def reset_metrics(module: nn.Module) -> None:
             part.reset()
 
 
-def _saves_state(callback: Any) -> bool:
-    own = [cls for cls in type(callback).__mro__ if not cls.__module__.startswith(_PACKAGES)]
-    return any("state_dict" in vars(cls) for cls in own)
+def defines(owner: Any, name: str) -> bool:
+    """Whether a class of the user defines a method of a module or a callback, and not Lightning or torch alone."""
+    own = [cls for cls in type(owner).__mro__ if not cls.__module__.startswith(_PACKAGES)]
+    return any(name in vars(cls) for cls in own)
 
 
 def _holds_values(value: Any) -> bool:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_backdoor.trainer.copies import put_weights, restart_averages
-from lightning_backdoor.trainer.limits import beyond_plan, hold_open, plan_is_over, planned_epochs, release
+from lightning_backdoor.trainer.limits import (
+    beyond_plan,
+    hold_open,
+    plan_is_over,
+    planned_epochs,
+    release,
+    stops_within_epoch,
+)
 
 __all__ = ["FineTuning", "conclude", "enough_epochs"]
 
@@ -44,6 +51,7 @@ class FineTuning:
         self._batches = 0  # of an ordinary epoch
         self._epochs = 0
         self._until = 0  # epochs that the fit has had at the end of the phase
+        self._beyond = False
         self._lr: float | None = None
         self._factor = 1.0
         self._given_back, self._waiting = ExitStack(), ExitStack()
@@ -60,6 +68,7 @@ class FineTuning:
         ordinary: bool = False,
         steady: bool = False,
         constant: bool = False,
+        beyond: bool = False,
         done: int | None = None,
     ) -> None:
         """Start the phase with the next epoch; call in ``on_train_epoch_end``, or with ``done`` elsewhere.
@@ -71,12 +80,13 @@ class FineTuning:
             ordinary: Leave the learning rate, its schedule and batch norms alone.
             steady: Keep this rate to the end, and leave batch norms alone.
             constant: Keep this rate to the end.
+            beyond: The phase may exceed the user's ``max_steps`` and ``max_time``.
             done: Epochs that the fit has had; ``None``: with the one that ends.
         """
         self.left = self._epochs = epochs
         self._until = (trainer.current_epoch + 1 if done is None else done) + epochs
         self._lr, self._ordinary, self._steady, self._constant = lr, ordinary, steady, constant
-        self._batches = int(trainer.num_training_batches)
+        self._batches, self._beyond = int(trainer.num_training_batches), beyond
         self._factor = self.share = 1.0
         self._fresh = True
         self._hold(trainer)
@@ -121,10 +131,10 @@ class FineTuning:
 
         What changes the weights then is done before validation, and before anything is saved or monitored.
         """
-        if self.left and plan_is_over(trainer):
+        if self.left and not self._beyond and plan_is_over(trainer):
             self.left = 1
             self.release()  # a Trainer that is kept open would go on with the epoch
-            return True
+            return stops_within_epoch(trainer) or bool(trainer.is_last_batch)
         return self.left == 1 and bool(trainer.is_last_batch)
 
     def at_epoch_end(self) -> bool:
@@ -167,7 +177,7 @@ class FineTuning:
         return self.share * self._factor * (LR_SHARE * max(largest, default) if self._lr is None else self._lr)
 
     def _hold(self, trainer: Any) -> None:
-        hold_open(trainer, self, self._until)
+        hold_open(trainer, self, self._until, beyond=self._beyond)
         self._held = trainer
 
     def _take_over(self, trainer: Any) -> None:
@@ -193,6 +203,7 @@ class FineTuning:
             "left": self.left,
             "epochs": self._epochs,
             "until": self._until,
+            "beyond": self._beyond,
             "lr": self._lr,
             "steady": self._steady,
             "ordinary": self._ordinary,
@@ -204,7 +215,7 @@ class FineTuning:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
         self.left, self._epochs = state_dict["left"], state_dict["epochs"]
-        self._until, self._lr = state_dict["until"], state_dict["lr"]
+        self._until, self._beyond, self._lr = state_dict["until"], state_dict["beyond"], state_dict["lr"]
         self._ordinary, self._steady = state_dict["ordinary"], state_dict["steady"]
         self._constant, self._batches = state_dict["constant"], state_dict["batches"]
         self._fresh = state_dict["fresh"]

@@ -21,6 +21,7 @@ __all__ = [
     "release",
     "require_extendable",
     "require_planned",
+    "stops_within_epoch",
 ]
 
 _UNREACHABLE = 10**9
@@ -29,31 +30,36 @@ _NOT_PLANNED = {
     "BaseFinetuning": "Vary `requires_grad` before the fit.",
     "StochasticWeightAveraging": "Use Lightning's WeightAveraging.",
 }
-_HELD: WeakKeyDictionary[Any, tuple[tuple[int | None, int | None, int], dict[int, int | None]]] = WeakKeyDictionary()
-"""Trainers kept from ending: their own limits, and the last epoch that each holder wants, ``None`` without end."""
+_HELD: WeakKeyDictionary[Any, tuple[tuple[int | None, int | None, int], dict[int, tuple[int | None, bool]]]] = (
+    WeakKeyDictionary()
+)
+"""Trainers kept from ending: their own limits, and of each holder the last epoch that it wants (``None`` without end),
+and whether that lies beyond the plan."""
 
 
-def hold_open(trainer: Any, holder: object, until: int | None = None) -> None:
+def hold_open(trainer: Any, holder: object, until: int | None = None, *, beyond: bool = False) -> None:
     """Keep the fit loop from ending until ``holder`` calls :func:`release`.
 
     Args:
         trainer: The running Trainer.
         holder: Who wants it open.
         until: Epochs that the fit will have had by then, if that is known; progress displays show it, or the plan
-            where that is longer. The user's ``max_steps`` stay in force unless this lies beyond them.
+            where that is longer.
+        beyond: Whether these epochs go beyond the plan, so that the user's ``max_steps`` are not in force.
     """
     loop = trainer.fit_loop
     if trainer not in _HELD:
         _HELD[trainer] = (loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps), {}
     (*_, max_steps), holders = _HELD[trainer]
-    holders[id(holder)] = until
-    known = [last for last in holders.values() if last is not None]
+    holders[id(holder)] = until, beyond
+    known = [last for last, _ in holders.values() if last is not None]
     if len(known) < len(holders):
         loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps = _UNREACHABLE, -1, -1
         return
-    last, by_steps = max(known), _end_by_steps(trainer)
-    loop.min_epochs, loop.max_epochs = last, max(last, planned_max_epochs(trainer) or 0)
-    loop.epoch_loop.max_steps = max_steps if by_steps is not None and last <= by_steps else -1
+    last, planned, farther = max(known), planned_max_epochs(trainer), any(farther for _, farther in holders.values())
+    loop.min_epochs = last
+    loop.max_epochs = -1 if planned is None and not farther else max(last, planned or 0)
+    loop.epoch_loop.max_steps = -1 if farther else max_steps
 
 
 def release(trainer: Any, holder: object) -> None:
@@ -100,12 +106,11 @@ def planned_end(trainer: Any) -> int | None:
     return min(known) if known else None
 
 
-def epochs_left(trainer: Any, extra: int) -> int | None:
-    """Epochs that are left of the plan, and ``extra`` ones beyond it; ``None``: nothing limits them.
+def epochs_left(trainer: Any, end: int | None, extra: int) -> int | None:
+    """Epochs that are left until the :func:`planned_end`, and ``extra`` ones beyond it; ``None``: nothing limits them.
 
     An early stop shortens no plan: what a repair needs then is taken from the epochs that it has saved.
     """
-    end = planned_end(trainer)
     return None if end is None else max(end + extra - _done(trainer), 0)
 
 
@@ -174,9 +179,12 @@ def _end_by_time(trainer: Any) -> int | None:
 
 def _seconds_left(trainer: Any) -> tuple[float, float] | None:
     """Seconds that ``max_time`` leaves, and those that have passed; ``None`` without a limit."""
-    timers = [callback for callback in trainer.callbacks if hasattr(callback, "time_remaining")]
-    known = [(timer.time_remaining(), timer.time_elapsed()) for timer in timers]
+    known = [(timer.time_remaining(), timer.time_elapsed()) for timer in _timers(trainer)]
     return min(((left, elapsed) for left, elapsed in known if left is not None), default=None)
+
+
+def _timers(trainer: Any) -> list[Any]:
+    return [callback for callback in trainer.callbacks if hasattr(callback, "time_remaining")]
 
 
 def _done(trainer: Any) -> int:
@@ -189,15 +197,21 @@ def _steps_per_epoch(trainer: Any) -> int:
 
 
 def plan_is_over(trainer: Any) -> bool:
-    """Whether ``max_steps`` or ``max_time`` end the fit within its epoch, now; call in ``on_train_batch_end``.
-
-    Every process must call it.
-    """
-    max_steps = trainer.fit_loop.epoch_loop.max_steps
-    if max_steps != -1 and trainer.global_step >= max_steps:
+    """Whether ``max_steps`` or ``max_time`` are used up; call in ``on_train_batch_end``. Every process must call it."""
+    if _steps_are_over(trainer):
         return True
     seconds = _seconds_left(trainer)
     return seconds is not None and bool(trainer.strategy.broadcast(seconds[0] <= 0, src=0))
+
+
+def stops_within_epoch(trainer: Any) -> bool:
+    """Whether a fit whose plan is over stops with this batch; a ``Timer(interval="epoch")`` lets the epoch end."""
+    return _steps_are_over(trainer) or any(getattr(timer, "_interval", "step") == "step" for timer in _timers(trainer))
+
+
+def _steps_are_over(trainer: Any) -> bool:
+    max_steps = trainer.fit_loop.epoch_loop.max_steps
+    return bool(max_steps != -1 and trainer.global_step >= max_steps)
 
 
 def about_to_end(trainer: Any) -> bool:
@@ -206,7 +220,7 @@ def about_to_end(trainer: Any) -> bool:
     It would not while somebody holds it open for further epochs.
     """
     _, holders = _HELD.get(trainer, ((), {}))
-    if any(until is None or until > _done(trainer) for until in holders.values()):
+    if any(until is None or until > _done(trainer) for until, _ in holders.values()):
         return False
     can_stop = getattr(trainer.fit_loop, "_can_stop_early", True)
     return beyond_plan(trainer) or bool(can_stop and (trainer.should_stop or _early_stopping_will_ask(trainer)))

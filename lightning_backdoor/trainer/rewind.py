@@ -9,7 +9,7 @@ from typing import Any
 from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.trainer.compat import load_again
 from lightning_backdoor.trainer.copies import averages, foreign, on_cpu, put_weights, weights
-from lightning_backdoor.trainer.counters import counters, put_counters, reset_metrics
+from lightning_backdoor.trainer.counters import counters, defines, put_counters, reset_metrics
 from lightning_backdoor.trainer.limits import hold_open, release
 
 __all__ = ["Rewind", "require_rewindable", "restore", "snapshot"]
@@ -128,7 +128,8 @@ class Rewind:
                 "`rewind=False`."
             )
         before["module"] = trainer.strategy.broadcast(before["module"])  # a checkpoint was what made ranks agree
-        self._start = {**snapshot(trainer, pl_module), **before}
+        now = snapshot(trainer, pl_module)
+        self._start = {**now, **before, "counters": _of_setup(trainer, pl_module, now["counters"], before["counters"])}
 
     def at_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Note where to return to, unless it is known already; call in ``on_train_start``."""
@@ -235,6 +236,17 @@ def _of_owners(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "counters": {
             "module": counters(pl_module),
             "callbacks": {key: counters(callback) for key, callback in callbacks},
+        },
+    }
+
+
+def _of_setup(trainer: Any, pl_module: Any, now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Counters as ``setup`` left them: those of now, but where ``on_load_checkpoint`` may have changed them since."""
+    return {
+        "module": before["module"] if defines(pl_module, "on_load_checkpoint") else now["module"],
+        "callbacks": {
+            key: before["callbacks"].get(key, {}) if defines(owner, "on_load_checkpoint") else now["callbacks"][key]
+            for key, owner in foreign(trainer)
         },
     }
 

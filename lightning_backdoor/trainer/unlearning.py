@@ -95,7 +95,7 @@ class Unlearning:
         self._data, self._curation, self._split = data, curation, split
         self._ascent = Ascent(data.head.module if data.head.certain else None, bounded=not self._reference)
 
-    def begin(self, trainer: Any, pl_module: Any, done: int, epochs: int) -> None:
+    def begin(self, trainer: Any, pl_module: Any, done: int, epochs: int, *, beyond: bool) -> None:
         """Start with the next epoch, after ``done`` ones; call in ``on_train_epoch_end`` or ``on_train_start``.
 
         Args:
@@ -103,10 +103,11 @@ class Unlearning:
             pl_module: The LightningModule under training.
             done: Epochs that the fit has had.
             epochs: Largest number of epochs of the repair.
+            beyond: Whether so many epochs go beyond the user's plan.
         """
         self._measure(trainer, pl_module)
         self._before = weights(trainer, pl_module)
-        self._tuning.begin(trainer, epochs, self._lr, steady=self._reference, done=done)
+        self._tuning.begin(trainer, epochs, self._lr, steady=self._reference, beyond=beyond, done=done)
         self.resume(trainer)
 
     def hold(self, trainer: Any, *, expected: bool) -> None:

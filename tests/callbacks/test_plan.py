@@ -16,6 +16,7 @@ from lightning_backdoor.baselines import ABL, FineTuneTrusted
 from lightning_backdoor.callbacks.schedule import repair_begins
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.trainer.limits import about_to_end
+from lightning_backdoor.trainer.unlearning import Unlearning
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     DigitNet,
@@ -23,6 +24,7 @@ from tests.callbacks.helpers import (
     Pictures,
     always,
     digits,
+    fit,
     loader_of,
     make_trainer,
     same_state,
@@ -115,6 +117,21 @@ def test_steps_that_are_planned_are_not_exceeded(name: str) -> None:
     assert last.accuracy_after is not None if name == "NONE" else last.undone
 
 
+@pytest.mark.filterwarnings("ignore:.*saved before the model was treated")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+@pytest.mark.parametrize("name", ["NONE", "D-BR"])
+def test_a_run_by_steps_is_resumed_in_a_repair_and_after_it(name: str, tmp_path: Path) -> None:
+    more = {"finetune_epochs": 2, "rounds": 1} if name == "NONE" else {"epochs": 2}
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    train([REPAIRS[name](**more), saver], Net, epochs=None, max_steps=16, enable_checkpointing=True)
+    for epoch in (2, 3):  # within the repair, and at its end
+        callback = REPAIRS[name](**more)
+        trainer, _ = fit([callback], epochs=None, max_steps=16, ckpt=tmp_path / f"epoch={epoch}.ckpt")
+        assert trainer.global_step == 16
+        last = callback.history[0]
+        assert last.accuracy_after is not None if name == "NONE" else last.undone
+
+
 @every_repair
 def test_extra_epochs_are_taken_if_they_are_allowed(name: str) -> None:
     more = {"finetune_epochs": 3, "rounds": 1} if name == "NONE" else {"epochs": 3}
@@ -163,6 +180,36 @@ def test_a_repair_ends_with_the_time_that_is_planned(name: str, interval: str, m
     assert last.accuracy_after is not None if name == "NONE" else last.undone
 
 
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("extra", [0, 2])
+@pytest.mark.parametrize("name", ["NONE", "D-BR"])
+def test_a_repair_is_judged_with_its_last_step_and_may_exceed_the_time_by_extra_epochs(
+    name: str, extra: int, interval: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds, judged = [0.0], list[int]()
+
+    class Ticking(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            seconds[0] += 4.0 if extra or self.current_epoch < 3 else 12.0  # over within the repair
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr("pytorch_lightning.callbacks.timer.time.monotonic", lambda: seconds[0])
+    timer = pl.callbacks.Timer({"seconds": 4 * BATCHES * 4 + 6}, interval=interval, verbose=False)
+    more = {"finetune_epochs": 2, "rounds": 1} if name == "NONE" else {"epochs": 2}
+    callback = REPAIRS[name](extra_epochs=extra, warmup_epochs=4 - (not extra), **more)
+    owner = callback if name == "NONE" else Unlearning
+    judge = owner._judge
+
+    def noted(*args: Any) -> None:
+        judged.append(args[-2].global_step)
+        judge(*args)
+
+    monkeypatch.setattr(owner, "_judge", noted)
+    trainer, _ = train([callback, timer], Ticking, epochs=50)
+    assert judged[-1] == trainer.global_step, "nothing is trained that was not judged"
+    assert trainer.current_epoch == 4 + extra
+
+
 def test_a_restart_gives_counters_back_and_calls_the_modules_hook() -> None:
     class Hooked(Planned):
         restarts: int
@@ -192,6 +239,36 @@ def test_a_restart_gives_counters_back_and_calls_the_modules_hook() -> None:
     assert module.restarts == 1
     assert module.where == (0, 0, 0)
     assert (patience.epochs, patience.called) == (EPOCHS, 1)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_restart_leaves_alone_what_setup_and_the_first_steps_have_made(resumed: bool, tmp_path: Path) -> None:
+    class Late(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.total: int | None = None
+            self.criterion: Any = None
+
+        def setup(self, stage: str) -> None:
+            self.total = 5
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            assert self.total == 5
+            if self.criterion is None:
+                assert self.global_step in (0, BATCHES)
+                self.criterion = torch.nn.CrossEntropyLoss()
+            return super().training_step(batch, batch_idx)
+
+    path = None
+    if resumed:
+        trainer, _ = train([], Late, epochs=1)
+        path = tmp_path / "undefended.ckpt"
+        trainer.save_checkpoint(path)
+    module = Late()
+    trainer = make_trainer([always(warmup_epochs=2)], EPOCHS)
+    trainer.fit(module, loader_of(Pictures()), ckpt_path=path)
+    assert module.criterion is not None
+    assert trainer.current_epoch == EPOCHS
 
 
 class Broken(Net):
@@ -239,6 +316,28 @@ def test_a_look_that_fails_leaves_the_trained_weights_and_a_file_of_them(
                 train([callback], lambda module=module: module)
         (path,) = folder.glob("*.ckpt")
         assert same_state(state_of(module), torch.load(path, weights_only=True)["state_dict"])
+
+
+def test_an_error_after_the_fit_leaves_the_weights_alone(tmp_path: Path) -> None:
+    class Interrupted(Broken):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            try:
+                return super().training_step(batch, batch_idx)
+            except RuntimeError:
+                raise KeyboardInterrupt from None
+
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            raise RuntimeError("broken test")
+
+    callback = none(extra_epochs=50, report_dir=tmp_path)
+    trainer, other = make_trainer([callback], EPOCHS), Interrupted(at=-1)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        trainer.fit(Interrupted(at=EPOCHS), loader_of(Pictures()))
+    before = state_of(other)
+    with pytest.raises(RuntimeError, match="broken test"):
+        trainer.test(other, loader_of(Pictures()), verbose=False)
+    assert same_state(before, other)
+    assert not list(tmp_path.glob("*.ckpt"))
 
 
 def test_an_error_of_the_training_writes_no_file(tmp_path: Path) -> None:

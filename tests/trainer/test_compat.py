@@ -124,6 +124,7 @@ def test_private_names_exist(package: str) -> None:
             roots = {
                 "trainer": trainer,
                 "pl_module": pl_module,
+                "Timer": trainers.callbacks.Timer({"seconds": 1}),
                 "EarlyStopping": trainers.callbacks.EarlyStopping("loss"),
                 "ModelCheckpoint": trainers.callbacks.ModelCheckpoint(),
                 "DistributedSamplerWrapper": FabricWrapper(SequentialSampler(Points()), num_replicas=2, rank=0),
