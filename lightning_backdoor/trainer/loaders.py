@@ -188,7 +188,7 @@ def key_of(loader: Any) -> Key | None:
 
 def _once(sampler: Any) -> Any:
     """The sampler that timm's MultiEpochsDataLoader repeats for ever; any other as it is."""
-    return sampler.sampler if type(sampler).__name__ == "_RepeatSampler" else sampler
+    return sampler.sampler if type(sampler).__name__.endswith("RepeatSampler") else sampler
 
 
 def _again(like: Any, sampler: Any) -> Any:
