@@ -232,8 +232,12 @@ class Defense(TrainerCallback):
         if self.report_dir is not None or trainer.loggers or trainer.checkpoint_callbacks:
             own = self.state_key.removeprefix("lightning_backdoor.")
             path = Path(self.report_dir or trainer.default_root_dir) / f"trained-before-{own}-failed.ckpt"
-            save_weights(trainer, pl_module, path)
-            told = f'{told}, and so has the file {path}: module.load_state_dict(torch.load("{path}")["state_dict"])'
+            try:
+                save_weights(trainer, pl_module, path)
+            except (OSError, RuntimeError) as error:  # the user has to know of the first exception
+                told = f"{told}; no file of them could be written to {path.parent}: {error}"
+            else:
+                told = f'{told}, and so has the file {path}: module.load_state_dict(torch.load("{path}")["state_dict"])'
         if hasattr(exception, "add_note"):  # Python 3.11
             exception.add_note(f"{told}.")
         else:

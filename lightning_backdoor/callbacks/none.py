@@ -46,7 +46,7 @@ from lightning_backdoor.trainer.checkpoint_files import warn_of_earlier_files
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.copies import restart_averages, weights
 from lightning_backdoor.trainer.etiquette import require_automatic
-from lightning_backdoor.trainer.finetuning import FineTuning, conclude, enough_epochs
+from lightning_backdoor.trainer.finetuning import FineTuning, conclude, enough_epochs, is_finite
 from lightning_backdoor.trainer.limits import (
     about_to_end,
     epochs_left,
@@ -402,7 +402,7 @@ class NONECallback(Defense):
             predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
             judged = self.history[-1].judged(predicted, self.verdict, series, self._in_training)
             if self.reference:
-                judged = replace(judged, undone=False, readmitted=False)
+                judged = replace(judged, undone=not is_finite(pl_module), readmitted=False)
             self.history[-1] = judged
             conclude(trainer, pl_module, series.before if judged.undone else None)
             series.end(trainer.current_epoch + 1, undone=judged.undone)

@@ -16,7 +16,7 @@ SHOWN = 20
 
 
 def warn_of_earlier_files(trainer: Any, method: str, since: float) -> None:
-    """Name all checkpoints that were saved in this fit before the model was treated; without any, say nothing.
+    """Name the checkpoints that were saved in this fit before the model was treated, up to 20 of them.
 
     Args:
         trainer: The running Trainer.
@@ -56,8 +56,15 @@ def _saved_by(saver: Any, since: float) -> set[str]:
     only = getattr(saver, "monitor", None) is None and getattr(saver, "save_top_k", None) == 1
     known, folder = {*getattr(saver, "best_k_models", {}), best}, getattr(saver, "dirpath", None)
     if folder is not None and Path(folder).is_dir():
-        known |= {str(path) for path in Path(folder).glob("*.ckpt") if path.stat().st_mtime >= since}
+        known |= {str(path) for path in Path(folder).glob("*.ckpt") if _changed(path) >= since}
     return known - {"", last} - ({best} if only else set())
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # gone meanwhile
+        return 0.0
 
 
 def save_weights(trainer: Any, pl_module: Any, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_backdoor.trainer.processes import in_unison
 from lightning_backdoor.trainer.training_set import TrainingSet
 
 __all__ = ["order_of_steps"]
@@ -31,7 +32,7 @@ def order_of_steps(trainer: Any, pl_module: Any, data: TrainingSet, *, steps: in
         all_steps: These, and those of centre repulsion after them.
         seed: Seed of the order.
     """
-    with data.read([]) as loader:
+    with in_unison(trainer, "training of the detector"), data.read([]) as loader:
         size = min(int(loader.batch_size or 1), len(data))
     needed = all_steps * size
     generator = torch.Generator().manual_seed(seed)

@@ -19,7 +19,7 @@ from lightning_backdoor.trainer.limits import (
     stops_within_epoch,
 )
 
-__all__ = ["FineTuning", "conclude", "enough_epochs"]
+__all__ = ["FineTuning", "conclude", "enough_epochs", "is_finite"]
 
 LR_SHARE = 0.05  # of the largest learning rate that a parameter group has had
 EPOCH_SHARE = 0.1  # of the planned epochs
@@ -259,6 +259,11 @@ def enough_epochs(trainer: Any) -> int:
     planned = planned_epochs(trainer)
     least: int = math.ceil(LEAST_STEPS / max(trainer.num_training_batches, 1))
     return max(1, round(EPOCH_SHARE * planned), min(least, planned))
+
+
+def is_finite(module: nn.Module) -> bool:
+    """Whether all parameters are finite numbers."""
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
 def conclude(trainer: Any, pl_module: nn.Module, before: dict[str, Any] | None) -> None:

@@ -13,7 +13,7 @@ from lightning_backdoor.trainer.ascent import Ascent
 from lightning_backdoor.trainer.checkpoint_files import warn_of_earlier_files
 from lightning_backdoor.trainer.copies import restart_averages, weights
 from lightning_backdoor.trainer.curation import Curation
-from lightning_backdoor.trainer.finetuning import FineTuning, conclude
+from lightning_backdoor.trainer.finetuning import FineTuning, conclude, is_finite
 from lightning_backdoor.trainer.limits import hold_open, release
 from lightning_backdoor.trainer.phases import Phases
 from lightning_backdoor.trainer.training_set import TrainingSet
@@ -201,8 +201,7 @@ class Unlearning:
         """Measure what an epoch has led to, and undo it if it costs too much or the weights are no numbers any more."""
         self._ascent.release()
         accuracy, _ = self._measure(trainer, pl_module)
-        broken = not all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters())
-        harmful = broken or (not self._reference and self.accuracy[0] - accuracy > MAX_LOSS)
+        harmful = not is_finite(pl_module) or (not self._reference and self.accuracy[0] - accuracy > MAX_LOSS)
         self.undone.append(harmful)
         conclude(trainer, pl_module, self._before if harmful else None)
         if harmful:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_backdoor import DBRCallback, Verdict
+from lightning_backdoor import DBRCallback, NONECallback, Verdict
 from tests.callbacks.helpers import LIGHTNING_WARNS, Pictures, fit, same_state
 
 pytestmark = [*LIGHTNING_WARNS, pytest.mark.filterwarnings("ignore:D-BR ends with a model that gives")]
@@ -45,3 +45,12 @@ def test_one_that_does_not_is_kept() -> None:
     assert not any(callback.history[0].undone)
     assert finite
     assert not unchanged
+
+
+@pytest.mark.filterwarnings("ignore:NONE after fine-tuning.* the weights went back")
+def test_a_round_as_published_that_ends_in_nan_is_undone() -> None:
+    _, undefended = fit([], one_class())
+    callback = NONECallback.from_paper(lr=1e30, finetune_epochs=1)
+    _, module = fit([callback], one_class())
+    assert callback.history[0].undone
+    assert same_state(undefended, module)

@@ -411,3 +411,16 @@ def test_the_last_epoch_is_the_last_also_for_callbacks_whose_turn_comes_before_t
     ends.clear()
     train([Before(), none(finetune_epochs=1, rounds=1, extra_epochs=1)], Net)
     assert ends == [False, False, False, True, True], "at the end of the plan, and of the repair"
+
+
+def test_a_file_that_cannot_be_written_does_not_hide_the_error_of_the_repair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lightning_backdoor.callbacks.defense.save_weights", full)
+    with pytest.raises(RuntimeError, match="broken") as failure:
+        train([none(extra_epochs=50, report_dir=tmp_path)], lambda: Broken(at=EPOCHS))
+    if hasattr(failure.value, "__notes__"):
+        assert "no file of them could be written" in failure.value.__notes__[0]
