@@ -149,7 +149,9 @@ class Defense(TrainerCallback):
         self._curation: Curation | None = None
         self._training_set: TrainingSet | None = None
         self._acts = False
-        self._began = 0.0  # of the fit, in seconds since the epoch
+        self._began = self._treated_until = (
+            0.0  # the fit, and the last change of the weights, in seconds since the epoch
+        )
         self._watch: Watch | None = None
         self._watched: dict[str, Any] = {}  # its state in the checkpoint that training goes on from
 
@@ -172,7 +174,7 @@ class Defense(TrainerCallback):
         if stage != "fit":
             return
         require_unsharded(trainer)
-        self._acts, self._began = False, time.time()
+        self._acts, self._began, self._treated_until = False, time.time(), 0.0
         self._watched = {}
         self._curation = curation_of(trainer)
         self._curation.join(self.state_key)

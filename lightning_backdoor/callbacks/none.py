@@ -42,7 +42,7 @@ from lightning_backdoor.callbacks.rounds import (
 )
 from lightning_backdoor.callbacks.schedule import is_due, never_looked, repair_begins
 from lightning_backdoor.surgery.units import UnitLayer
-from lightning_backdoor.trainer.checkpoint_files import warn_of_earlier_files
+from lightning_backdoor.trainer.checkpoint_files import warn_of_treated_files
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.copies import restart_averages, weights
 from lightning_backdoor.trainer.etiquette import require_automatic
@@ -192,7 +192,6 @@ class NONECallback(Defense):
         self.history: list[Round] = []
         self._series, self._tuning = Series(), FineTuning()
         self._layers: list[UnitLayer] = []
-        self._warned = False
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> NONECallback:
@@ -219,7 +218,7 @@ class NONECallback(Defense):
         if stage == "fit":
             require_automatic(pl_module, "NONE fine-tunes")
             require_extendable(trainer, "NONE")
-            self._series, self._tuning, self.history, self._warned = Series(), FineTuning(), [], False
+            self._series, self._tuning, self.history = Series(), FineTuning(), []
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -281,6 +280,7 @@ class NONECallback(Defense):
             rank_zero_warn(f"NONE: {never_looked(frozen=self._waits)}")
         elif self.history and not self._by_quota and (warning := last_word(self.history[-1], self.verdict)):
             rank_zero_warn(f"NONE {warning}")
+        warn_of_treated_files(trainer, "NONE", self._began, self._treated_until)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a round lasts, with the weights to go back to."""
@@ -388,9 +388,6 @@ class NONECallback(Defense):
             optimizers = () if self.reference else trainer.optimizers
             reset_chosen(self._layers, chosen, mode=self.reset, optimizers=optimizers, seed=seed)
             restart_averages(trainer, pl_module)
-        if not self._warned:
-            warn_of_earlier_files(trainer, "NONE", self._began)
-        self._warned = True
 
     def _judge(self, trainer: Any, pl_module: Any) -> None:
         """Compare with the model before the reset, and go back to it if this one is much worse."""
@@ -406,6 +403,7 @@ class NONECallback(Defense):
             self.history[-1] = judged
             conclude(trainer, pl_module, series.before if judged.undone else None)
             series.end(trainer.current_epoch + 1, undone=judged.undone)
+        self._treated_until = time.time()
 
     def _readmit(self) -> None:
         """Take samples of the last round back if it says so; not before the epoch ends, which has its validation yet.

@@ -16,6 +16,7 @@ from lightning_backdoor.callbacks.repairs import Repair, evidence, sentence
 from lightning_backdoor.callbacks.rounds import STILL_OBEYED, shares
 from lightning_backdoor.callbacks.schedule import repair_begins
 from lightning_backdoor.callbacks.suspects import split_of
+from lightning_backdoor.trainer.checkpoint_files import warn_of_treated_files
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 from lightning_backdoor.trainer.etiquette import require_automatic
 from lightning_backdoor.trainer.limits import about_to_end, epochs_left, planned_end, require_extendable
@@ -108,7 +109,7 @@ class RepairCallback(Defense):
         if self._last_look is not None and trainer.current_epoch < self._last_look:  # another defence went back
             self._run.stop()
             self._run, self._last_look = self._new_run(), None
-        self._run.at_epoch_start(trainer, pl_module, self._began)
+        self._run.at_epoch_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Know what the batch holds, and set the rate of its step."""
@@ -117,7 +118,8 @@ class RepairCallback(Defense):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Judge an epoch of repair with its last batch, before validation."""
         with self._acting():
-            self._run.at_batch_end(trainer, pl_module)
+            if self._run.at_batch_end(trainer, pl_module):
+                self._treated_until = time.time()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Turn the loss of suspects around."""
@@ -136,6 +138,7 @@ class RepairCallback(Defense):
                 "a backdoor may still be there, or their labels are true (clean-label attack). Look at the report; to "
                 "be sure, train anew without them."
             )
+        warn_of_treated_files(trainer, self.title, self._began, self._treated_until)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only; while a repair lasts, with the weights to go back to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +11,46 @@ import torch
 from lightning_backdoor.files import atomic_file
 from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
 
-__all__ = ["save_weights", "tell_earlier_files", "warn_of_earlier_files"]
+__all__ = ["save_weights", "tell_earlier_files", "warn_of_treated_files"]
 
 SHOWN = 20
+CLOCK = 0.01  # seconds that the time of a file may lie behind the clock
 
 
-def warn_of_earlier_files(trainer: Any, method: str, since: float) -> None:
-    """Name the checkpoints that were saved in this fit before the model was treated, up to 20 of them.
+def warn_of_treated_files(trainer: Any, method: str, since: float, until: float) -> None:
+    """Name the checkpoints that were saved in this fit before the last treatment was over, up to 20 of them.
 
     Args:
-        trainer: The running Trainer.
-        method: Name of the defence that treats the model.
-        since: When the fit began, in seconds since the epoch: files in the folders of checkpoint callbacks that are
-            older belong to other runs.
+        trainer: The running Trainer, at the end of training.
+        method: Name of the defence that treated the model.
+        since: When the fit began, in seconds since the epoch: older files in the folders of checkpoint callbacks belong
+            to other runs.
+        until: When the last round or epoch of repair was judged.
     """
-    if files := _earlier_files(trainer, since):
+    if files := _files(trainer, since, until):
         rank_zero_warn(
-            f"{method}: saved before the model was treated, so these checkpoints may hold the backdoor: {files}. Use "
-            "one that is saved later, for example the last one: a score that was recorded before the treatment is true "
-            "of the untreated model."
+            f"{method}: saved before the treatment of the model was over, so these checkpoints may hold the backdoor, "
+            f"whatever their score: {files}. Use the last one, or the model as it is now."
         )
 
 
 def tell_earlier_files(trainer: Any, method: str, since: float) -> None:
-    """The same where training starts again: checkpoint callbacks then forget what they have saved and record anew."""
-    if files := _earlier_files(trainer, since):
+    """Name those that were saved before training starts again: checkpoint callbacks forget them and record anew."""
+    if files := _files(trainer, since, math.inf):
         rank_zero_info(f"{method}: saved before training starts again, and maybe with the backdoor: {files}.")
 
 
-def _earlier_files(trainer: Any, since: float) -> str:
-    """Their names, or nothing; on the first process alone."""
+def _files(trainer: Any, since: float, until: float) -> str:
+    """Names of the files, or nothing; on the first process alone."""
     if not trainer.is_global_zero:
         return ""
-    files = sorted({path for saver in trainer.checkpoint_callbacks for path in _saved_by(saver, since)})
+    files = sorted({path for saver in trainer.checkpoint_callbacks for path in _saved_by(saver, since, until)})
     more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
     return f"{', '.join(files[:SHOWN])}{more}"
 
 
-def _saved_by(saver: Any, since: float) -> set[str]:
-    """Files that a checkpoint callback knows or that appeared in its folder, without those that its next one replaces.
+def _saved_by(saver: Any, since: float, until: float) -> set[str]:
+    """Files that a checkpoint callback knows or that appeared in its folder, but for those that its next one replaces.
 
     These are "last", and the only file of a callback that monitors nothing and keeps one.
     """
@@ -57,7 +59,7 @@ def _saved_by(saver: Any, since: float) -> set[str]:
     known, folder = {*getattr(saver, "best_k_models", {}), best}, getattr(saver, "dirpath", None)
     if folder is not None and Path(folder).is_dir():
         known |= {str(path) for path in Path(folder).glob("*.ckpt") if _changed(path) >= since}
-    return known - {"", last} - ({best} if only else set())
+    return {path for path in known if _changed(Path(path)) < until - CLOCK} - {"", last} - ({best} if only else set())
 
 
 def _changed(path: Path) -> float:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_backdoor.data.views import batch_size_of
 from lightning_backdoor.trainer.ascent import Ascent
-from lightning_backdoor.trainer.checkpoint_files import warn_of_earlier_files
 from lightning_backdoor.trainer.copies import restart_averages, weights
 from lightning_backdoor.trainer.curation import Curation
 from lightning_backdoor.trainer.finetuning import FineTuning, conclude, is_finite
@@ -145,17 +144,10 @@ class Unlearning:
         self._curation.set_phases(self._phases)
         self._curation.refresh()
 
-    def at_epoch_start(self, trainer: Any, pl_module: Any, since: float) -> None:
-        """Let averages start again with the first epoch; call in ``on_train_epoch_start``.
-
-        Args:
-            trainer: The running Trainer.
-            pl_module: The LightningModule under training.
-            since: When the fit began; see :func:`~.checkpoint_files.warn_of_earlier_files`.
-        """
+    def at_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let averages start again with the first epoch; call in ``on_train_epoch_start``."""
         if self._tuning.begins_now():
             restart_averages(trainer, pl_module)
-            warn_of_earlier_files(trainer, self._method, since)
         self.count_batches()
 
     def count_batches(self) -> None:
@@ -179,10 +171,12 @@ class Unlearning:
         if self._phases is not None:
             self._ascent.at_step(trainer, optimizer)
 
-    def at_batch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Judge an epoch with its last batch; call in ``on_train_batch_end``."""
-        if self._phases is not None and not self._judged and (self._tuning.ends_now(trainer) or trainer.is_last_batch):
-            self._judge(trainer, pl_module)
+    def at_batch_end(self, trainer: Any, pl_module: Any) -> bool:
+        """Judge an epoch with its last batch, and say whether it was; call in ``on_train_batch_end``."""
+        if self._phases is None or self._judged or not (self._tuning.ends_now(trainer) or trainer.is_last_batch):
+            return False
+        self._judge(trainer, pl_module)
+        return True
 
     def at_epoch_end(self, trainer: Any, pl_module: Any) -> bool:
         """Say whether the epoch was the last one; call in ``on_train_epoch_end``."""

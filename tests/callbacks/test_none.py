@@ -657,7 +657,9 @@ def test_training_that_ends_without_a_look_says_so() -> None:
 def test_a_best_checkpoint_from_before_the_reset_is_warned_of(tmp_path: Path) -> None:
     best, callback = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss"), acting(rounds=3, finetune_epochs=1)
     for _ in range(2):
-        with pytest.warns(UserWarning, match="may hold the backdoor: .*ckpt. Use one that is saved later") as told:
+        with pytest.warns(
+            UserWarning, match="may hold the backdoor, whatever their score: .*ckpt. Use the last one"
+        ) as told:
             fit([best, callback], val=Pictures(seed=1), enable_checkpointing=True)
         assert len(callback.history) == 3
         assert len([warning for warning in told if "may hold the backdoor" in str(warning.message)]) == 1, "in a fit"

@@ -21,7 +21,7 @@ pytestmark = [
     *LIGHTNING_WARNS,
     pytest.mark.filterwarnings("ignore:NONE after fine-tuning.* cost too much accuracy"),
     pytest.mark.filterwarnings("ignore:D-BR ends with a model"),
-    pytest.mark.filterwarnings("ignore:.*saved before the model was treated"),
+    pytest.mark.filterwarnings("ignore:.*saved before the treatment of the model was over"),
 ]
 
 VAL = Pictures(32, seed=1)
@@ -143,27 +143,18 @@ def test_records_of_the_best_begin_anew_with_a_restart() -> None:
     assert float(trainer.callback_metrics["largest"]) == pytest.approx(max(score for score, _ in again))
 
 
-def test_all_files_from_before_the_treatment_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "epochs", "last"), [("NONE", 3, 2), ("D-BR", 4, 3)])
+def test_all_files_from_before_the_end_of_the_treatment_are_named(
+    name: str, epochs: int, last: int, tmp_path: Path
+) -> None:
+    """NONE fine-tunes for the last epoch, D-BR repairs in the last two."""
     saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", monitor="val_loss", save_top_k=-1)
     (tmp_path / "of-another-run.ckpt").touch()
+    os.utime(tmp_path / "of-another-run.ckpt", (1, 1))
     torch.manual_seed(0)
-    trainer = make_trainer([saver, none(warmup_epochs=2)], 3, enable_checkpointing=True)
-    callback = trainer.callbacks[0]
-    callback.setup = _later(callback.setup, tmp_path / "of-another-run.ckpt")
-    with pytest.warns(UserWarning, match="saved before the model was treated") as told:
+    trainer = make_trainer([saver, DEFENCES[name](lr=1e-3)], epochs, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="saved before the treatment of the model was over") as told:
         trainer.fit(Scored(), loader_of(Pictures()), loader_of(VAL, batch_size=32))
-    (message,) = [str(one.message) for one in told if "saved before the model was treated" in str(one.message)]
-    assert "epoch=0.ckpt" in message
-    assert "epoch=1.ckpt" in message
-    assert "epoch=2.ckpt" not in message
+    (message,) = [str(one.message) for one in told if "the treatment of the model" in str(one.message)]
+    assert [f"epoch={epoch}.ckpt" in message for epoch in range(epochs)] == [True] * last + [False]
     assert "another-run" not in message
-
-
-def _later(setup: Any, older: Path) -> Any:
-    """A ``setup`` before which a file is made old."""
-
-    def later(*args: Any, **kwargs: Any) -> None:
-        os.utime(older, (1, 1))
-        setup(*args, **kwargs)
-
-    return later

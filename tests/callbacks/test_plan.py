@@ -117,7 +117,7 @@ def test_steps_that_are_planned_are_not_exceeded(name: str) -> None:
     assert last.accuracy_after is not None if name == "NONE" else last.undone
 
 
-@pytest.mark.filterwarnings("ignore:.*saved before the model was treated")
+@pytest.mark.filterwarnings("ignore:.*saved before the treatment of the model was over")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 @pytest.mark.parametrize("name", ["NONE", "D-BR"])
 def test_a_run_by_steps_is_resumed_in_a_repair_and_after_it(name: str, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ WARNS = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
     pytest.mark.filterwarnings("ignore:NONE after fine-tuning.* cost too much accuracy"),
     pytest.mark.filterwarnings("ignore:D-BR ends with a model"),
-    pytest.mark.filterwarnings("ignore:.*saved before the model was treated"),
+    pytest.mark.filterwarnings("ignore:.*saved before the treatment of the model was over"),
     pytest.mark.filterwarnings("ignore:D-ST. the model gives"),
 ]
 
