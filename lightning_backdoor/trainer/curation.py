@@ -138,7 +138,7 @@ class Curation:
         trainer, combined = self._trainer, combined_loader(self._trainer)
         if self._clone is None:
             return
-        batches = limited(batch_count(self._clone), trainer.limit_train_batches)
+        batches = self._limited(batch_count(self._clone), self._clone)
         if combined is not None:
             set_limits(combined, [self._limit(loader) for loader in combined.flattened])
             batches = combined_length(combined, batches)
@@ -284,6 +284,13 @@ class Curation:
             length = len(loader) if origin(loader) is loader else batch_count(loader)
         except (TypeError, NotImplementedError):
             length = float("inf")
+        return self._limited(length, loader)
+
+    def _limited(self, length: int | float, loader: Any) -> int | float:
+        """Batches of a loader after ``limit_train_batches``; the limit of phases within the plan holds it."""
+        phases = self._state.phases
+        if loader is self._clone and phases is not None and phases.most is not None:
+            return min(length, phases.most)
         return limited(length, self._trainer.limit_train_batches)
 
     def _clamped(self, interval: int, batches: int | float) -> int | float:

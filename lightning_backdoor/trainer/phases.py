@@ -53,6 +53,11 @@ class Phases:
         self._drawn: tuple[int, list[list[int]]] = (-1, [])
 
     @property
+    def most(self) -> int | None:
+        """Batches of all phases together at most; ``None``: any number."""
+        return self._most
+
+    @property
     def lengths(self) -> list[int]:
         """Batches of each phase."""
         shares = [math.ceil(len(part) / self._world) for part in self._parts]

@@ -132,6 +132,12 @@ def test_a_run_by_steps_is_resumed_in_a_repair_and_after_it(name: str, tmp_path:
         assert last.accuracy_after is not None if name == "NONE" else last.undone
 
 
+@pytest.mark.parametrize("limit", [0.5, 2])
+def test_limit_train_batches_is_taken_of_an_epoch_of_repair_once(limit: float) -> None:
+    trainer, _ = train([dbr(epochs=1)], Net, epochs=2, limit_train_batches=limit)
+    assert trainer.global_step == 2 * 2
+
+
 @every_repair
 def test_extra_epochs_are_taken_if_they_are_allowed(name: str) -> None:
     more = {"finetune_epochs": 3, "rounds": 1} if name == "NONE" else {"epochs": 3}
