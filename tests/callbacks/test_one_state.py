@@ -21,6 +21,7 @@ pytestmark = [
     *LIGHTNING_WARNS,
     pytest.mark.filterwarnings("ignore:NONE after fine-tuning.* cost too much accuracy"),
     pytest.mark.filterwarnings("ignore:D-BR ends with a model"),
+    pytest.mark.filterwarnings("ignore:`Best.weights`. copies of the model's weights"),
     pytest.mark.filterwarnings("ignore:.*saved before the treatment of the model was over"),
 ]
 
