@@ -33,7 +33,8 @@ def data_of(labels: Tensor, size: int, outputs: int) -> Any:
 
 
 def order_of(data: Any, seed: int = 0) -> Tensor:
-    return order_of_steps(None, None, data, steps=STEPS, all_steps=STEPS + REPULSION, seed=seed)
+    alone = SimpleNamespace(world_size=1)
+    return order_of_steps(alone, None, data, steps=STEPS, all_steps=STEPS + REPULSION, seed=seed)
 
 
 def shuffles(n: int, size: int) -> Tensor:
