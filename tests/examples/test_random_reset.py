@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 
 from examples.evidence.random_reset import RandomReset
 from tests.callbacks.helpers import LIGHTNING_WARNS, digits
 from tests.callbacks.test_none import train_digits
 
-pytestmark = LIGHTNING_WARNS
+pytestmark = [*LIGHTNING_WARNS, pytest.mark.filterwarnings("ignore:NONE ends with a model")]  # labels are true here
 
 
 def test_random_reset_treats_as_many_units_once() -> None:
