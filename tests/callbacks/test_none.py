@@ -655,7 +655,10 @@ def test_training_that_ends_without_a_look_says_so() -> None:
 
 
 def test_a_best_checkpoint_from_before_the_reset_is_warned_of(tmp_path: Path) -> None:
-    best, callback = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss"), acting(rounds=3, finetune_epochs=1)
+    best, callback = (
+        pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1),
+        acting(rounds=3, finetune_epochs=1),
+    )
     for _ in range(2):
         with pytest.warns(
             UserWarning, match="may hold the backdoor, whatever their score: .*ckpt. Use the last one"

@@ -183,11 +183,11 @@ def test_lightnings_checkpoints_resume_too(tmp_path: Path) -> None:
 def test_interrupted_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     class Cut(pl.Callback):
         def __init__(self, at: int) -> None:
-            self.at, self.seen = at, 0
+            self.at, self.seen = at, list[int]()  # a restart gives numbers back
 
         def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
-            self.seen += 1
-            if self.seen == self.at:
+            self.seen.append(trainer.global_step)
+            if len(self.seen) == self.at:
                 trainer.save_checkpoint(tmp_path / "cut.ckpt")
                 raise ValueError("the cable")
 
@@ -272,7 +272,9 @@ def test_the_early_look_survives_an_interruption_and_not_a_second_fit(tmp_path: 
         again = resumed.state_dict()["early"]
         assert all(torch.equal(again[name], expected[name]) for name in expected), path.name
     resumed.verdict = None
-    resumed.setup(make_trainer([]), Net(), "fit")
+    trainer, module = make_trainer([]), Net()
+    trainer.strategy.connect(module)
+    resumed.setup(trainer, module, "fit")
     assert resumed.state_dict()["early"] is None
 
 

@@ -43,7 +43,6 @@ REFUSES = {
     ("repair", "StochasticWeightAveraging"): r"does not go together with StochasticWeightAveraging.*WeightAveraging",
     ("own", "StochasticWeightAveraging"): r"optimizer of its own, which StochasticWeightAveraging would change",
     ("filter", "max_time"): r"`Trainer\(max_time=...\)` must be left out when `rewind=True`",
-    ("repair", "max_time"): r"does not go together with Timer. Limit the run by `max_epochs` or `max_steps`",
     ("own", "max_steps"): r"plans its stages by epochs, got max_epochs=-1, max_steps=8. Pass Trainer\(max_epochs=",
 }
 """Kind of callback and setting, and what the error says about them; whatever is not here works."""
