@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from lightning_backdoor.data.random_state import isolated_rng
@@ -28,13 +29,30 @@ class Recorder:
     def __call__(self, *args: Any, **named: Any) -> Any:
         """Note the arguments in the file, and hand them on."""
         if not self.path.exists():
-            self.path.write_bytes(pickle.dumps((args, named)))
+            torch.save(
+                ([_written(value) for value in args], {name: _written(v) for name, v in named.items()}), self.path
+            )
         return self.transform(*args, **named)
 
     def read(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What was written down."""
-        args, named = pickle.loads(self.path.read_bytes())
-        return args, named
+        args, named = torch.load(self.path, weights_only=True)
+        return tuple(map(_read, args)), {name: _read(value) for name, value in named.items()}
+
+
+def _written(value: Any) -> Any:
+    """An image as a tensor with a note of what it was; plain values as they are."""
+    if isinstance(value, Image.Image):
+        return {"image": torch.from_numpy(np.array(value))}
+    if isinstance(value, np.ndarray):
+        return {"array": torch.from_numpy(value.copy())}
+    return value.detach().as_subclass(Tensor) if isinstance(value, Tensor) else value
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, dict) and "image" in value:
+        return Image.fromarray(value["image"].numpy())
+    return value["array"].numpy() if isinstance(value, dict) and "array" in value else value
 
 
 def without_random_steps(
