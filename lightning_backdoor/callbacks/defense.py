@@ -149,9 +149,8 @@ class Defense(TrainerCallback):
         self._curation: Curation | None = None
         self._training_set: TrainingSet | None = None
         self._acts = False
-        self._began = self._treated_until = (
-            0.0  # the fit, and the last change of the weights, in seconds since the epoch
-        )
+        self._began = 0.0  # of the fit, in seconds since the epoch
+        self._treated_until = 0.0  # the last change of the weights, likewise; 0 without one
         self._watch: Watch | None = None
         self._watched: dict[str, Any] = {}  # its state in the checkpoint that training goes on from
 

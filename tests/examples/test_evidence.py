@@ -106,7 +106,7 @@ def test_mini_begins_with_the_defences_under_the_standard_attacks() -> None:
     assert {cell.defence for cell in cells} == set(DEFENCES)
     assert set(BASELINES) < set(DEFENCES)
     assert {cell.setting for cell in cells} == {Setting()}
-    assert hours(cells) < 12.5  # UltraClean as published trains twice
+    assert hours(cells) < 12
 
 
 def test_rows_from_before_the_protocols_are_cells_of_mini() -> None:

@@ -37,7 +37,6 @@ from tests.trainer.test_curation_guards import Unchanged
 OLD = tuple(map(int, version("timm").split(".")[:3])) < (1, 0, 20)
 starts_at_once = pytest.mark.skipif(OLD, reason="its MultiEpochsDataLoader starts in the constructor, which is refused")
 pytestmark = [
-    starts_at_once,
     *LIGHTNING_WARNS,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -134,6 +133,7 @@ def test_a_defence_behind_the_prefetcher_does_what_it_does_behind_torchs_loader(
     assert (dict(vars(outer)), dict(vars(inner))) == before, "the user's loaders are as they were"
 
 
+@starts_at_once
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_create_loader_makes(workers: int, tmp_path: Path) -> None:
     """timm's own function, with its defaults but for the device, for training and validation."""
@@ -166,6 +166,7 @@ def multi(**settings: Any) -> MultiEpochsDataLoader:
     return MultiEpochsDataLoader(Points(), **{"batch_size": BATCH, "shuffle": True, **settings})
 
 
+@starts_at_once
 @pytest.mark.parametrize("kind", ["no worker", "persistent worker"])
 def test_a_loader_that_never_ends_its_epoch_draws_what_is_kept(kind: str) -> None:
     module = fit(multi(**MULTI[kind]))
@@ -174,6 +175,7 @@ def test_a_loader_that_never_ends_its_epoch_draws_what_is_kept(kind: str) -> Non
     assert module.validated == [0, 1, 2, 3]
 
 
+@starts_at_once
 @pytest.mark.parametrize("kind", ["no worker", "worker"])
 def test_it_trains_bit_by_bit_as_without_a_callback_until_samples_are_removed(kind: str) -> None:
     alone, beside = (fit(multi(**MULTI[kind]), pruner=pruners) for pruners in ([], [Pruner({})]))
@@ -181,6 +183,7 @@ def test_it_trains_bit_by_bit_as_without_a_callback_until_samples_are_removed(ki
     assert same_weights(weights_of(alone), weights_of(beside))
 
 
+@starts_at_once
 def test_it_begins_anew_when_told_to() -> None:
     """After a rewind the epoch number is another one, and so is the shuffle."""
 
@@ -196,6 +199,7 @@ def test_it_begins_anew_when_told_to() -> None:
     assert module.batches[2] == module.batches[0] != module.batches[1]
 
 
+@starts_at_once
 def test_the_users_loader_stays_as_it_was_and_serves_a_second_fit() -> None:
     train = multi()
     before = dict(vars(train))
@@ -204,6 +208,7 @@ def test_the_users_loader_stays_as_it_was_and_serves_a_second_fit() -> None:
     expect_pruned(fit(train))
 
 
+@starts_at_once
 def test_masks_growing_and_shrinking_inside_a_prefetcher() -> None:
     other = ~KEEP
     pruner = Pruner({0: KEEP, 1: None, 2: other})
