@@ -120,9 +120,7 @@ def mini() -> Protocol:
     here, one_target = Setting(), [name for name in STANDARD if name not in ("clean", "all-to-all-10%")]
     further = (*FURTHER, *ADAPTIVE)
     stronger = [name for name in further if not name.endswith("-0.3%")]  # at 0.3 % none took
-    long = [
-        name for name in STANDARD if name not in ("badnets-1%", "blended-5%")
-    ]  # the rest would take hours
+    long = [name for name in STANDARD if name not in ("badnets-1%", "blended-5%")]  # the rest would take hours
     rates = ("badnets-0.5%", "badnets-10%", "blended-0.5%", "blended-1%", "blended-10%")
     cells = [
         *product(here, STANDARD, ("undefended", *OURS)),
