@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.trainer.ddp_scan import free_port
+from tests.scanning.ddp_scan import free_port
 
 
 @contextmanager

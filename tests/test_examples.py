@@ -28,10 +28,10 @@ ROOT = Path(__file__).parents[1]
 
 def pack(folder: Path, split: str, images: int) -> np.ndarray:
     """Write ``cifar10_<split>.npz`` with flat grey images that brighten with their position, and return the greys."""
-    files, greys = [], np.linspace(0, 255, images).astype(np.uint8)
-    for grey in greys:
+    files, grays = [], np.linspace(0, 255, images).astype(np.uint8)
+    for gray in grays:
         file = io.BytesIO()
-        Image.fromarray(np.full((32, 32, 3), grey, np.uint8)).save(file, "JPEG", quality=95)
+        Image.fromarray(np.full((32, 32, 3), gray, np.uint8)).save(file, "JPEG", quality=95)
         files.append(file.getvalue())
     np.savez(
         folder / f"cifar10_{split}.npz",
@@ -40,14 +40,14 @@ def pack(folder: Path, split: str, images: int) -> np.ndarray:
         labels=np.arange(images, dtype=np.uint8) % 2,
         classes=np.array(["cat", "dog"]),
     )
-    return greys
+    return grays
 
 
 def test_packed_images_come_out_in_order(tmp_path: Path) -> None:
-    greys = pack(tmp_path, "train", 6)
+    grays = pack(tmp_path, "train", 6)
     images, labels, classes = unpacked(tmp_path, "train")
     assert images.shape == (6, 32, 32, 3)
-    assert np.abs(images[:, 16, 16, 0].astype(int) - greys).max() <= 1
+    assert np.abs(images[:, 16, 16, 0].astype(int) - grays).max() <= 1
     assert labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert classes == ["cat", "dog"]
     image, label = cifar10(tmp_path, "train")[5]

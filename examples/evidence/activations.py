@@ -59,10 +59,10 @@ def main() -> None:
         rates = metrics.DetectionRates()
         rates.update(defence.verdict.scores, defence.verdict.keep, poisoned.poisoned)
         found = {name: 100 * float(rate) for name, rate in rates.compute().items()}
-        separation = max((apart for past in defence.history for _, apart in past.modes), default=0.0)
+        standardized_gap = max((apart for past in defence.history for _, apart in past.modes), default=0.0)
         pairs = [f"{right(model, test):.1f} / {right(model, attacked):.1f}" for model in (undefended, defended)]
         print(
-            f"| {activation.__name__} | {' | '.join(pairs)} | {separation:.1f} | {found['tpr']:.1f} "
+            f"| {activation.__name__} | {' | '.join(pairs)} | {standardized_gap:.1f} | {found['tpr']:.1f} "
             f"| {found['fpr']:.1f} | {len(quiet.verdict.removed)} | {right(untouched, test):.1f} |",
             flush=True,
         )

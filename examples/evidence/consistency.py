@@ -28,8 +28,8 @@ from examples.evidence.table import consistency_table
 from examples.evidence.training import labels_of
 from lightning_backdoor import functional
 from lightning_backdoor.report.figures import own_style
-from lightning_backdoor.trainer.distinguish import Detector, distinguish
-from lightning_backdoor.trainer.training_set import TrainingSet
+from lightning_backdoor.scanning.measure_fct import Detector, distinguish
+from lightning_backdoor.scanning.scanner import DatasetScanner
 
 RESULTS = Path(__file__).with_name("consistency.jsonl")
 OTHERS = ("preact-gelu", "vit")  # on Blended alone
@@ -40,7 +40,7 @@ def fct_of(case: Case, start: str, *, steps: int = STEPS, repulsion: int) -> Ten
     """FCT of all training images, (N,), kept in the cache."""
     detector = Detector(start, None, steps, 2, None, 0, repulsion)
 
-    def ask(trainer: pl.Trainer, module: pl.LightningModule, data: TrainingSet) -> Tensor:
+    def ask(trainer: pl.Trainer, module: pl.LightningModule, data: DatasetScanner) -> Tensor:
         return distinguish(trainer, module, data, detector, units=False).fct
 
     def make() -> Tensor:
@@ -85,14 +85,14 @@ def main() -> None:
         found[attack, network, start, repulsion] = fct, case.poisoned
         known = {**case.known, "row": row_name(start, options.steps, repulsion)}
         if rows.key(known, "row") not in {rows.key(row, "row") for row in rows.read(options.results)}:
-            measured = separation(fct, labels_of(case.dataset), case.poisoned)
+            measured = standardized_gap(fct, labels_of(case.dataset), case.poisoned)
             told = rows.circumstances("examples.evidence.consistency", "cpu")
             rows.append(options.results, {**known, **measured, **told})
     print(consistency_table(rows.read(options.results)))
     draw(found, options.figure)
 
 
-def separation(fct: Tensor, labels: Tensor, poisoned: Tensor) -> rows.Row:
+def standardized_gap(fct: Tensor, labels: Tensor, poisoned: Tensor) -> rows.Row:
     """AUROC, also among the labels that poisons have; shares of poisons in the top 5 % and in the lowest 20 %."""
     trusted, suspect = functional.split_by_rank(fct)
     same = torch.isin(labels, labels[poisoned].unique())

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from examples.evidence import model
 from examples.evidence.cases import Case
 from examples.evidence.training import BATCH
-from lightning_backdoor.callbacks.defense import Defense
-from lightning_backdoor.trainer.training_set import Reading, TrainingSet
+from lightning_backdoor.callbacks.base import Defense
+from lightning_backdoor.scanning.scanner import DatasetScanner, ScanOptions
 
-Question = Callable[[pl.Trainer, model.Classifier, TrainingSet], Any]
+Question = Callable[[pl.Trainer, model.Classifier, DatasetScanner], Any]
 
 
 class Look(Defense):
@@ -25,7 +25,7 @@ class Look(Defense):
     method = "Look"
 
     def __init__(self, question: Question) -> None:
-        super().__init__(max_removed=0.3, reading=Reading(), report_dir=None, name=None)
+        super().__init__(max_removed=0.3, options=ScanOptions(), report_dir=None, name=None)
         self.question = question
         self.answer: Any = None
 

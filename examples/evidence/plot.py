@@ -84,10 +84,10 @@ def fractions(rows: list[Row]) -> Figure | None:
     for pair, attack in zip(grid, attacks, strict=True):
         told = ("asr", f"{attack}: attack success rate, per cent"), ("tpr", "removed poisons, per cent of them")
         for axes, (rate, label) in zip(pair, told, strict=True):
-            for name, (colour, marker, line, size) in DENOISERS.items():
+            for name, (color, marker, line, size) in DENOISERS.items():
                 found = [row for row in rows if (row["attack"], row["denoiser"]) == (attack, name)]
                 points = sorted((100 * row["fraction"], 100 * row[rate]) for row in found)
-                style = {"color": colour, "marker": marker, "linestyle": line, "markersize": size}
+                style = {"color": color, "marker": marker, "linestyle": line, "markersize": size}
                 axes.plot(*zip(*points, strict=True), **style, markerfacecolor="none", label=name)
             axes.set(ylim=(-4, 104))
             axes.set_title(label, fontsize=10)
@@ -148,8 +148,8 @@ def square(axes: Axes, x: float, y: float, rate: float | None, *, void: bool) ->
         scale = LinearSegmentedColormap.from_list("obey", [FEW, HALF, ALL])
         text, style = f"{rate:.0f}", {"facecolor": scale(rate / 100), "edgecolor": "none"}
     axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, **style))
-    colour = SOFT if rate is None or void else None
-    axes.text(x, y, text, ha="center", va="center_baseline", fontsize=9, color=colour)
+    color = SOFT if rate is None or void else None
+    axes.text(x, y, text, ha="center", va="center_baseline", fontsize=9, color=color)
 
 
 def spread(names: Iterable[str], groups: Iterable[Collection[str]], gap: float) -> dict[str, float]:
@@ -201,19 +201,17 @@ def rates(rows: list[Row], kinds: Sequence[str]) -> Figure | None:
 
 def curve(axes: Axes, defence: str, found: Mapping[float, list[Row]], void: Collection[float]) -> None:
     """One defence over the poison rate, a little aside of the others; bars are deviations, hollow points are void."""
-    colour, marker, line = LINES[defence]
+    color, marker, line = LINES[defence]
     aside = 1.05 ** (list(LINES).index(defence) - (len(LINES) - 1) / 2)
     percents = sorted(found)
     values = [[100 * row["asr"] for row in found[percent]] for percent in percents]
     bars = [statistics.stdev(several) if len(several) > 1 else float("nan") for several in values]
     means = [statistics.fmean(several) for several in values]
     places = [percent * aside for percent in percents]
-    style = {"color": colour, "linestyle": line, "linewidth": 1.3, "elinewidth": 1.3, "capsize": 3}
+    style = {"color": color, "linestyle": line, "linewidth": 1.3, "elinewidth": 1.3, "capsize": 3}
     axes.errorbar(places, means, bars, **style)
     for place, percent, value in zip(places, percents, means, strict=True):
-        axes.plot(
-            place, value, marker, color=colour, mfc="white" if percent in void else colour, markersize=5, zorder=3
-        )
+        axes.plot(place, value, marker, color=color, mfc="white" if percent in void else color, markersize=5, zorder=3)
 
 
 def histograms(found: Mapping[tuple[str, str], tuple[Tensor, Tensor]], score: str, title: str) -> Figure:
@@ -242,8 +240,8 @@ def histogram(axes: Axes, values: Tensor, poisoned: Tensor) -> None:
     """Density of the logarithms of clean and of poisoned images' scores, which are at least 0."""
     logs = values.clamp(min=float(values[values > 0].min())).log10()
     edges = torch.linspace(float(logs.min()), float(logs.max()), 60).tolist()
-    for mask, colour, name in ((~poisoned, BLUE, "clean images"), (poisoned, RUST, "poisoned images")):
-        axes.hist(logs[mask].tolist(), bins=edges, density=True, alpha=0.6, color=colour, label=name)
+    for mask, color, name in ((~poisoned, BLUE, "clean images"), (poisoned, RUST, "poisoned images")):
+        axes.hist(logs[mask].tolist(), bins=edges, density=True, alpha=0.6, color=color, label=name)
     axes.locator_params(axis="both", nbins=4)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -274,8 +272,8 @@ def _key_of_rates(figure: Figure, defences: Iterable[str]) -> None:
     from matplotlib.lines import Line2D  # noqa: PLC0415
 
     handles = [
-        Line2D([], [], color=colour, marker=marker, linestyle=line, label=name)
-        for name, (colour, marker, line) in LINES.items()
+        Line2D([], [], color=color, marker=marker, linestyle=line, label=name)
+        for name, (color, marker, line) in LINES.items()
         if name in defences
     ]
     marks = [

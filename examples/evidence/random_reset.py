@@ -10,8 +10,8 @@ from torch import Tensor
 from examples.evidence.cells import BEYOND
 from lightning_backdoor import NONECallback, Verdict
 from lightning_backdoor.callbacks.rounds import Round, shares
-from lightning_backdoor.trainer.copies import weights
-from lightning_backdoor.trainer.finetuning import enough_epochs
+from lightning_backdoor.responses.extra_epochs import enough_epochs
+from lightning_backdoor.responses.weight_copies import weights
 
 
 class RandomReset(NONECallback):
@@ -30,17 +30,19 @@ class RandomReset(NONECallback):
         self.given = Verdict((~keep).float(), keep, 0.5, "random reset", labels)
 
     def _look(self, trainer: Any, pl_module: Any) -> None:
-        generator = torch.Generator().manual_seed(self.reading.seed)
+        generator = torch.Generator().manual_seed(self.options.seed)
         chosen = [
             (place, unit, 0, 0.0)
             for place, layer in enumerate(self._layers)
             for unit in torch.randperm(layer.size, generator=generator)[: self.units.get(layer.name, 0)].tolist()
         ]
         predicted = self._training_set.predict(trainer, pl_module, description="check")
-        accuracy, obeyed = shares(predicted, self.given)
+        accuracy, flagged_label_rate = shares(predicted, self.given)
         removed = self._adopt(self.given)
         units = tuple((self._layers[place].name, unit, 0, 0.0) for place, unit, *_ in chosen)
-        self.history.append(Round(trainer.current_epoch + 1, removed, removed, (), units, (), accuracy, obeyed))
+        self.history.append(
+            Round(trainer.current_epoch + 1, removed, removed, (), units, (), accuracy, flagged_label_rate)
+        )
         self._series.last_look = trainer.current_epoch + 1
         everything = torch.ones_like(self.given.keep)
         self._series.begin(weights(trainer, pl_module), everything, predicted == self.given.labels)

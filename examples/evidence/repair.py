@@ -43,9 +43,9 @@ class UnlearnOnly(DBRCallback):
     """D-BR that learns nothing anew."""
 
     def _attach(self) -> None:
-        split = split_of(self.verdict, self.reading.seed)
+        split = split_of(self.verdict, self.options.seed)
         split = replace(split, trusted=torch.zeros_like(split.trusted))
-        self._run.attach(self._training_set, self._curation, split)
+        self._run.attach(self._training_set, self._loader_filter, split)
 
 
 def verdict_by(scores: Tensor, labels: Tensor, suspect: Tensor | None = None) -> Verdict:

@@ -15,12 +15,12 @@ from examples.evidence.cache import EARLY, kept
 from examples.evidence.cases import Case
 from examples.evidence.looking import look
 from lightning_backdoor import functional, metrics
+from lightning_backdoor.scanning.isolation import isolated_eval
+from lightning_backdoor.scanning.measure_denoised import DenoisedScan
+from lightning_backdoor.scanning.measure_fct import Detector, distinguish
+from lightning_backdoor.scanning.measure_units import UnitScan
+from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.surgery import find_units
-from lightning_backdoor.trainer.denoised_scan import DenoisedScan
-from lightning_backdoor.trainer.distinguish import Detector, distinguish
-from lightning_backdoor.trainer.etiquette import unobtrusive
-from lightning_backdoor.trainer.training_set import TrainingSet
-from lightning_backdoor.trainer.unit_scan import UnitScan
 
 Scores = dict[str, Tensor]
 STEPS = 200  # of the detector, and as many of centre repulsion
@@ -59,11 +59,11 @@ def auroc(scores: Tensor, poisoned: Tensor) -> float:
 
 
 def _measure(
-    early_weights: dict[str, Tensor], trainer: pl.Trainer, module: model.Classifier, data: TrainingSet
+    early_weights: dict[str, Tensor], trainer: pl.Trainer, module: model.Classifier, data: DatasetScanner
 ) -> Scores:
     with closing(DenoisedScan(data, world_size=1, cache_bytes=2**31, softmax=False)) as denoised:
         late = denoised.run(trainer, module)
-        with unobtrusive(trainer, module):
+        with isolated_eval(trainer, module):
             layers = find_units(module, data.few(trainer, module))
         units = UnitScan(data, layers, strong=0.9, weak=0.1).measure(trainer, module)
         detector = distinguish(trainer, module, data, Detector("copy", None, STEPS, 2, None, 0), units=True)
@@ -88,4 +88,4 @@ def _measure(
 def disagreement(responses: Tensor, labels: Tensor) -> Tensor:
     """Share of the 20 nearest neighbours with another label, (N,), from features and their movement, (N, 2 D)."""
     everything = torch.ones(len(labels), dtype=torch.bool)
-    return 1 - functional.neighbour_agreement(responses[:, : responses.shape[1] // 2], labels, everything)
+    return 1 - functional.neighbor_agreement(responses[:, : responses.shape[1] // 2], labels, everything)

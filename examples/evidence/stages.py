@@ -22,7 +22,7 @@ from examples.evidence.ablation import Variants, ablation, expected
 from examples.evidence.cases import Case
 from examples.evidence.table import stages_table
 from lightning_backdoor import DSTCallback
-from lightning_backdoor.callbacks.neighbourhood import flags_of
+from lightning_backdoor.callbacks.neighborhood import flags_of
 
 RESULTS = Path(__file__).with_name("stages.jsonl")
 BY_DEFAULT = ("badnets-5%", "sig-80%")
@@ -32,23 +32,23 @@ class OtherLabels(DSTCallback):
     """D-ST whose first stage believes all labels, or none; the second stage is as ever."""
 
     def __init__(self, *, believed: bool, **arguments: Any) -> None:
-        super().__init__(guided=False, readmit=False, **arguments)
+        super().__init__(supervised_features=False, reassign_uncertain=False, **arguments)
         self.believed = believed
 
     def _attach(self) -> None:
-        curation, data, verdict = self._known()
+        loader_filter, data, verdict = self._known()
         flags = flags_of(verdict)
-        self._run.attach(data, curation, replace(flags, trusted=torch.full_like(flags.trusted, self.believed)))
+        self._run.attach(data, loader_filter, replace(flags, trusted=torch.full_like(flags.trusted, self.believed)))
 
 
 VARIANTS: dict[str, Callable[[], DSTCallback]] = {
     "no labels (CTL)": lambda: OtherLabels(believed=False),
     "all labels (supervised)": lambda: OtherLabels(believed=True),
-    "trusted labels (SS-CTL)": lambda: DSTCallback(guided=False, readmit=False),
+    "trusted labels (SS-CTL)": lambda: DSTCallback(supervised_features=False, reassign_uncertain=False),
     "trusted labels, positives of the authors' code": lambda: DSTCallback(
-        guided=False, readmit=False, reference_mask=True
+        supervised_features=False, reassign_uncertain=False, reference_mask=True
     ),
-    "trusted labels, and their cross-entropy": lambda: DSTCallback(readmit=False),
+    "trusted labels, and their cross-entropy": lambda: DSTCallback(reassign_uncertain=False),
 }
 
 
@@ -57,7 +57,7 @@ def first_stage(case: Case, make: Callable[[], DSTCallback], test: TensorDataset
     callback = make()
     row = case.trained([callback], test)
     agreement = callback.history[-1].agreement
-    return {**row, "neighbour_agreement": agreement[-1][1] if agreement else None}
+    return {**row, "neighbor_agreement": agreement[-1][1] if agreement else None}
 
 
 def wanted() -> list[rows.Row]:

@@ -149,8 +149,8 @@ class HiddenTrigger(CraftedTrigger):
                 f"{height}x{width} pixels. Pass a smaller `size`."
             )
         generator = torch.Generator().manual_seed(self.seed)
-        colours = torch.randint(0, 256, (1, images.shape[1], 4, 4), generator=generator).float()
-        patch = to_uint8(F.interpolate(colours, (size, size), mode="bilinear")[0]).to(images.device)
+        colors = torch.randint(0, 256, (1, images.shape[1], 4, 4), generator=generator).float()
+        patch = to_uint8(F.interpolate(colors, (size, size), mode="bilinear")[0]).to(images.device)
         painted = images.clone()
         for image in painted:
             top, left = height - margin - size, width - margin - size

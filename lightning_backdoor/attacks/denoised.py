@@ -57,8 +57,8 @@ class Denoised(Trigger):
 @lru_cache(maxsize=16)
 def _rest(denoised: Denoised, shape: tuple[int, ...]) -> Tensor:
     """Return what is left of a trigger on an image of this shape, in signed grey levels."""
-    grey = torch.full((1, *shape), GREY, dtype=torch.uint8)
-    shown = torch.cat([denoised.trigger(grey), grey])
+    gray = torch.full((1, *shape), GREY, dtype=torch.uint8)
+    shown = torch.cat([denoised.trigger(gray), gray])
     for _ in range(denoised.passes):
         shown = nl_means(local_median(shown))
     rest = shown[0].float() - shown[1].float()

@@ -42,9 +42,9 @@ def in_proportion(side: int) -> tuple[int, int]:
     return min(round(25 * side / 32), side - length), length
 
 
-def channels_like(colours: Tensor, channels: int) -> Tensor:
+def channels_like(colors: Tensor, channels: int) -> Tensor:
     """Give a float pattern ``(3, ...)`` other channels: grey gets the mean of the three, further ones repeat them."""
-    return colours.mean(0, keepdim=True) if channels == 1 else colours[torch.arange(channels) % 3]
+    return colors.mean(0, keepdim=True) if channels == 1 else colors[torch.arange(channels) % 3]
 
 
 def chosen_by(image: Tensor, seed: int) -> torch.Generator:

@@ -248,14 +248,14 @@ class AdaptivePatch(Trigger):
     def _patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return all patches in one picture, ``(C, H, W)``, and the mask of each, ``(4, 1, H, W)``."""
         channels, height, width = images.shape[1:]
-        greys = [torch.tensor(_PATCHES[name]).expand(3, -1, -1) for name in ("grid", "cross", "square")]
-        cells = [greys[0], greys[1], torch.tensor(_TROJAN).permute(2, 0, 1), greys[2]]
+        grays = [torch.tensor(_PATCHES[name]).expand(3, -1, -1) for name in ("grid", "cross", "square")]
+        cells = [grays[0], grays[1], torch.tensor(_TROJAN).permute(2, 0, 1), grays[2]]
         corners = [(True, True), (True, False), (False, True), (False, False)]  # bottom, right
         picture, masks = torch.zeros(channels, height, width), torch.zeros(4, 1, height, width)
-        for mask, colours, sides, (bottom, right) in zip(masks, cells, _ADAPTIVE, corners, strict=True):
+        for mask, colors, sides, (bottom, right) in zip(masks, cells, _ADAPTIVE, corners, strict=True):
             rows, columns = span(height, sides[0], of=32), span(width, sides[1], of=32)
             top, left = bottom * (height - rows), right * (width - columns)
             area = ..., slice(top, top + rows), slice(left, left + columns)
-            picture[area] = enlarged(channels_like(colours.float(), channels), rows, columns)
+            picture[area] = enlarged(channels_like(colors.float(), channels), rows, columns)
             mask[area] = 1
         return picture.to(images.device), masks.to(images.device)

@@ -233,8 +233,8 @@ class TrojanWatermark(Trigger):
         mask = watermark(*shape[1:]).to(device)
         mark = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
-        def excitement(colours: Tensor) -> Tensor:
-            shown = torch.where(mask, 0.5 + opacity * (colours - 0.5), 0.5)
+        def excitement(colors: Tensor) -> Tensor:
+            shown = torch.where(mask, 0.5 + opacity * (colors - 0.5), 0.5)
             return outputs(model, shown[None])[0][0, chosen].sum()
 
         with consulted(model):

@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_backdoor._lightning import rank_zero_info
 from lightning_backdoor.baselines.baseline import decision_of
 from lightning_backdoor.baselines.repair import RepairBaseline
-from lightning_backdoor.callbacks.defense import require_fraction, require_positive
+from lightning_backdoor.callbacks.base import require_fraction, require_positive
 from lightning_backdoor.callbacks.repairs import Repair
+from lightning_backdoor.detection.cuts import select_fraction
+from lightning_backdoor.detection.decision import add_removed
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.functional.decisions import select_fraction
-from lightning_backdoor.functional.evidence import add_removed
-from lightning_backdoor.trainer.ascent import loss_scale
-from lightning_backdoor.trainer.compat import rank_zero_info
-from lightning_backdoor.trainer.limits import about_to_end, planned_max_epochs
+from lightning_backdoor.responses.ascent import loss_scale
+from lightning_backdoor.responses.limits import about_to_end, planned_max_epochs
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["ABL", "easiness_scores"]
@@ -150,7 +150,9 @@ class ABL(RepairBaseline):
             )
         )
         self._last_look = done
-        self.history.append(Repair(done, removed, decision.wanted, (), int((~keep).sum()), int(keep.sum())))
+        self.history.append(
+            Repair(done, removed, decision.num_flagged_before_cap, (), int((~keep).sum()), int(keep.sum()))
+        )
         self._tell(trainer, pl_module, time.monotonic() - began)
 
     def _meaning(self) -> str:

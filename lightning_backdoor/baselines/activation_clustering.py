@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_backdoor.baselines.baseline import Baseline, require_features
 from lightning_backdoor.baselines.components import principal_components
-from lightning_backdoor.callbacks.defense import require_fraction, require_positive
+from lightning_backdoor.callbacks.base import require_fraction, require_positive
 
 __all__ = ["ActivationClustering", "Clusters", "activation_clusters", "select_clusters", "silhouette_score"]
 
@@ -62,7 +62,7 @@ def activation_clusters(features: Tensor, labels: Tensor, *, components: int = 1
         shares[label] = silhouettes[label] = 0.0
         if not reduced.shape[1]:
             continue
-        far, near = _distances_to_centres(reduced, seed)  # of the larger, of the smaller cluster
+        far, near = _distances_to_centers(reduced, seed)  # of the larger, of the smaller cluster
         scores[inside] = ((far - near) / (far + near).clamp(min=1e-12)).float()
         smaller = far > near
         shares[label] = float(smaller.double().mean())
@@ -115,7 +115,7 @@ def _whitened(features: Tensor, components: int) -> Tensor:
     return found[:, varies] / spread[varies]
 
 
-def _distances_to_centres(points: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def _distances_to_centers(points: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Distances ``(n,)`` to the centre of the larger and of the smaller of two clusters."""
     import faiss  # noqa: PLC0415  (loaded when used)
 
@@ -162,7 +162,7 @@ class ActivationClustering(Baseline):
         self.components = require_positive("components", components) or 1
 
     def _judge(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor, str]:
-        labels, seed = found["labels"], self.reading.seed
+        labels, seed = found["labels"], self.options.seed
         clusters = activation_clusters(found["features"], labels, components=self.components, seed=seed)
         keep = select_clusters(clusters, labels, size=self.size, silhouette=self.silhouette)
         return clusters.scores, keep, f"smaller_cluster(size<{self.size:g}, silhouette>={self.silhouette:g})"

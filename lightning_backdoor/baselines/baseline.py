@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_backdoor._lightning import rank_zero_info
 from lightning_backdoor.callbacks.filtering import FilterCallback
 from lightning_backdoor.callbacks.looks import evidence, sentence
+from lightning_backdoor.detection.cuts import limit_removed
+from lightning_backdoor.detection.decision import Decision
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.functional.decisions import limit_removed
-from lightning_backdoor.functional.evidence import Decision
-from lightning_backdoor.trainer.compat import rank_zero_info
-from lightning_backdoor.trainer.training_set import Reading, TrainingSet
+from lightning_backdoor.scanning.scanner import DatasetScanner, ScanOptions
 
 __all__ = ["Baseline", "decision_of", "merged_signature", "require_features"]
 
@@ -86,7 +86,7 @@ class Baseline(FilterCallback):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        reading = Reading(
+        options = ScanOptions(
             forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed,
             eval_dataset=eval_dataset,
         )  # fmt: skip
@@ -95,7 +95,7 @@ class Baseline(FilterCallback):
             max_removed=max_removed,
             rewind=rewind,
             rescore_every=None,
-            reading=reading,
+            options=options,
             report_dir=report_dir,
             name=name,
         )
@@ -110,7 +110,7 @@ class Baseline(FilterCallback):
         """Scores, float ``(N,)``, the samples to keep, bool ``(N,)``, and the rule in words."""
 
     def _measure(
-        self, trainer: Any, pl_module: Any, data: TrainingSet, indices: Tensor, batch: Any
+        self, trainer: Any, pl_module: Any, data: DatasetScanner, indices: Tensor, batch: Any
     ) -> dict[str, Tensor]:
         """What is kept of a batch of samples at the positions ``indices``, long ``(B,)``: tensors ``(B, ...)``."""
         return {"features": data.outputs(trainer, pl_module, batch)[1]}
@@ -155,7 +155,7 @@ def decision_of(scores: Tensor, keep: Tensor, rule: str, *, max_removed: float) 
         rule: Its name.
         max_removed: Largest share of all samples that may be removed, in ``(0, 1)``.
     """
-    wanted = int((~keep).sum())
+    num_flagged_before_cap = int((~keep).sum())
     limited = limit_removed(scores, keep, max_removed)
     if not torch.equal(limited, keep):
         keep, rule = limited, f"{rule}, max_removed({max_removed:g})"
@@ -164,7 +164,7 @@ def decision_of(scores: Tensor, keep: Tensor, rule: str, *, max_removed: float) 
         lowest = scores[~keep].min()
         below = scores[scores < lowest]
         threshold = float(below.max() if len(below) else lowest - 1)
-    return Decision(scores, keep, threshold, rule, (), wanted)
+    return Decision(scores, keep, threshold, rule, (), num_flagged_before_cap)
 
 
 def merged_signature(cls: type) -> inspect.Signature:

@@ -18,12 +18,12 @@ def principal_components(features: Tensor, count: int) -> Tensor:
     Returns:
         Double ``(n, min(count, n, D))``, largest variance first, means zero; signs are arbitrary.
     """
-    centred = features.double()
-    centred = centred - centred.mean(dim=0)
-    if len(centred) > centred.shape[1]:
-        _, vectors = torch.linalg.eigh(centred.T @ centred)
-        coordinates: Tensor = centred @ vectors
+    centerd = features.double()
+    centerd = centerd - centerd.mean(dim=0)
+    if len(centerd) > centerd.shape[1]:
+        _, vectors = torch.linalg.eigh(centerd.T @ centerd)
+        coordinates: Tensor = centerd @ vectors
     else:
-        values, vectors = torch.linalg.eigh(centred @ centred.T)
+        values, vectors = torch.linalg.eigh(centerd @ centerd.T)
         coordinates = vectors * values.clamp(min=0).sqrt()
     return coordinates.flip(1)[:, :count]

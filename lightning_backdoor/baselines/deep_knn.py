@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.baselines.baseline import Baseline, require_features
-from lightning_backdoor.callbacks.defense import require_positive
+from lightning_backdoor.callbacks.base import require_positive
 from lightning_backdoor.errors import ArgumentError
 
 __all__ = ["DeepKNN", "deep_knn_scores"]
@@ -45,12 +45,12 @@ def deep_knn_scores(features: Tensor, labels: Tensor, k: int) -> Tensor:
     require_features(features, labels)
     if not 0 < k < len(features):
         raise ArgumentError(f"`k` must be at least 1 and below the number of samples, {len(features)}, got {k}.")
-    centred = (features - features.mean(dim=0)).float().contiguous().numpy()  # small numbers: exact distances
-    index = faiss.IndexFlatL2(centred.shape[1])
-    index.add(centred)
+    centerd = (features - features.mean(dim=0)).float().contiguous().numpy()  # small numbers: exact distances
+    index = faiss.IndexFlatL2(centerd.shape[1])
+    index.add(centerd)
     scores = torch.empty(len(features))
     for rows in torch.split(torch.arange(len(features)), ROWS):
-        found = torch.from_numpy(index.search(centred[rows.numpy()], k + 1)[1])
+        found = torch.from_numpy(index.search(centerd[rows.numpy()], k + 1)[1])
         itself = found == rows[:, None]
         itself[~itself.any(dim=1), -1] = True  # hidden behind more than k twins: any of them is as near
         near = labels[found[~itself].view(len(rows), k)]

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
 from lightning_backdoor.baselines.repair import RepairBaseline
-from lightning_backdoor.callbacks.defense import require_fraction, require_same_data
+from lightning_backdoor.callbacks.base import require_fraction, require_same_data
 from lightning_backdoor.callbacks.repairs import Repair
 from lightning_backdoor.callbacks.suspects import from_verdict
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.limits import about_to_end
+from lightning_backdoor.responses.limits import about_to_end
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["FineTuneTrusted"]
@@ -52,7 +52,7 @@ class FineTuneTrusted(RepairBaseline):
             raise ArgumentError("`verdict` must trust one sample at least, its mask `trusted` is empty. Leave it out.")
         if warmup_epochs not in (None, 0):
             raise ArgumentError(f"`warmup_epochs` must be 0 (now) or None (at the end), got {warmup_epochs}.")
-        self.given = verdict
+        self.external_verdict = verdict
         self.trusted = require_fraction("trusted", trusted)
         self.warmup_epochs = warmup_epochs
 
@@ -73,12 +73,12 @@ class FineTuneTrusted(RepairBaseline):
 
     def _require(self, trainer: Any, pl_module: Any) -> None:
         assert self._training_set is not None
-        require_same_data(self.given, self._training_set)
+        require_same_data(self.external_verdict, self._training_set)
 
     def _look(self, trainer: Any, pl_module: Any, done: int) -> None:
         data = self._training_set
         assert data is not None
-        judgement = from_verdict(self.given, data.read_labels(trainer, pl_module), trusted=self.trusted)
+        judgement = from_verdict(self.external_verdict, data.read_labels(trainer, pl_module), trusted=self.trusted)
         found, lacking = judgement.verdict, judgement.counts[2]
         if lacking:
             rank_zero_warn(f"Fine-tuning: no image of the classes {lacking} is trusted; the model may forget them.")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.baselines.baseline import Baseline
-from lightning_backdoor.callbacks.defense import require_fraction
-from lightning_backdoor.functional.decisions import select_fraction
-from lightning_backdoor.trainer.training_set import TrainingSet
+from lightning_backdoor.callbacks.base import require_fraction
+from lightning_backdoor.detection.cuts import select_fraction
+from lightning_backdoor.scanning.scanner import DatasetScanner
 
 __all__ = ["RandomFilter"]
 
@@ -40,11 +40,11 @@ class RandomFilter(Baseline):
         self.fraction = require_fraction("fraction", fraction)
 
     def _measure(
-        self, trainer: Any, pl_module: Any, data: TrainingSet, indices: Tensor, batch: Any
+        self, trainer: Any, pl_module: Any, data: DatasetScanner, indices: Tensor, batch: Any
     ) -> dict[str, Tensor]:
         return {}
 
     def _judge(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor, str]:
-        generator = torch.Generator().manual_seed(self.reading.seed)
+        generator = torch.Generator().manual_seed(self.options.seed)
         scores = torch.rand(len(found["labels"]), generator=generator)
         return scores, select_fraction(scores, self.fraction)[0], f"random({self.fraction:g})"

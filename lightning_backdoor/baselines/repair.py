@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from lightning_backdoor.baselines.baseline import merged_signature
 from lightning_backdoor.callbacks.repairing import RepairCallback
-from lightning_backdoor.trainer.training_set import Reading
+from lightning_backdoor.scanning.scanner import ScanOptions
 
 __all__ = ["RepairBaseline"]
 
@@ -72,7 +72,7 @@ class RepairBaseline(RepairCallback):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        reading = Reading(
+        options = ScanOptions(
             forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed,
             eval_dataset=eval_dataset,
         )  # fmt: skip
@@ -80,9 +80,9 @@ class RepairBaseline(RepairCallback):
             epochs=epochs,
             extra_epochs=extra_epochs,
             lr=lr,
-            reference=True,
+            paper_loop=True,
             max_removed=max_removed,
-            reading=reading,
+            options=options,
             report_dir=report_dir,
             name=name,
         )

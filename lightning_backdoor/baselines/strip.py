@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_backdoor.baselines.baseline import Baseline
-from lightning_backdoor.callbacks.defense import require_fraction, require_positive
+from lightning_backdoor.callbacks.base import require_fraction, require_positive
 from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.trainer.processes import in_unison
-from lightning_backdoor.trainer.training_set import TrainingSet
+from lightning_backdoor.scanning.distributed import raise_on_all_ranks
+from lightning_backdoor.scanning.scanner import DatasetScanner
 
 __all__ = ["STRIP", "blend", "select_by_rejection", "strip_scores"]
 
@@ -128,16 +128,16 @@ class STRIP(Baseline):
     def _scan(self, trainer: Any, pl_module: Any) -> dict[str, Tensor]:
         data = self._training_set
         assert data is not None
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.reading.seed))
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.options.seed))
         positions = order[: self.draws + 1]  # one more, for the images that are among them themselves
-        with in_unison(trainer, "reading of the images to blend in"):
+        with raise_on_all_ranks(trainer, "reading of the images to blend in"):
             overlays = data.images(positions.tolist()).to(pl_module.device)
         read = ~data.unread[positions]
         self._bank = positions[read], overlays[read.to(overlays.device)]
         return super()._scan(trainer, pl_module)
 
     def _measure(
-        self, trainer: Any, pl_module: Any, data: TrainingSet, indices: Tensor, batch: Any
+        self, trainer: Any, pl_module: Any, data: DatasetScanner, indices: Tensor, batch: Any
     ) -> dict[str, Tensor]:
         assert self._bank is not None
         positions, overlays = self._bank

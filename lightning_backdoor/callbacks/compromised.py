@@ -11,17 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
+from lightning_backdoor.detection.decision import Decision, add_removed, decide, decide_by_break
 from lightning_backdoor.errors import ModelError
-from lightning_backdoor.functional.evidence import Decision, add_removed, decide, decide_by_break
 from lightning_backdoor.functional.hyperplane import select_units
+from lightning_backdoor.scanning.distributed import raise_on_all_ranks
+from lightning_backdoor.scanning.isolation import isolated_eval
+from lightning_backdoor.scanning.measure_units import Measured
+from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.surgery.graph import ResidualMode
 from lightning_backdoor.surgery.reset import reset_units
 from lightning_backdoor.surgery.units import UnitLayer, find_units
-from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.etiquette import unobtrusive
-from lightning_backdoor.trainer.processes import in_unison
-from lightning_backdoor.trainer.training_set import TrainingSet
-from lightning_backdoor.trainer.unit_scan import Measured
 from lightning_backdoor.verdict import Verdict
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "reset_chosen",
 ]
 
-MIN_DRIVEN = 1.0  # distance of two means over the sum of both standard deviations
+MIN_SHIFT = 1.0  # distance of two means over the sum of both standard deviations
 
 Chosen = tuple[int, int, int, float]
 """Place of the layer, unit, class that drives it furthest, and score."""
@@ -58,7 +58,11 @@ def judge_samples(
         decision = decide_by_break(measured.raw_bias[rows], max_removed=max_removed)
     else:
         decision = decide(
-            measured.responses[rows], measured.bias[rows], measured.labels[rows], shared=shared, max_removed=max_removed
+            measured.activations[rows],
+            measured.bias[rows],
+            measured.labels[rows],
+            shared=shared,
+            max_removed=max_removed,
         )
     if earlier is None or keep is None:
         return decision
@@ -67,23 +71,23 @@ def judge_samples(
 
 
 def choose_units(
-    layers: Sequence[UnitLayer], excess: Tensor, driven: Tensor | None, *, reset_fraction: float
+    layers: Sequence[UnitLayer], activation_excess: Tensor, unit_shift: Tensor | None, *, reset_fraction: float
 ) -> list[Chosen]:
     """Choose the units of every layer that are reset; those of layers that do not learn are left alone.
 
     Args:
         layers: The layers, with U units in all.
-        excess: How far each class drives each unit out of its usual range, float ``(U, K)``.
-        driven: How far the suspicious samples drive each unit, float ``(U,)``: those are chosen that they drive more
+        activation_excess: How far each class drives each unit out of its usual range, float ``(U, K)``.
+        unit_shift: How far the suspicious samples drive each unit, float ``(U,)``: those are chosen that they drive more
             than one spread away or, where none is, the ones that they drive furthest. ``None``: the most compromised
             units of each layer, whatever their score.
         reset_fraction: Largest share of the units of a layer.
     """
-    strongest, of_class = excess.max(dim=1)
-    if driven is None:
+    strongest, of_class = activation_excess.max(dim=1)
+    if unit_shift is None:
         return _top(layers, strongest, of_class, reset_fraction, -math.inf)
-    return _top(layers, driven, of_class, reset_fraction, MIN_DRIVEN) or _top(
-        layers, driven, of_class, reset_fraction, 0.0
+    return _top(layers, unit_shift, of_class, reset_fraction, MIN_SHIFT) or _top(
+        layers, unit_shift, of_class, reset_fraction, 0.0
     )
 
 
@@ -98,15 +102,15 @@ def _top(
     return chosen
 
 
-def frozen_layers(layers: Sequence[UnitLayer], driven: Tensor) -> list[str]:
+def frozen_layers(layers: Sequence[UnitLayer], unit_shift: Tensor) -> list[str]:
     """Names of the layers that do not learn, but have units that the suspicious samples drive.
 
     Args:
         layers: The layers, with U units in all.
-        driven: How far the suspicious samples drive each unit, float ``(U,)``.
+        unit_shift: How far the suspicious samples drive each unit, float ``(U,)``.
     """
-    frozen = [(layer.name, driven[rows]) for layer, rows in _rows(layers) if not layer.trainable]
-    return [name for name, part in frozen if bool((part > MIN_DRIVEN).any())]
+    frozen = [(layer.name, unit_shift[rows]) for layer, rows in _rows(layers) if not layer.trainable]
+    return [name for name, part in frozen if bool((part > MIN_SHIFT).any())]
 
 
 def _rows(layers: Sequence[UnitLayer]) -> list[tuple[UnitLayer, slice]]:
@@ -115,13 +119,13 @@ def _rows(layers: Sequence[UnitLayer]) -> list[tuple[UnitLayer, slice]]:
     return [(layer, slice(end - layer.size, end)) for layer, end in zip(layers, ends, strict=True)]
 
 
-def find_layers(trainer: Any, pl_module: Any, data: TrainingSet, residual_mode: ResidualMode) -> list[UnitLayer]:
+def find_layers(trainer: Any, pl_module: Any, data: DatasetScanner, residual_mode: ResidualMode) -> list[UnitLayer]:
     """All layers whose units can be looked at.
 
     Those are ``trainable`` whose units can be reset now: nothing that they need is frozen, and an optimizer has their
     weights. What the others show counts for the samples all the same.
     """
-    with unobtrusive(trainer, pl_module), in_unison(trainer, "search for units"):
+    with isolated_eval(trainer, pl_module), raise_on_all_ranks(trainer, "search for units"):
         found = find_units(pl_module, data.few(trainer, pl_module), residual_mode=residual_mode)
     trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     return [replace(layer, trainable=layer.trainable and id(layer.layer.weight) in trained) for layer in found]

@@ -10,14 +10,14 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_backdoor.callbacks.defense import require_positive
+from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
+from lightning_backdoor.callbacks.base import require_positive
 from lightning_backdoor.callbacks.detecting import Detecting
 from lightning_backdoor.callbacks.repairing import RepairCallback
 from lightning_backdoor.callbacks.repairs import Repair
 from lightning_backdoor.callbacks.schedule import is_due
-from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.limits import about_to_end
-from lightning_backdoor.trainer.training_set import Reading
+from lightning_backdoor.responses.limits import about_to_end
+from lightning_backdoor.scanning.scanner import ScanOptions
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["DBRCallback"]
@@ -64,10 +64,10 @@ class DBRCallback(Detecting, RepairCallback):
             at the rate of ``"fresh"``. ``forward_fn`` and ``feature_layer`` are for the model alone.
         detector_steps: Steps in which the detector learns the labels, and as many of centre repulsion.
         fct_metric: How far features move; ``"auto"``: ``"cosine"`` where some are negative, else ``"mse"``.
-        draws: Transformations per image.
+        num_transforms: Transformations per image.
         transform: Replaces turning and shifting: takes and returns the pixels of one image, uint8 ``(1, C, H, W)``. It
             is called for every image under a seed of its own.
-        reference: The authors' loop without these bounds: every epoch, suspects first, with a constant rate.
+        paper_loop: The authors' loop without these bounds: every epoch, suspects first, with a constant rate.
         max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``. With ``suspect="auto"`` 15 %
             of each label are not suspect in any case (of the median label, where a label is larger).
         report_dir: Folder for the report (with ``name``, a sub-folder of it). ``None``: beside the logger's files;
@@ -116,9 +116,9 @@ class DBRCallback(Detecting, RepairCallback):
         detector: Literal["copy", "fresh"] | nn.Module = "copy",
         detector_steps: int = 200,
         fct_metric: Literal["auto", "mse", "cosine"] = "auto",
-        draws: int = 2,
+        num_transforms: int = 2,
         transform: Callable[[Tensor], Tensor] | None = None,
-        reference: bool = False,
+        paper_loop: bool = False,
         max_removed: float = 0.3,
         report_dir: str | Path | None = None,
         forward_fn: Callable[[Any, Any], Any] | None = None,
@@ -133,15 +133,15 @@ class DBRCallback(Detecting, RepairCallback):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        reading = Reading(
+        options = ScanOptions(
             forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed,
             eval_dataset=eval_dataset,
         )  # fmt: skip
         super().__init__(
             verdict=verdict, trusted=trusted, suspect=suspect, detector=detector, detector_steps=detector_steps,
-            fct_metric=fct_metric, draws=draws, transform=transform, max_removed=max_removed, reading=reading,
+            fct_metric=fct_metric, num_transforms=num_transforms, transform=transform, max_removed=max_removed, options=options,
             report_dir=report_dir, name=name, epochs=epochs, extra_epochs=extra_epochs, lr=lr,
-            reference=reference,
+            paper_loop=paper_loop,
         )  # fmt: skip
         self.warmup_epochs = 0 if warmup_epochs == 0 else require_positive("warmup_epochs", warmup_epochs)
 
@@ -153,13 +153,13 @@ class DBRCallback(Detecting, RepairCallback):
         chosen class by class, and the detector is trained by ``detector_steps`` of AdamW, the model repaired by the
         user's optimizer.
         """
-        paper = {"suspect": 0.05, "trusted": 0.2, "detector": "fresh", "draws": 1, "lr": 1e-4, "epochs": 20}
+        paper = {"suspect": 0.05, "trusted": 0.2, "detector": "fresh", "num_transforms": 1, "lr": 1e-4, "epochs": 20}
         return cls(**{**paper, "extra_epochs": 20, "reference": True, **overrides})
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the curation of the training loader; before a checkpoint is loaded, keep the first weights."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.detector == "fresh" and self.given is None:
+        if stage == "fit" and self.detector == "fresh" and self.external_verdict is None:
             self._initial = {k: v.detach().to("cpu", copy=True) for k, v in pl_module.state_dict().items()}
 
     @property
@@ -210,7 +210,7 @@ class DBRCallback(Detecting, RepairCallback):
         removed = self._adopt(judgement.verdict)
         suspects, trusted, lacking = judgement.counts
         self._last_look = done
-        self.history.append(Repair(done, removed, judgement.wanted, judgement.modes, suspects, trusted))
+        self.history.append(Repair(done, removed, judgement.num_flagged_before_cap, judgement.modes, suspects, trusted))
         if lacking:
             rank_zero_warn(f"D-BR: no repair, since no image of the classes {lacking} can be trusted. Raise `trusted`.")
         elif suspects:

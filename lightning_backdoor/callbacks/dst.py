@@ -11,19 +11,19 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_backdoor.callbacks.defense import require_alone, require_positive, require_rate
+from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
+from lightning_backdoor.callbacks.base import require_alone, require_positive, require_rate
 from lightning_backdoor.callbacks.detecting import Detecting
-from lightning_backdoor.callbacks.neighbourhood import accuracy_on_trusted, flags_of, second_look
+from lightning_backdoor.callbacks.neighborhood import accuracy_on_trusted, flags_of, second_look
 from lightning_backdoor.callbacks.stages import Training, evidence, sentence
 from lightning_backdoor.errors import ArgumentError, TrainerError
-from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.contrasting import Contrasting, Recipe
-from lightning_backdoor.trainer.etiquette import require_automatic
-from lightning_backdoor.trainer.flagged_batches import require_plain_batches
-from lightning_backdoor.trainer.limits import about_to_end, require_planned
-from lightning_backdoor.trainer.own_optimizer import parts_of
-from lightning_backdoor.trainer.phases import require_batches
-from lightning_backdoor.trainer.training_set import Reading
+from lightning_backdoor.loading.batch_schedule import require_batches
+from lightning_backdoor.responses.flagged_batches import require_plain_batches
+from lightning_backdoor.responses.limits import about_to_end, require_planned
+from lightning_backdoor.responses.own_optimizer import parts_of
+from lightning_backdoor.responses.two_stage import Contrasting, Recipe
+from lightning_backdoor.scanning.isolation import require_automatic
+from lightning_backdoor.scanning.scanner import ScanOptions
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["DSTCallback"]
@@ -59,9 +59,9 @@ class DSTCallback(Detecting):
         weight: Weight of the suspects in the second stage, at least 0 (the paper's lambda_p).
         projection: Width of the projection that the contrastive loss sees.
         reference_mask: Positives of the authors' code: all images with the label of a trusted one.
-        guided: Features learn from the cross-entropy of trusted images, too. ``False``: by contrast alone (the paper).
-        readmit: Let the neighbours of uncertain images decide whether they are trusted or suspect in the second stage.
-        neighbours: Trusted images that are asked, for that and for the log.
+        supervised_features: Features learn from the cross-entropy of trusted images, too. ``False``: by contrast alone (the paper).
+        reassign_uncertain: Let the neighbours of uncertain images decide whether they are trusted or suspect in the second stage.
+        neighbors: Trusted images that are asked, for that and for the log.
         views: Replaces the strong augmentation: from a batch, uint8 ``(B, C, H, W)``, to another, drawn for each image.
         trusted: Share of the images of every class whose labels count, in ``(0, 1)``.
         suspect: ``"auto"`` looks for second populations; a number in ``(0, 1)`` is the share of all images, those that
@@ -70,7 +70,7 @@ class DSTCallback(Detecting):
             pretrained. Or a network of your own; see :class:`DBRCallback`.
         detector_steps: Steps in which it learns the labels, and as many of centre repulsion.
         fct_metric: How far features move; ``"auto"``: ``"cosine"`` where some are negative, else ``"mse"``.
-        draws: Transformations per image.
+        num_transforms: Transformations per image.
         transform: Replaces turning and shifting in the detector: from one image, uint8 ``(1, C, H, W)``, to another.
         max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``. With ``suspect="auto"`` 15 %
             of each label are not suspect in any case (of the median label, where a label is larger).
@@ -119,16 +119,16 @@ class DSTCallback(Detecting):
         weight: float = 1e-3,
         projection: int = 128,
         reference_mask: bool = False,
-        guided: bool = True,
-        readmit: bool = True,
-        neighbours: int = 20,
+        supervised_features: bool = True,
+        reassign_uncertain: bool = True,
+        neighbors: int = 20,
         views: Callable[[Tensor], Tensor] | None = None,
         trusted: float = 0.8,
         suspect: Literal["auto"] | float = "auto",
         detector: Literal["copy", "fresh"] | nn.Module = "fresh",
         detector_steps: int = 200,
         fct_metric: Literal["auto", "mse", "cosine"] = "auto",
-        draws: int = 2,
+        num_transforms: int = 2,
         transform: Callable[[Tensor], Tensor] | None = None,
         max_removed: float = 0.3,
         report_dir: str | Path | None = None,
@@ -144,13 +144,13 @@ class DSTCallback(Detecting):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        reading = Reading(
+        options = ScanOptions(
             forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed,
             eval_dataset=eval_dataset,
         )  # fmt: skip
         super().__init__(
             verdict=verdict, trusted=trusted, suspect=suspect, detector=detector, detector_steps=detector_steps,
-            fct_metric=fct_metric, draws=draws, transform=transform, max_removed=max_removed, reading=reading,
+            fct_metric=fct_metric, num_transforms=num_transforms, transform=transform, max_removed=max_removed, options=options,
             report_dir=report_dir, name=name,
         )  # fmt: skip
         self.classifier_epochs = require_positive("classifier_epochs", classifier_epochs)
@@ -161,15 +161,29 @@ class DSTCallback(Detecting):
             raise ArgumentError(f"`weight` must be at least 0, got {weight}.")
         self.temperature, self.weight = temperature, weight
         self.projection = require_positive("projection", projection) or 1
-        self.reference_mask, self.guided, self.readmit, self.views = reference_mask, guided, readmit, views
-        self.neighbours = require_positive("neighbours", neighbours) or 1
+        self.reference_mask, self.supervised_features, self.reassign_uncertain, self.views = (
+            reference_mask,
+            supervised_features,
+            reassign_uncertain,
+            views,
+        )
+        self.neighbors = require_positive("neighbours", neighbors) or 1
         self.history: list[Training] = []
         self._run = self._new_run()
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> DSTCallback:
         """Use the authors' shares and losses, and no second look; this always suspects images."""
-        return cls(**{"suspect": 0.05, "trusted": 0.2, "draws": 1, "guided": False, "readmit": False, **overrides})
+        return cls(
+            **{
+                "suspect": 0.05,
+                "trusted": 0.2,
+                "num_transforms": 1,
+                "supervised_features": False,
+                "readmit": False,
+                **overrides,
+            }
+        )
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the curation of the training loader."""
@@ -236,8 +250,8 @@ class DSTCallback(Detecting):
         run.at_epoch_end(trainer)
         pl_module.log("backdoor/dst/loss", run.losses[-1])
         self.history[-1] = replace(self.history[-1], losses=(*run.losses,))
-        if run.neighbours_are_due:
-            self._ask_neighbours(trainer, pl_module, change=run.done >= plan.change)
+        if run.neighbors_are_due:
+            self._ask_neighbors(trainer, pl_module, change=run.done >= plan.change)
         ends = run.done >= plan.until or about_to_end(trainer)
         if ends:
             accuracy = accuracy_on_trusted(trainer, pl_module, *self._known()[1:])
@@ -265,11 +279,13 @@ class DSTCallback(Detecting):
 
     def _new_run(self) -> Contrasting:
         recipe = (self.classifier_epochs, self.lr, self.temperature, self.weight, self.projection, self.reference_mask)
-        return Contrasting(Recipe(*recipe, guided=self.guided, views=self.views, seed=self.reading.seed))
+        return Contrasting(
+            Recipe(*recipe, supervised_features=self.supervised_features, views=self.views, seed=self.options.seed)
+        )
 
     def _attach(self) -> None:
-        curation, data, verdict = self._known()
-        self._run.attach(data, curation, flags_of(verdict))
+        loader_filter, data, verdict = self._known()
+        self._run.attach(data, loader_filter, flags_of(verdict))
 
     def _look(self, trainer: Any, pl_module: Any) -> None:
         """Tell suspects, and let the two stages follow."""
@@ -278,7 +294,9 @@ class DSTCallback(Detecting):
         judgement = self._judge().judge(trainer, pl_module, data, self.verdict)
         suspects, trusted, lacking = judgement.counts
         self.history.append(
-            Training(self._adopt(judgement.verdict), judgement.wanted, judgement.modes, suspects, trusted)
+            Training(
+                self._adopt(judgement.verdict), judgement.num_flagged_before_cap, judgement.modes, suspects, trusted
+            )
         )
         pl_module.log("backdoor/dst/suspects", float(suspects))
         if suspects and lacking:
@@ -290,11 +308,11 @@ class DSTCallback(Detecting):
             self.history[-1] = replace(self.history[-1], change=self._run.features_epochs)
         self._tell(trainer, time.monotonic() - began)
 
-    def _ask_neighbours(self, trainer: Any, pl_module: Any, *, change: bool) -> None:
+    def _ask_neighbors(self, trainer: Any, pl_module: Any, *, change: bool) -> None:
         """Measure the features; when it is time for the classifier, reconsider uncertain images and go on with it."""
         _, data, before = self._known()
         mean, verdict, more, fewer = second_look(
-            trainer, pl_module, data, before, self.neighbours, readmit=change and self.readmit,
+            trainer, pl_module, data, before, self.neighbors, reassign_uncertain=change and self.reassign_uncertain,
             max_removed=self.max_removed,
         )  # fmt: skip
         pl_module.log("backdoor/dst/neighbour_agreement", mean)

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_backdoor.callbacks.defense import Defense, require_positive
+from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
+from lightning_backdoor.callbacks.base import Defense, require_positive
 from lightning_backdoor.callbacks.looks import Look
 from lightning_backdoor.callbacks.schedule import is_due
-from lightning_backdoor.functional.evidence import Decision
-from lightning_backdoor.trainer.checkpoint_files import tell_earlier_files
-from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.limits import about_to_end
-from lightning_backdoor.trainer.rewind import Rewind, require_rewindable
-from lightning_backdoor.trainer.training_set import Reading
+from lightning_backdoor.detection.decision import Decision
+from lightning_backdoor.responses.checkpointing import tell_earlier_files
+from lightning_backdoor.responses.limits import about_to_end
+from lightning_backdoor.responses.restart import Rewind, require_rewindable
+from lightning_backdoor.scanning.scanner import ScanOptions
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["FilterCallback"]
@@ -39,11 +39,11 @@ class FilterCallback(Defense):
         max_removed: float,
         rewind: bool,
         rescore_every: int | None,
-        reading: Reading,
+        options: ScanOptions,
         report_dir: str | Path | None,
         name: str | None,
     ) -> None:
-        super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
+        super().__init__(max_removed=max_removed, options=options, report_dir=report_dir, name=name)
         self.warmup_epochs = require_positive("warmup_epochs", warmup_epochs)
         self.rewind = rewind
         self.rescore_every = require_positive("rescore_every", rescore_every)
@@ -101,8 +101,8 @@ class FilterCallback(Defense):
             self._last_scan = 0  # another defence went back
         if self._rewind.is_due:
             tell_earlier_files(trainer, self.title or self.method, self._began)
-        if self._rewind.carry_out(trainer, pl_module) and self._curation is not None:
-            self._curation.restart_iterator()
+        if self._rewind.carry_out(trainer, pl_module) and self._loader_filter is not None:
+            self._loader_filter.restart_iterator()
             self._last_scan = 0
             if not self._looks_again():
                 self._rewind.forget()
@@ -127,10 +127,12 @@ class FilterCallback(Defense):
         self._last_scan = trainer.current_epoch + 1
         if removed and self.rewind and self._rewind.count < MAX_REWINDS:
             self._rewind.ask(trainer)
-        modes = tuple((mode.label, mode.separation) for mode in decision.modes)
+        modes = tuple((mode.label, mode.standardized_gap) for mode in decision.modes)
         run, rewinds = self._rewind.count + 1, self._rewind.is_due
         accuracy = float(found["right"].float().mean()) if "right" in found else None
-        self._looks.append(Look(self._last_scan, run, removed, decision.wanted, rewinds, modes, accuracy))
+        self._looks.append(
+            Look(self._last_scan, run, removed, decision.num_flagged_before_cap, rewinds, modes, accuracy)
+        )
         self._tell(trainer, pl_module, time.monotonic() - began)
         if not self._looks_again():
             self._forget_images()

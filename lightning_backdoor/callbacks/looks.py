@@ -7,10 +7,10 @@ from typing import Any
 
 from lightning_backdoor.callbacks.learned import little_learned
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.trainer.denoised_scan import DENOISERS
-from lightning_backdoor.trainer.training_set import TrainingSet
+from lightning_backdoor.scanning.measure_denoised import DENOISERS
+from lightning_backdoor.scanning.scanner import DatasetScanner
 
-__all__ = ["Look", "evidence", "largest_separation", "sentence"]
+__all__ = ["Look", "evidence", "largest_gap", "sentence"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Look:
         epochs: Epochs trained before it, counted from the last rewind.
         run: 1 before the first rewind of this defence, 2 after it, and so on.
         removed: Samples that it removed.
-        wanted: Samples that the rule pointed at in all, before ``max_removed`` limited it.
+        num_flagged_before_cap: Samples that the rule pointed at in all, before ``max_removed`` limited it.
         rewinds: Whether training started again because of it.
         modes: Label and separation of every second mode that it found.
         accuracy: Share of the samples that the model gave their label, in ``[0, 1]``; ``None`` if that was not asked.
@@ -30,7 +30,7 @@ class Look:
     epochs: int
     run: int
     removed: int
-    wanted: int
+    num_flagged_before_cap: int
     rewinds: bool
     modes: tuple[tuple[int, float], ...]
     accuracy: float | None = None
@@ -66,14 +66,14 @@ def sentence(looks: list[Look], total: int) -> str:
     )
 
 
-def largest_separation(looks: list[Look]) -> float:
+def largest_gap(looks: list[Look]) -> float:
     """The largest separation of all modes found so far, 0 without one."""
-    return max((separation for look in looks for _, separation in look.modes), default=0.0)
+    return max((standardized_gap for look in looks for _, standardized_gap in look.modes), default=0.0)
 
 
 def evidence(
     looks: list[Look],
-    data: TrainingSet,
+    data: DatasetScanner,
     *,
     meaning: str,
     denoised: bool = False,
@@ -93,9 +93,9 @@ def evidence(
         max_removed: The user's ``max_removed``.
     """
     modes = [
-        f"{label} (separation {separation:.1f}, found after {look.when})"
+        f"{label} (separation {standardized_gap:.1f}, found after {look.when})"
         for look in looks
-        for label, separation in look.modes
+        for label, standardized_gap in look.modes
     ]
     rewound = {look.rewinds for look in looks if look.removed}
     return Evidence(
@@ -108,7 +108,7 @@ def evidence(
             **({"classes with a second mode": ", ".join(modes) or "none"} if by_modes else {}),
         },
         score_meaning=meaning,
-        wanted=max(look.wanted for look in looks),
+        num_flagged_before_cap=max(look.num_flagged_before_cap for look in looks),
         max_removed=max_removed,
         rewound=rewound.pop() if len(rewound) == 1 else None,  # some of the times is neither yes nor no
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_backdoor.trainer.compat import rank_zero_warn
+from lightning_backdoor._lightning import rank_zero_warn
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["warn_of_majorities"]

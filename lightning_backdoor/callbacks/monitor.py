@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor.attacks import poisoned_mask
 from lightning_backdoor.attacks import triggered as make_triggered
+from lightning_backdoor.callbacks.hooks import TrainerCallback
 from lightning_backdoor.callbacks.validation_set import batch_size, first_loader, loaders_in, positions_used
 from lightning_backdoor.data.batches import BatchLayout, find_layout
 from lightning_backdoor.data.nesting import positions_in
@@ -23,11 +24,10 @@ from lightning_backdoor.data.structure import leaves_of
 from lightning_backdoor.data.views import scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.metrics import AttackSuccessRate, DetectionRates, RecoveredAccuracy
-from lightning_backdoor.trainer.etiquette import prepare_batch, require_unsharded
-from lightning_backdoor.trainer.hooks import TrainerCallback
-from lightning_backdoor.trainer.outputs import call_model
-from lightning_backdoor.trainer.replacing import require_replaceable
-from lightning_backdoor.trainer.scan import scan_read, shard
+from lightning_backdoor.scanning.isolation import prepare_batch, require_unsharded
+from lightning_backdoor.scanning.outputs import call_model
+from lightning_backdoor.scanning.replacing import require_replaceable
+from lightning_backdoor.scanning.scan import scan_read, shard
 from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:

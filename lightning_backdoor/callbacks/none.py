@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
+from lightning_backdoor.callbacks.base import (
+    Defense,
+    require_count,
+    require_fraction,
+    require_one_of,
+    require_positive,
+    require_rate,
+)
 from lightning_backdoor.callbacks.compromised import (
     Chosen,
     check_resettable,
@@ -20,14 +29,6 @@ from lightning_backdoor.callbacks.compromised import (
     frozen_layers,
     judge_samples,
     reset_chosen,
-)
-from lightning_backdoor.callbacks.defense import (
-    Defense,
-    require_count,
-    require_fraction,
-    require_one_of,
-    require_positive,
-    require_rate,
 )
 from lightning_backdoor.callbacks.round_report import evidence, last_word, sentence
 from lightning_backdoor.callbacks.rounds import (
@@ -41,20 +42,19 @@ from lightning_backdoor.callbacks.rounds import (
     unfinished,
 )
 from lightning_backdoor.callbacks.schedule import is_due, never_looked, repair_begins
-from lightning_backdoor.surgery.units import UnitLayer
-from lightning_backdoor.trainer.checkpoint_files import warn_of_treated_files
-from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.copies import restart_averages, weights
-from lightning_backdoor.trainer.etiquette import require_automatic
-from lightning_backdoor.trainer.finetuning import FineTuning, conclude, enough_epochs, is_finite
-from lightning_backdoor.trainer.limits import (
+from lightning_backdoor.responses.checkpointing import warn_of_treated_files
+from lightning_backdoor.responses.extra_epochs import FineTuning, conclude, enough_epochs, is_finite
+from lightning_backdoor.responses.limits import (
     about_to_end,
     epochs_left,
     planned_end,
     require_extendable,
 )
-from lightning_backdoor.trainer.training_set import Reading
-from lightning_backdoor.trainer.unit_scan import UnitScan
+from lightning_backdoor.responses.weight_copies import restart_averages, weights
+from lightning_backdoor.scanning.isolation import require_automatic
+from lightning_backdoor.scanning.measure_units import UnitScan
+from lightning_backdoor.scanning.scanner import ScanOptions
+from lightning_backdoor.surgery.units import UnitLayer
 
 __all__ = ["NONECallback"]
 
@@ -106,7 +106,7 @@ class NONECallback(Defense):
         samples: ``"drop"`` takes the samples out, ``"keep"`` leaves the data as they are and always resets the most
             compromised units, against backdoors that nobody planted (natural backdoors). ``"auto"`` is ``"drop"``.
         residual_mode: What belongs to a unit that enters a sum; see :func:`~lightning_backdoor.surgery.find_units`.
-        reference: Fine-tune as the authors: at a constant rate, with what the optimizer remembers of the reset weights,
+        paper_loop: Fine-tune as the authors: at a constant rate, with what the optimizer remembers of the reset weights,
             and without going back where it costs accuracy.
         max_removed: Largest share of the training set that may be removed, in ``(0, 1)``.
         report_dir: Folder for the report (with ``name``, a sub-folder of it). ``None``: beside the logger's files;
@@ -156,7 +156,7 @@ class NONECallback(Defense):
         rule: Literal["auto", "paper"] = "auto",
         samples: Literal["auto", "drop", "keep"] = "auto",
         residual_mode: Literal["branch_only", "reference", "full_group"] = "branch_only",
-        reference: bool = False,
+        paper_loop: bool = False,
         max_removed: float = 0.3,
         report_dir: str | Path | None = None,
         forward_fn: Callable[[Any, Any], Any] | None = None,
@@ -170,11 +170,11 @@ class NONECallback(Defense):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        reading = Reading(
+        options = ScanOptions(
             forward_fn, batch_fn, None, eval_transform, mean, std, batch_size, num_workers, seed,
             features=False, eval_dataset=eval_dataset,
         )  # fmt: skip
-        super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
+        super().__init__(max_removed=max_removed, options=options, report_dir=report_dir, name=name)
         self.warmup_epochs = require_positive("warmup_epochs", warmup_epochs)
         self.extra_epochs = require_count("extra_epochs", extra_epochs)
         self.rounds = require_positive("rounds", rounds)
@@ -187,7 +187,7 @@ class NONECallback(Defense):
         self.rule = require_one_of("rule", rule, ("auto", "paper"))
         self.samples = require_one_of("samples", samples, ("auto", "drop", "keep"))
         self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))
-        self.reference = reference
+        self.paper_loop = paper_loop
         self._by_quota = rule == "paper" or samples == "keep"
         self.history: list[Round] = []
         self._series, self._tuning = Series(), FineTuning()
@@ -346,28 +346,41 @@ class NONECallback(Defense):
         series, training, right = self._series, self._in_training, measured.predicted == measured.labels
         treated = [past for past in self.history if past.units][-series.treated :] if series.treated else []
         where: dict[str, Any] = {"training": training, "drops": not keeps, "by_quota": self._by_quota}
-        verdict, wanted = judgement(decision, self.verdict, measured.labels, right, treated=treated, **where)
+        verdict, num_flagged_before_cap = judgement(
+            decision, self.verdict, measured.labels, right, treated=treated, **where
+        )
         before = torch.ones_like(verdict.keep) if self.verdict is None else self.verdict.keep
         removed = self._adopt(verdict)
-        accuracy, obeyed = shares(measured.predicted, verdict, self._in_training)
+        accuracy, flagged_label_rate = shares(measured.predicted, verdict, self._in_training)
         chosen: list[Chosen] = []
-        anew = not treated and not keeps and (obeyed or 0.0) > STILL_OBEYED  # after a round that was undone
+        anew = not treated and not keeps and (flagged_label_rate or 0.0) > STILL_OBEYED  # after a round that was undone
         if self._by_quota or removed or unfinished(treated) or anew:
-            driven = None if self._by_quota else scan.driven(trainer, pl_module, ~verdict.keep)
-            if driven is not None and (frozen := frozen_layers(self._layers, driven)):
+            unit_shift = None if self._by_quota else scan.unit_shift(trainer, pl_module, ~verdict.keep)
+            if unit_shift is not None and (frozen := frozen_layers(self._layers, unit_shift)):
                 rank_zero_warn(
                     f"NONE: the removed images drive units of {', '.join(frozen)}, which do not learn (frozen, or in "
                     "no optimizer) and are not reset. The backdoor may stay: unfreeze them, or train anew without "
                     "`verdict.removed`."
                 )
-            found = choose_units(self._layers, measured.excess, driven, reset_fraction=self.reset_fraction)
+            found = choose_units(
+                self._layers, measured.activation_excess, unit_shift, reset_fraction=self.reset_fraction
+            )
             chosen = trainer.strategy.broadcast(found, src=0)
         series.last_look = trainer.current_epoch + 1
         end = planned_end(trainer)
         left = epochs_left(trainer, end, self.extra_epochs)
         units = tuple((self._layers[i].name, unit, label, score) for i, unit, label, score in chosen if left != 0)
-        modes = tuple((mode.label, mode.separation) for mode in decision.modes)
-        told = Round(series.last_look, removed, wanted, modes, units, measured.unconfident, accuracy, obeyed)
+        modes = tuple((mode.label, mode.standardized_gap) for mode in decision.modes)
+        told = Round(
+            series.last_look,
+            removed,
+            num_flagged_before_cap,
+            modes,
+            units,
+            measured.unconfident,
+            accuracy,
+            flagged_label_rate,
+        )
         self.history.append(replace(told, shared=decision.shared, no_room=bool(chosen) and left == 0))
         if units:
             series.begin(weights(trainer, pl_module), before, right)
@@ -375,7 +388,7 @@ class NONECallback(Defense):
             epochs = wanted_epochs if left is None else min(wanted_epochs, left)
             beyond = end is not None and series.last_look + epochs > end
             ordinary = self.lr is None and end is not None and not beyond
-            self._tuning.begin(trainer, epochs, self.lr, ordinary=ordinary, constant=self.reference, beyond=beyond)
+            self._tuning.begin(trainer, epochs, self.lr, ordinary=ordinary, constant=self.paper_loop, beyond=beyond)
         self._tell(trainer, pl_module, time.monotonic() - began)
 
     def _reset(self, trainer: Any, pl_module: Any) -> None:
@@ -384,8 +397,8 @@ class NONECallback(Defense):
             self._series.due = False
             places = {layer.name: place for place, layer in enumerate(self._layers)}
             chosen = [(places[name], unit, label, score) for name, unit, label, score in self.history[-1].units]
-            seed = self.reading.seed + len(self.history) * len(self._layers)
-            optimizers = () if self.reference else trainer.optimizers
+            seed = self.options.seed + len(self.history) * len(self._layers)
+            optimizers = () if self.paper_loop else trainer.optimizers
             reset_chosen(self._layers, chosen, mode=self.reset, optimizers=optimizers, seed=seed)
             restart_averages(trainer, pl_module)
 
@@ -398,7 +411,7 @@ class NONECallback(Defense):
         with self._acting():
             predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
             judged = self.history[-1].judged(predicted, self.verdict, series, self._in_training)
-            if self.reference:
+            if self.paper_loop:
                 judged = replace(judged, undone=not is_finite(pl_module), readmitted=False)
             self.history[-1] = judged
             conclude(trainer, pl_module, series.before if judged.undone else None)
@@ -423,10 +436,12 @@ class NONECallback(Defense):
         assert self.verdict is not None
         with self._acting():
             predicted = self._training_set.predict(trainer, pl_module, description="NONE check")
-            accuracy, obeyed = shares(predicted, self.verdict, self._in_training)
+            accuracy, flagged_label_rate = shares(predicted, self.verdict, self._in_training)
             done, gone = trainer.current_epoch + 1, int((~self.verdict.keep).sum())
             self._series.judged = done
-            self.history.append(Round(done, 0, last.wanted, (), (), (), accuracy, obeyed, again=gone))
+            self.history.append(
+                Round(done, 0, last.num_flagged_before_cap, (), (), (), accuracy, flagged_label_rate, again=gone)
+            )
             self._tell(trainer, pl_module, time.monotonic() - began)
 
     def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_backdoor.callbacks.defense import Defense, require_count, require_positive, require_rate
+from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
+from lightning_backdoor.callbacks.base import Defense, require_count, require_positive, require_rate
 from lightning_backdoor.callbacks.repairs import Repair, evidence, sentence
 from lightning_backdoor.callbacks.rounds import STILL_OBEYED, shares
 from lightning_backdoor.callbacks.schedule import repair_begins
 from lightning_backdoor.callbacks.suspects import split_of
-from lightning_backdoor.trainer.checkpoint_files import warn_of_treated_files
-from lightning_backdoor.trainer.compat import rank_zero_info, rank_zero_warn
-from lightning_backdoor.trainer.etiquette import require_automatic
-from lightning_backdoor.trainer.limits import about_to_end, epochs_left, planned_end, require_extendable
-from lightning_backdoor.trainer.phases import require_batches
-from lightning_backdoor.trainer.training_set import Reading
-from lightning_backdoor.trainer.unlearning import Unlearning
+from lightning_backdoor.loading.batch_schedule import require_batches
+from lightning_backdoor.responses.checkpointing import warn_of_treated_files
+from lightning_backdoor.responses.limits import about_to_end, epochs_left, planned_end, require_extendable
+from lightning_backdoor.responses.unlearn import Unlearning
+from lightning_backdoor.scanning.isolation import require_automatic
+from lightning_backdoor.scanning.scanner import ScanOptions
 
 __all__ = ["RepairCallback"]
 
@@ -43,17 +43,17 @@ class RepairCallback(Defense):
         epochs: int,
         extra_epochs: int,
         lr: float | None,
-        reference: bool,
+        paper_loop: bool,
         max_removed: float,
-        reading: Reading,
+        options: ScanOptions,
         report_dir: str | Path | None,
         name: str | None,
     ) -> None:
-        super().__init__(max_removed=max_removed, reading=reading, report_dir=report_dir, name=name)
+        super().__init__(max_removed=max_removed, options=options, report_dir=report_dir, name=name)
         self.epochs = require_positive("epochs", epochs) or 1
         self.extra_epochs = require_count("extra_epochs", extra_epochs)
         self.lr = require_rate("lr", lr)
-        self.reference = reference
+        self.paper_loop = paper_loop
         self.history: list[Repair] = []
         self._last_look: int | None = None
         self._run = self._new_run()
@@ -100,8 +100,8 @@ class RepairCallback(Defense):
                     self._look(trainer, pl_module, trainer.current_epoch)
             trainer.should_stop = trainer.should_stop or not self._run.left
         self._run.let_go()
-        if self._run.left and self._curation is not None:
-            self._curation.restart_iterator()
+        if self._run.left and self._loader_filter is not None:
+            self._loader_filter.restart_iterator()
             self._run.count_batches()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -131,7 +131,7 @@ class RepairCallback(Defense):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say so if training ends with a model that is not repaired."""
-        remaining = self.history[-1].remaining if self.history and not self.reference else None
+        remaining = self.history[-1].remaining if self.history and not self.paper_loop else None
         if remaining is not None and remaining > STILL_OBEYED:
             rank_zero_warn(
                 f"{self.title} ends with a model that gives {remaining:.1%} of the suspect images their label: part of "
@@ -162,7 +162,7 @@ class RepairCallback(Defense):
         super()._leave()
 
     def _new_run(self) -> Unlearning:
-        return Unlearning(lr=self.lr, reference=self.reference, seed=self.reading.seed, method=self.title)
+        return Unlearning(lr=self.lr, paper_loop=self.paper_loop, seed=self.options.seed, method=self.title)
 
     @property
     def _before_repair(self) -> dict[str, Any] | None:
@@ -175,8 +175,8 @@ class RepairCallback(Defense):
     def _attach(self) -> None:
         assert self.verdict is not None
         assert self._training_set is not None
-        assert self._curation is not None
-        self._run.attach(self._training_set, self._curation, split_of(self.verdict, self.reading.seed))
+        assert self._loader_filter is not None
+        self._run.attach(self._training_set, self._loader_filter, split_of(self.verdict, self.options.seed))
 
     def _begin(self, trainer: Any, pl_module: Any, done: int) -> None:
         """Let a repair by the verdict follow, or say that no epoch is left for one."""
@@ -198,7 +198,10 @@ class RepairCallback(Defense):
             over = run.at_epoch_end(trainer, pl_module)
         if over:
             self.history[-1] = replace(
-                self.history[-1], accuracy=(*run.accuracy,), obeyed=(*run.obeyed,), undone=(*run.undone,)
+                self.history[-1],
+                accuracy=(*run.accuracy,),
+                flagged_label_rate=(*run.flagged_label_rate,),
+                undone=(*run.undone,),
             )
             self._tell(trainer, pl_module, time.monotonic() - began)
             trainer.should_stop = trainer.should_stop or self._at_once()
@@ -207,7 +210,7 @@ class RepairCallback(Defense):
     def _look_at_suspects(self, trainer: Any, pl_module: Any) -> None:
         """At the end of training, see what the model makes of suspects that were unlearned epochs ago."""
         last = self.history[-1] if self.history else None
-        if last is None or not last.suspects or not last.undone or self.reference or not about_to_end(trainer):
+        if last is None or not last.suspects or not last.undone or self.paper_loop or not about_to_end(trainer):
             return
         began, data = time.monotonic(), self._training_set
         assert data is not None

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.trainer.training_set import TrainingSet
+from lightning_backdoor.scanning.scanner import DatasetScanner
 
 __all__ = ["Repair", "evidence", "sentence"]
 
@@ -26,12 +26,12 @@ class Repair:
     Attributes:
         epochs: Epochs trained before it.
         removed: Samples that it removed from training.
-        wanted: Samples that the rule pointed at in all, before ``max_removed`` limited it.
+        num_flagged_before_cap: Samples that the rule pointed at in all, before ``max_removed`` limited it.
         modes: Label and separation of every second mode that was found.
         suspects: Samples to be unlearned; 0 if nothing is to be repaired, or by learning alone.
         trusted: Samples to be learned anew.
         accuracy: Share of the watched samples that got their label, before and after every epoch of repair.
-        obeyed: Share of the suspects that got their label, before and after every epoch.
+        flagged_label_rate: Share of the suspects that got their label, before and after every epoch.
         undone: For every epoch whether the weights went back because accuracy had suffered.
         no_room: Whether nothing was repaired for want of epochs.
         at_end: Share of the images in training and of the removed ones that got their label at the end of training, if
@@ -40,12 +40,12 @@ class Repair:
 
     epochs: int
     removed: int
-    wanted: int
+    num_flagged_before_cap: int
     modes: tuple[tuple[int, float], ...]
     suspects: int
     trusted: int
     accuracy: tuple[float, ...] = ()
-    obeyed: tuple[float, ...] = ()
+    flagged_label_rate: tuple[float, ...] = ()
     undone: tuple[bool, ...] = ()
     no_room: bool = False
     at_end: tuple[float, float | None] | None = None
@@ -58,7 +58,7 @@ class Repair:
     def outcome(self) -> tuple[float, float]:
         """Accuracy and obeyed share of the weights that stayed: those of the last epoch that was not undone."""
         last = max((i + 1 for i, undone in enumerate(self.undone) if not undone), default=0)
-        return self.accuracy[last], self.obeyed[last]
+        return self.accuracy[last], self.flagged_label_rate[last]
 
     @property
     def remaining(self) -> float | None:
@@ -94,17 +94,23 @@ def sentence(repair: Repair, total: int) -> str:
             f"looked at {total:,} training images: {repair.suspects:,} will be unlearned, {repair.trusted:,} learned "
             "anew."
         )
-    accuracy, obeyed = repair.outcome
+    accuracy, flagged_label_rate = repair.outcome
     epochs = f"{len(repair.undone)} epoch{'s' if len(repair.undone) > 1 else ''}"
     back = f"; {sum(repair.undone)} of them cost too much accuracy and were undone" if any(repair.undone) else ""
-    suspects = f", of suspects given their label {repair.obeyed[0]:.1%} -> {obeyed:.1%}" if repair.suspects else ""
+    suspects = (
+        f", of suspects given their label {repair.flagged_label_rate[0]:.1%} -> {flagged_label_rate:.1%}"
+        if repair.suspects
+        else ""
+    )
     return (
         f"after {epochs} of repair: accuracy on training images {repair.accuracy[0]:.1%} -> {accuracy:.1%}{suspects}"
         f"{back}."
     )
 
 
-def evidence(repairs: list[Repair], data: TrainingSet, *, meaning: str, seconds: float, max_removed: float) -> Evidence:
+def evidence(
+    repairs: list[Repair], data: DatasetScanner, *, meaning: str, seconds: float, max_removed: float
+) -> Evidence:
     """What the report shows beside the verdict.
 
     Args:
@@ -127,15 +133,15 @@ def evidence(repairs: list[Repair], data: TrainingSet, *, meaning: str, seconds:
     if latest.undone:
         facts["repair"] = sentence(latest, len(data)).rstrip(".")
     rows = [
-        (i, f"{accuracy:.1%}", f"{obeyed:.1%}", "yes" if i and latest.undone[i - 1] else "")
-        for i, (accuracy, obeyed) in enumerate(zip(latest.accuracy, latest.obeyed, strict=True))
+        (i, f"{accuracy:.1%}", f"{flagged_label_rate:.1%}", "yes" if i and latest.undone[i - 1] else "")
+        for i, (accuracy, flagged_label_rate) in enumerate(zip(latest.accuracy, latest.flagged_label_rate, strict=True))
     ]
     head = ("epoch of repair", "accuracy on watched images", "suspects given their label", "undone")
     return Evidence(
         images=data.images,
         facts=facts,
         score_meaning=MEANING[meaning],
-        wanted=max(repair.wanted for repair in repairs),
+        num_flagged_before_cap=max(repair.num_flagged_before_cap for repair in repairs),
         max_removed=max_removed,
         treatment=f"The model was repaired: {sentence(latest, len(data))}" if latest.undone else "",
         tables={"Repair, epoch by epoch": (head, rows)} if latest.undone else {},

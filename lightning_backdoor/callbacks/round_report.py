@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning_backdoor.callbacks.learned import little_learned
 from lightning_backdoor.callbacks.rounds import OWN_LABEL, Round, reset_units
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.trainer.training_set import TrainingSet
+from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["evidence", "last_word", "sentence"]
@@ -28,19 +28,23 @@ def sentence(rounds: list[Round], total: int) -> str:
     if latest.again:
         return (
             f"at the end of training: accuracy on training images {latest.accuracy:.1%}; of {latest.again:,} removed "
-            f"images {latest.obeyed or 0.0:.1%} are given their label{_outcome(latest)}."
+            f"images {latest.flagged_label_rate or 0.0:.1%} are given their label{_outcome(latest)}."
         )
     if not latest.units and latest.no_room:
-        given = "" if latest.obeyed is None else f", {latest.obeyed:.1%} of all that are removed given their label"
+        given = (
+            ""
+            if latest.flagged_label_rate is None
+            else f", {latest.flagged_label_rate:.1%} of all that are removed given their label"
+        )
         return (
             f"looked at {total:,} training images: {latest.removed:,} removed{given}, no unit reset, since no epoch is "
             "left for fine-tuning: the backdoor may still be there. Allow some (`extra_epochs`), or train anew without "
             "the removed images."
         )
-    if not latest.units and not latest.removed and latest.obeyed is not None:
+    if not latest.units and not latest.removed and latest.flagged_label_rate is not None:
         return (
             f"looked again at {total:,} training images: nothing new was found; of the images removed before "
-            f"{latest.obeyed:.1%} are given their label{_outcome(latest)}."
+            f"{latest.flagged_label_rate:.1%} are given their label{_outcome(latest)}."
         )
     if not latest.units:
         unmet = ", but no unit that they drive can be reset: the backdoor may still be there" if latest.removed else ""
@@ -51,10 +55,10 @@ def sentence(rounds: list[Round], total: int) -> str:
     if latest.accuracy_after is None:
         return f"looked at {total:,} training images: {latest.removed:,} removed, {units}; fine-tuning follows."
     accuracy = f"accuracy on training images {latest.accuracy:.1%} -> {latest.accuracy_after:.1%}"
-    obeyed = ""
-    if latest.obeyed is not None and latest.obeyed_after is not None:
-        obeyed = f", of removed images given their label {latest.obeyed:.1%} -> {latest.obeyed_after:.1%}"
-    return f"after fine-tuning: {accuracy}{obeyed}{_outcome(latest)}."
+    flagged_label_rate = ""
+    if latest.flagged_label_rate is not None and latest.flagged_label_rate_after is not None:
+        flagged_label_rate = f", of removed images given their label {latest.flagged_label_rate:.1%} -> {latest.flagged_label_rate_after:.1%}"
+    return f"after fine-tuning: {accuracy}{flagged_label_rate}{_outcome(latest)}."
 
 
 def _outcome(round_: Round) -> str:
@@ -65,7 +69,7 @@ def _outcome(round_: Round) -> str:
         return "; the rounds cost too much accuracy, so the weights went back: the backdoor may still be there"
     if not round_.remains:
         return ""
-    rate = (round_.obeyed if round_.accuracy_after is None else round_.obeyed_after) or 0.0
+    rate = (round_.flagged_label_rate if round_.accuracy_after is None else round_.flagged_label_rate_after) or 0.0
     if rate > OWN_LABEL:
         return (
             "; the backdoor may still be there, or these may be clean images of one kind or have true labels "
@@ -85,14 +89,14 @@ def last_word(latest: Round, verdict: Verdict) -> str:
     """
     if not latest.remains or latest.undone or latest.no_room:
         return ""
-    rate = (latest.obeyed if latest.accuracy_after is None else latest.obeyed_after) or 0.0
+    rate = (latest.flagged_label_rate if latest.accuracy_after is None else latest.flagged_label_rate_after) or 0.0
     return (
         f"ends with a model that gives {rate:.1%} of the {len(verdict.removed):,} removed images their label"
         f"{_outcome(latest)}. To be sure, train anew without them."
     )
 
 
-def evidence(rounds: list[Round], data: TrainingSet, *, rule: str, seconds: float, max_removed: float) -> Evidence:
+def evidence(rounds: list[Round], data: DatasetScanner, *, rule: str, seconds: float, max_removed: float) -> Evidence:
     """What the report shows beside the verdict that all rounds together led to.
 
     Args:
@@ -127,7 +131,7 @@ def evidence(rounds: list[Round], data: TrainingSet, *, rule: str, seconds: floa
         images=data.images,
         facts=facts,
         score_meaning=MEANING if rule == "auto" else MEANING_PAPER,
-        wanted=max(0 if round_.readmitted else round_.wanted for round_ in rounds),
+        num_flagged_before_cap=max(0 if round_.readmitted else round_.num_flagged_before_cap for round_ in rounds),
         max_removed=max_removed,
         treatment=_treatment(rounds),
         tables={"Units that were reset": (head, rows)} if rows else {},

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_backdoor.functional.evidence import Decision
+from lightning_backdoor.detection.decision import Decision
 from lightning_backdoor.verdict import Verdict
 
 __all__ = [
@@ -38,14 +38,14 @@ class Round:
     Attributes:
         epochs: Epochs trained before it.
         removed: Samples that it removed from training.
-        wanted: Samples that the rule pointed at in all, before ``max_removed`` limited it.
+        num_flagged_before_cap: Samples that the rule pointed at in all, before ``max_removed`` limited it.
         modes: Label and separation of every second mode that it found.
         units: Layer, unit, class and score of every unit that it reset.
         unconfident: Classes without a confident sample, which were given another threshold.
         accuracy: Share of the samples in training that got their label before it, in ``[0, 1]``.
-        obeyed: Share of the removed samples that got their label before it; ``None`` without any.
+        flagged_label_rate: Share of the removed samples that got their label before it; ``None`` without any.
         accuracy_after: The same after fine-tuning; ``None`` while it lasts.
-        obeyed_after: The same after fine-tuning.
+        flagged_label_rate_after: The same after fine-tuning.
         undone: Whether the weights went back because accuracy had suffered.
         shared: Whether most labels share the second mode, as under an all-to-all attack.
         readmitted: Whether the samples came back, because the model gives them their label without having seen them.
@@ -55,14 +55,14 @@ class Round:
 
     epochs: int
     removed: int
-    wanted: int
+    num_flagged_before_cap: int
     modes: tuple[tuple[int, float], ...]
     units: tuple[tuple[str, int, int, float], ...]
     unconfident: tuple[int, ...]
     accuracy: float
-    obeyed: float | None
+    flagged_label_rate: float | None
     accuracy_after: float | None = None
-    obeyed_after: float | None = None
+    flagged_label_rate_after: float | None = None
     undone: bool = False
     shared: bool = False
     readmitted: bool = False
@@ -72,7 +72,7 @@ class Round:
     @property
     def remains(self) -> bool:
         """Whether the model gives over a tenth of the removed samples their label, as far as was looked last."""
-        rate = self.obeyed if self.accuracy_after is None or self.undone else self.obeyed_after
+        rate = self.flagged_label_rate if self.accuracy_after is None or self.undone else self.flagged_label_rate_after
         return rate is not None and rate > STILL_OBEYED and not self.readmitted
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,13 +94,17 @@ class Round:
         assert verdict.labels is not None
         assert series.right is not None
         assert series.keep is not None
-        after, obeyed = shares(predicted, verdict, training)
+        after, flagged_label_rate = shares(predicted, verdict, training)
         new = series.keep & ~verdict.keep
         own_label = bool(new.any()) and _share((predicted == verdict.labels)[new]) > after / 2
         lost = _share(series.right[verdict.keep if training is None else training]) - after
         readmitted, undone = self.shared and own_label, lost > MAX_LOSS
         return replace(
-            self, accuracy_after=after, obeyed_after=obeyed, undone=readmitted or undone, readmitted=readmitted
+            self,
+            accuracy_after=after,
+            flagged_label_rate_after=flagged_label_rate,
+            undone=readmitted or undone,
+            readmitted=readmitted,
         )
 
 
@@ -170,19 +174,19 @@ def judgement(
         drops: Whether samples leave the training set at all.
         by_quota: Whether those leave that a decision points at, come what may.
     """
-    keep, wanted = decision.keep, decision.wanted
+    keep, num_flagged_before_cap = decision.keep, decision.num_flagged_before_cap
     before = torch.ones_like(keep) if earlier is None else earlier.keep
     new = before & ~keep
-    own_labels = bool(treated) and (treated[-1].obeyed_after or 0.0) > OWN_LABEL
+    own_labels = bool(treated) and (treated[-1].flagged_label_rate_after or 0.0) > OWN_LABEL
     gone = training is not None and bool(new.any()) and not bool((new & training).any())
     no_reason = own_labels or (gone and _share(right[new]) <= STILL_OBEYED)
     if not drops or (no_reason and not by_quota):
-        keep, wanted = before, int((~before).sum())
+        keep, num_flagged_before_cap = before, int((~before).sum())
     threshold = decision.threshold
     if not torch.equal(keep, decision.keep):
         threshold = math.inf if bool(keep.all()) else float(decision.scores[keep].max())
     rule = earlier.rule if earlier is not None and torch.equal(keep, before) else decision.rule
-    return Verdict(decision.scores, keep, threshold, rule, labels), wanted
+    return Verdict(decision.scores, keep, threshold, rule, labels), num_flagged_before_cap
 
 
 def shares(predicted: Tensor, verdict: Verdict | None, training: Tensor | None = None) -> tuple[float, float | None]:
@@ -213,10 +217,10 @@ def unfinished(treated: list[Round]) -> bool:
     Args:
         treated: Rounds that reset units, one after the other.
     """
-    if not treated or treated[-1].obeyed is None or treated[-1].obeyed_after is None:
+    if not treated or treated[-1].flagged_label_rate is None or treated[-1].flagged_label_rate_after is None:
         return False
-    helped = len(treated) == 1 or treated[-1].obeyed_after < MOST_KEPT * treated[-1].obeyed
-    return helped and treated[-1].obeyed_after > STILL_OBEYED
+    helped = len(treated) == 1 or treated[-1].flagged_label_rate_after < MOST_KEPT * treated[-1].flagged_label_rate
+    return helped and treated[-1].flagged_label_rate_after > STILL_OBEYED
 
 
 def reset_units(rounds: list[Round]) -> set[tuple[str, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning_backdoor.callbacks.repairs import MEANING
 from lightning_backdoor.callbacks.suspects import Judge
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.trainer.training_set import TrainingSet
+from lightning_backdoor.scanning.scanner import DatasetScanner
 
 __all__ = ["Training", "evidence", "sentence"]
 
@@ -19,7 +19,7 @@ class Training:
 
     Attributes:
         removed: Samples that it removed from ordinary training.
-        wanted: Samples that the rule pointed at in all, before ``max_removed`` limited it.
+        num_flagged_before_cap: Samples that the rule pointed at in all, before ``max_removed`` limited it.
         modes: Label and separation of every second mode that was found.
         suspects: Samples that the classifier was turned away from; 0 if there was nothing to do.
         trusted: Samples whose labels were learned.
@@ -33,7 +33,7 @@ class Training:
     """
 
     removed: int
-    wanted: int
+    num_flagged_before_cap: int
     modes: tuple[tuple[int, float], ...]
     suspects: int
     trusted: int
@@ -91,7 +91,7 @@ def sentence(training: Training, total: int) -> str:
     return f"looked at {total:,} training images: {groups}. Features are learned first, the classifier next."
 
 
-def evidence(training: Training, data: TrainingSet, judge: Judge, seconds: float) -> Evidence:
+def evidence(training: Training, data: DatasetScanner, judge: Judge, seconds: float) -> Evidence:
     """What the report shows beside the verdict.
 
     Args:
@@ -124,7 +124,7 @@ def evidence(training: Training, data: TrainingSet, judge: Judge, seconds: float
         images=data.images,
         facts=facts,
         score_meaning=MEANING[judge.meaning],
-        wanted=training.wanted,
+        num_flagged_before_cap=training.num_flagged_before_cap,
         max_removed=judge.max_removed,
         treatment=f"The model was trained in two stages: {sentence(training, len(data))}" if training.losses else "",
         tables={"Training, epoch by epoch": (head, rows)} if rows else {},

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_backdoor.callbacks.base import require_same_data, spared
 from lightning_backdoor.callbacks.compromised import judge_samples
-from lightning_backdoor.callbacks.defense import require_same_data, spared
+from lightning_backdoor.detection.decision import Decision, add_removed, decide
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.consistency import select_trusted
-from lightning_backdoor.functional.evidence import Decision, add_removed, decide
-from lightning_backdoor.trainer.distinguish import Detector, Distinguished, distinguish, require_detector
-from lightning_backdoor.trainer.training_set import TrainingSet
-from lightning_backdoor.trainer.unlearning import Split
+from lightning_backdoor.responses.unlearn import Split
+from lightning_backdoor.scanning.measure_fct import Detector, Distinguished, distinguish, require_detector
+from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["Judge", "Judgement", "from_verdict", "judge", "masks_of", "split_of"]
@@ -29,12 +29,12 @@ class Judgement:
 
     Attributes:
         verdict: With ``trusted`` and ``suspect``.
-        wanted: Samples that the rule pointed at before ``max_removed`` limited it.
+        num_flagged_before_cap: Samples that the rule pointed at before ``max_removed`` limited it.
         modes: Label and separation of the second modes that were found.
     """
 
     verdict: Verdict
-    wanted: int
+    num_flagged_before_cap: int
     modes: tuple[tuple[int, float], ...]
 
     @property
@@ -51,14 +51,14 @@ class Judge:
     """Who tells suspects and trusted samples: a detector, or the verdict of another defence.
 
     Attributes:
-        given: That verdict; there is no detector then.
+        external_verdict: That verdict; there is no detector then.
         detector: How the detector is trained.
         suspect: ``"auto"``, or a share of all samples; see :func:`judge`.
         trusted: Share of the samples of each class.
         max_removed: Largest share of all samples that may be suspected.
     """
 
-    given: Verdict | None
+    external_verdict: Verdict | None
     detector: Detector
     suspect: str | float
     trusted: float
@@ -66,10 +66,10 @@ class Judge:
 
     @property
     def meaning(self) -> str:
-        """Where the scores are from: ``"given"``, ``"modes"`` or ``"fct"``."""
-        return "given" if self.given is not None else "modes" if self.suspect == "auto" else "fct"
+        """Where the scores are from: ``"external_verdict"``, ``"modes"`` or ``"fct"``."""
+        return "given" if self.external_verdict is not None else "modes" if self.suspect == "auto" else "fct"
 
-    def require(self, trainer: Any, pl_module: Any, data: TrainingSet) -> None:
+    def require(self, trainer: Any, pl_module: Any, data: DatasetScanner) -> None:
         """Check at the start of a fit what can be checked then.
 
         Raises:
@@ -78,8 +78,8 @@ class Judge:
             DataError: The verdict is on other data.
             ModelError: The model has no units that could be asked.
         """
-        if self.given is not None:
-            require_same_data(self.given, data)
+        if self.external_verdict is not None:
+            require_same_data(self.external_verdict, data)
         elif self.trusted * len(data) < data.num_classes:
             raise ArgumentError(
                 f"`trusted` must leave at least one image for each of {data.num_classes} classes, got {self.trusted} "
@@ -88,10 +88,10 @@ class Judge:
         else:
             require_detector(trainer, pl_module, data, self.detector, units=self.suspect == "auto")
 
-    def judge(self, trainer: Any, pl_module: Any, data: TrainingSet, earlier: Verdict | None) -> Judgement:
+    def judge(self, trainer: Any, pl_module: Any, data: DatasetScanner, earlier: Verdict | None) -> Judgement:
         """Judge all samples; every process must call it and gets the same judgement."""
-        if self.given is not None:
-            judgement = from_verdict(self.given, data.read_labels(trainer, pl_module), trusted=self.trusted)
+        if self.external_verdict is not None:
+            judgement = from_verdict(self.external_verdict, data.read_labels(trainer, pl_module), trusted=self.trusted)
         else:
             found = distinguish(trainer, pl_module, data, self.detector, units=self.suspect == "auto")
             judgement = judge(found, earlier, suspect=self.suspect, trusted=self.trusted, max_removed=self.max_removed)
@@ -123,21 +123,27 @@ def judge(
     verdict = Verdict(
         decision.scores, decision.keep, decision.threshold, decision.rule, found.labels, trusted=trust, suspect=suspects
     )
-    return Judgement(verdict, decision.wanted, tuple((mode.label, mode.separation) for mode in decision.modes))
+    return Judgement(
+        verdict, decision.num_flagged_before_cap, tuple((mode.label, mode.standardized_gap) for mode in decision.modes)
+    )
 
 
-def from_verdict(given: Verdict, labels: Tensor, *, trusted: float) -> Judgement:
+def from_verdict(external_verdict: Verdict, labels: Tensor, *, trusted: float) -> Judgement:
     """Take another defence's word for it: what it removed is suspect, what it found least suspicious is trusted.
 
     Args:
-        given: Its verdict; masks of its own are taken as they are.
+        external_verdict: Its verdict; masks of its own are taken as they are.
         labels: Labels of the samples, long ``(N,)``.
         trusted: Share of the samples of each class.
     """
-    suspect = ~given.keep if given.suspect is None else given.suspect
-    keep = given.keep & ~suspect
-    trust = select_trusted(given.scores, labels, keep, trusted) if given.trusted is None else given.trusted & keep
-    verdict = replace(given, keep=keep, labels=labels, trusted=trust, suspect=suspect)
+    suspect = ~external_verdict.keep if external_verdict.suspect is None else external_verdict.suspect
+    keep = external_verdict.keep & ~suspect
+    trust = (
+        select_trusted(external_verdict.scores, labels, keep, trusted)
+        if external_verdict.trusted is None
+        else external_verdict.trusted & keep
+    )
+    verdict = replace(external_verdict, keep=keep, labels=labels, trusted=trust, suspect=suspect)
     return Judgement(verdict, int(suspect.sum()), ())
 
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_backdoor.callbacks.defense import require_class, require_fraction, require_one_of
+from lightning_backdoor._lightning import rank_zero_info
+from lightning_backdoor.callbacks.base import require_class, require_fraction, require_one_of
 from lightning_backdoor.callbacks.filtering import FilterCallback
-from lightning_backdoor.callbacks.looks import evidence, largest_separation, sentence
-from lightning_backdoor.callbacks.neighbourhood import EarlyLook, early_look
+from lightning_backdoor.callbacks.looks import evidence, largest_gap, sentence
+from lightning_backdoor.callbacks.neighborhood import EarlyLook, early_look
 from lightning_backdoor.callbacks.schedule import warmup_or_half
-from lightning_backdoor.functional.evidence import Decision, add_removed, decide
-from lightning_backdoor.trainer.compat import rank_zero_info
-from lightning_backdoor.trainer.denoised_scan import DenoisedScan
-from lightning_backdoor.trainer.limits import planned_max_epochs
-from lightning_backdoor.trainer.training_set import Reading
+from lightning_backdoor.detection.decision import Decision, add_removed, decide
+from lightning_backdoor.responses.limits import planned_max_epochs
+from lightning_backdoor.scanning.measure_denoised import DenoisedScan
+from lightning_backdoor.scanning.scanner import ScanOptions
 
 __all__ = ["UltraCleanCallback"]
 
@@ -126,7 +126,7 @@ class UltraCleanCallback(FilterCallback):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        reading = Reading(
+        options = ScanOptions(
             forward_fn, batch_fn, feature_layer, eval_transform, mean, std, batch_size, num_workers, seed,
             eval_dataset=eval_dataset,
         )  # fmt: skip
@@ -135,7 +135,7 @@ class UltraCleanCallback(FilterCallback):
             max_removed=max_removed,
             rewind=rewind,
             rescore_every=rescore_every,
-            reading=reading,
+            options=options,
             report_dir=report_dir,
             name=name,
         )
@@ -175,7 +175,7 @@ class UltraCleanCallback(FilterCallback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Ask the neighbours early; scan, decide and prune when it is time."""
-        if self._asks_neighbours(trainer):
+        if self._asks_neighbors(trainer):
             assert self._training_set is not None
             self._early = early_look(trainer, pl_module, self._training_set)
         super().on_train_epoch_end(trainer, pl_module)
@@ -200,7 +200,7 @@ class UltraCleanCallback(FilterCallback):
             return sys.maxsize  # when training is about to end
         return warmup_or_half(self.warmup_epochs, planned_max_epochs(trainer))
 
-    def _asks_neighbours(self, trainer: Any) -> bool:
+    def _asks_neighbors(self, trainer: Any) -> bool:
         """Whether it is time for the early look: half-way to the first scan, and before it by an epoch at least."""
         wanted = (self.score, self.rule) == ("auto", "auto") and self.verdict is None and not trainer.fast_dev_run
         half_way = 2 * (trainer.current_epoch + 1) >= self._first_scan(trainer)
@@ -249,8 +249,8 @@ class UltraCleanCallback(FilterCallback):
     def _tell(self, trainer: Any, pl_module: Any, seconds: float) -> None:
         assert self.verdict is not None
         assert self._training_set is not None
-        removed, separation = float(len(self.verdict.removed)), largest_separation(self._looks)
-        pl_module.log_dict({"backdoor/ultraclean/removed": removed, "backdoor/ultraclean/separation": separation})
+        removed, standardized_gap = float(len(self.verdict.removed)), largest_gap(self._looks)
+        pl_module.log_dict({"backdoor/ultraclean/removed": removed, "backdoor/ultraclean/separation": standardized_gap})
         rank_zero_info(f"UltraClean {sentence(self._looks, len(self.verdict))}")
         shown = evidence(
             self._looks,

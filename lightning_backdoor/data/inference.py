@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_backdoor.data.normalisation import (
+from lightning_backdoor.data.normalization import (
     Affine,
     configured,
     has_own_units,
     in_levels,
     mentioned,
-    normalise_of,
+    normalize_of,
 )
 from lightning_backdoor.data.pixels import PixelSpace, four_dimensions, space_of
 from lightning_backdoor.errors import ArgumentError, DataError
@@ -81,7 +81,7 @@ def infer_pixel_space(
         raise _cannot_infer(images, f"{undone} leaves the pixel range")
     if whole:
         return _of_integers(images)
-    given = normalise_of(transform)
+    given = normalize_of(transform)
     if given is not None:
         return _as_given(transform, given, images)
     return _from_range(images, values, transform, model, beside)

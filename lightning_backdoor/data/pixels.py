@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_backdoor.data.normalisation import numbers
+from lightning_backdoor.data.normalization import numbers
 from lightning_backdoor.errors import ArgumentError, DataError
 
 __all__ = ["PixelSpace", "check_finite", "exact_dtype", "four_dimensions", "space_of"]

@@ -43,8 +43,8 @@ def _augmentation(channels: int, height: int, width: int) -> Any:
 
     geometry = [K.RandomResizedCrop((height, width), CROP, cropping_mode="resample"), K.RandomHorizontalFlip()]
     if channels == 3:
-        colours = [K.ColorJitter(JITTER, JITTER, JITTER, HUE, p=JITTERED), K.RandomGrayscale(p=GREY)]
+        colors = [K.ColorJitter(JITTER, JITTER, JITTER, HUE, p=JITTERED), K.RandomGrayscale(p=GREY)]
     else:
         around = (1 - JITTER, 1 + JITTER)
-        colours = [K.RandomBrightness(around, p=JITTERED), K.RandomContrast(around, p=JITTERED)]
-    return K.AugmentationSequential(*geometry, *colours, data_keys=["input"])
+        colors = [K.RandomBrightness(around, p=JITTERED), K.RandomContrast(around, p=JITTERED)]
+    return K.AugmentationSequential(*geometry, *colors, data_keys=["input"])

@@ -26,7 +26,7 @@ def fct_scores(
     Args:
         features: Penultimate features of the images, float ``(N, D)``.
         transformed: Features of the same images after the transformation, float ``(N, D)``.
-        metric: ``"mse"``, the mean squared difference, as the authors compute it; ``"normalised_mse"``, the same of
+        metric: ``"mse"``, the mean squared difference, as the authors compute it; ``"normalized_mse"``, the same of
             features of length one; ``"cosine"``, one minus the cosine of their angle. The first is for features that
             are not negative; on signed ones lengths drift during centre repulsion, so that directions tell more.
 
@@ -80,8 +80,8 @@ def center_repulsion_loss(features: Tensor, labels: Tensor) -> Tensor:
         )
     present, places = torch.unique(labels, return_inverse=True)
     members = F.one_hot(places, len(present)).to(features.dtype)
-    centres = F.normalize(members.T @ features / members.sum(dim=0)[:, None], dim=1)
-    cosines = centres @ centres.T
+    centers = F.normalize(members.T @ features / members.sum(dim=0)[:, None], dim=1)
+    cosines = centers @ centers.T
     return (cosines.sum() - cosines.diagonal().sum()) / len(present) ** 2
 
 

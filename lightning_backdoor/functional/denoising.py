@@ -19,14 +19,14 @@ from lightning_backdoor.functional.selection import select
 
 __all__ = ["local_median", "nl_means"]
 
-COLOUR_WINDOW = (2, 2, 3)
+COLOR_WINDOW = (2, 2, 3)
 NATIVE_FROM = 2**16  # pixels from which compiling a kernel, half a second once, repays itself over a scan
 MEDIAN_VALUES = 2**16  # values per comparison on a CPU: a dozen such rows of bytes stay in the second-level cache
 DEVICE_MEDIAN_VALUES = 2**24  # values per comparison on an accelerator
 
 
 @torch.no_grad()
-def local_median(images: Tensor, window: tuple[int, int, int] = COLOUR_WINDOW) -> Tensor:
+def local_median(images: Tensor, window: tuple[int, int, int] = COLOR_WINDOW) -> Tensor:
     """Replace every value by the median of its neighbours, those in the other colour channels included.
 
     Local median of UltraClean (`Zhao and Lao, 2023 <https://arxiv.org/abs/2312.10657>`_). Equal bit for bit to
@@ -59,7 +59,7 @@ def local_median(images: Tensor, window: tuple[int, int, int] = COLOUR_WINDOW) -
         )
     if images.numel() == 0:
         return images.clone()
-    if tuple(window) == COLOUR_WINDOW and images.shape[1] != 3:
+    if tuple(window) == COLOR_WINDOW and images.shape[1] != 3:
         window = (2, 2, 1)
     rows, columns, channels = window
     rank = rows * columns * channels // 2
@@ -129,16 +129,16 @@ def nl_means(images: Tensor, h: float = 5.0, h_color: float = 5.0, template: int
             raise ArgumentError(f"`{name}` must be an odd whole number of pixels, got {side!r}. Pass 7 or 13, say.")
     if images.numel() == 0:
         return images.clone()
-    colour = images.shape[1] == 3
-    batch = images if colour else images.flatten(0, 1).unsqueeze(1)
-    groups = [(1, h), (2, h_color)] if colour else [(1, h)]
+    color = images.shape[1] == 3
+    batch = images if color else images.flatten(0, 1).unsqueeze(1)
+    groups = [(1, h), (2, h_color)] if color else [(1, h)]
     number, _, height, width = batch.shape
     worthwhile = batch.device.type == "cpu" and number * height * width >= NATIVE_FROM
     native = worthwhile and native_kernel(template) is not None
     block = images_per_block(height, width, template // 2 + search // 2, batch.device, native)
 
     def smooth(pixels: Tensor) -> Tensor:
-        if not colour:
+        if not color:
             return smooth_planes(pixels, groups, template, search, native=native)
         lab = smooth_planes(rgb_to_lab(pixels.flip(1)), groups, template, search, native=native)
         return lab_to_rgb(lab).flip(1)

@@ -15,9 +15,9 @@ __all__ = [
     "bias_scores",
     "candidate_units",
     "compromise_scores",
-    "driven_units",
     "select_units",
     "strong_thresholds",
+    "unit_shifts",
 ]
 
 SIGMAS = 3.0  # of the responses to inputs that are surely of another class: the usual range of a unit
@@ -105,7 +105,7 @@ class HyperplaneStatistics:
         mean = self.sums / count
         return mean, (self.squares / count - mean.square()).clamp(min=0).sqrt()
 
-    def excess(self) -> Tensor:
+    def activation_excess(self) -> Tensor:
         """How far each class drives each unit out of its usual range, d, double ``(U, K)``."""
         mean, std = self.usual()
         scored = (self.confident > 0) & (self.others > 0)
@@ -113,7 +113,7 @@ class HyperplaneStatistics:
 
     def scores(self) -> Tensor:
         """Compromise scores: the largest excess over the classes, double ``(U,)``."""
-        return self.excess().amax(dim=1)
+        return self.activation_excess().amax(dim=1)
 
 
 def compromise_scores(activations: Tensor, probabilities: Tensor, strong: float = 0.9, weak: float = 0.1) -> Tensor:
@@ -212,12 +212,14 @@ def candidate_units(statistics: HyperplaneStatistics, limit: int) -> Tensor:
     if units <= limit:
         return torch.arange(units)
     _, std = statistics.usual()
-    ranked = (statistics.excess() / std.T.clamp(min=1e-12)).argsort(dim=0, descending=True, stable=True).flatten()
+    ranked = (
+        (statistics.activation_excess() / std.T.clamp(min=1e-12)).argsort(dim=0, descending=True, stable=True).flatten()
+    )
     place = torch.full((units,), len(ranked)).scatter_reduce_(0, ranked, torch.arange(len(ranked)), "amin")
     return place.argsort(stable=True)[:limit].sort().values
 
 
-def driven_units(statistics: HyperplaneStatistics) -> Tensor:
+def unit_shifts(statistics: HyperplaneStatistics) -> Tensor:
     """How far some samples drive each unit away from its responses to all others.
 
     Args:

@@ -184,8 +184,8 @@ def invert_trigger(
             mask, pattern = inversion.first(pixels, square=start > 0)
             mask = inversion.place(mask, pattern, pixels, steps=round(_PLACE * steps))
             inversion.paint(mask, pattern, steps=steps - round(_PLACE * steps))
-            colours = (_unit(pattern.detach()) * 255).round() / 255
-            found.append(InvertedTrigger(target, mask, colours * mask))
+            colors = (_unit(pattern.detach()) * 255).round() / 255
+            found.append(InvertedTrigger(target, mask, colors * mask))
     rated = [rate_trigger(model, images, labels, trigger) for trigger in found]
     return max(rated, key=lambda trigger: (trigger.success, -trigger.loss))
 

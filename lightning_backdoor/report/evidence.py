@@ -27,7 +27,7 @@ class Evidence:
         variants: Names of the denoised variants.
         facts: Rows for the table of facts, as name and value: epoch, seconds, gate statistic...
         score_meaning: One sentence that says what the score measures.
-        wanted: Images that the rule pointed at before ``max_removed`` limited it; ``None`` if there was no limit.
+        num_flagged_before_cap: Images that the rule pointed at before ``max_removed`` limited it; ``None`` if there was no limit.
         max_removed: The limit that the user set, as a fraction of the training set.
         rewound: ``True`` if training started again from its first weights, ``False`` if it went on with the weights
             it had, ``None`` if this is not known.
@@ -45,7 +45,7 @@ class Evidence:
     variants: Sequence[str] = ("local median", "non-local means")
     facts: Mapping[str, str | int | float] = field(default_factory=dict)
     score_meaning: str = ""
-    wanted: int | None = None
+    num_flagged_before_cap: int | None = None
     max_removed: float | None = None
     rewound: bool | None = None
     treatment: str = ""

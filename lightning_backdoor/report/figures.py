@@ -92,13 +92,13 @@ def histogram(verdict: Verdict) -> bytes:
         figure = blank_figure(9, 4.2)
         axes = figure.add_axes((0.12, 0.14, 0.85, 0.75))
         tallest = 1
-        for mask, colour, name in ((keep, _KEPT, "kept"), (~keep, _REMOVED, "removed")):
+        for mask, color, name in ((keep, _KEPT, "kept"), (~keep, _REMOVED, "removed")):
             if mask.any():
                 counts, _ = np.histogram(np.clip(scores[mask & ~np.isnan(scores)], low, high), bins=edges)
                 tallest = max(tallest, int(counts.max()))
                 bars = np.maximum(counts, _FLOOR)
                 axes.stairs(
-                    bars, edges, baseline=_FLOOR, fill=True, color=colour, alpha=0.85, label=f"{name} ({mask.sum():,})"
+                    bars, edges, baseline=_FLOOR, fill=True, color=color, alpha=0.85, label=f"{name} ({mask.sum():,})"
                 )
         _mark_threshold(axes, verdict.threshold, low, high)
         _mark_outside(axes, scores, low, high)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from lightning_backdoor.functional.evidence import OF_LABEL
+from lightning_backdoor.detection.decision import OF_LABEL
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.table import ClassRow
 from lightning_backdoor.verdict import Verdict
@@ -122,16 +122,16 @@ def _nothing(looked: str, total: int, treatment: str) -> Summary:
 
 
 def _capped(looked: str, where: str, rule: str, *, removed: int, total: int, evidence: Evidence) -> Summary:
-    wanted, max_removed = evidence.wanted or 0, evidence.max_removed
+    num_flagged_before_cap, max_removed = evidence.num_flagged_before_cap or 0, evidence.max_removed
     limit = "`max_removed`" if max_removed is None else f"`max_removed={max_removed:g}`"
     if OF_LABEL in rule:  # a kind of image, or a trigger: whichever it is, `max_removed` would change nothing
         limit = f"{limit} or the limit of a label" if "max_removed(" in rule else "the limit of a label"
     only = f"only the {removed:,} most suspicious {_were(removed)}" if removed else "none was"
-    left = wanted - removed
+    left = num_flagged_before_cap - removed
     return Summary(
         headline=f"{removed:,} of {total:,} training images {_were(removed)} removed, then the limit was reached",
         looked=looked,
-        found=f"{count(wanted, 'image')} ({percent(wanted, total)}) stood out, more than {limit} allows.",
+        found=f"{count(num_flagged_before_cap, 'image')} ({percent(num_flagged_before_cap, total)}) stood out, more than {limit} allows.",
         done=f"The limit cut the removal short: {only} taken out.{where} "
         f"The other {count(left, 'image')} that stood out {'is' if left == 1 else 'are'} still in the training set.",
         then=OF_ONE_LABEL if OF_LABEL in rule else OF_ALL,
@@ -153,7 +153,7 @@ def summarise(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evi
     total, removed = len(verdict), int((~verdict.keep).sum())
     looked = _looked(verdict, method, rows, evidence)
     where = _where(rows, evidence)
-    if evidence.wanted is not None and evidence.wanted > removed:
+    if evidence.num_flagged_before_cap is not None and evidence.num_flagged_before_cap > removed:
         capped = _capped(looked, where, verdict.rule, removed=removed, total=total, evidence=evidence)
         return capped._replace(done=" ".join(filter(None, (capped.done, evidence.treatment))))
     if removed == 0:

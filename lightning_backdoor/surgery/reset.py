@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_backdoor.errors import ArgumentError, ModelError
-from lightning_backdoor.surgery.strands import Slice
+from lightning_backdoor.surgery.unit_trace import Slice
 from lightning_backdoor.surgery.units import UnitLayer
 
 __all__ = ["reset_units"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_backdoor.surgery.graph import Call, Pairs, register_rule
 from lightning_backdoor.surgery.nested import tensors_in
-from lightning_backdoor.surgery.strands import NOTHING, Slice, Strand
+from lightning_backdoor.surgery.unit_trace import NOTHING, Slice, Strand
 
 __all__ = ["register_rule"]
 
@@ -74,7 +74,7 @@ def _depthwise(call: Call, copies: int) -> Iterator[tuple[Tensor, Strand]]:
 def _norm(call: Call) -> Pairs:
     weight, bias = call.argument(3, "weight"), call.argument(4, "bias")
     statistics = call.argument(1, "running_mean"), call.argument(2, "running_var")
-    return _normalise(call, weight, bias, statistics)
+    return _normalize(call, weight, bias, statistics)
 
 
 @register_rule("group_norm")
@@ -83,10 +83,10 @@ def _group_norm(call: Call) -> Pairs:
         for strand in call.everything():
             call.graph.lose(strand, "a group norm couples it to other channels")
         return ()
-    return _normalise(call, call.argument(2, "weight"), call.argument(3, "bias"), (None, None))
+    return _normalize(call, call.argument(2, "weight"), call.argument(3, "bias"), (None, None))
 
 
-def _normalise(call: Call, weight: Any, bias: Any, statistics: tuple[Any, Any]) -> Pairs:
+def _normalize(call: Call, weight: Any, bias: Any, statistics: tuple[Any, Any]) -> Pairs:
     """A norm that treats every channel alone; its affine entries and running statistics belong to the unit."""
     for strand in call.strands(call.first):
         owners = strand.owners(1)
@@ -211,7 +211,7 @@ def _sum(call: Call) -> Pairs:
         if norm is None or owners is None or len(owners) != len(norm.weight):
             pairs.append((call.output, replace(strand, zero=False)))
         else:  # a norm that is written out, as frozen ones are: scaled before, shifted here
-            pairs += _normalise(call, norm.weight, norm.bias, (norm.running_mean, norm.running_var))
+            pairs += _normalize(call, norm.weight, norm.bias, (norm.running_mean, norm.running_var))
     return pairs
 
 

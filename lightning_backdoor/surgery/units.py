@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_backdoor.errors import ModelError
 from lightning_backdoor.surgery.graph import Graph, ResidualMode, record
 from lightning_backdoor.surgery.heads import unit_layers
-from lightning_backdoor.surgery.strands import Producer, Slice
+from lightning_backdoor.surgery.unit_trace import Producer, Slice
 
 __all__ = ["UnitLayer", "find_units"]
 

@@ -47,7 +47,7 @@ def pictures(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
-def grey(level: int, *shape: int) -> Tensor:
+def gray(level: int, *shape: int) -> Tensor:
     return torch.full(shape, level, dtype=torch.uint8)
 
 
@@ -82,8 +82,8 @@ def test_repr_and_pickle_recreate_the_trigger(trigger):
 )  # fmt: skip
 def test_nothing_wraps_around(trigger):
     """These change a grey level by less than 70: a value that wrapped around would be at the other end."""
-    assert trigger(grey(0, 1, 3, 32, 32)).max() < 70
-    assert trigger(grey(255, 1, 3, 32, 32)).min() > 185
+    assert trigger(gray(0, 1, 3, 32, 32)).max() < 70
+    assert trigger(gray(255, 1, 3, 32, 32)).min() > 185
 
 
 @pytest.mark.parametrize("trigger", ALL, ids=repr)
@@ -99,7 +99,7 @@ def test_corners_by_hand():
         (-1, -1): 1, (-1, -2): -1, (-1, -3): 1, (-2, -1): -1, (-2, -2): 1, (-2, -3): -1,
         (-3, -1): 1, (-3, -2): -1, (-3, -3): -1,
     }  # fmt: skip
-    image = grey(100, 3, 10, 12)
+    image = gray(100, 3, 10, 12)
     expected = {corners: image.int() for corners in (1, 4)}
     for (row, column), sign in signs.items():
         expected[1][:, row, column] += 64 * sign
@@ -180,9 +180,9 @@ def test_adaptive_patch_by_hand():
             for (top, left), (high, wide, *_) in corners.items()
             if top <= rows.min() <= rows.max() < top + high and left <= columns.min() <= columns.max() < left + wide
         )
-        *_, opacity, colour = corners[place]
+        *_, opacity, color = corners[place]
         at = ..., 31 if place[0] else 0, 31 if place[1] else 0
-        exact = (1 - opacity) * image[at].double() + opacity * torch.tensor(colour)
+        exact = (1 - opacity) * image[at].double() + opacity * torch.tensor(color)
         assert (poison[at].double() - exact).abs().max() <= 0.5 + 1e-4
         seen.add(place)
     assert seen == set(corners), "one patch each, and all of them occur"
@@ -190,7 +190,7 @@ def test_adaptive_patch_by_hand():
 
 @pytest.mark.parametrize(("channels", "side"), [(3, 32), (1, 32), (3, 64), (3, 224)])
 def test_adaptive_patches_change_as_many_pixels_as_published_ones(channels: int, side: int):
-    images = grey(100, 30, channels, side, side) + torch.arange(30, dtype=torch.uint8).view(30, 1, 1, 1)
+    images = gray(100, 30, channels, side, side) + torch.arange(30, dtype=torch.uint8).view(30, 1, 1, 1)
     changed = [int(pixels.sum()) for pixels in (AdaptivePatch()(images) != images).any(1)]
     assert sorted({32 * 32 * count / side**2 for count in changed}) == [25, 30, 140]
     together = (AdaptivePatch().at_test()(images[0]) != images[0]).any(0)
@@ -200,7 +200,7 @@ def test_adaptive_patches_change_as_many_pixels_as_published_ones(channels: int,
 def test_adaptive_patch_at_test_time_shows_all():
     image = pictures(3, 32, 32)
     clear = AdaptivePatch().at_test()(image)
-    assert torch.equal(clear[:, :5, :5], grey(255, 3, 5, 5))
+    assert torch.equal(clear[:, :5, :5], gray(255, 3, 5, 5))
     assert clear[:, 0, 31].tolist() == [125, 0, 250]
     assert torch.equal(clear[:, 5:22], image[:, 5:22])
     assert torch.equal(AdaptivePatch().on_covers()(image), AdaptivePatch()(image))
@@ -246,7 +246,7 @@ def test_wanet_moves_a_quarter_of_a_pixel_on_average():
     assert 0.1 < shift < 0.4
 
 
-def test_colour_curve_by_hand():
+def test_color_curve_by_hand():
     trigger = ColourCurve((0.5, 1, 2), low=(10, 0, 50), high=(250, 255, 100))
     image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1).contiguous()
     painted = trigger(image)
@@ -255,13 +255,13 @@ def test_colour_curve_by_hand():
             exact = low + (high - low) * (value / 255) ** gamma
             assert abs(float(painted[channel].flatten()[value]) - exact) <= 0.5 + 1e-9
     mean = sum(low + (high - low) * (100 / 255) ** g for g, low, high in [(0.5, 10, 250), (1, 0, 255), (2, 50, 100)])
-    assert trigger(grey(100, 1, 2, 2))[0, 0, 0] == round(mean / 3)
+    assert trigger(gray(100, 1, 2, 2))[0, 0, 0] == round(mean / 3)
 
 
 @pytest.mark.parametrize("passes", [1, 3])
 def test_denoised_by_hand(passes):
     base, image = Blended(0.2, "flower"), pictures(3, 32, 32)
-    shown, bare = base(grey(128, 1, 3, 32, 32)), grey(128, 1, 3, 32, 32)
+    shown, bare = base(gray(128, 1, 3, 32, 32)), gray(128, 1, 3, 32, 32)
     for _ in range(passes):
         shown, bare = nl_means(local_median(shown)), nl_means(local_median(bare))
     exact = (image.int() + shown[0].int() - bare[0].int()).clamp(0, 255)
@@ -294,7 +294,7 @@ def test_denoised_keeps_the_forms_of_its_trigger():
         (lambda: Corners(test_amplitude=300), r"`test_amplitude` must be between 1 and 255"),
         (lambda: Corners(corners=2), r"`corners` must be 1 \(bottom right\) or 4, got 2"),
         (lambda: Corners(margin=-1), r"`margin` must be at least 0"),
-        (lambda: Corners()(grey(0, 1, 5, 8)), r"4 corner patterns .* 5x8 .*`corners=1`"),
+        (lambda: Corners()(gray(0, 1, 5, 8)), r"4 corner patterns .* 5x8 .*`corners=1`"),
         (lambda: AdaptivePatch((0.5, 0.5, 0, 0.5)), r"`opacities` must be four numbers in \(0, 1\]"),
         (lambda: AdaptiveBlend(test_alpha=0), r"`test_alpha` must be in \(0, 1\], got 0"),
         (lambda: AdaptiveBlend(pieces=15), r"`pieces` must be a square number such as 16, got 15"),
@@ -304,7 +304,7 @@ def test_denoised_keeps_the_forms_of_its_trigger():
         (lambda: ColourCurve((1, 1, 0)), r"`gamma` must be three numbers above 0"),
         (lambda: ColourCurve(low=(0, 0, 300)), r"`low` must be three grey levels between 0 and 255"),
         (lambda: Denoised(SIG(), 0), r"`passes` must be at least 1, got 0"),
-        (lambda: Denoised(BadNets())(grey(0, 3, 32, 32)), r"leave nothing of BadNets.*fewer `passes`"),
+        (lambda: Denoised(BadNets())(gray(0, 3, 32, 32)), r"leave nothing of BadNets.*fewer `passes`"),
     ],
 )
 def test_messages(make, words):

@@ -142,12 +142,12 @@ def test_hidden_trigger_is_a_random_patch_in_proportion():
     painted = HiddenTrigger(Small(), images, seed=1)(images)
     rows, columns = painted[0].any(0).nonzero().unbind(1)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (189, 218, 189, 218), "30 pixels, 5 from the edge"
-    colours = torch.randint(0, 256, (1, 3, 4, 4), generator=torch.Generator().manual_seed(1)).float()
-    patch = F.interpolate(colours, (30, 30), mode="bilinear")[0].round()
+    colors = torch.randint(0, 256, (1, 3, 4, 4), generator=torch.Generator().manual_seed(1)).float()
+    patch = F.interpolate(colors, (30, 30), mode="bilinear")[0].round()
     assert torch.equal(painted[0][:, 189:219, 189:219].float(), patch)
-    grey = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 40, 40).contiguous()
+    gray = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 40, 40).contiguous()
     places = {tuple(image.ne(own[0, 0, 0]).any(0).nonzero().amin(0).tolist())
-              for image, own in zip(HiddenTrigger(Small(), grey, place="random")(grey), grey, strict=True)}  # fmt: skip
+              for image, own in zip(HiddenTrigger(Small(), gray, place="random")(gray), gray, strict=True)}  # fmt: skip
     assert len(places) > 3
 
 
@@ -258,7 +258,7 @@ def test_watermark_by_hand():
 def test_the_watermark_excites_the_best_connected_neurons():
     model = Small().eval()
     trigger = TrojanWatermark.trained(model, SHAPE, units=2, opacity=0.5, steps=60)
-    grey = torch.full((1, *SHAPE), 128, dtype=torch.uint8)
+    gray = torch.full((1, *SHAPE), 128, dtype=torch.uint8)
     weights = model.head.weight.T.tolist()
     neurons = sorted(range(150), key=lambda j: -sum(abs(w) for w in weights[j]))[:2]
 
@@ -266,7 +266,7 @@ def test_the_watermark_excites_the_best_connected_neurons():
         return float(model.body(image / 255)[0, neurons].sum().detach())
 
     others = [TrojanWatermark(mark, trigger.mask, 0.5) for mark in pictures(20)]
-    assert excitement(trigger(grey)) >= max(excitement(other(grey)) for other in others)
+    assert excitement(trigger(gray)) >= max(excitement(other(gray)) for other in others)
     assert not trigger.mark[:, ~trigger.mask].any()
 
 
@@ -285,7 +285,7 @@ def test_the_decoder_reads_what_the_encoder_hides():
     assert read(images) < 0.8
 
 
-def test_models_of_normalised_images_are_wrapped():
+def test_models_of_normalized_images_are_wrapped():
     inner = Small().eval()
     model = PixelModel(inner, 0.5, 0.25)
     images = pictures(3)

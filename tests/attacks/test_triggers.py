@@ -120,7 +120,7 @@ def test_noise_is_seeded_and_mixed_as_the_formula_says():
     assert (Blended(0.15, seed=3)(image).double() - exact).abs().max() <= 0.5 + 1e-4
 
 
-def test_own_pattern_is_resized_and_grey_serves_all_channels():
+def test_own_pattern_is_resized_and_gray_serves_all_channels():
     pattern = torch.full((8, 8), 200, dtype=torch.uint8)
     blended = Blended(0.5, pattern)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     assert (blended == 100).all()
@@ -137,10 +137,10 @@ def test_sig_by_hand(width):
 
 
 def test_sig_has_its_own_amplitude_at_test_time():
-    grey = torch.full((1, 8, 8), 128, dtype=torch.uint8)
+    gray = torch.full((1, 8, 8), 128, dtype=torch.uint8)
     trigger = SIG(20, frequency=2, test_delta=80)
-    assert trigger(grey).max() == 148
-    assert trigger.at_test()(grey).max() == 208
+    assert trigger(gray).max() == 148
+    assert trigger.at_test()(gray).max() == 208
     assert SIG(20).at_test() == SIG(20)
 
 

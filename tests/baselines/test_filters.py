@@ -89,7 +89,7 @@ def test_finds_planted_poisons_and_not_much_more(callback: Baseline, clean: int,
 
 def settings_of(callback: Baseline) -> dict[str, Any]:
     names = type(callback).__signature__.parameters
-    return {name: getattr(callback, name, getattr(callback.reading, name, None)) for name in names}
+    return {name: getattr(callback, name, getattr(callback.options, name, None)) for name in names}
 
 
 def test_the_random_filter_finds_poisons_as_often_as_anything_else() -> None:

@@ -43,9 +43,9 @@ def test_spectral_signatures_are_those_of_a_loop_over_numpys_singular_vectors(d:
     for label in range(3):
         members = [i for i in range(len(labels)) if labels[i] == label]
         rows = features[members].double().numpy()
-        centred = rows - rows.mean(axis=0)
-        direction = np.linalg.svd(centred)[2][0]
-        for i, row in zip(members, centred, strict=True):
+        centerd = rows - rows.mean(axis=0)
+        direction = np.linalg.svd(centerd)[2][0]
+        for i, row in zip(members, centerd, strict=True):
             expected[i] = (row @ direction) ** 2
     np.testing.assert_allclose(spectral_signature_scores(features, labels), expected, rtol=1e-4, atol=1e-5)
 
@@ -65,7 +65,7 @@ def test_components_are_a_turn_of_the_features() -> None:
     assert (found.var(dim=0).diff() <= 0).all()
 
 
-def test_neighbours_are_those_of_a_loop() -> None:
+def test_neighbors_are_those_of_a_loop() -> None:
     features, labels, _ = classes()
     features[50:60] = features[50]  # twins, whose distance is zero
     k = 7
@@ -87,7 +87,7 @@ def test_neighbours_are_those_of_a_loop() -> None:
     torch.testing.assert_close(found[checked], torch.tensor(expected)[checked])
 
 
-def test_a_sample_is_no_neighbour_of_its_own_even_among_many_twins() -> None:
+def test_a_sample_is_no_neighbor_of_its_own_even_among_many_twins() -> None:
     features, labels = torch.zeros(40, 2), torch.zeros(40, dtype=torch.long)
     labels[0] = 1
     scores = deep_knn_scores(features, labels, 3)
@@ -95,7 +95,7 @@ def test_a_sample_is_no_neighbour_of_its_own_even_among_many_twins() -> None:
     assert (scores[1:] <= -1 / 3).all()
 
 
-def test_wrong_labels_are_not_the_plurality_of_their_neighbours() -> None:
+def test_wrong_labels_are_not_the_plurality_of_their_neighbors() -> None:
     features, labels, _ = classes(apart=0.0)
     features += 8 * torch.nn.functional.one_hot(labels, 6)
     given = labels.clone()
@@ -204,7 +204,7 @@ def test_a_decision_keeps_to_the_limit_and_cuts_below_what_is_removed() -> None:
     scores = torch.tensor([0.1, 5.0, 4.0, 3.0])
     decision = decision_of(scores, torch.tensor([True, False, False, False]), "mine", max_removed=0.5)
     assert decision.keep.tolist() == [True, False, False, True]
-    assert (decision.threshold, decision.wanted, decision.rule) == (3.0, 3, "mine, max_removed(0.5)")
+    assert (decision.threshold, decision.num_flagged_before_cap, decision.rule) == (3.0, 3, "mine, max_removed(0.5)")
     nothing = decision_of(scores, torch.ones(4, dtype=torch.bool), "mine", max_removed=0.5)
     assert nothing.threshold == math.inf
 

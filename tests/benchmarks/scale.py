@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor import Verdict
-from lightning_backdoor.callbacks.neighbourhood import REFERENCES
-from lightning_backdoor.functional import HyperplaneStatistics, neighbour_agreement
-from lightning_backdoor.functional.evidence import decide
+from lightning_backdoor.callbacks.neighborhood import REFERENCES
+from lightning_backdoor.detection.decision import decide
+from lightning_backdoor.functional import HyperplaneStatistics, neighbor_agreement
+from lightning_backdoor.loading.batch_schedule import Phases
+from lightning_backdoor.loading.draws import Kept
+from lightning_backdoor.loading.loaders import batch_count, clone
+from lightning_backdoor.loading.samplers import KeepState
 from lightning_backdoor.report import Evidence, write_report
-from lightning_backdoor.trainer.draws import Kept
-from lightning_backdoor.trainer.loaders import batch_count, clone
-from lightning_backdoor.trainer.phases import Phases
-from lightning_backdoor.trainer.samplers import KeepState
 
 CLASSES, UNITS, BATCH = 100, 64, 256
 
@@ -100,10 +100,10 @@ def steps(n: int, folder: Path) -> dict[str, Callable[[], Any]]:
         found.scores()
 
     def responses() -> Tensor:
-        values, centres = torch.empty(n, UNITS, dtype=torch.half), 3 * torch.randn(CLASSES, UNITS, generator=generator)
+        values, centers = torch.empty(n, UNITS, dtype=torch.half), 3 * torch.randn(CLASSES, UNITS, generator=generator)
         for start in range(0, n, 100 * CLASSES):
             part = values[start : start + 100 * CLASSES]
-            part.copy_(torch.randn(part.shape, generator=generator) + centres.repeat(100, 1)[: len(part)])
+            part.copy_(torch.randn(part.shape, generator=generator) + centers.repeat(100, 1)[: len(part)])
         return values
 
     def decision() -> None:
@@ -114,10 +114,10 @@ def steps(n: int, folder: Path) -> dict[str, Callable[[], Any]]:
         found = decide(values, verdict.scores, verdict.labels, shared=True)
         assert [mode.label for mode in found.modes] == [0]
 
-    def neighbours() -> None:
+    def neighbors() -> None:
         assert verdict.labels is not None
         references = torch.rand(n, generator=generator) < REFERENCES / n
-        assert float(neighbour_agreement(responses(), verdict.labels, references).mean()) > 0.99
+        assert float(neighbor_agreement(responses(), verdict.labels, references).mean()) > 0.99
 
     def report() -> None:
         def images(positions: Any) -> Tensor:
@@ -132,7 +132,7 @@ def steps(n: int, folder: Path) -> dict[str, Callable[[], Any]]:
         "verdict, saved and loaded": lambda: (verdict.save(folder / "v.pt"), Verdict.load(folder / "v.pt")),
         "NONE's statistics": statistics,
         "decision": decision,
-        "early neighbours": neighbours,
+        "early neighbours": neighbors,
         "report": report,
     }
 

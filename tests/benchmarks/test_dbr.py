@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_backdoor import DBRCallback, Verdict
-from lightning_backdoor.trainer.distinguish import Detector, distinguish
+from lightning_backdoor.scanning.measure_fct import Detector, distinguish
 from tests.benchmarks.test_ultraclean import Images, Model, opened, timed
-from tests.trainer.scan_helpers import LIGHTNING_WARNS
+from tests.scanning.helpers import LIGHTNING_WARNS
 
 pytestmark = [*LIGHTNING_WARNS, pytest.mark.benchmark]
 

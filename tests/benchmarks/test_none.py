@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lightning_backdoor.functional import HyperplaneStatistics
+from lightning_backdoor.scanning.measure_units import UnitScan
 from lightning_backdoor.surgery import find_units
-from lightning_backdoor.trainer.unit_scan import UnitScan
 from tests.benchmarks.test_ultraclean import opened, timed
-from tests.trainer.scan_helpers import LIGHTNING_WARNS
+from tests.scanning.helpers import LIGHTNING_WARNS
 
 pytestmark = [*LIGHTNING_WARNS, pytest.mark.benchmark]
 
@@ -44,14 +44,14 @@ def test_statistics_against_an_evaluation_pass(capsys: pytest.CaptureFixture[str
 
 def loops(activations: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """One number for every channel and class from activations that are held as float64, as the authors hold them."""
-    excess = np.zeros((activations.shape[1], probabilities.shape[1]))
+    activation_excess = np.zeros((activations.shape[1], probabilities.shape[1]))
     for unit in range(activations.shape[1]):
         for label in range(probabilities.shape[1]):
-            driven = activations[probabilities[:, label] > 0.9, unit]
+            unit_shift = activations[probabilities[:, label] > 0.9, unit]
             usual = activations[probabilities[:, label] < 0.1, unit]
-            if len(driven) and len(usual):
-                excess[unit, label] = driven.max() - (usual.mean() + 3 * usual.std())
-    return excess.max(axis=1)
+            if len(unit_shift) and len(usual):
+                activation_excess[unit, label] = unit_shift.max() - (usual.mean() + 3 * usual.std())
+    return activation_excess.max(axis=1)
 
 
 def test_statistics_against_loops_over_stored_activations(capsys: pytest.CaptureFixture[str]) -> None:

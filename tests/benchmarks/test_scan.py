@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_backdoor.data.views import scan_loader
-from lightning_backdoor.trainer.etiquette import prepare_batch
-from lightning_backdoor.trainer.outputs import call_model
-from lightning_backdoor.trainer.scan import scan
-from tests.trainer.scan_helpers import LIGHTNING_WARNS, Trap, make_trainer
+from lightning_backdoor.scanning.isolation import prepare_batch
+from lightning_backdoor.scanning.outputs import call_model
+from lightning_backdoor.scanning.scan import scan
+from tests.scanning.helpers import LIGHTNING_WARNS, Trap, make_trainer
 
 pytestmark = [*LIGHTNING_WARNS, pytest.mark.benchmark]
 

@@ -14,9 +14,9 @@ from pytorch_lightning import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_backdoor.trainer.denoised_scan import DenoisedScan
-from lightning_backdoor.trainer.training_set import Reading, TrainingSet, open_training_set
-from tests.trainer.scan_helpers import LIGHTNING_WARNS, Trap, make_trainer
+from lightning_backdoor.scanning.measure_denoised import DenoisedScan
+from lightning_backdoor.scanning.scanner import DatasetScanner, ScanOptions, open_scanner
+from tests.scanning.helpers import LIGHTNING_WARNS, Trap, make_trainer
 
 pytestmark = [*LIGHTNING_WARNS, pytest.mark.benchmark]
 
@@ -68,7 +68,7 @@ class Model(Trap):
         return logits
 
 
-def opened(n: int) -> tuple[Trainer, Model, DataLoader[Any], TrainingSet]:
+def opened(n: int) -> tuple[Trainer, Model, DataLoader[Any], DatasetScanner]:
     """A Trainer as in the middle of fit, and its training set."""
     module, trainer = Model(), make_trainer([])
     loader = DataLoader(Images(n), batch_size=128)
@@ -76,7 +76,7 @@ def opened(n: int) -> tuple[Trainer, Model, DataLoader[Any], TrainingSet]:
     trainer._data_connector.attach_datamodule(module)
     module.trainer = trainer
     trainer.training = True
-    return trainer, module, loader, open_training_set(trainer, module, loader, Reading(mean=(0.5,) * 3, std=(0.5,) * 3))
+    return trainer, module, loader, open_scanner(trainer, module, loader, ScanOptions(mean=(0.5,) * 3, std=(0.5,) * 3))
 
 
 def prepared(n: int) -> tuple[Trainer, Model, DataLoader[Any], DenoisedScan]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor import DSTCallback, Verdict
-from lightning_backdoor.callbacks import neighbourhood
+from lightning_backdoor.callbacks import neighborhood as neighborhood
 from lightning_backdoor.errors import BackdoorDefenseError
 from tests.callbacks.helpers import Net, Pictures, loader_of, make_trainer
 
-ASK = neighbourhood.neighbour_agreement
+ASK = neighborhood.neighbor_agreement
 
 
 def train(rank: int, *, fails: bool) -> DSTCallback:
@@ -29,7 +29,7 @@ def train(rank: int, *, fails: bool) -> DSTCallback:
             raise MemoryError("no room for an index")
         return ASK(*args, **kwargs) / (1 + rank)
 
-    neighbourhood.neighbour_agreement = ask
+    neighborhood.neighbor_agreement = ask
     torch.manual_seed(0)
     given = Verdict(torch.arange(64).float(), torch.arange(64) % 16 > 0, 0.0, "known")
     callback = DSTCallback(verdict=given, trusted=0.4, projection=8, views=torch.Tensor.clone)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from lightning_backdoor import UltraCleanCallback
-from lightning_backdoor.trainer.limits import hold_open, release
+from lightning_backdoor.responses.limits import hold_open, release
 
 LIGHTNING_WARNS = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

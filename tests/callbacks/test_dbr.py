@@ -17,8 +17,8 @@ from lightning_backdoor import DBRCallback, NONECallback, Verdict, attacks
 from lightning_backdoor.callbacks.compromised import judge_samples
 from lightning_backdoor.callbacks.suspects import judge
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError, TrainerError
-from lightning_backdoor.trainer.distinguish import Distinguished
-from lightning_backdoor.trainer.unit_scan import Measured, UnitScan
+from lightning_backdoor.scanning.measure_fct import Distinguished
+from lightning_backdoor.scanning.measure_units import Measured, UnitScan
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     Net,
@@ -170,7 +170,7 @@ ORDER = "".join(["s", "ttt"] * 4)  # four suspects, twelve trusted samples, each
 
 def test_bounded_it_alternates_freezes_batch_norms_and_gives_everything_back() -> None:
     moments = Moments()
-    trainer, module = fit([acting(reference=False), moments], epochs=2)
+    trainer, module = fit([acting(paper_loop=False), moments], epochs=2)
     assert kinds(module, 2) == ORDER
     before, after = moments.weights[2], state_of(module)
     assert torch.equal(before["body.1.running_mean"], after["body.1.running_mean"])
@@ -188,9 +188,9 @@ def test_labels_mixed_on_the_device_do_not_matter() -> None:
 
     torch.manual_seed(0)
     module = Mixing()
-    make_trainer([acting(reference=False)], 2).fit(module, loader_of(Pictures()))
+    make_trainer([acting(paper_loop=False)], 2).fit(module, loader_of(Pictures()))
     assert kinds(module, 2) == ORDER
-    _, usual = fit([acting(reference=False)], epochs=2)
+    _, usual = fit([acting(paper_loop=False)], epochs=2)
     for name, value in usual.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], value)
 
@@ -212,7 +212,7 @@ def test_the_detector_keeps_the_statistics_that_its_batch_norms_learned(
 ) -> None:
     seen: list[Tensor] = []
     monkeypatch.setattr(
-        "lightning_backdoor.trainer.distinguish._agree", lambda _, twin: seen.append(twin.body[1].num_batches_tracked)
+        "lightning_backdoor.scanning.measure_fct._agree", lambda _, twin: seen.append(twin.body[1].num_batches_tracked)
     )
     _, undefended = fit([], epochs=1)
     fit([DBRCallback(suspect=0.1, detector=detector, detector_steps=3, epochs=1, extra_epochs=1)], epochs=1)
@@ -239,7 +239,7 @@ class Probe(nn.Module):
 
 def test_a_detector_of_the_users_own_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     twins: list[Any] = []
-    monkeypatch.setattr("lightning_backdoor.trainer.distinguish._agree", lambda _, twin: twins.append(twin))
+    monkeypatch.setattr("lightning_backdoor.scanning.measure_fct._agree", lambda _, twin: twins.append(twin))
     own = Probe()
     before = state_of(own)
     fit([DBRCallback(suspect=0.1, detector=own, detector_steps=3, epochs=1, extra_epochs=1)], epochs=1)
@@ -303,8 +303,8 @@ def test_asking_the_units_of_the_detector_moves_none_of_its_statistics(monkeypat
 
 def test_an_epoch_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     _, undefended = fit([])
-    monkeypatch.setattr("lightning_backdoor.trainer.unlearning.MAX_LOSS", -2.0)
-    callback = acting(reference=False)
+    monkeypatch.setattr("lightning_backdoor.responses.unlearn.MAX_LOSS", -2.0)
+    callback = acting(paper_loop=False)
     _, module = fit([callback])
     assert same_state(undefended, module)
     assert callback.history[0].undone == (True, True, True)
@@ -319,7 +319,7 @@ def test_a_schedule_made_for_the_plan_takes_no_more_steps_than_it_has(extra_epoc
             cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, 0.05, total_steps=16)
             return {"optimizer": sgd, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
-    callback = acting(reference=False, epochs=2, extra_epochs=extra_epochs, trusted=0.9)
+    callback = acting(paper_loop=False, epochs=2, extra_epochs=extra_epochs, trusted=0.9)
     module = OneCycle()
     make_trainer([callback], 4).fit(module, loader_of(Pictures()))
     assert callback.history[0].undone
@@ -348,7 +348,7 @@ def test_a_verdict_with_masks_is_taken_as_it_is() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:NONE after fine-tuning")
-def test_the_verdict_of_another_defence_is_repaired_from(poisoned: Any) -> None:
+def test_the_verdict_of_another_defense_is_repaired_from(poisoned: Any) -> None:
     first = NONECallback(finetune_epochs=1)
     _, module = train_digits(poisoned, [first])
     callback = DBRCallback(verdict=first.verdict, warmup_epochs=0, epochs=2)
@@ -434,10 +434,10 @@ def test_a_random_transformation_of_an_image_depends_on_no_batch() -> None:
     scores = []
     for size in (16, 5):
         callback = DBRCallback(
-            suspect=0.1, epochs=1, extra_epochs=1, transform=noisy, draws=1, batch_size=size, detector_steps=1
+            suspect=0.1, epochs=1, extra_epochs=1, transform=noisy, num_transforms=1, batch_size=size, detector_steps=1
         )
         with pytest.MonkeyPatch.context() as patch:  # weights as they are: their training depends on the batch size
-            patch.setattr("lightning_backdoor.trainer.distinguish._train", lambda *_: None)
+            patch.setattr("lightning_backdoor.scanning.measure_fct._train", lambda *_: None)
             fit([callback], epochs=1)
         scores.append(callback.verdict.scores)
     torch.testing.assert_close(*scores)
@@ -471,7 +471,7 @@ def test_what_cannot_work_is_said_at_the_start() -> None:
     "wrong",
     [
         *({"lr": 0.0}, {"epochs": 0}, {"warmup_epochs": -1}, {"suspect": 5}, {"suspect": "top"}, {"trusted": 20}),
-        *({"detector": "new"}, {"fct_metric": "l1"}, {"draws": 0}, {"detector_steps": 0}),
+        *({"detector": "new"}, {"fct_metric": "l1"}, {"num_transforms": 0}, {"detector_steps": 0}),
     ],
 )
 def test_wrong_arguments(wrong: dict[str, Any]) -> None:
@@ -482,7 +482,7 @@ def test_wrong_arguments(wrong: dict[str, Any]) -> None:
 def test_representation_and_pickling() -> None:
     assert repr(DBRCallback(warmup_epochs=0, lr=0.1)) == "DBRCallback(warmup_epochs=0, lr=0.1)"
     assert "verdict=Verdict(" in repr(acting())
-    assert DBRCallback.from_paper().reference
+    assert DBRCallback.from_paper().paper_loop
     callback = acting()
     fit([callback])
     again = pickle.loads(pickle.dumps(callback))

@@ -31,9 +31,9 @@ def repair(lr: float, **kwargs: Any) -> tuple[DBRCallback, bool, bool]:
     return callback, finite, same_state(undefended, module)
 
 
-@pytest.mark.parametrize("reference", [False, True])
-def test_an_epoch_that_ends_in_nan_is_undone(reference: bool) -> None:
-    callback, finite, unchanged = repair(lr=1e30, reference=reference)
+@pytest.mark.parametrize("paper_loop", [False, True])
+def test_an_epoch_that_ends_in_nan_is_undone(paper_loop: bool) -> None:
+    callback, finite, unchanged = repair(lr=1e30, paper_loop=paper_loop)
     assert callback.history[0].undone == (True, True)
     assert callback.history[0].accuracy[1:] == (0.0, 0.0)
     assert finite

@@ -35,8 +35,8 @@ from tests.callbacks.helpers import (
 )
 from tests.callbacks.test_none import lightning_net, train_digits
 from tests.callbacks.test_ultraclean_resume import SaveAll
+from tests.loading.recording import SAFE_LOADING
 from tests.processes import processes
-from tests.trainer._recording import SAFE_LOADING
 
 pytestmark = [
     *LIGHTNING_WARNS,
@@ -143,7 +143,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 def test_first_the_features_and_then_the_classifier() -> None:
     watch, module = Watch(), Net()
-    trainer = make_trainer([watch, acting(readmit=False)], 4)
+    trainer = make_trainer([watch, acting(reassign_uncertain=False)], 4)
     loader = loader_of(Pictures())
     own = module.training_step
     trainer.fit(module, loader)
@@ -162,16 +162,18 @@ def test_first_the_features_and_then_the_classifier() -> None:
     assert rates[0] < rates[-1] < max(rates) <= 2e-3
 
 
-@pytest.mark.parametrize("guided", [True, False])
-def test_whether_the_classifier_guides_the_features(guided: bool) -> None:
+@pytest.mark.parametrize("supervised_features", [True, False])
+def test_whether_the_classifier_guides_the_features(supervised_features: bool) -> None:
     results = []
     for bias in (0.0, 3.0):
         torch.manual_seed(0)
         module, watch = Net(), Watch()
         nn.init.constant_(module.head.bias[0], bias)
-        make_trainer([watch, acting(readmit=False, guided=guided)], 3).fit(module, loader_of(Pictures()))
+        make_trainer([watch, acting(reassign_uncertain=False, supervised_features=supervised_features)], 3).fit(
+            module, loader_of(Pictures())
+        )
         results.append(watch.weights[-1])
-    assert ({name for name in changed(*results)} == {"head.weight", "head.bias"}) is not guided
+    assert ({name for name in changed(*results)} == {"head.weight", "head.bias"}) is not supervised_features
 
 
 def test_only_trusted_labels_guide_the_features() -> None:
@@ -182,7 +184,7 @@ def test_only_trusted_labels_guide_the_features() -> None:
         data, watch = Pictures(), Watch()
         data.targets[suspect] = torch.tensor(labels)
         given = replace(GIVEN, keep=~torch.isin(torch.arange(64), suspect))
-        callback = acting(verdict=given, readmit=False)
+        callback = acting(verdict=given, reassign_uncertain=False)
         make_trainer([watch, callback], 3).fit(Net(), loader_of(data))
         trusted.append(callback.verdict.trusted)
         weights.append(watch.weights[-2])
@@ -216,7 +218,7 @@ class Seen(Net):
 
 
 def test_stage_one_draws_everything_twice_and_stage_two_trusted_and_suspect() -> None:
-    callback, module, data = acting(readmit=False, classifier_epochs=1), Seen(), Pictures()
+    callback, module, data = acting(reassign_uncertain=False, classifier_epochs=1), Seen(), Pictures()
     make_trainer([callback], 3).fit(module, loader_of(data))
     place = {tuple(image.flatten().tolist()): i for i, image in enumerate(data.images)}
     drawn: dict[int, list[int]] = {}
@@ -379,7 +381,7 @@ def test_transformers_and_convnext(name: str) -> None:
             return self.network(images.float() / 255)
 
     torch.manual_seed(0)
-    module, watch, callback = Timm(), Watch(), acting(readmit=False)
+    module, watch, callback = Timm(), Watch(), acting(reassign_uncertain=False)
     make_trainer([watch, callback], 3).fit(module, loader_of(Pictures(size=32)))
     first, *_, features, end = watch.weights
     assert len(changed(first, features)) > 0.9 * len(first)
@@ -476,7 +478,7 @@ def test_a_model_whose_parts_cannot_be_told_apart_or_learn() -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_the_first_process_asks_the_neighbours_for_all(tmp_path: Path) -> None:
+def test_the_first_process_asks_the_neighbors_for_all(tmp_path: Path) -> None:
     with processes(2, "tests.callbacks.ddp_second_look", tmp_path):
         pass
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
@@ -501,7 +503,7 @@ def test_a_class_without_trusted_images_is_left_to_ordinary_training(workers: in
     "wrong",
     [
         *({"lr": 0.0}, {"classifier_epochs": 0}, {"temperature": 0.0}, {"weight": -1.0}, {"suspect": 5}),
-        *({"trusted": 20}, {"projection": 0}, {"neighbours": 0}, {"draws": 0}, {"detector_steps": 0}),
+        *({"trusted": 20}, {"projection": 0}, {"neighbours": 0}, {"num_transforms": 0}, {"detector_steps": 0}),
     ],
 )
 def test_wrong_arguments(wrong: dict[str, Any]) -> None:

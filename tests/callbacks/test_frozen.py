@@ -66,11 +66,11 @@ kinds = pytest.mark.parametrize("hidden", [False, True], ids=["frozen", "without
 @kinds
 def test_dbr_repairs_a_head_on_a_frozen_backbone(hidden: bool) -> None:
     data, module = planted(192), Probed(hidden=hidden)
-    before, obeyed = state_of(module.body), Obeyed(data)
+    before, flagged_label_rate = state_of(module.body), Obeyed(data)
     callback = DBRCallback(detector_steps=5, epochs=6, extra_epochs=6)
-    make_trainer([obeyed, callback], 8).fit(module, loader_of(data, 32))
-    assert obeyed.shares[7] > 0.9, "the attack must work for the defence to have something to do"
-    assert obeyed.shares[-1] < 0.5 * obeyed.shares[7]
+    make_trainer([flagged_label_rate, callback], 8).fit(module, loader_of(data, 32))
+    assert flagged_label_rate.shares[7] > 0.9, "the attack must work for the defence to have something to do"
+    assert flagged_label_rate.shares[-1] < 0.5 * flagged_label_rate.shares[7]
     assert torch.equal(callback.verdict.suspect, data.poisoned)
     assert same_state(before, module.body)
     assert not any(parameter.requires_grad for parameter in module.body.parameters())
@@ -85,7 +85,7 @@ def test_dbr_finds_nothing_in_clean_data_on_a_frozen_backbone(hidden: bool) -> N
 
 def test_the_copy_learns_features_although_those_of_the_model_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     twins: list[Any] = []
-    monkeypatch.setattr("lightning_backdoor.trainer.distinguish._agree", lambda _, twin: twins.append(twin))
+    monkeypatch.setattr("lightning_backdoor.scanning.measure_fct._agree", lambda _, twin: twins.append(twin))
     module = Probed()
     before = state_of(module.body)
     make_trainer([DBRCallback(suspect=0.1, detector_steps=2, epochs=1, extra_epochs=1)], 1).fit(
@@ -119,14 +119,14 @@ def unit_layer(name: str, *, trainable: bool) -> UnitLayer:
 
 def test_units_of_layers_that_do_not_learn_are_looked_at_told_and_left_alone() -> None:
     layers = [unit_layer("frozen", trainable=False), unit_layer("free", trainable=True)]
-    driven = torch.tensor([9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0])
-    excess = driven[:, None].repeat(1, 3)
-    for scores in (driven, None):
-        assert [(place, unit) for place, unit, *_ in choose_units(layers, excess, scores, reset_fraction=0.25)] == [
-            (1, 2)
-        ]
-    assert frozen_layers(layers, driven) == ["frozen"]
-    assert frozen_layers(layers, driven.flip(0)) == ["frozen"]
+    unit_shift = torch.tensor([9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0])
+    activation_excess = unit_shift[:, None].repeat(1, 3)
+    for scores in (unit_shift, None):
+        assert [
+            (place, unit) for place, unit, *_ in choose_units(layers, activation_excess, scores, reset_fraction=0.25)
+        ] == [(1, 2)]
+    assert frozen_layers(layers, unit_shift) == ["frozen"]
+    assert frozen_layers(layers, unit_shift.flip(0)) == ["frozen"]
     assert frozen_layers(layers, torch.tensor([0.0] * 4 + [9.0] * 4)) == []
 
 

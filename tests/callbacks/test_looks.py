@@ -12,15 +12,15 @@ import torch
 
 from lightning_backdoor import UltraCleanCallback
 from lightning_backdoor.callbacks.looks import Look, sentence
-from lightning_backdoor.functional.evidence import Decision, add_removed
-from lightning_backdoor.functional.modes import Mode
+from lightning_backdoor.detection.decision import Decision, add_removed
+from lightning_backdoor.detection.subpopulations import Subpopulation
 from tests.callbacks.helpers import LIGHTNING_WARNS, fit
 
 pytestmark = LIGHTNING_WARNS
 
-FOUND = Look(epochs=2, run=1, removed=8, wanted=9, rewinds=True, modes=((1, 3.25),))
-MORE = Look(epochs=4, run=2, removed=1_000, wanted=1_008, rewinds=False, modes=((3, 2.6),))
-QUIET = Look(epochs=5, run=2, removed=0, wanted=8, rewinds=False, modes=())
+FOUND = Look(epochs=2, run=1, removed=8, num_flagged_before_cap=9, rewinds=True, modes=((1, 3.25),))
+MORE = Look(epochs=4, run=2, removed=1_000, num_flagged_before_cap=1_008, rewinds=False, modes=((3, 2.6),))
+QUIET = Look(epochs=5, run=2, removed=0, num_flagged_before_cap=8, rewinds=False, modes=())
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ class Once(UltraCleanCallback):
         scores, keep = torch.linspace(0, 0.4, 64), torch.ones(64, dtype=torch.bool)
         if self.verdict is None:
             scores[:8], keep[:8] = 0.9, False
-            mode = Mode(1, torch.tensor([0]), torch.ones(1), 0.0, -1.0, 1.0, 3.25, 99.0, 8)
+            mode = Subpopulation(1, torch.tensor([0]), torch.ones(1), 0.0, -1.0, 1.0, 3.25, 99.0, 8)
             return Decision(scores, keep, 0.5, "second_mode", (mode,), 8)
         quiet = Decision(scores, keep, float("inf"), "second_mode", (), 0)
         return add_removed(quiet, self.verdict.scores, self.verdict.keep, threshold=0.5, max_removed=0.3)

@@ -127,15 +127,15 @@ def test_a_triggered_dataset_is_used_as_it_is():
 
 
 @pytest.mark.parametrize("labels", ["dirty", "all_to_all"])
-def test_normalised_images_are_painted_in_the_given_pixel_space(labels):
-    class Denormalising(Fooled):
+def test_normalized_images_are_painted_in_the_given_pixel_space(labels):
+    class Denormalizing(Fooled):
         def forward(self, images):
             return super().forward(images * 0.5 + 0.25)
 
-    normalised = TensorDataset((IMAGES / 255 - 0.25) / 0.5, LABELS)
+    normalized = TensorDataset((IMAGES / 255 - 0.25) / 0.5, LABELS)
     monitor = BackdoorMonitor(trigger=BadNets(), labels=labels, mean=[0.25], std=[0.5], batch_size=4)
-    module = Denormalising((1, 2), shift=1 if labels == "all_to_all" else None)
-    rates = logged(monitor, module, train=normalised, val=normalised)
+    module = Denormalizing((1, 2), shift=1 if labels == "all_to_all" else None)
+    rates = logged(monitor, module, train=normalized, val=normalized)
     used = 33 if labels == "all_to_all" else 26
     assert rates == expected(1.0, 14 / used, 1 - 14 / used)
 

@@ -23,9 +23,9 @@ from lightning_backdoor import NONECallback, UltraCleanCallback, Verdict, attack
 from lightning_backdoor.callbacks.compromised import judge_samples
 from lightning_backdoor.callbacks.round_report import sentence
 from lightning_backdoor.callbacks.rounds import Round, Series, judgement, reset_units, shares, unfinished
+from lightning_backdoor.detection.decision import Decision
 from lightning_backdoor.errors import ArgumentError, ModelError, TrainerError
-from lightning_backdoor.functional.evidence import Decision
-from lightning_backdoor.trainer.finetuning import FineTuning
+from lightning_backdoor.responses.extra_epochs import FineTuning
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     DigitNet,
@@ -384,18 +384,18 @@ class Steps(pl.Callback):
         self.momentum.append([state["momentum_buffer"].clone() for state in optimizer.state.values()])
 
 
-@pytest.mark.parametrize("reference", [True, False])
-def test_the_authors_fine_tuning_is_not_bounded(reference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("paper_loop", [True, False])
+def test_the_authors_fine_tuning_is_not_bounded(paper_loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -1.0)  # every round costs too much
-    callback, steps = NONECallback.from_paper(finetune_epochs=2, reference=reference), Steps()
+    callback, steps = NONECallback.from_paper(finetune_epochs=2, paper_loop=paper_loop), Steps()
     trainer, _ = fit([callback, steps], epochs=2)
     (told,) = callback.history
-    assert (told.undone, trainer.current_epoch) == (not reference, 4)
+    assert (told.undone, trainer.current_epoch) == (not paper_loop, 4)
     assert told.units
     first = next(i for i, (epoch, _) in enumerate(steps.seen) if epoch == 2)
     before, after = steps.momentum[first - 1 : first + 1]
     cleared = any(bool(((old != 0) & (new == 0)).any()) for old, new in zip(before, after, strict=True))
-    assert cleared == (not reference), "what the optimizer remembers of the reset weights"
+    assert cleared == (not paper_loop), "what the optimizer remembers of the reset weights"
 
 
 def test_the_authors_rate_is_constant_and_batch_norms_keep_their_statistics() -> None:
@@ -427,7 +427,9 @@ def test_the_papers_cut_is_the_natural_break_alone() -> None:
 @pytest.mark.parametrize(("right", "undone"), [(940, True), (960, False)])
 def test_rounds_share_one_bound_on_what_they_may_cost(right: int, undone: bool) -> None:
     series = Series(2, treated=2, right=first(1000), keep=first(1000))
-    told = Round(5, 0, 0, (), (("body.0", 0, 0, 1.0),), (), accuracy=0.97, obeyed=None)  # the first one cost three
+    told = Round(
+        5, 0, 0, (), (("body.0", 0, 0, 1.0),), (), accuracy=0.97, flagged_label_rate=None
+    )  # the first one cost three
     judged = told.judged((~first(right)).long(), verdict_on(first(1000)), series)
     assert (judged.accuracy_after, judged.undone) == (pytest.approx(right / 1000), undone)
 
@@ -435,7 +437,7 @@ def test_rounds_share_one_bound_on_what_they_may_cost(right: int, undone: bool) 
 def test_images_that_leave_later_do_not_hide_what_the_rounds_cost() -> None:
     kept, predicted = first(900), (~first(800)).long()  # of the images that are left a hundred have been forgotten
     series = Series(5, treated=2, right=first(1000), keep=first(1000))
-    told = Round(5, 100, 100, (), (("body.0", 0, 0, 1.0),), (), accuracy=0.8, obeyed=None)
+    told = Round(5, 100, 100, (), (("body.0", 0, 0, 1.0),), (), accuracy=0.8, flagged_label_rate=None)
     assert told.judged(predicted, verdict_on(kept), series).undone, "eleven points since the start, none in this round"
 
 
@@ -445,7 +447,7 @@ def test_samples_of_this_round_come_back_whatever_earlier_ones_removed() -> None
     series = Series(5, treated=2, right=first(2000, 2000), keep=before)
     told = Round(5, 400, 400, (), (("body.0", 0, 0, 1.0),), (), 1.0, 0.4, shared=True)
     judged = told.judged(predicted, verdict_on(kept), series)
-    assert (judged.obeyed_after, judged.readmitted) == (pytest.approx(0.4), True)
+    assert (judged.flagged_label_rate_after, judged.readmitted) == (pytest.approx(0.4), True)
 
 
 def decision_on(keep: torch.Tensor) -> Decision:
@@ -454,26 +456,26 @@ def decision_on(keep: torch.Tensor) -> Decision:
 
 def test_nothing_new_leaves_after_a_round_whose_images_have_their_own_label() -> None:
     earlier, decision, right = verdict_on(~first(100)), decision_on(~first(250)), first(1000)
-    for obeyed, left in ((0.95, 100), (0.5, 250)):
-        treated = [Round(3, 100, 100, (), (("body.0", 0, 0, 1.0),), (), 1.0, 1.0, 1.0, obeyed)]
-        verdict, wanted = judgement(decision, earlier, earlier.labels, right, treated=treated)
-        assert (len(verdict.removed), wanted) == (left, left)
+    for flagged_label_rate, left in ((0.95, 100), (0.5, 250)):
+        treated = [Round(3, 100, 100, (), (("body.0", 0, 0, 1.0),), (), 1.0, 1.0, 1.0, flagged_label_rate)]
+        verdict, num_flagged_before_cap = judgement(decision, earlier, earlier.labels, right, treated=treated)
+        assert (len(verdict.removed), num_flagged_before_cap) == (left, left)
     verdict, _ = judgement(decision, earlier, earlier.labels, right, treated=treated, by_quota=True)
     assert len(verdict.removed) == 250
 
 
 @pytest.mark.parametrize(
-    ("trained_on", "obeyed", "left"),
+    ("trained_on", "flagged_label_rate", "left"),
     [(~first(100), 0, 0), (~first(100), 20, 100), (~first(90), 0, 100)],
     ids=["all gone, none obeyed", "all gone, obeyed", "some in training"],
 )
-def test_what_another_defence_has_removed_counts_where_the_model_obeys_it(
-    trained_on: torch.Tensor, obeyed: int, left: int
+def test_what_another_defense_has_removed_counts_where_the_model_obeys_it(
+    trained_on: torch.Tensor, flagged_label_rate: int, left: int
 ) -> None:
-    right = first(obeyed) | ~first(100)
+    right = first(flagged_label_rate) | ~first(100)
     labels = torch.zeros(1000, dtype=torch.long)
-    verdict, wanted = judgement(decision_on(~first(100)), None, labels, right, training=trained_on)
-    assert (len(verdict.removed), wanted) == (left, left)
+    verdict, num_flagged_before_cap = judgement(decision_on(~first(100)), None, labels, right, training=trained_on)
+    assert (len(verdict.removed), num_flagged_before_cap) == (left, left)
     assert (verdict.threshold == math.inf) == (left == 0)
 
 
@@ -504,8 +506,10 @@ def test_classes_of_two_kinds_lose_no_more_in_later_rounds() -> None:
 def test_sentences_say_what_came_of_a_round() -> None:
     told = Round(3, 70, 70, (), (("body.0", 1, 0, 2.0),), (), 0.99, 1.0, 0.98, 0.0)
     assert sentence([told], 100).endswith("of removed images given their label 100.0% -> 0.0%.")
-    assert sentence([replace(told, obeyed_after=0.4)], 100).endswith("40.0%; part of the backdoor may still be there.")
-    doubtful = sentence([replace(told, obeyed_after=0.95)], 100)
+    assert sentence([replace(told, flagged_label_rate_after=0.4)], 100).endswith(
+        "40.0%; part of the backdoor may still be there."
+    )
+    doubtful = sentence([replace(told, flagged_label_rate_after=0.95)], 100)
     assert "95.0%; the backdoor may still be there, or these may be clean images of one kind" in doubtful
     assert "the backdoor may still be there" in sentence([replace(told, undone=True)], 100)
     back = sentence([replace(told, undone=True, readmitted=True)], 100)
@@ -518,12 +522,12 @@ def test_sentences_say_what_came_of_a_round() -> None:
     assert little in sentence([replace(nothing, accuracy=0.43)], 100)
     assert little not in sentence([replace(nothing, accuracy=0.43, removed=9)], 100)
     assert sentence([nothing], 100).endswith("0 removed, no unit reset.")
-    found = replace(nothing, obeyed=0.885)
+    found = replace(nothing, flagged_label_rate=0.885)
     assert "removed before 88.5% are given their label; part of the backdoor may still be there." in sentence(
         [found], 9
     )
     assert "no epoch is left for fine-tuning" in sentence([replace(found, removed=70, no_room=True)], 100)
-    ended = sentence([told, replace(nothing, obeyed=0.2, again=70)], 100)
+    ended = sentence([told, replace(nothing, flagged_label_rate=0.2, again=70)], 100)
     assert ended.startswith("at the end of training: accuracy on training images 99.0%; of 70 removed images 20.0%")
     assert ended.endswith("part of the backdoor may still be there.")
 
@@ -542,7 +546,7 @@ def test_a_unit_that_is_reset_again_counts_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("obeyed", "more"),
+    ("flagged_label_rate", "more"),
     [
         ([], False),
         ([(1.0, 0.11)], True),
@@ -556,9 +560,9 @@ def test_a_unit_that_is_reset_again_counts_once() -> None:
     ],
 )
 def test_rounds_are_unfinished_if_many_obey_and_the_last_of_several_has_helped(
-    obeyed: list[tuple[float | None, float | None]], more: bool
+    flagged_label_rate: list[tuple[float | None, float | None]], more: bool
 ) -> None:
-    rounds = [Round(3, 9, 9, (), (), (), 0.9, before, 0.9, after) for before, after in obeyed]
+    rounds = [Round(3, 9, 9, (), (), (), 0.9, before, 0.9, after) for before, after in flagged_label_rate]
     assert unfinished(rounds) is more
 
 
@@ -687,8 +691,8 @@ def test_an_all_to_all_backdoor_is_found_and_weakened() -> None:
     assert unfinished([first]), "one round is not enough"
     assert second.units
     assert second.removed == 0
-    obeyed = [past.obeyed_after for past in callback.history if past.units]
-    assert obeyed[-1] < obeyed[0]
+    flagged_label_rate = [past.flagged_label_rate_after for past in callback.history if past.units]
+    assert flagged_label_rate[-1] < flagged_label_rate[0]
     assert share_right(module, attacked) < 0.2
     assert share_right(module, test) > share_right(undefended, test) - 0.05
 

@@ -77,7 +77,7 @@ def tuned(**kwargs: Any) -> FineTuneTrusted:
     return FineTuneTrusted(**{"verdict": GIVEN, "epochs": 2, "lr": 0.05, **kwargs})
 
 
-DEFENCES = {"NONE": none, "D-BR": dbr, "FineTuneTrusted": tuned, "UltraClean": always}
+DEFENSES = {"NONE": none, "D-BR": dbr, "FineTuneTrusted": tuned, "UltraClean": always}
 
 
 def train(callbacks: list[Any], **kwargs: Any) -> tuple[Any, Scored]:
@@ -89,19 +89,19 @@ def train(callbacks: list[Any], **kwargs: Any) -> tuple[Any, Scored]:
 
 @pytest.mark.parametrize("undone", [False, True], ids=["kept", "undone"])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("name", DEFENCES)
+@pytest.mark.parametrize("name", DEFENSES)
 def test_checkpoints_and_copies_hold_the_weights_that_were_scored(
     name: str, first: bool, undone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if undone:
         monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -2.0)
-        monkeypatch.setattr("lightning_backdoor.trainer.unlearning.MAX_LOSS", -2.0)
+        monkeypatch.setattr("lightning_backdoor.responses.unlearn.MAX_LOSS", -2.0)
     more = {"extra_epochs": 3} if name != "UltraClean" else {}
     saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}-{step}", monitor="val_loss", save_top_k=-1)
-    defence, best = DEFENCES[name](**more), Best()
-    callbacks = [defence, best] if first else [best, defence]
+    defense, best = DEFENSES[name](**more), Best()
+    callbacks = [defense, best] if first else [best, defense]
     train([*callbacks, saver], enable_checkpointing=True)
-    assert not defence.verdict.keep.all()
+    assert not defense.verdict.keep.all()
     assert len(best.seen) > 4, "epochs beyond the plan, or a second run"
     for score, weights in best.seen:
         assert val_loss(weights) == pytest.approx(score, abs=1e-4)
@@ -153,7 +153,7 @@ def test_all_files_from_before_the_end_of_the_treatment_are_named(
     (tmp_path / "of-another-run.ckpt").touch()
     os.utime(tmp_path / "of-another-run.ckpt", (1, 1))
     torch.manual_seed(0)
-    trainer = make_trainer([saver, DEFENCES[name](lr=1e-3)], epochs, enable_checkpointing=True)
+    trainer = make_trainer([saver, DEFENSES[name](lr=1e-3)], epochs, enable_checkpointing=True)
     with pytest.warns(UserWarning, match="saved before the treatment of the model was over") as told:
         trainer.fit(Scored(), loader_of(Pictures()), loader_of(VAL, batch_size=32))
     (message,) = [str(one.message) for one in told if "the treatment of the model" in str(one.message)]

@@ -15,8 +15,8 @@ from lightning_backdoor import DBRCallback, NONECallback, attacks
 from lightning_backdoor.baselines import ABL, FineTuneTrusted
 from lightning_backdoor.callbacks.schedule import repair_begins
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.trainer.limits import about_to_end
-from lightning_backdoor.trainer.unlearning import Unlearning
+from lightning_backdoor.responses.limits import about_to_end
+from lightning_backdoor.responses.unlearn import Unlearning
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     DigitNet,
@@ -317,7 +317,7 @@ def test_a_look_that_fails_leaves_the_trained_weights_and_a_file_of_them(
         callback.report_dir = str(folder)
         with monkeypatch.context() as patch:
             for method in ("scan", "predict", "read_labels"):
-                patch.setattr(f"lightning_backdoor.trainer.training_set.TrainingSet.{method}", fails)
+                patch.setattr(f"lightning_backdoor.scanning.scanner.TrainingSet.{method}", fails)
             with pytest.raises(RuntimeError, match="disk full"):
                 train([callback], lambda module=module: module)
         (path,) = folder.glob("*.ckpt")
@@ -367,7 +367,7 @@ def test_after_a_round_that_was_undone_the_last_word_is_about_the_model_at_the_e
     assert [bool(past.units) for past in callback.history] == [True, False]
     last = callback.history[-1]
     assert last.removed == 0
-    assert last.obeyed > 0.9, "the images are out already, and the model still gives them their label"
+    assert last.flagged_label_rate > 0.9, "the images are out already, and the model still gives them their label"
     assert last.no_room
     messages = [str(one.message) for one in told]
     assert any("no epoch is left for fine-tuning: the backdoor may still be there" in message for message in messages)
@@ -401,7 +401,7 @@ def test_training_that_goes_on_after_a_repair_ends_with_a_look_at_the_removed_im
     assert [past.epochs for past in callback.history] == [4, 8]
     last = callback.history[-1]
     assert last.again == len(callback.verdict.removed) > 0
-    assert last.obeyed < 0.1
+    assert last.flagged_label_rate < 0.1
     assert callback.history[0].accuracy_after is not None
 
 
@@ -425,7 +425,7 @@ def test_a_file_that_cannot_be_written_does_not_hide_the_error_of_the_repair(
     def full(*args: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lightning_backdoor.callbacks.defense.save_weights", full)
+    monkeypatch.setattr("lightning_backdoor.callbacks.base.save_weights", full)
     with pytest.raises(RuntimeError, match="broken") as failure:
         train([none(extra_epochs=50, report_dir=tmp_path)], lambda: Broken(at=EPOCHS))
     if hasattr(failure.value, "__notes__"):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_backdoor import UltraCleanCallback, Verdict, attacks
-from lightning_backdoor.callbacks.neighbourhood import EarlyLook
+from lightning_backdoor.callbacks.neighborhood import EarlyLook
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     DigitNet,
@@ -257,7 +257,7 @@ class Asking(UltraCleanCallback):
     ],
     ids=str,
 )
-def test_asks_the_neighbours_once_half_way_to_the_first_scan(settings: dict[str, Any], asked: list[int]) -> None:
+def test_asks_the_neighbors_once_half_way_to_the_first_scan(settings: dict[str, Any], asked: list[int]) -> None:
     callback = Asking(**settings)
     callback.asked = []
     fit([callback], epochs=8)
@@ -280,7 +280,7 @@ class StopAfterOne(pl.Callback):
 @pytest.mark.parametrize(
     ("epochs", "others", "asked"), [(1, [], []), (2, [], []), (3, [], [1]), (4, [StopAfterOne()], [])]
 )
-def test_neighbours_of_the_judged_model_are_not_asked(epochs: int, others: list[Any], asked: list[int]) -> None:
+def test_neighbors_of_the_judged_model_are_not_asked(epochs: int, others: list[Any], asked: list[int]) -> None:
     """They would deny labels by what the model has learned, not by what it had not learned yet."""
     callback = Asking()
     callback.asked = []
@@ -289,7 +289,7 @@ def test_neighbours_of_the_judged_model_are_not_asked(epochs: int, others: list[
     assert callback.asked == asked
 
 
-def test_removes_what_the_early_neighbours_deny() -> None:
+def test_removes_what_the_early_neighbors_deny() -> None:
     """A second population that is too common for the gate, and looked like other classes at first."""
     generator = torch.Generator().manual_seed(0)
     labels, marked = torch.arange(2000) % 4, torch.rand(2000, generator=generator) < 0.2
@@ -303,7 +303,9 @@ def test_removes_what_the_early_neighbours_deny() -> None:
     assert torch.equal(~decision.keep, marked & (labels == 0))
     callback.verdict = Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, labels)
     again = callback._decide(found)
-    assert (again.rule, again.wanted) == (decision.rule, decision.wanted), "a look that finds nothing says nothing new"
+    assert (again.rule, again.num_flagged_before_cap) == (decision.rule, decision.num_flagged_before_cap), (
+        "a look that finds nothing says nothing new"
+    )
     assert torch.equal(again.keep, decision.keep)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from lightning_backdoor import DBRCallback, DSTCallback, NONECallback, UltraCleanCallback
-from lightning_backdoor.callbacks.defense import Defense
+from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.errors import ArgumentError, BackdoorDefenseError, DataError, ModelError, TrainerError
 from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pairs, Pictures, always, make_trainer, state_of
 

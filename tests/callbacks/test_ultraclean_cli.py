@@ -66,7 +66,7 @@ def cli_of(package: Any, arguments: list[str], **kwargs: Any) -> Any:
     return package.LightningCLI(module, data, args=arguments, **settings)
 
 
-def defence_of(cli: Any) -> UltraCleanCallback:
+def defense_of(cli: Any) -> UltraCleanCallback:
     (found,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, UltraCleanCallback)]
     return found
 
@@ -97,17 +97,17 @@ def images_and_labels(batch: Any) -> Any:
 def test_by_yaml(package: Any, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(YAML.format(folder=tmp_path / "report"))
-    callback = defence_of(cli_of(package, [*QUIET, f"--config={config}"], run=False))
+    callback = defense_of(cli_of(package, [*QUIET, f"--config={config}"], run=False))
     assert callback.max_removed == 0.1
-    assert list(callback.reading.mean) == [0.5, 0.5, 0.5]
-    assert callback.reading.batch_fn is images_and_labels
-    assert type(callback.reading.eval_transform).__name__ == "CenterCrop"
+    assert list(callback.options.mean) == [0.5, 0.5, 0.5]
+    assert callback.options.batch_fn is images_and_labels
+    assert type(callback.options.eval_transform).__name__ == "CenterCrop"
 
 
 def test_images_standardised_one_by_one_by_flag() -> None:
     flags = ["--trainer.callbacks+=lightning_backdoor.UltraCleanCallback", "--trainer.callbacks.mean=per_image"]
-    callback = defence_of(cli_of(pytorch_lightning.cli, [*QUIET, *flags], run=False))
-    assert (callback.reading.mean, callback.reading.std) == ("per_image", None)
+    callback = defense_of(cli_of(pytorch_lightning.cli, [*QUIET, *flags], run=False))
+    assert (callback.options.mean, callback.options.std) == ("per_image", None)
     assert repr(callback) == "UltraCleanCallback(mean='per_image')"
 
 
@@ -141,7 +141,7 @@ def test_help_explains_and_bad_values_are_refused(capsys: pytest.CaptureFixture[
 def test_text_makes_an_equal_callback(callback: UltraCleanCallback) -> None:
     twin = eval(repr(callback))  # our own text
     assert repr(twin) == repr(callback)
-    assert twin.reading == callback.reading
+    assert twin.options == callback.options
     own = {key: value for key, value in vars(callback).items() if not key.startswith("_")}
     assert own == {key: value for key, value in vars(twin).items() if not key.startswith("_")}
 

@@ -53,7 +53,7 @@ def standardised(image: Tensor) -> Tensor:
     return (values - values.mean()) / values.std()
 
 
-def normalised_by_a_function(image: Tensor) -> Tensor:
+def normalized_by_a_function(image: Tensor) -> Tensor:
     return NORMALISE(image.float() / 255)
 
 
@@ -63,7 +63,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Any], dict[str, Any]]] = {
     "mode I divided": (lambda image: image.float() * 257 / (2**31 - 1), {}),
     "-1..1": (lambda image: image.float() / 127.5 - 1, {}),
     "z-scores": (standardised, {"mean": "per_image"}),
-    "function": (normalised_by_a_function, {}),
+    "function": (normalized_by_a_function, {}),
 }
 
 
@@ -109,7 +109,7 @@ def acted(callback: Any, trainer: Any) -> None:
         assert callback.verdict is not None
 
 
-def test_a_hugging_face_dataset_that_normalises() -> None:
+def test_a_hugging_face_dataset_that_normalizes() -> None:
     datasets, pictures = pytest.importorskip("datasets"), Pairs()
 
     def prepare(rows: dict[str, list[int]]) -> dict[str, list[Tensor]]:
@@ -217,12 +217,12 @@ def test_computed_images_are_shown_denoised(module: Any, given: Any) -> None:
     assert min(high for _, _, high in denoised) > top / 2
 
 
-@pytest.mark.parametrize("defence", [UltraCleanCallback, DSTCallback, STRIP, DBRCallback])
-def test_images_that_cannot_be_replaced_are_told_at_the_start(defence: Any) -> None:
+@pytest.mark.parametrize("defense", [UltraCleanCallback, DSTCallback, STRIP, DBRCallback])
+def test_images_that_cannot_be_replaced_are_told_at_the_start(defense: Any) -> None:
     module = Rooting()
     words = r"`batch_fn` computes.*`forward_fn` reads the batch.*Let `batch_fn` return.*or leave out `forward_fn`"
     with pytest.raises(ArgumentError, match=words):
-        make_trainer([defence(batch_fn=roots, forward_fn=logits_of)], 4).fit(module, DataLoader(Raw(), batch_size=32))
+        make_trainer([defense(batch_fn=roots, forward_fn=logits_of)], 4).fit(module, DataLoader(Raw(), batch_size=32))
     assert len(module.seen) < 6, "nothing was trained"
 
 

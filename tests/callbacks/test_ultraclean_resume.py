@@ -27,7 +27,7 @@ from tests.callbacks.helpers import (
     same_state,
     state_of,
 )
-from tests.trainer._recording import SAFE_LOADING
+from tests.loading.recording import SAFE_LOADING
 
 pytestmark = [
     *LIGHTNING_WARNS,
@@ -279,7 +279,7 @@ def test_the_early_look_survives_an_interruption_and_not_a_second_fit(tmp_path: 
 
 
 @pytest.mark.parametrize(("after", "looks"), [(1, True), (2, False)], ids=["before the scan", "at the scan"])
-def test_a_callback_that_is_added_on_resume_asks_neighbours_before_the_scan_alone(
+def test_a_callback_that_is_added_on_resume_asks_neighbors_before_the_scan_alone(
     tmp_path: Path, after: int, looks: bool
 ) -> None:
     saver = SaveAll(tmp_path)

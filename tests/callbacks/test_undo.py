@@ -49,7 +49,7 @@ def undo(monkeypatch: pytest.MonkeyPatch, *, rounds: tuple[bool, ...] = (True,))
     """Have every epoch of D-BR undone, and the rounds of NONE, in turn, as told."""
     judged, told = Round.judged, iter(rounds * 99 if len(rounds) == 1 else rounds)
     monkeypatch.setattr(Round, "judged", lambda self, *args: replace(judged(self, *args), undone=next(told)))
-    monkeypatch.setattr("lightning_backdoor.trainer.unlearning.MAX_LOSS", -2.0)
+    monkeypatch.setattr("lightning_backdoor.responses.unlearn.MAX_LOSS", -2.0)
 
 
 def ema(decay: float = 0.9) -> Any:
@@ -154,7 +154,7 @@ def test_the_model_that_was_judged_is_the_one_that_the_user_gets(
     make: Any, decay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undo(monkeypatch, rounds=(False,))
-    monkeypatch.setattr("lightning_backdoor.trainer.unlearning.MAX_LOSS", 2.0)
+    monkeypatch.setattr("lightning_backdoor.responses.unlearn.MAX_LOSS", 2.0)
     _, plain = fit([make()])
     callback = make()
     _, module = fit([callback, ema(decay)])

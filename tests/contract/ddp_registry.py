@@ -42,7 +42,7 @@ FAILING = [
 ]
 
 
-def defence_of(entry: Entry) -> Any:
+def defense_of(entry: Entry) -> Any:
     """One that acts on as many samples as there are here."""
     return entry.make(**({"verdict": given(SAMPLES)} if "verdict" in entry.acting else {}))
 
@@ -81,7 +81,7 @@ class Keeper(pl.Callback):
 def train(entry: Entry, path: Path, *, learning: bool, **settings: Any) -> None:
     """One fit; without learning, any number of processes has the same weights at every look."""
     torch.manual_seed(0)
-    callback, module = defence_of(entry), net_of()
+    callback, module = defense_of(entry), net_of()
     if not learning:
         module.lr = module.body[1].momentum = 0.0
     if learning and entry.kind == "own":  # its projection is none of DDP's, and must agree when DDP does not
@@ -120,7 +120,7 @@ def fail(entry: Entry, where: str, **settings: Any) -> str:
     """What the user reads in this process when the last one cannot read an image."""
     hook, position, _ = FAILURES[where]
     data, module = Fragile(SAMPLES), net_of()
-    trainer = make_trainer([Fuse(data, hook, position), defence_of(entry), Fuse(data, hook, -1)], EPOCHS, **settings)
+    trainer = make_trainer([Fuse(data, hook, position), defense_of(entry), Fuse(data, hook, -1)], EPOCHS, **settings)
     try:
         trainer.fit(module, loader_of(data))
     except Exception as error:

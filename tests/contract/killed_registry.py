@@ -21,7 +21,8 @@ from unittest import mock
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
-from lightning_backdoor.trainer import distinguish, scan
+from lightning_backdoor.scanning import measure_fct as distinguish
+from lightning_backdoor.scanning import scan
 from tests.callbacks.helpers import state_of
 from tests.contract.problem import EPOCHS, fit
 from tests.contract.registry import Entry, of

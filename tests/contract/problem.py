@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.callbacks.helpers import LIGHTNING_WARNS, Pictures, loader_of, make_trainer
-from tests.trainer._recording import SAFE_LOADING
+from tests.loading.recording import SAFE_LOADING
 
 EPOCHS = 3
 IMAGES = 96  # 24 of each of four classes: more than the 20 below which a class is not looked at

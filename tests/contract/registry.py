@@ -149,7 +149,7 @@ ENTRIES = [
 ]
 
 every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-every_defence = pytest.mark.parametrize(
+every_defense = pytest.mark.parametrize(
     "entry", [entry for entry in ENTRIES if entry.kind != "watch"], ids=lambda entry: entry.name
 )
 

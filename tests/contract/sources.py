@@ -131,7 +131,7 @@ DATASETS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-class Neighbours(Sampler[list[int]]):
+class Neighbors(Sampler[list[int]]):
     """A user's batch sampler: neighbours together, in random order."""
 
     def __len__(self) -> int:
@@ -161,7 +161,7 @@ LOADERS: dict[str, Callable[[Any], Any]] = {
         data, sampler=WeightedRandomSampler([1.0] * IMAGES, IMAGES, generator=generator())
     ),
     "batch sampler": lambda data: loader(data, batch_sampler=BatchSampler(RandomSampler(data), BATCH, False)),
-    "own batch sampler": lambda data: loader(data, batch_sampler=Neighbours()),
+    "own batch sampler": lambda data: loader(data, batch_sampler=Neighbors()),
     "worker": lambda data: loader(data, shuffle=True, num_workers=1),
     "persistent worker": lambda data: loader(data, shuffle=True, num_workers=1, persistent_workers=True),
     "foreign constructor": lambda data: ForeignLoader("sesame", data),

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_backdoor.errors import BackdoorDefenseError, DataError
 from tests.callbacks.helpers import Pictures, loader_of, make_trainer
 from tests.contract.problem import BATCH, EPOCHS, WARNS, Loading, Net, assert_settled, fit, net_of, planted
-from tests.contract.registry import Entry, every_defence
+from tests.contract.registry import Entry, every_defense
 
 pytestmark = WARNS
 
@@ -25,7 +25,7 @@ class Broken(Pictures):
         return super().__getitem__(i)
 
 
-@every_defence
+@every_defense
 def test_an_image_that_cannot_be_read_ends_the_fit_and_nothing_else(entry: Entry) -> None:
     callback, module = entry.make(), net_of()
     trainer = make_trainer([callback], EPOCHS)
@@ -52,7 +52,7 @@ class Robust(Net):
         return super().forward(255 * images.nan_to_num())
 
 
-@every_defence
+@every_defense
 def test_an_image_that_is_not_a_number_is_named(entry: Entry) -> None:
     torch.manual_seed(0)
     callback, module = entry.make(), Robust()
@@ -70,7 +70,7 @@ class Shrinking(Loading, Net):
         return loader_of(planted(96 - 8 * self.current_epoch), BATCH)
 
 
-@every_defence
+@every_defense
 def test_a_dataset_that_changes_its_size_is_refused_once_positions_count(entry: Entry) -> None:
     torch.manual_seed(0)
     callback, module = entry.make(), Shrinking()
@@ -88,7 +88,7 @@ class Fractions(Pictures):
         return {**item, "label": item["label"] + 0.5}
 
 
-@every_defence
+@every_defense
 def test_labels_that_are_no_class_indices_are_refused_before_the_first_step(entry: Entry) -> None:
     callback, module = entry.make(), net_of()
     trainer = make_trainer([callback], EPOCHS)

@@ -15,7 +15,7 @@ from tests.callbacks.helpers import make_trainer
 from tests.callbacks.test_ultraclean_resume import SaveAll
 from tests.contract.cases import CASES
 from tests.contract.problem import EPOCHS, WARNS, assert_settled, fit, net_of
-from tests.contract.registry import Entry, every_defence, of
+from tests.contract.registry import Entry, every_defense, of
 from tests.contract.tally import COUNTS
 
 pytestmark = WARNS
@@ -39,7 +39,7 @@ def test_all_cases_are_there_and_their_tests_exist() -> None:
     COUNTS["cases covered, of 72"] = sum(bool(case.tests) for case in CASES.values())
 
 
-@every_defence
+@every_defense
 def test_a_derived_class_finds_the_state_and_two_of_one_key_are_refused(entry: Entry, tmp_path: Path) -> None:
     saver = SaveAll(tmp_path)
     expected = entry.make()

@@ -9,7 +9,7 @@ import torch
 
 from lightning_backdoor import BackdoorMonitor, attacks
 from lightning_backdoor.callbacks import rounds
-from lightning_backdoor.callbacks.defense import Defense
+from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.errors import TrainerError
 from tests.callbacks.helpers import same_state, state_of
 from tests.contract.problem import EPOCHS, WARNS, assert_settled, clean, fit
@@ -126,7 +126,7 @@ def test_three_filters_cut_all() -> None:
     assert_settled(run.trainer, run.module, run.loader, run.before)
 
 
-def test_a_monitor_watches_two_defences() -> None:
+def test_a_monitor_watches_two_defenses() -> None:
     one, two = of("UltraCleanCallback").make(), of("NONECallback").make()
     run = fit([one, two, BackdoorMonitor(trigger=attacks.BadNets())])
     assert {"backdoor/UltraClean/tpr", "backdoor/NONE/tpr"} <= run.trainer.callback_metrics.keys()

@@ -15,7 +15,7 @@ from lightning_backdoor.errors import DataError
 from lightning_backdoor.report.table import class_rows
 from tests.callbacks.helpers import Pictures, loader_of, make_trainer, same_state
 from tests.contract.problem import BATCH, EPOCHS, WARNS, assert_settled, net_of, planted
-from tests.contract.registry import GIVEN, Entry, every_defence, of
+from tests.contract.registry import GIVEN, Entry, every_defense, of
 
 pytestmark = [*WARNS, pytest.mark.filterwarnings("ignore:.*`collate_fn` drops 5 of 96")]
 
@@ -43,13 +43,13 @@ def train(callback: Any, trainer: Any = None, **settings: Any) -> tuple[Any, Any
     return module, trainer
 
 
-@every_defence
+@every_defense
 def test_samples_that_the_collate_drops_are_kept_and_counted(
     entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: dict[str, Any] = {}
     monkeypatch.setattr(
-        "lightning_backdoor.callbacks.defense.write_report",
+        "lightning_backdoor.callbacks.base.write_report",
         lambda *args, evidence, **kwargs: reported.update(evidence.facts),
     )
     size = 2 if entry.name in ("ActivationClustering", "RandomFilter") else None  # one batch of a scan holds nothing

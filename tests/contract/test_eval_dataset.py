@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from lightning_backdoor.errors import ArgumentError
 from tests.callbacks.helpers import Pictures, make_trainer
 from tests.contract.problem import BATCH, EPOCHS, WARNS, assert_settled, net_of, planted
-from tests.contract.registry import Entry, every_defence, of
+from tests.contract.registry import Entry, every_defense, of
 from tests.contract.sources import Columns
 
 pytestmark = WARNS
@@ -44,7 +44,7 @@ def train(callback: Any, data: Any = None) -> Any:
     return trainer
 
 
-@every_defence
+@every_defense
 def test_it_is_read_in_the_place_of_the_training_dataset(entry: Entry) -> None:
     sibling = Inside(augments=False)
     callback = entry.make(eval_dataset=sibling)
@@ -103,7 +103,7 @@ def test_what_is_no_sibling_is_refused_before_anything_is_trained(kind: str) -> 
     assert_settled(trainer, module)
 
 
-@every_defence
+@every_defense
 def test_what_cannot_be_meant_is_refused_at_once(entry: Entry) -> None:
     with pytest.raises(ArgumentError, match=r"`eval_dataset` must be a dataset, or a function.*got int"):
         entry.make(eval_dataset=3)
@@ -111,7 +111,7 @@ def test_what_cannot_be_meant_is_refused_at_once(entry: Entry) -> None:
         entry.make(eval_dataset=plain, eval_transform=abs)
 
 
-@every_defence
+@every_defense
 def test_a_command_line_can_name_it(entry: Entry) -> None:
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser()
@@ -122,7 +122,7 @@ def test_a_command_line_can_name_it(entry: Entry) -> None:
         assert arguments.callback.eval_dataset is plain
         return
     callback = build(arguments).callback
-    assert callback.reading.eval_dataset is plain
+    assert callback.options.eval_dataset is plain
 
 
 def test_hugging_face() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from tests.callbacks.helpers import make_trainer, same_state
 from tests.contract.problem import EPOCHS, PACKAGES, WARNS, assert_settled, clean, fit, net_of
-from tests.contract.registry import ENTRIES, Entry, every, every_defence, public_callbacks
+from tests.contract.registry import ENTRIES, Entry, every, every_defense, public_callbacks
 
 pytestmark = WARNS
 
@@ -127,7 +127,7 @@ def test_copies_before_and_after_a_fit(entry: Entry, twin_of: Any) -> None:
     fit([later])
 
 
-@every_defence
+@every_defense
 def test_a_fit_without_training_is_refused_or_silent(entry: Entry) -> None:
     callback = entry.make()
     run = fit([callback], fast_dev_run=2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_backdoor.callbacks.defense import Defense
+from lightning_backdoor.callbacks.base import Defense
 from tests.callbacks.helpers import Pictures, make_trainer
 from tests.contract.problem import BATCH, EPOCHS, IMAGES, WARNS, Net, assert_settled
 from tests.contract.registry import ENTRIES, Entry

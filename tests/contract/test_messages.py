@@ -21,7 +21,7 @@ import lightning_backdoor
 from lightning_backdoor.errors import ModelError
 from tests.callbacks.helpers import make_trainer
 from tests.contract.problem import EPOCHS, WARNS, Net, assert_settled, fit
-from tests.contract.registry import Entry, every, every_defence
+from tests.contract.registry import Entry, every, every_defense
 
 pytestmark = WARNS
 
@@ -116,7 +116,7 @@ def reached(cls: type) -> set[tuple[str, str]]:
 
 def test_messages_are_read() -> None:
     assert advised("Pass `mean` and `std`, or `a=1`. `b` is wrong") == {"mean", "std", "a"}
-    assert pieces("lightning_backdoor.trainer.loaders")["require_enough"].advises == {"max_removed"}
+    assert pieces("lightning_backdoor.loading.loaders")["require_enough"].advises == {"max_removed"}
 
 
 @every
@@ -165,13 +165,13 @@ class HiddenHead(Deep):
         return Hidden.apply(self.body(images.float() / 255).flatten(1), self.head.weight)
 
 
-@every_defence
+@every_defense
 def test_the_remedy_for_a_head_that_cannot_be_found_works(entry: Entry) -> None:
     torch.manual_seed(0)
     callback = entry.make()
     with pytest.raises(ModelError) as info:
         fit([], module=HiddenHead(), trainer=make_trainer([callback], EPOCHS))
-    if not callback.reading.features:  # it asks units, which cannot be followed either
+    if not callback.options.features:  # it asks units, which cannot be followed either
         assert re.search(r"No unit of HiddenHead can be reset .* \(UltraCleanCallback\)", str(info.value))
         assert not advised(str(info.value))
         return
@@ -191,7 +191,7 @@ class Cosine(Deep):
         return 16 * F.linear(F.normalize(features), F.normalize(self.head.weight))
 
 
-@every_defence
+@every_defense
 def test_a_head_that_is_no_layer_is_found(entry: Entry) -> None:
     torch.manual_seed(0)
     callback = entry.make()

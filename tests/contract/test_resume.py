@@ -14,7 +14,7 @@ from lightning_backdoor.errors import DataError
 from tests.callbacks.helpers import same_state
 from tests.callbacks.test_ultraclean_resume import SaveAll
 from tests.contract.problem import EPOCHS, WARNS, Run, assert_settled, clean, fit, planted
-from tests.contract.registry import GIVEN, Entry, every, every_defence
+from tests.contract.registry import GIVEN, Entry, every, every_defense
 
 pytestmark = [*WARNS, pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step\\(\\)` before")]
 
@@ -106,7 +106,7 @@ def test_the_checkpoints_of_lightning_resume_and_load_safely(entry: Entry, tmp_p
         assert f"lightning_backdoor.{entry.cls.method}.mine" in last["callbacks"]
 
 
-@every_defence
+@every_defense
 def test_resumed_on_other_data_it_is_refused(entry: Entry, tmp_path: Path) -> None:
     saver = SaveAll(tmp_path)
     fit([entry.make(), saver])
@@ -123,7 +123,7 @@ def test_resumed_on_other_data_it_is_refused(entry: Entry, tmp_path: Path) -> No
     [
         lambda: NONECallback(rule="paper", warmup_epochs=1, finetune_epochs=1),
         lambda: NONECallback(rule="paper", rounds=3, finetune_epochs=1),
-        lambda: DBRCallback(verdict=GIVEN, reference=True, epochs=2),
+        lambda: DBRCallback(verdict=GIVEN, paper_loop=True, epochs=2),
         lambda: DBRCallback(verdict=GIVEN, warmup_epochs=1, epochs=2),
         lambda: DBRCallback(verdict=GIVEN, warmup_epochs=0, epochs=2),
     ],

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from lightning_backdoor import Verdict
+from lightning_backdoor.loading.batch_schedule import Phases
+from lightning_backdoor.loading.draws import Kept
 from lightning_backdoor.report import write_report
-from lightning_backdoor.trainer.draws import Kept
-from lightning_backdoor.trainer.phases import Phases
-from tests.contract.registry import Entry, every_defence
+from tests.contract.registry import Entry, every_defense
 
 SIZES = [10_000, 100_000]
 FIXED = 2**14  # bytes that do not depend on N: names, numbers, the frame of the file
@@ -33,7 +33,7 @@ def saved(value: Any) -> int:
     return file.tell()
 
 
-@every_defence
+@every_defense
 @pytest.mark.parametrize("masks", [False, True], ids=["plain", "with masks"])
 def test_state_in_a_checkpoint_takes_13_bytes_per_image_and_15_with_masks(entry: Entry, masks: bool) -> None:
     callback = entry.make()

@@ -11,13 +11,13 @@ from torch.utils.data import TensorDataset
 
 from tests.callbacks.helpers import make_trainer
 from tests.contract.problem import BATCH, EPOCHS, WARNS, assert_settled, planted
-from tests.contract.registry import Entry, every_defence
+from tests.contract.registry import Entry, every_defense
 from tests.contract.test_loaders import Reader, assert_curates
 
 pytestmark = WARNS
 
 
-class Normalised(Reader):
+class Normalized(Reader):
     """Gets floats, and knows an image by its pixels all the same."""
 
     @staticmethod
@@ -25,14 +25,14 @@ class Normalised(Reader):
         return Reader.key(image if image.dtype == torch.uint8 else (255 * image).round().byte())
 
 
-@every_defence
+@every_defense
 def test_removed_samples_are_never_drawn_again(entry: Entry) -> None:
     torch.manual_seed(0)
     data: Any = TensorDataset(planted().images, planted().targets)
     inner = MultiEpochsDataLoader(data, batch_size=BATCH, shuffle=True, collate_fn=fast_collate)
     loader = PrefetchLoader(inner, mean=(0.0,) * 3, std=(1.0,) * 3, device=torch.device("cpu"))
     before = dict(vars(loader)), dict(vars(inner))
-    callback, module = entry.make(), Normalised(data)
+    callback, module = entry.make(), Normalized(data)
     trainer = make_trainer([callback], EPOCHS)
     trainer.fit(module, loader)
     assert (vars(loader), vars(inner)) == before

@@ -304,12 +304,12 @@ class TestBatchFn:
     ),
     size=st.integers(1, 5),
     channels=st.integers(1, 5),
-    grey=st.booleans(),
+    gray=st.booleans(),
     swap=st.booleans(),
     keyed=st.booleans(),
 )
-def test_any_nesting(*, form: Any, size: int, channels: int, grey: bool, swap: bool, keyed: bool) -> None:
-    images = torch.rand(size, 6, 7) if grey else torch.rand(size, channels, 6, 7)
+def test_any_nesting(*, form: Any, size: int, channels: int, gray: bool, swap: bool, keyed: bool) -> None:
+    images = torch.rand(size, 6, 7) if gray else torch.rand(size, channels, 6, 7)
     labels = torch.arange(size)
 
     def build(shape: Any) -> Any:

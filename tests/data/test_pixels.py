@@ -28,7 +28,7 @@ def pixels(b: int = 6, c: int = 3, size: int = 9, low: int = 0, high: int = 256)
     return torch.randint(low, high, (b, c, size, size), dtype=torch.uint8)
 
 
-def normalised(p: Tensor, mean: Any = MEAN, std: Any = STD) -> Tensor:
+def normalized(p: Tensor, mean: Any = MEAN, std: Any = STD) -> Tensor:
     return torch.stack([v1.Normalize(mean, std)(image.float() / 255) for image in p])
 
 
@@ -97,10 +97,10 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_normalize_is_found(name: str) -> None:
     p = pixels()
-    space = infer_pixel_space(normalised(p), transform=TRANSFORMS[name])
+    space = infer_pixel_space(normalized(p), transform=TRANSFORMS[name])
     assert space.mean == pytest.approx(MEAN)
     assert space.std == pytest.approx(STD)
-    assert torch.equal(space.to_pixels(normalised(p)), p)
+    assert torch.equal(space.to_pixels(normalized(p)), p)
 
 
 def test_two_normalize_steps_are_taken_together() -> None:
@@ -157,10 +157,10 @@ class TestModel:
     def module(**settings: Any) -> nn.Module:
         return nn.ModuleDict({"net": timm.create_model("test_resnet", **settings)})
 
-    def test_timm_configuration_when_images_are_normalised_so(self) -> None:
+    def test_timm_configuration_when_images_are_normalized_so(self) -> None:
         p = pixels()
         config = timm.create_model("test_resnet").pretrained_cfg
-        images = normalised(p, config["mean"], config["std"])
+        images = normalized(p, config["mean"], config["std"])
         space = infer_pixel_space(images, model=self.module())
         assert space.mean == pytest.approx(config["mean"])
         assert torch.equal(space.to_pixels(images), p)
@@ -168,36 +168,36 @@ class TestModel:
     def test_not_when_they_are_not(self) -> None:
         assert infer_pixel_space(pixels().float() / 255, model=self.module()) == PixelSpace()
         model = self.module(pretrained_cfg_overlay={"mean": MEAN, "std": STD})
-        assert infer_pixel_space(normalised(pixels(), 0.5, 0.5), model=model) == PixelSpace((0.5,), (0.5,))
+        assert infer_pixel_space(normalized(pixels(), 0.5, 0.5), model=model) == PixelSpace((0.5,), (0.5,))
 
-    def test_normalised_otherwise_within_the_range(self) -> None:
+    def test_normalized_otherwise_within_the_range(self) -> None:
         model = self.module(pretrained_cfg_overlay={"mean": MEAN, "std": STD})
-        assert infer_pixel_space(normalised(pixels()), model=model).mean == pytest.approx(MEAN)
+        assert infer_pixel_space(normalized(pixels()), model=model).mean == pytest.approx(MEAN)
         with pytest.raises(ArgumentError, match="pixel space cannot be inferred"):
-            infer_pixel_space(normalised(pixels(), 0.5, 0.6), model=model)
+            infer_pixel_space(normalized(pixels(), 0.5, 0.6), model=model)
 
     def test_kornia_layer_in_the_module(self) -> None:
         layer = kornia.augmentation.Normalize(torch.tensor(MEAN), torch.tensor(STD))
         model = nn.ModuleDict({"augment": nn.Sequential(layer), "net": nn.Linear(3, 3)})
-        assert infer_pixel_space(normalised(pixels()), model=model).std == pytest.approx(STD)
+        assert infer_pixel_space(normalized(pixels()), model=model).std == pytest.approx(STD)
 
     def test_the_transform_comes_first(self) -> None:
         model = self.module(pretrained_cfg_overlay={"mean": MEAN, "std": STD})
-        images = normalised(pixels(), 0.5, 0.5)
+        images = normalized(pixels(), 0.5, 0.5)
         assert infer_pixel_space(images, transform=v1.Normalize(0.5, 0.5), model=model).mean == (0.5,)
 
 
 class TestGiven:
     def test_wins_over_everything(self) -> None:
-        images = normalised(pixels())
+        images = normalized(pixels())
         space = infer_pixel_space(images, transform=v1.Normalize(0.5, 0.5), mean=MEAN, std=list(STD))
         assert space == PixelSpace(MEAN, STD)
 
     def test_one_number_for_all_channels(self) -> None:
         p = pixels(c=7)
-        space = infer_pixel_space(normalised(p, [0.3] * 7, [0.2] * 7), mean=0.3, std=0.2)
+        space = infer_pixel_space(normalized(p, [0.3] * 7, [0.2] * 7), mean=0.3, std=0.2)
         assert space == PixelSpace((0.3,), (0.2,))
-        assert torch.equal(space.to_pixels(normalised(p, [0.3] * 7, [0.2] * 7)), p)
+        assert torch.equal(space.to_pixels(normalized(p, [0.3] * 7, [0.2] * 7)), p)
 
     @pytest.mark.parametrize(
         ("settings", "words"),
@@ -211,26 +211,26 @@ class TestGiven:
     )
     def test_bad_numbers(self, settings: dict[str, Any], words: str) -> None:
         with pytest.raises(ArgumentError, match=words):
-            infer_pixel_space(normalised(pixels(), 0.5, 0.5), **settings)
+            infer_pixel_space(normalized(pixels(), 0.5, 0.5), **settings)
 
     def test_wrong_numbers_are_noticed(self) -> None:
         with pytest.raises(ArgumentError, match=r"undoing `mean` and `std` .* leaves the pixel range.*Pass `mean`"):
-            infer_pixel_space(normalised(pixels()), mean=0.5, std=0.5)
+            infer_pixel_space(normalized(pixels()), mean=0.5, std=0.5)
 
 
 def test_a_transform_that_does_not_fit_is_noticed() -> None:
     with pytest.raises(ArgumentError, match=r"from -2\.\d+ to 2\.\d+; undoing the transform's Normalize"):
-        infer_pixel_space(normalised(pixels(b=20)), transform=v1.Normalize(0.5, 0.5))
+        infer_pixel_space(normalized(pixels(b=20)), transform=v1.Normalize(0.5, 0.5))
 
 
-def test_unknown_normalisation_names_the_remedy_and_the_range() -> None:
-    images = normalised(pixels(b=20))
+def test_unknown_normalization_names_the_remedy_and_the_range() -> None:
+    images = normalized(pixels(b=20))
     with pytest.raises(ArgumentError, match=r"3 channels with values from -2\.12 to 2\.64.*`mean` and `std`.*0\.485"):
         infer_pixel_space(images, transform=lambda x: x)
 
 
 def test_noise_of_random_erasing_is_tolerated() -> None:
-    images = normalised(pixels(b=20))
+    images = normalized(pixels(b=20))
     images[:3, :, :4, :4] = torch.randn(3, 3, 4, 4)
     assert infer_pixel_space(images, transform=TRANSFORMS["v1"]).mean == MEAN
 
@@ -260,14 +260,14 @@ class TestNonFinite:
 class TestLike:
     def test_dtype_and_memory_format(self) -> None:
         space, p = PixelSpace(MEAN, STD), pixels()
-        like = normalised(p).to(torch.bfloat16, memory_format=torch.channels_last)
+        like = normalized(p).to(torch.bfloat16, memory_format=torch.channels_last)
         back = space.to_model(p[:2], like)
         assert back.dtype == torch.bfloat16
         assert back.shape[0] == 2
         assert back.is_contiguous(memory_format=torch.channels_last)
-        assert space.to_model(p.to(memory_format=torch.channels_last), normalised(p)).is_contiguous()
+        assert space.to_model(p.to(memory_format=torch.channels_last), normalized(p)).is_contiguous()
 
-    def test_grey_without_channel_axis(self) -> None:
+    def test_gray_without_channel_axis(self) -> None:
         images = pixels(c=1).float().squeeze(1) / 255
         space = infer_pixel_space(images)
         assert space.to_pixels(images).shape == (6, 1, 9, 9)
@@ -314,7 +314,7 @@ def test_round_trip(*, seed: int, channels: int, one: bool, dtype: torch.dtype, 
 
 def test_bit_for_bit_torchvision() -> None:
     p = pixels(b=30, size=16)
-    images = normalised(p)
+    images = normalized(p)
     assert torch.equal(PixelSpace(MEAN, STD).to_model(p, images), images)
 
 
@@ -360,7 +360,7 @@ class TestIntegers:
         assert space.to_pixels(images)[3, 0, 0, 0] == 255
         assert space.to_pixels(images)[5, 1, 2, 2] == 0
 
-    def test_bands_have_ranges_of_their_own_and_colours_one(self) -> None:
+    def test_bands_have_ranges_of_their_own_and_colors_one(self) -> None:
         images = torch.randint(0, 1000, (20, 4, 16, 16), dtype=torch.int32)
         images[:, 1] *= 10
         assert len(infer_pixel_space(images).std) == 4
@@ -381,7 +381,7 @@ class TestIntegers:
         with pytest.raises(ArgumentError, match=r"undoing `mean` and `std`"):
             infer_pixel_space(images, mean=[0.0], std=[1 / 255])
 
-    def test_floats_that_fill_no_grey_levels_are_stretched(self) -> None:
+    def test_floats_that_fill_no_gray_levels_are_stretched(self) -> None:
         """A 32-bit image that was divided by the largest 32-bit integer."""
         images = torch.randint(0, 40000, (20, 1, 16, 16)).float() / (2**31 - 1)
         space = infer_pixel_space(images)
@@ -406,9 +406,9 @@ class TestSigned:
 
 class TestPerImage:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.int16])
-    @pytest.mark.parametrize("grey", [True, False])
-    def test_every_image_keeps_its_own_range(self, dtype: torch.dtype, grey: bool) -> None:
-        p = pixels(c=1 if grey else 3, size=32)
+    @pytest.mark.parametrize("gray", [True, False])
+    def test_every_image_keeps_its_own_range(self, dtype: torch.dtype, gray: bool) -> None:
+        p = pixels(c=1 if gray else 3, size=32)
         p[:, 0, 0, 0], p[:, 0, 0, 1] = 0, 255
         levels = p.double() * torch.tensor([2.0, 3, 4, 5, 6, 7]).view(-1, 1, 1, 1) + 10
         if dtype.is_floating_point:
@@ -505,7 +505,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_that_mention_a_normalize(name: str) -> None:
     p = pixels(low=30, high=220)  # need not fill the range
-    images = normalised(p)
+    images = normalized(p)
     space = infer_pixel_space(images, transform=FUNCTIONS[name])
     assert space.mean == pytest.approx(MEAN)
     assert torch.equal(space.to_pixels(images), p)
@@ -513,15 +513,15 @@ def test_functions_that_mention_a_normalize(name: str) -> None:
 
 def test_what_is_mentioned_but_not_applied_is_not_believed() -> None:
     both = partial(by_arguments, NORM, v1.Normalize(0.5, 0.6))
-    images = normalised(pixels(b=20))
+    images = normalized(pixels(b=20))
     assert infer_pixel_space(images, transform=both).mean == MEAN
     assert infer_pixel_space(pixels().float() / 255, transform=by_global) == PixelSpace()
     assert infer_pixel_space(pixels().float() / 127.5 - 1, transform=by_global) == PixelSpace((0.5,), (0.5,))
     with pytest.raises(ArgumentError, match="cannot be inferred"):
-        infer_pixel_space(normalised(pixels(b=20), 0.3, 0.4), transform=both)
+        infer_pixel_space(normalized(pixels(b=20), 0.3, 0.4), transform=both)
 
 
-class Normalising:
+class Normalizing:
     """A dataset that normalises in ``__getitem__``, without a ``transform``."""
 
     def __init__(self, p: Tensor) -> None:
@@ -534,8 +534,8 @@ class Normalising:
         return v1.functional.normalize(self.p[i].float() / 255, GLOBAL_MEAN, GLOBAL_STD)
 
 
-def test_a_dataset_and_a_collate_fn_that_normalise() -> None:
-    data = Normalising(pixels())
+def test_a_dataset_and_a_collate_fn_that_normalize() -> None:
+    data = Normalizing(pixels())
     images = torch.stack([data[i] for i in range(len(data))])
     for beside in ([data], [Subset(data, [0, 1])], [by_global]):
         assert infer_pixel_space(images, beside=beside).mean == MEAN

@@ -25,8 +25,8 @@ def test_every_image_is_changed_in_its_own_way() -> None:
     pixels = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).repeat(64, 1, 1, 1)
     view = strong_view(pixels, seed=0)
     assert len(torch.unique(view.flatten(1), dim=0)) == 64
-    grey = ((view[:, 0].int() - view[:, 1]).abs() <= 1).flatten(1).all(dim=1)
-    assert 0.05 < float(grey.float().mean()) < 0.4, "one in five has no colours"
+    gray = ((view[:, 0].int() - view[:, 1]).abs() <= 1).flatten(1).all(dim=1)
+    assert 0.05 < float(gray.float().mean()) < 0.4, "one in five has no colours"
 
 
 def test_a_crop_is_a_part_of_the_image() -> None:

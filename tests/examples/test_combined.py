@@ -94,7 +94,7 @@ def test_every_candidate_judges_and_unions_hold_their_parts() -> None:
     assert (half["tpr"], half["fpr"], half["removed"], half["covers_removed"]) == (1.0, 0.0, POISONS, POISONS // 4)
 
 
-def test_early_neighbours_add_modes_that_covers_hide() -> None:
+def test_early_neighbors_add_modes_that_covers_hide() -> None:
     found, poisoned = planted()
     found["units"][N // 2 : N // 2 + 10, 0] += 12.0  # covers: the mode is four times as common in the first class
     names = "modes of units", "modes of units, early neighbours"
@@ -204,7 +204,7 @@ def test_weights_share_one_first_stage(data: Path, monkeypatch: pytest.MonkeyPat
 
     def quick(**arguments: Any) -> Any:
         given.append(arguments.get("weight"))
-        return callback(suspect=0.1, detector_steps=2, draws=1, **arguments)
+        return callback(suspect=0.1, detector_steps=2, num_transforms=1, **arguments)
 
     monkeypatch.setattr(weights, "DSTCallback", quick)
     monkeypatch.setattr(weights, "WEIGHTS", (0.001, 1.0))

@@ -311,7 +311,7 @@ def test_stages_are_trained_by_the_labels_that_are_believed(
         trusted.append(int(callback.verdict.trusted.sum()))
 
     monkeypatch.setattr(stages.OtherLabels, "_attach", spied)
-    quick = {"suspect": 0.1, "detector_steps": 2, "draws": 1, "classifier_epochs": 1}
+    quick = {"suspect": 0.1, "detector_steps": 2, "num_transforms": 1, "classifier_epochs": 1}
     variants = {
         "none": lambda: stages.OtherLabels(believed=False, **quick),
         "all": lambda: stages.OtherLabels(believed=True, **quick),

@@ -160,7 +160,7 @@ def test_the_sheet_draws_each_form_of_each_kind_of_attack_once(tmp_path: Path) -
     assert attacks.FIGURE.is_file(), "the figure of the benchmark is what the command writes by default"
 
 
-def test_a_strip_has_the_difference_ten_times_around_grey() -> None:
+def test_a_strip_has_the_difference_ten_times_around_gray() -> None:
     clean = torch.full((3, 2, 2), 100, dtype=torch.uint8)
     triggered = clean.clone()
     triggered[:, 0] = torch.tensor([103, 90])

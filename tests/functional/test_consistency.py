@@ -17,7 +17,7 @@ def test_fct_is_the_mean_square_by_default() -> None:
     torch.testing.assert_close(fct_scores(a, b), torch.tensor(expected))
 
 
-def test_cosine_and_normalised_fct_ignore_lengths() -> None:
+def test_cosine_and_normalized_fct_ignore_lengths() -> None:
     a, b = torch.randn(5, 7), torch.randn(5, 7)
     cosine = fct_scores(a, b, "cosine")
     torch.testing.assert_close(fct_scores(3 * a, 0.1 * b, "cosine"), cosine)
@@ -30,7 +30,7 @@ def test_features_that_do_not_move_score_zero(metric: str) -> None:
     torch.testing.assert_close(fct_scores(a, a, metric), torch.zeros(4), atol=1e-6, rtol=0)
 
 
-def test_orthogonal_centres_have_no_loss_and_a_simplex_the_least() -> None:
+def test_orthogonal_centers_have_no_loss_and_a_simplex_the_least() -> None:
     labels = torch.arange(8) % 4
     assert float(center_repulsion_loss(torch.eye(4)[labels], labels)) == 0
     simplex = torch.eye(4) - 0.25
@@ -47,7 +47,7 @@ def test_repulsion_looks_at_labels_that_are_present_and_at_directions() -> None:
     assert float(center_repulsion_loss(features, torch.zeros(10, dtype=torch.long))) == pytest.approx(0, abs=1e-6)
 
 
-def test_repulsion_has_a_gradient_that_turns_centres_apart() -> None:
+def test_repulsion_has_a_gradient_that_turns_centers_apart() -> None:
     features = torch.rand(12, 6, requires_grad=True)
     labels = torch.arange(12) % 3
     before = center_repulsion_loss(features, labels)

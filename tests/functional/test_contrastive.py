@@ -23,8 +23,8 @@ def literal_loss(views: Tensor, labels: Tensor, trusted: Tensor, temperature: fl
             pair = labels[i] == labels[j] and trusted[i] and (trusted[j] or reference)
             if i == j or pair:
                 positives.append(q)
-        normaliser = math.log(sum(math.exp(float(z[a] @ z[q]) / temperature) for q in others))
-        total -= sum(float(z[a] @ z[p]) / temperature - normaliser for p in positives) / len(positives)
+        normalizer = math.log(sum(math.exp(float(z[a] @ z[q]) / temperature) for q in others))
+        total -= sum(float(z[a] @ z[p]) / temperature - normalizer for p in positives) / len(positives)
     return total / (2 * size) * temperature / 0.07
 
 

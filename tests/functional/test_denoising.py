@@ -54,7 +54,7 @@ def scipy_median(images: Tensor, window: tuple[int, int, int]) -> Tensor:
     return torch.from_numpy(np.stack(filtered)).permute(0, 3, 1, 2)
 
 
-def opencv_colour(images: Tensor, *settings: Any) -> NDArray[np.uint8]:
+def opencv_color(images: Tensor, *settings: Any) -> NDArray[np.uint8]:
     """Return what the authors' loop returns, (N, H, W, 3): RGB handed to a function that takes it for BGR."""
     loop = [
         cv2.fastNlMeansDenoisingColored(image, None, *settings)
@@ -86,7 +86,7 @@ def test_local_median_equals_scipy_for_any_window(window: tuple[int, int, int], 
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_default_window_stays_within_a_channel_unless_the_image_is_colour(channels: int) -> None:
+def test_default_window_stays_within_a_channel_unless_the_image_is_color(channels: int) -> None:
     images = torch.randint(0, 256, (2, channels, 8, 8), dtype=torch.uint8)
     assert torch.equal(local_median(images), scipy_median(images, (2, 2, 1)))
 
@@ -110,8 +110,8 @@ def test_selection_finds_any_rank_also_from_sorted_runs(count: int, run: int, da
 # --- non-local means against OpenCV ---------------------------------------------------------------------------------
 
 
-def test_nl_means_stays_within_half_a_grey_level_of_opencv_on_cifar(cifar: Tensor) -> None:
-    theirs = opencv_colour(cifar, 5, 5, 7, 13)
+def test_nl_means_stays_within_half_a_gray_level_of_opencv_on_cifar(cifar: Tensor) -> None:
+    theirs = opencv_color(cifar, 5, 5, 7, 13)
     difference = differences(nl_means(cifar), theirs)
     assert difference.mean() < 0.1  # promised: 0.5
     assert np.percentile(difference, 99) <= 2
@@ -122,14 +122,14 @@ def test_nl_means_stays_within_half_a_grey_level_of_opencv_on_cifar(cifar: Tenso
 @pytest.mark.parametrize("settings", [(5, 5, 7, 13), (10, 3, 5, 9), (3, 10, 3, 21)])
 def test_nl_means_follows_opencv_for_other_sizes_and_settings(shape: tuple[int, ...], settings: Any) -> None:
     images = natural(*shape)
-    difference = differences(nl_means(images, *settings), opencv_colour(images, *settings))
+    difference = differences(nl_means(images, *settings), opencv_color(images, *settings))
     assert difference.mean() < 0.2
     assert np.percentile(difference, 99) <= 2
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 28, 28), (1, 1, 8, 8), (1, 1, 70, 130)])
 @pytest.mark.parametrize("h", [1.5, 5.0, 20.0])
-def test_grey_images_follow_opencv(shape: tuple[int, ...], h: float) -> None:
+def test_gray_images_follow_opencv(shape: tuple[int, ...], h: float) -> None:
     images = natural(*shape)
     theirs = np.stack([cv2.fastNlMeansDenoising(image[0].numpy(), None, h, 7, 13) for image in images])
     difference = differences(nl_means(images, h=h)[:, 0], theirs)
@@ -137,7 +137,7 @@ def test_grey_images_follow_opencv(shape: tuple[int, ...], h: float) -> None:
     assert difference.mean() < 0.01
 
 
-def test_other_channel_counts_are_grey_images() -> None:
+def test_other_channel_counts_are_gray_images() -> None:
     images = natural(2, 4, 12, 10)
     apart = torch.cat([nl_means(images[:, channel : channel + 1]) for channel in range(4)], dim=1)
     assert torch.equal(nl_means(images), apart)
@@ -250,12 +250,12 @@ def test_constant_images_stay_as_they_are(value: int, channels: int) -> None:
         assert torch.equal(nl_means(images), images)
 
 
-def test_constant_colours_stay_constant_and_shift_as_in_opencv() -> None:
-    colours = torch.randint(0, 256, (200, 3, 1, 1), dtype=torch.uint8)
-    images = colours.expand(-1, -1, 9, 9).contiguous()
+def test_constant_colors_stay_constant_and_shift_as_in_opencv() -> None:
+    colors = torch.randint(0, 256, (200, 3, 1, 1), dtype=torch.uint8)
+    images = colors.expand(-1, -1, 9, 9).contiguous()
     ours = nl_means(images)
     assert torch.equal(ours, ours[:, :, :1, :1].expand_as(ours))
-    assert differences(ours, opencv_colour(images, 5, 5, 7, 13)).max() <= 1
+    assert differences(ours, opencv_color(images, 5, 5, 7, 13)).max() <= 1
 
 
 @pytest.mark.parametrize("denoise", [local_median, nl_means])

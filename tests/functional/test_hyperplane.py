@@ -28,9 +28,9 @@ def literal_scores(activations: Tensor, probabilities: Tensor, strong: float = 0
     d = np.zeros((a.shape[1], p.shape[1]))
     for unit in range(a.shape[1]):
         for label in range(p.shape[1]):
-            driven, usual = a[p[:, label] > strong, unit], a[p[:, label] < weak, unit]
-            if len(driven) and len(usual):
-                d[unit, label] = driven.max() - (usual.mean() + 3 * usual.std())
+            unit_shift, usual = a[p[:, label] > strong, unit], a[p[:, label] < weak, unit]
+            if len(unit_shift) and len(usual):
+                d[unit, label] = unit_shift.max() - (usual.mean() + 3 * usual.std())
     return d.max(axis=1)
 
 
@@ -54,7 +54,7 @@ def test_batches_and_processes_make_no_difference(sizes: list[int], seed: int) -
         shares[i % 2].update(a, p)
     merged = HyperplaneStatistics(7, 4)
     merged.load([share.state() for share in shares])
-    torch.testing.assert_close(merged.excess(), whole.excess(), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(merged.activation_excess(), whole.activation_excess(), atol=1e-9, rtol=1e-9)
     assert torch.equal(merged.largest, whole.largest)
 
 

@@ -162,7 +162,7 @@ def test_success_leaves_the_target_class_out():
     assert math.isnan(rate_trigger(model, images[2:], labels[2:], trigger).success)
 
 
-def test_normalisation_is_inside_the_model():
+def test_normalization_is_inside_the_model():
     seen = []
     wrapped = PixelModel(lambda images: seen.append(images) or images.flatten(1), mean=(0.5, 0.25), std=(0.5, 0.125))
     wrapped(torch.ones(1, 2, 1, 1))

@@ -93,12 +93,12 @@ def test_batches_dtypes_and_order_do_not_matter():
     assert torch.equal(whole.triggers[0.2].pattern, parts.triggers[0.2].pattern)
 
 
-def test_normalisation_belongs_to_the_model():
-    class Normalised(Net):
+def test_normalization_belongs_to_the_model():
+    class Normalized(Net):
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images * torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1) + 0.5)
 
-    metric = measured(Normalised(shortcut=True), mean=0.5, std=(0.2, 0.3, 0.4), budgets=(0.03,))
+    metric = measured(Normalized(shortcut=True), mean=0.5, std=(0.2, 0.3, 0.4), budgets=(0.03,))
     assert metric.compute() == measured(Net(shortcut=True), budgets=(0.03,)).compute() == {
         "reasr": 1.0,
         "reasr@3%": 1.0,

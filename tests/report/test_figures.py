@@ -34,7 +34,7 @@ def judged(scores: torch.Tensor, threshold: float) -> Verdict:
     return Verdict(scores=scores, keep=scores <= threshold, threshold=threshold, rule="r")
 
 
-def test_removed_images_have_their_own_colour():
+def test_removed_images_have_their_own_color():
     assert reddish(histogram(verdict(2_000, 500))) > 10_000
     assert reddish(histogram(verdict(2_000, 0))) == 0
 

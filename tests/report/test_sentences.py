@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_backdoor.functional.evidence import OF_LABEL
+from lightning_backdoor.detection.decision import OF_LABEL
 from lightning_backdoor.report import Evidence
 from lightning_backdoor.report.sentences import Summary, number, percent, score, summarise
 from lightning_backdoor.report.table import class_rows
@@ -52,7 +52,7 @@ def test_what_happened_to_the_weights_is_said(rewound, words):
 
 
 def test_capped_has_its_own_sentence():
-    summary = told(verdict(200, 20), evidence(wanted=60, max_removed=0.1))
+    summary = told(verdict(200, 20), evidence(num_flagged_before_cap=60, max_removed=0.1))
     assert summary.headline == "20 of 200 training images were removed, then the limit was reached"
     assert "60 images (30 %) stood out, more than `max_removed=0.1` allows" in summary.found
     assert "only the 20 most suspicious were taken out" in summary.done
@@ -62,21 +62,23 @@ def test_capped_has_its_own_sentence():
 
 def test_a_label_of_which_some_stay_has_its_own_sentence():
     judged = replace(verdict(200, 20), rule=f"second_mode(separation>=2.5), {OF_LABEL}")
-    summary = told(judged, evidence(wanted=24, max_removed=0.3))
+    summary = told(judged, evidence(num_flagged_before_cap=24, max_removed=0.3))
     assert "24 images (12 %) stood out, more than the limit of a label allows" in summary.found
     assert "`max_removed" not in " ".join(summary)
-    both = told(replace(judged, rule=f"{judged.rule}, max_removed(0.1)"), evidence(wanted=24, max_removed=0.1))
+    both = told(
+        replace(judged, rule=f"{judged.rule}, max_removed(0.1)"), evidence(num_flagged_before_cap=24, max_removed=0.1)
+    )
     assert "more than `max_removed=0.1` or the limit of a label allows" in both.found
 
 
 def test_a_limit_that_leaves_nothing_to_remove_is_not_nothing_found():
-    summary = told(verdict(200, 0), evidence(wanted=1, max_removed=0.001))
+    summary = told(verdict(200, 0), evidence(num_flagged_before_cap=1, max_removed=0.001))
     assert summary.headline.startswith("0 of 200 training images were removed, then the limit")
     assert "none was taken out" in summary.done
 
 
 def test_a_limit_that_was_not_reached_is_not_mentioned():
-    summary = told(verdict(200, 20), evidence(wanted=20, max_removed=0.3))
+    summary = told(verdict(200, 20), evidence(num_flagged_before_cap=20, max_removed=0.3))
     assert "limit" not in " ".join(summary)
 
 

@@ -48,7 +48,7 @@ def test_differences_are_amplified_by_one_factor():
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
-def test_any_number_of_channels_becomes_colour(channels):
+def test_any_number_of_channels_becomes_color(channels):
     exhibits = collect([Group("", [0, 1])], evidence(channels))
     assert exhibits[0].tiles.shape == (3, 8, 8, 3)
     if channels < 3:

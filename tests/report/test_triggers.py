@@ -31,15 +31,15 @@ def images(channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([10, 20, 30]).byte().view(3, 1, 1, 1).expand(3, channels, 8, 8), torch.arange(1, 4)
 
 
-def greys(png: bytes) -> dict[int, int]:
+def grays(png: bytes) -> dict[int, int]:
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
-    grey = pixels[(pixels == pixels[..., :1]).all(axis=2)][:, 0]
-    return dict(zip(*(values.tolist() for values in np.unique(grey, return_counts=True)), strict=True))
+    gray = pixels[(pixels == pixels[..., :1]).all(axis=2)][:, 0]
+    return dict(zip(*(values.tolist() for values in np.unique(gray, return_counts=True)), strict=True))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_sheet_shows_patterns_masks_and_images(channels):
-    found = greys(trigger_sheet(triggers(channels), *images(channels)))
+    found = grays(trigger_sheet(triggers(channels), *images(channels)))
     row = 225 * 225 / 8  # pixels of the picture that one row of a tile has
     assert found[51] == pytest.approx(2 * row, rel=0.1)  # alone and on the image
     assert found[102] == pytest.approx(4 * row, rel=0.1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_backdoor.errors import ArgumentError, ModelError
 from lightning_backdoor.surgery import UnitLayer, reset_units
-from lightning_backdoor.surgery.strands import Slice
+from lightning_backdoor.surgery.unit_trace import Slice
 from tests.surgery.families import FAMILIES, built, masked, places, units_of
 
 

@@ -1,0 +1,172 @@
+"""Both Lightning packages, and a list of the private names of Lightning and torch that training depends on."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DistributedSampler
+
+__all__ = [
+    "LEDGER",
+    "TORCH_LEDGER",
+    "CallbackBase",
+    "combined_length",
+    "combined_loader",
+    "limited",
+    "load_again",
+    "rank_zero_info",
+    "rank_zero_warn",
+    "restart_fetcher",
+    "set_limits",
+    "validation_loaders",
+    "wrapped_sampler",
+]
+
+PACKAGES = ("pytorch_lightning", "lightning.pytorch")
+
+LEDGER = {
+    "trainer.fit_loop.setup_data": "the training loader cannot be told from others: no curation",
+    "trainer.strategy.process_dataloader": "the training loader cannot be replaced by its filtering clone: no curation",
+    "trainer.fit_loop.max_batches": "epoch lengths stay as they were before pruning",
+    "trainer.val_check_batch": "validation stops after pruning",
+    "trainer.fit_loop._combined_loader": "float `limit_train_batches` and a mask that is lifted keep the old length",
+    "trainer.fit_loop._combined_loader._iterator": "the same",
+    "trainer.fit_loop._data_fetcher": "the first epoch after a rewind or a late scan may draw removed samples",
+    "trainer.fit_loop.epoch_progress": "no rewind",
+    "trainer.fit_loop.epoch_loop.batch_progress": "no rewind",
+    "trainer.fit_loop.epoch_loop.scheduler_progress": "no rewind",
+    "trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress": "no rewind",
+    "trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress": "no rewind",
+    "trainer.fit_loop._can_stop_early": "a stop that `min_epochs` forbids still brings the scan forward",
+    "trainer.fit_loop._last_train_dl_reload_epoch": "after a rewind, reloads wait for the epoch of the last one",
+    "trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch": "the same for validation",
+    "trainer.fit_loop.epoch_loop.val_loop._data_source": "a resumed run may read the images by the training transform",
+    "trainer._val_check_time_interval": "validation by the clock becomes validation by batches (Lightning 2.6 on)",
+    "pl_module._trainer": "forward passes ignore the Trainer's precision",
+    "pl_module._on_before_batch_transfer": "scans pass a datamodule's `on_before_batch_transfer` over",
+    "Timer._interval": "a repair within `Timer(interval='epoch')` may be judged before the last batch of its epoch",
+    "EarlyStopping._run_early_stopping_check": "early stopping in the warm-up ends the run without a scan",
+    "ModelCheckpoint._last_global_step_saved": "a step number that was saved before a rewind is not saved again",
+    "DistributedSamplerWrapper.dataset._sampler": "a user's sampler is filtered after it is sharded, not before",
+}
+"""Names that Lightning does not promise, and what is lost without each of them.
+
+They begin at the running Trainer, at its module, or at an object of the named class.
+"""
+
+TORCH_LEDGER = {
+    "torch.nn.Module._buffers": "ranks scan with their own batch-norm statistics",
+    "torch.nn.modules.batchnorm._BatchNorm": "the package cannot be imported",
+    "torch.optim.Optimizer._step_supports_amp_scaling": "the ascent's limit is off by the loss scale (fused, float16)",
+    "torch.utils.data.DataLoader._iterator": "a clone shares the running workers of its loader",
+    "torch.utils.data.dataloader._BaseDataLoaderIter": "the package cannot be imported",
+}
+"""The same for torch; besides, a loader's attributes must live in its ``__dict__``."""
+
+
+def _callback_classes() -> tuple[type, ...]:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(importlib.import_module(package).Callback)
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:  # one broken package must not take the other one down
+            warnings.warn(f"`import {package}` failed ({error}); its Trainer cannot use these callbacks.", stacklevel=2)
+    if not found:
+        raise ImportError(
+            "lightning_backdoor needs Lightning: pip install pytorch-lightning (or: pip install lightning)"
+        )
+    return tuple(dict.fromkeys(found))
+
+
+if TYPE_CHECKING:
+
+    class CallbackBase:
+        """A Lightning callback, as far as the type checker is concerned."""
+
+        def __init__(self) -> None: ...
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None: ...
+        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None: ...
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None: ...
+        def state_dict(self) -> dict[str, Any]: ...
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+else:
+    CallbackBase = type(
+        "CallbackBase",
+        _callback_classes(),
+        {"__doc__": "A callback of every installed Lightning package at once.", "__module__": __name__},
+    )
+
+
+def combined_loader(trainer: Any) -> Any | None:
+    """The CombinedLoader that the fit loop draws from; ``None`` before it exists."""
+    return getattr(trainer.fit_loop, "_combined_loader", None)
+
+
+def combined_length(combined: Any, otherwise: int | float) -> int | float:
+    """Batches per epoch of a CombinedLoader, infinite for endless loaders; ``otherwise`` while it is not iterated."""
+    try:
+        return len(combined)
+    except RuntimeError:
+        return otherwise
+    except (TypeError, OverflowError):
+        return float("inf")
+
+
+def limited(length: int | float, limit: int | float) -> int | float:
+    """Batches of a loader after ``limit_train_batches``, by Lightning's rule: int counts batches, float is a share."""
+    if isinstance(limit, int):
+        return min(length, limit)
+    return length if length == float("inf") else int(length * limit)
+
+
+def set_limits(combined: Any, limits: list[int | float]) -> None:
+    """Replace the batches per loader of a CombinedLoader, also in the iterator that its length is read from."""
+    combined.limits = limits
+    iterator = getattr(combined, "_iterator", None)
+    if iterator is not None:
+        iterator.limits = limits
+
+
+def restart_fetcher(trainer: Any) -> None:
+    """Throw prefetched batches away and start a new epoch of the training loader."""
+    fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
+    if fetcher is not None:
+        iter(fetcher)
+
+
+def load_again(trainer: Any) -> None:
+    """Load the data of the current epoch where the user wants loaders reloaded; later reloads count from here."""
+    if not trainer.reload_dataloaders_every_n_epochs:
+        return
+    trainer.fit_loop._last_train_dl_reload_epoch = float("-inf")
+    trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = float("-inf")  # at the next validation
+    trainer.fit_loop.setup_data()
+
+
+def validation_loaders(trainer: Any) -> Any:
+    """The validation loaders in the user's nesting, ``None`` if there are none.
+
+    Lightning asks for them at the first validation, sooner in a new run than in a resumed one. Before that, this asks
+    the user's ``val_dataloader()``, too: an answer to be looked at, not the one that will be validated on.
+    """
+    loaders = trainer.val_dataloaders
+    if loaders is None and trainer.enable_validation:
+        source = getattr(trainer.fit_loop.epoch_loop.val_loop, "_data_source", None)
+        loaders = None if source is None else source.dataloader()
+    return getattr(loaders, "iterables", loaders)
+
+
+def wrapped_sampler(sampler: DistributedSampler[Any]) -> Any | None:
+    """The user's sampler inside Lightning's ``DistributedSamplerWrapper``, which shards it by position.
+
+    ``None`` for other samplers, and where the private name is gone: curation then treats the wrapper like any sampler.
+    """
+    if type(sampler).__name__ != "DistributedSamplerWrapper":
+        return None
+    return getattr(sampler.dataset, "_sampler", None)

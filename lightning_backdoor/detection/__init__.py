@@ -1,0 +1,1 @@
+"""From measured values to a verdict: subpopulations, gates, cuts. Tensors alone; no trainer."""

@@ -1,0 +1,1 @@
+"""Which samples the training loader draws, and in which order."""

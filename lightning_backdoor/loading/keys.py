@@ -1,0 +1,80 @@
+"""Samplers that name a sample by its position and something else, such as the size in which to read it."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from lightning_backdoor.data.random_state import isolated_rng
+from lightning_backdoor.errors import DataError
+from lightning_backdoor.loading.draws import deep_twin
+
+__all__ = ["Key", "find_key"]
+
+_DRAWN = 100_000  # keys, at most, by which the position is told from the rest
+
+
+@dataclass(frozen=True)
+class Key:
+    """A tuple that names a sample.
+
+    Attributes:
+        slot: Place of the position within it.
+        like: The tuple with the most common rest.
+    """
+
+    slot: int
+    like: tuple[Any, ...]
+
+    def __call__(self, index: int) -> tuple[Any, ...]:
+        """The name of a sample, as most are named."""
+        return (*self.like[: self.slot], index, *self.like[self.slot + 1 :])
+
+
+def find_key(batch_sampler: Any, dataset: Any) -> Key | None:
+    """Look at what a copy of a batch sampler draws; ``None`` if these are positions alone.
+
+    Args:
+        batch_sampler: Yields batches of positions, or of tuples that hold one.
+        dataset: Of N samples; not copied with the sampler.
+
+    Raises:
+        DataError: It cannot be told which part of the tuples is the position.
+    """
+    with isolated_rng(0):
+        try:
+            keys = chain.from_iterable(deep_twin(batch_sampler, dataset))
+            first = next(keys, None)
+        except Exception:  # holds something that cannot be copied, or fails: it will do so again
+            return None
+        if not isinstance(first, tuple | list):
+            return None
+        drawn = [tuple(first), *(tuple(key) for key in islice(keys, _DRAWN))]
+    size = len(dataset)
+    spread = {slot: len(set(parts)) for slot, parts in enumerate(zip(*drawn, strict=False)) if _positions(parts, size)}
+    best = max(spread, key=lambda slot: spread[slot], default=None)
+    if best is None or list(spread.values()).count(spread[best]) > 1 or len({len(key) for key in drawn}) > 1:
+        raise DataError(
+            f"The samplers of the training loader must yield dataset positions, or tuples with one, got {first!r} from "
+            f"{type(batch_sampler).__name__}, where no part is clearly a position below {size}. Make the sampler yield "
+            "(position, whatever else)."
+        )
+    rest = [(*key[:best], None, *key[best + 1 :]) for key in drawn]
+    return Key(best, _most_common(rest))
+
+
+def _positions(values: tuple[Any, ...], size: int) -> bool:
+    try:
+        return all(not isinstance(value, bool) and 0 <= operator.index(value) < size for value in values)
+    except TypeError:
+        return False
+
+
+def _most_common(rest: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    try:
+        return Counter(rest).most_common(1)[0][0]
+    except TypeError:  # something that cannot be counted
+        return rest[0]

@@ -1,0 +1,313 @@
+"""The training loader of one Trainer, and which samples are drawn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from lightning_backdoor._lightning import (
+    combined_length,
+    combined_loader,
+    limited,
+    rank_zero_warn,
+    restart_fetcher,
+    set_limits,
+)
+from lightning_backdoor.errors import ArgumentError, DataError
+from lightning_backdoor.loading.batch_schedule import Phases
+from lightning_backdoor.loading.draws import Kept
+from lightning_backdoor.loading.loaders import (
+    batch_count,
+    clone,
+    describe,
+    is_map_style,
+    key_of,
+    origin,
+    require_curable,
+    require_enough,
+    require_same_size,
+    start_afresh,
+)
+from lightning_backdoor.loading.samplers import KeepState
+
+__all__ = ["LoaderFilter", "loader_filter_of"]
+
+_CONTROLLERS: WeakKeyDictionary[Any, LoaderFilter] = WeakKeyDictionary()
+
+
+def loader_filter_of(trainer: Any) -> LoaderFilter:
+    """The one controller of a Trainer, shared by all defences on it."""
+    if trainer not in _CONTROLLERS:
+        _CONTROLLERS[trainer] = LoaderFilter(trainer)
+    return _CONTROLLERS[trainer]
+
+
+class LoaderFilter:
+    """Decides which samples the training loader draws, without touching the user's loader.
+
+    While somebody has joined, Lightning prepares the training loader through a wrapper that hands it a shallow clone
+    with filtering samplers. They pass everything through until a mask is set: until then training is bit-identical to a
+    run without them. Masks of several defences are AND-ed.
+
+    Order of calls: :meth:`join` in ``setup(stage="fit")``; :meth:`set_keep` there or in ``load_state_dict`` (a known
+    mask is in force from the first batch), or in ``on_train_epoch_end`` followed by :meth:`refresh`; in
+    ``on_train_start`` follow it by :meth:`refresh` and :meth:`restart_iterator`; :meth:`leave` in ``teardown`` and
+    ``on_exception``. With several processes, all of them call :meth:`set_keep` with the same mask.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer_ref = ref(trainer)
+        self._users: set[str] = set()
+        self._masks: dict[str, Tensor] = {}
+        self._state = KeepState(agree=self._agree)
+        self._loader: DataLoader[Any] | None = None
+        self._clone: DataLoader[Any] | None = None
+        self._unhook: list[Callable[[Any], None]] = []
+        self._prepared: list[Any] | None = None  # what one pass of `setup_data` went through; None outside of it
+
+    @property
+    def keep(self) -> Tensor | None:
+        """Samples that all defences keep, bool ``(N,)``; ``None`` while nothing is removed."""
+        return None if self._state.kept is None else self._state.kept.mask.clone()
+
+    @property
+    def loader(self) -> DataLoader[Any] | None:
+        """The training loader as Lightning prepared it, with all samples; ``None`` before and after the fit."""
+        return self._loader
+
+    def join(self, key: str) -> None:
+        """Begin to look after the training loader on behalf of ``key``; joining twice changes nothing.
+
+        A mask that ``key`` left behind in an earlier fit of this Trainer is in force again.
+        """
+        if not self._users:
+            self._hook()
+        self._users.add(key)
+        self._apply(self._combined(self._masks))
+
+    def leave(self, key: str) -> None:
+        """Stop looking after the loader on behalf of ``key``; the last one out leaves the Trainer as it was.
+
+        The masks stay for a second fit.
+        """
+        self._users.discard(key)
+        if self._users:
+            return
+        combined = combined_loader(self._trainer)
+        if combined is not None:
+            combined.flattened = [origin(loader) for loader in combined.flattened]
+        while self._unhook:
+            self._unhook.pop()(self._trainer)
+        self._loader = self._clone = None
+
+    def set_keep(self, key: str, keep: Tensor | None) -> None:
+        """Set the mask of one defence. It is in force from the next iterator of the loader on.
+
+        Args:
+            key: Whose mask it is.
+            keep: Samples that stay, bool ``(N,)``, indexed by dataset position; ``None`` lifts the mask.
+
+        Raises:
+            ArgumentError: If ``keep`` is not a boolean vector.
+            DataError: If its length is not that of the dataset, or less than one batch would be left.
+            TrainerError: If ``limit_train_batches`` would round what is left down to nothing.
+                After an error the masks are as they were.
+        """
+        masks = {other: mask for other, mask in self._masks.items() if other != key}
+        if keep is not None:
+            if keep.dtype != torch.bool or keep.ndim != 1:
+                raise ArgumentError(
+                    f"`keep` must be a bool tensor of shape (N,), got {keep.dtype} {tuple(keep.shape)}."
+                )
+            masks[key] = keep.detach().cpu().clone()
+        self._apply(self._combined(masks, key))
+        self._masks = masks
+
+    def set_phases(self, phases: Phases | None) -> None:
+        """Draw these batches instead of the user's, from the next epoch on; ``None``: the user's; then refresh."""
+        self._state.phases = phases
+
+    def refresh(self) -> None:
+        """Tell Lightning the new number of batches, after :meth:`set_keep` during a fit."""
+        trainer, combined = self._trainer, combined_loader(self._trainer)
+        if self._clone is None:
+            return
+        batches = self._limited(batch_count(self._clone), self._clone)
+        if combined is not None:
+            set_limits(combined, [self._limit(loader) for loader in combined.flattened])
+            batches = combined_length(combined, batches)
+        trainer.fit_loop.max_batches = batches
+        if getattr(trainer, "_val_check_time_interval", None) is not None or batches == float("inf"):
+            return
+        interval = trainer.val_check_interval
+        if isinstance(interval, float):
+            trainer.val_check_batch = max(1, int(batches * interval))
+        elif isinstance(interval, int):
+            trainer.val_check_batch = self._clamped(interval, batches)
+
+    def restart_iterator(self) -> None:
+        """Start the epoch's iterator anew, for a mask or an epoch number that changed after it was made.
+
+        Between epochs Lightning does so by itself; ``on_train_start`` and the epoch after a rewind are too late for
+        that, and workers have fetched removed samples by then.
+        """
+        combined = combined_loader(self._trainer)
+        if combined is None:
+            return
+        for loader in combined.flattened:
+            start_afresh(loader)
+            batches = getattr(loader, "batch_sampler", None)
+            for sampler in (getattr(loader, "sampler", None), getattr(batches, "sampler", None)):
+                set_epoch = getattr(sampler, "set_epoch", None)
+                if callable(set_epoch):
+                    set_epoch(self._trainer.fit_loop.epoch_progress.current.processed)
+        restart_fetcher(self._trainer)
+
+    @property
+    def _trainer(self) -> Any:
+        trainer = self._trainer_ref()
+        assert trainer is not None, "a Curation is used while its Trainer lives"
+        return trainer
+
+    def _hook(self) -> None:
+        fit_loop, strategy = self._trainer.fit_loop, self._trainer.strategy
+        setup_data, process = fit_loop.setup_data, strategy.process_dataloader
+
+        def process_dataloader(loader: Any) -> Any:
+            processed = process(loader)
+            return processed if self._prepared is None else self._prepare(processed)
+
+        self._replace(lambda trainer: trainer.fit_loop, "setup_data", lambda: self._setup_data(setup_data))
+        self._replace(lambda trainer: trainer.strategy, "process_dataloader", process_dataloader)
+
+    def _replace(self, owner_of: Callable[[Any], Any], name: str, method: Callable[..., Any]) -> None:
+        before = {name: vars(owner_of(self._trainer))[name]} if name in vars(owner_of(self._trainer)) else {}
+        setattr(owner_of(self._trainer), name, method)
+
+        def undo(trainer: Any) -> None:
+            vars(owner_of(trainer)).pop(name, None)
+            vars(owner_of(trainer)).update(before)
+
+        self._unhook.append(undo)
+
+    def _setup_data(self, original: Callable[[], None]) -> None:
+        """Lightning's preparation of the training loaders, which returns at once if they are prepared already."""
+        trainer, combined = self._trainer, combined_loader(self._trainer)
+        clones = None if combined is None else combined.flattened
+        if combined is not None and clones is not None:  # Lightning reloads from the loaders that it made itself
+            combined.flattened = [origin(loader) for loader in clones]
+        interval, self._prepared = trainer.val_check_interval, []
+        try:
+            original()
+            prepared = self._prepared
+        finally:
+            trainer.val_check_interval, self._prepared = interval, None
+        if not prepared and combined is not None:
+            combined.flattened = clones
+        if prepared and not any(is_map_style(loader) for loader in prepared):
+            raise DataError(
+                "The training loader must be a torch DataLoader over a map-style dataset (it has a length), got "
+                f"{', '.join(map(describe, prepared))}: samples are kept or removed by their position. Load the data "
+                "into a map-style Dataset behind a torch DataLoader."
+            )
+
+    def _prepare(self, loader: Any) -> Any:
+        """The clone of a map-style training loader; any other loader as it is."""
+        assert self._prepared is not None
+        another = any(is_map_style(before) for before in self._prepared)
+        self._prepared.append(loader)
+        if not is_map_style(loader):
+            return loader
+        if another:
+            raise DataError(
+                "The training data comes from several map-style DataLoaders, so positions are ambiguous. Pass one: "
+                "join the datasets by torch.utils.data.ConcatDataset."
+            )
+        loader = origin(loader)
+        require_curable(loader)
+        module = self._trainer.lightning_module
+        self._state.drop_single = module is not None and any(isinstance(m, _BatchNorm) for m in module.modules())
+        self._state.key = key_of(loader)
+        if self._state.kept is not None:
+            self._state.kept.slot = self._slot
+        twin = clone(loader, self._state)
+        keep = self._combined(self._masks)
+        if keep is not None:
+            self._check(keep, loader, twin)
+        if self._state.kept is not None:
+            interval = self._trainer.val_check_interval
+            if isinstance(interval, int):  # put back by `_setup_data`; Lightning refuses more than the epoch has
+                self._trainer.val_check_interval = self._clamped(interval, self._limit(twin))
+        self._loader, self._clone = loader, twin
+        return twin
+
+    @property
+    def _slot(self) -> int | None:
+        return None if self._state.key is None else self._state.key.slot
+
+    def _combined(self, masks: dict[str, Tensor], key: str | None = None) -> Tensor | None:
+        active = [mask for user, mask in masks.items() if user in self._users or user == key]
+        lengths = {len(mask) for mask in active}
+        if len(lengths) > 1:
+            raise DataError(
+                f"Masks of one Trainer must be about one training dataset, got lengths {sorted(lengths)}. Resume with "
+                "the dataset of the interrupted run, or use a new Trainer for another one."
+            )
+        return torch.stack(active).all(dim=0) if active else None
+
+    def _apply(self, keep: Tensor | None) -> None:
+        """Put a mask in force, or leave all as it was if it cannot be."""
+        before = self._state.kept
+        self._state.kept = None if keep is None or bool(keep.all()) else Kept(keep, self._slot)
+        if keep is None or self._loader is None or self._clone is None:
+            return
+        try:
+            self._check(keep, self._loader, self._clone)
+        except Exception:
+            self._state.kept = before
+            raise
+
+    def _check(self, keep: Tensor, loader: DataLoader[Any], twin: DataLoader[Any]) -> None:
+        require_same_size(keep, loader)
+        if self._state.kept is not None:
+            require_enough(keep, loader, twin, self._trainer.limit_train_batches)
+
+    def _limit(self, loader: Any) -> int | float:
+        length: int | float
+        try:
+            length = len(loader) if origin(loader) is loader else batch_count(loader)
+        except (TypeError, NotImplementedError):
+            length = float("inf")
+        return self._limited(length, loader)
+
+    def _limited(self, length: int | float, loader: Any) -> int | float:
+        """Batches of a loader after ``limit_train_batches``; the limit of phases within the plan holds it."""
+        phases = self._state.phases
+        if loader is self._clone and phases is not None and phases.most is not None:
+            return min(length, phases.most)
+        return limited(length, self._trainer.limit_train_batches)
+
+    def _clamped(self, interval: int, batches: int | float) -> int | float:
+        trainer = self._trainer
+        if trainer.check_val_every_n_epoch is None or interval <= batches:
+            return interval
+        if trainer.enable_validation:
+            rank_zero_warn(
+                f"`val_check_interval={interval}` is more than the {batches} batches of an epoch without removed "
+                "samples: validation now runs at the end of each epoch."
+            )
+        return max(1, batches)
+
+    def _agree(self, count: int) -> int:
+        """The largest count of all processes, so that they draw equally often; zero if one of them has nothing."""
+        trainer = self._trainer
+        if trainer.world_size == 1:
+            return count
+        counts = trainer.strategy.all_gather(torch.tensor(count, device=trainer.strategy.root_device))
+        return int(counts.max()) if int(counts.min()) else 0

@@ -1,0 +1,1 @@
+"""Every training sample once, in the order of the dataset, isolated from the training around it."""

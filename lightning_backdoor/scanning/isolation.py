@@ -1,0 +1,184 @@
+"""Good manners of a guest: whatever happens inside these contexts, the user's training does not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_backdoor.data.origins import Replaced
+from lightning_backdoor.data.random_state import isolated_rng
+from lightning_backdoor.errors import TrainerError
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = [
+    "evaluation_mode",
+    "forward_context",
+    "isolated_eval",
+    "prepare_batch",
+    "quiet",
+    "require_automatic",
+    "require_unsharded",
+]
+
+SHARDED_STRATEGIES = frozenset({"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"})
+
+
+@contextmanager
+def isolated_eval(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Run forward passes that leave weights, buffers, random streams, modes and logs of the training as they are.
+
+    Inside: every module is in evaluation mode, ``trainer.validating`` is true (so augmentations written
+    ``if self.trainer.training`` stay off), ``self.log`` is mute, gradients are not recorded, and all ranks see the
+    buffers of rank 0 (batch-norm statistics differ between ranks during training). Afterwards everything is put back,
+    each module's ``training`` flag included, so that layers the user froze stay frozen. Never ``inference_mode``: a
+    model that caches a tensor in ``forward`` could not train on it.
+
+    With several processes every rank must enter.
+    """
+    with ExitStack() as stack:
+        for context in (
+            isolated_rng(),
+            evaluation_mode(pl_module),
+            _validation_stage(trainer),
+            _muted(pl_module),
+            _borrowed_buffers(trainer, pl_module),
+            torch.no_grad(),
+        ):
+            stack.enter_context(context)
+        yield
+
+
+@contextmanager
+def quiet(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """The part of :func:`isolated_eval` for a pass that trains: no logs, no augmentation by ``trainer.training``."""
+    with _validation_stage(trainer), _muted(pl_module):
+        yield
+
+
+def prepare_batch(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """Take a batch from the loader to the device as Lightning does, with all transfer hooks of module and datamodule.
+
+    The hooks belong to the user and may change ``batch`` in place: derive other versions of its images before. Images
+    that a batch cannot hold (:class:`~lightning_backdoor.data.origins.Replaced`) go to the device by themselves.
+    """
+    if isinstance(batch, Replaced):
+        return Replaced(batch.batch, trainer.precision_plugin.convert_input(batch.images).to(pl_module.device))
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = _before_batch_transfer(pl_module)(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def forward_context(pl_module: nn.Module) -> AbstractContextManager[Any]:
+    """The Trainer's precision context (autocast, default dtype) around a forward; nothing without a Trainer."""
+    trainer = getattr(pl_module, "_trainer", None)
+    return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
+
+
+def require_automatic(pl_module: LightningModule, what: str) -> None:
+    """Raise when the module optimizes by hand: a defence cannot take part in its steps then.
+
+    Args:
+        pl_module: The LightningModule under training.
+        what: The defence and its verb, for the message.
+
+    Raises:
+        TrainerError: The module sets ``automatic_optimization = False``.
+    """
+    if not pl_module.automatic_optimization:
+        raise TrainerError(
+            f"{what} through the Trainer, but the module sets `automatic_optimization = False`. Let `training_step` "
+            "return the loss, or use UltraCleanCallback."
+        )
+
+
+def require_unsharded(trainer: Trainer) -> None:
+    """Raise when the strategy keeps parameters in pieces: the module cannot be called outside its wrapper then.
+
+    Raises:
+        TrainerError: The strategy is FSDP, DeepSpeed or ModelParallel (or a subclass).
+    """
+    sharded = SHARDED_STRATEGIES & {cls.__name__ for cls in type(trainer.strategy).__mro__}
+    if sharded:
+        raise TrainerError(
+            "Trainer(strategy=...) must keep a whole copy of the model on each device, through which images are looked "
+            f"at, got {type(trainer.strategy).__name__}, which shards it. Pass strategy='ddp' or a single device."
+        )
+
+
+def _before_batch_transfer(pl_module: LightningModule) -> Any:
+    """Lightning's dispatcher to module and datamodule (private); the module's public hook where it is gone."""
+    return getattr(pl_module, "_on_before_batch_transfer", pl_module.on_before_batch_transfer)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Every module is in evaluation mode; afterwards each has its own flag again."""
+    # Flags are written one by one: `train()` may be overridden by the user and would unfreeze frozen layers.
+    flags = [(child, child.training) for child in module.modules()]
+    try:
+        for child, _ in flags:
+            child.training = False
+        yield
+    finally:
+        for child, flag in flags:
+            child.training = flag
+
+
+@contextmanager
+def _validation_stage(trainer: Trainer) -> Iterator[None]:
+    stage = trainer.state.stage
+    try:
+        trainer.validating = True
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
+@contextmanager
+def _muted(pl_module: nn.Module) -> Iterator[None]:
+    loggers = [m for m in pl_module.modules() if hasattr(type(m), "log_dict") and hasattr(type(m), "log")]
+    before: list[dict[str, Any]] = [{k: vars(m)[k] for k in ("log", "log_dict") if k in vars(m)} for m in loggers]
+    try:
+        for module in loggers:
+            vars(module).update(log=_silence, log_dict=_silence)
+        yield
+    finally:
+        for module, own in zip(loggers, before, strict=True):
+            for name in ("log", "log_dict"):
+                vars(module).pop(name, None)
+            vars(module).update(own)
+
+
+def _silence(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``self.log`` and ``self.log_dict``."""
+
+
+@contextmanager
+def _borrowed_buffers(trainer: Trainer, pl_module: nn.Module) -> Iterator[None]:
+    """Show every rank the buffers of rank 0, and put each rank's own objects and values back."""
+    own = [
+        (m, name, b, b.detach().clone()) for m in pl_module.modules() for name, b in m._buffers.items() if b is not None
+    ]
+    try:
+        if trainer.world_size > 1:
+            with torch.no_grad():
+                for _, _, buffer, _ in own:
+                    _copy_from_rank_zero(buffer, trainer.strategy.root_device)
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in own:
+                buffer.copy_(value)
+                module._buffers[name] = buffer
+
+
+def _copy_from_rank_zero(buffer: Tensor, device: torch.device) -> None:
+    parcel = buffer.detach().to(device).contiguous()
+    torch.distributed.broadcast(parcel, src=0)
+    buffer.copy_(parcel)

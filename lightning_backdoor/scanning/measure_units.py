@@ -1,0 +1,138 @@
+"""NONE's measurement: which units are driven out of their range, and how every training sample drives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.functional.hyperplane import (
+    HyperplaneStatistics,
+    bias_scores,
+    candidate_units,
+    strong_thresholds,
+    unit_shifts,
+)
+from lightning_backdoor.scanning.distributed import all_gather
+from lightning_backdoor.scanning.scanner import DatasetScanner
+from lightning_backdoor.surgery.units import UnitLayer
+
+__all__ = ["Measured", "UnitScan"]
+
+MAX_CANDIDATES = 512  # units whose responses are held for every sample, two bytes each
+_HALF = torch.finfo(torch.half).max
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the passes over N training samples and U units gave.
+
+    Attributes:
+        labels: Labels as given, long ``(N,)``.
+        predicted: The model's classes, long ``(N,)``.
+        activations: Largest response of the candidate units, half ``(N, M)``.
+        bias: How far each sample drives the most compromised unit of every layer out of its usual range, added up,
+            float ``(N,)``.
+        raw_bias: The same, of the responses as they are: the authors' score.
+        activation_excess: How far each class drives each unit out of its usual range, double ``(U, K)``.
+        unconfident: Classes without a confident sample, which were given another threshold.
+    """
+
+    labels: Tensor
+    predicted: Tensor
+    activations: Tensor
+    bias: Tensor
+    raw_bias: Tensor
+    activation_excess: Tensor
+    unconfident: tuple[int, ...]
+
+
+class UnitScan:
+    """Passes over a training set that look at the units of a model.
+
+    Args:
+        data: The training set.
+        layers: Layers whose units are looked at, U units in all; they are numbered in the order of the layers.
+        strong: Probability above which a sample is confidently of a class.
+        weak: Probability below which it is confidently not of a class.
+    """
+
+    def __init__(self, data: DatasetScanner, layers: Sequence[UnitLayer], *, strong: float, weak: float) -> None:
+        self.data = data
+        self.names = [layer.name for layer in layers]
+        self.sizes = [layer.size for layer in layers]
+        self.strong, self.weak = strong, weak
+
+    def measure(self, trainer: Any, pl_module: Any) -> Measured:
+        """Measure units and samples: two passes, three if some class has no confident sample."""
+        statistics, found = self.statistics(trainer, pl_module, self.strong)
+        thresholds, replaced = strong_thresholds(
+            found["confidence"], found["predicted"], self.data.num_classes, self.strong
+        )
+        if replaced:
+            statistics, found = self.statistics(trainer, pl_module, thresholds)
+        activation_excess = statistics.activation_excess()
+        strongest, of_class = activation_excess.max(dim=1)
+        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        tops = torch.tensor(
+            [start + int(part.argmax()) for start, part in zip(starts, torch.split(strongest, self.sizes), strict=True)]
+        )
+        units = torch.cat([candidate_units(statistics, MAX_CANDIDATES), tops]).unique()  # type: ignore[no-untyped-call]
+        activations = self._activations(trainer, pl_module, units)
+        of_tops = activations[:, torch.searchsorted(units, tops)].float()
+        mean, std = (part[of_class[tops], tops] for part in statistics.usual())
+        return Measured(
+            found["labels"],
+            found["predicted"],
+            activations,
+            bias_scores(of_tops, mean, std),
+            bias_scores(of_tops),
+            activation_excess,
+            tuple(replaced),
+        )
+
+    def statistics(
+        self, trainer: Any, pl_module: Any, strong: float | Tensor
+    ) -> tuple[HyperplaneStatistics, dict[str, Tensor]]:
+        """One pass: statistics of all units; ``labels``, ``predicted`` and ``confidence`` of the samples, ``(N,)``."""
+        statistics = HyperplaneStatistics(sum(self.sizes), self.data.num_classes, strong=strong, weak=self.weak)
+
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            labels = self.data.labels(batch).clone()  # transfer hooks may change a batch in place
+            logits, activations = self.data.activations(trainer, pl_module, batch, self.names)
+            probabilities = logits.softmax(dim=1)
+            statistics.update(activations, probabilities)
+            confidence, predicted = probabilities.max(dim=1)
+            return {"labels": labels, "confidence": confidence, "predicted": predicted}
+
+        found = self.data.scan(trainer, pl_module, step, description="NONE statistics")
+        self._merge(trainer, statistics)
+        return statistics, found
+
+    def unit_shift(self, trainer: Any, pl_module: Any, flagged: Tensor) -> Tensor:
+        """How far some samples, bool ``(N,)``, drive each unit away from its other responses, double ``(U,)``."""
+        statistics = HyperplaneStatistics(sum(self.sizes), 2)
+
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            _, activations = self.data.activations(trainer, pl_module, batch, self.names)
+            statistics.update(activations, torch.nn.functional.one_hot(flagged[indices].long(), 2).float())
+            return {"seen": indices}
+
+        self.data.scan(trainer, pl_module, step, description="NONE units")
+        self._merge(trainer, statistics)
+        return unit_shifts(statistics)
+
+    def _activations(self, trainer: Any, pl_module: Any, units: Tensor) -> Tensor:
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            _, activations = self.data.activations(trainer, pl_module, batch, self.names)
+            return {"responses": activations[:, units.to(activations.device)].clamp(-_HALF, _HALF).half()}
+
+        return self.data.scan(trainer, pl_module, step, description="NONE responses")["responses"]
+
+    @staticmethod
+    def _merge(trainer: Any, statistics: HyperplaneStatistics) -> None:
+        if trainer.world_size > 1:
+            statistics.load(list(all_gather(trainer, statistics.state())))

@@ -1,0 +1,181 @@
+"""One pass over training samples, identical on any number of processes and invisible to the training around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sized
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_backdoor.errors import DataError, ModelError
+from lightning_backdoor.scanning.distributed import all_gather, raise_on_all_ranks
+from lightning_backdoor.scanning.isolation import isolated_eval
+from lightning_backdoor.scanning.progress import progress
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["scan", "scan_read", "shard"]
+
+Step = Callable[[Tensor, Any], dict[str, Tensor]]
+
+GATHER_BYTES = 2**26  # at most this much per process travels through the device at once
+
+
+def shard(n: int, trainer: Trainer) -> list[int]:
+    """The dataset positions below ``n`` that this process scans: every ``world_size``-th one."""
+    return list(range(trainer.global_rank, n, trainer.world_size))
+
+
+def scan(
+    trainer: Trainer, pl_module: LightningModule, loader: DataLoader[Any], step: Step, *, description: str
+) -> dict[str, Tensor]:
+    """Call ``step`` on every batch and return its per-sample results in the order of the dataset.
+
+    Runs inside :func:`~lightning_backdoor.scanning.isolation.isolated_eval`: the training around it stays bit-identical.
+    Memory beyond the returned tensors does not depend on the number of samples (several processes need the results
+    twice while they are put in order). Every process must call it; all receive the same tensors, or all raise.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The module that ``step`` calls.
+        loader: Yields ``(indices, batch)``: dataset positions ``(B,)`` and the batch as the user's collate made it, on
+            the CPU, before all transfer hooks. ``loader.dataset`` holds this process's samples (see :func:`shard`).
+        step: ``step(indices, batch)`` returns tensors ``(B, ...)`` on any device. Sends what it needs through
+            :func:`~lightning_backdoor.scanning.isolation.prepare_batch` itself.
+        description: Label of the progress display.
+
+    Returns:
+        CPU tensors ``(N, ...)``, dtypes as ``step`` gave them. Row i belongs to the i-th smallest dataset position of
+        all processes together: for a whole dataset, to sample i.
+
+    Raises:
+        BackdoorDefenseError: The scan failed in another process, and how.
+        DataError: No samples, a position seen twice or not at all, or a batch whose results do not match its positions
+            in number.
+        ModelError: A result holds NaN.
+    """
+    positions, results, expected = _scan(trainer, pl_module, loader, step, description)
+    if len(positions) != expected:
+        raise DataError(
+            f"`loader` must yield every sample of its dataset, got {len(positions)} of {expected}. "
+            "Does `collate_fn` drop samples? Make it keep them all."
+        )
+    return results
+
+
+def scan_read(
+    trainer: Trainer, pl_module: LightningModule, loader: DataLoader[Any], step: Step, *, description: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As :func:`scan` of what ``loader`` yields, be it all or not: dataset positions, long ``(M,)``, and results."""
+    return _scan(trainer, pl_module, loader, step, description)[:2]
+
+
+def _scan(
+    trainer: Trainer, pl_module: LightningModule, loader: DataLoader[Any], step: Step, description: str
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Dataset positions in rising order, results, and the number of samples that were asked for."""
+    with isolated_eval(trainer, pl_module):
+        table = _Table(len(cast("Sized", loader.dataset)))
+        with raise_on_all_ranks(trainer, description):
+            _fill(table, trainer, loader, step, description)
+        positions, columns, expected = _gather(trainer, table)
+    order = positions.argsort()
+    if bool((positions[order].diff() == 0).any()):
+        raise DataError(
+            "`loader` must yield every dataset position once, got repeated ones. Give each rank `shard(n, trainer)`."
+        )
+    in_order = bool((order == torch.arange(len(order))).all())
+    results = {key: column if in_order else column[order] for key, column in columns.items()}
+    for key, column in results.items():
+        _refuse_nan(key, column, positions[order])
+    return positions[order], results, expected
+
+
+class _Table:
+    """Per-sample results of one process, allocated at the first batch and filled row by row."""
+
+    def __init__(self, rows: int) -> None:
+        self.positions = torch.empty(rows, dtype=torch.long)
+        self.columns: dict[str, Tensor] = {}
+        self.filled = 0
+
+    def append(self, positions: Tensor, values: dict[str, Tensor]) -> None:
+        for key, value in values.items():
+            if value.ndim == 0 or len(value) != len(positions):
+                raise DataError(
+                    f"Every sample of a batch needs its own result, got {len(positions)} samples and {key!r} of shape "
+                    f"{tuple(value.shape)}. Does `collate_fn` drop or merge samples? Make it keep them all."
+                )
+        rows = slice(self.filled, self.filled + len(positions))
+        if rows.stop > len(self.positions):
+            raise DataError(f"`loader` must yield {len(self.positions)} samples, the length of its dataset, got more.")
+        if not self.columns:
+            size = len(self.positions)
+            self.columns = {k: torch.empty((size, *v.shape[1:]), dtype=v.dtype) for k, v in values.items()}
+        self.positions[rows] = positions
+        for key, column in self.columns.items():
+            column[rows] = values[key]
+        self.filled = rows.stop
+
+    @property
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Row shape and dtype of every column: what a process without samples must learn from another."""
+        return {key: (tuple(column.shape[1:]), column.dtype) for key, column in self.columns.items()}
+
+
+def _fill(table: _Table, trainer: Trainer, loader: Iterable[Any], step: Step, description: str) -> None:
+    with progress(trainer, description, total=len(table.positions)) as advance:
+        for indices, batch in loader:
+            positions = torch.as_tensor(indices, dtype=torch.long, device="cpu")
+            table.append(positions, step(positions, batch))
+            advance(len(positions))
+
+
+def _gather(trainer: Trainer, table: _Table) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Bring all processes' rows together."""
+    sizes = all_gather(trainer, torch.tensor([[table.filled, len(table.positions)]])).reshape(-1, 2)
+    counts, expected = sizes[:, 0].tolist(), int(sizes[:, 1].sum())
+    if sum(counts) == 0:
+        got = f"{expected} that `collate_fn` drops" if expected else "an empty dataset"
+        raise DataError(f"`loader` must yield at least one sample, got {got}. Pass a training set with images.")
+    own = {key: column[: table.filled] for key, column in table.columns.items()}
+    positions = table.positions[: table.filled]
+    if len(counts) == 1:
+        return positions, own, expected
+    layout = trainer.strategy.broadcast(table.layout, src=next(rank for rank, count in enumerate(counts) if count))
+    columns = {
+        key: _gather_rows(trainer, own.get(key, torch.empty(0, *shape, dtype=dtype)), counts)
+        for key, (shape, dtype) in layout.items()
+    }
+    return _gather_rows(trainer, positions, counts), columns, expected
+
+
+def _gather_rows(trainer: Trainer, rows: Tensor, counts: list[int]) -> Tensor:
+    """Concatenate the processes' rows in portions that fit any device."""
+    result = torch.empty((sum(counts), *rows.shape[1:]), dtype=rows.dtype)
+    starts = [sum(counts[:rank]) for rank in range(len(counts))]
+    portion = max(1, GATHER_BYTES // max(1, math.prod(rows.shape[1:]) * rows.element_size()))
+    for first in range(0, max(counts), portion):
+        mine = rows[first : first + portion]
+        padded = torch.zeros((min(portion, max(counts) - first), *rows.shape[1:]), dtype=rows.dtype)
+        padded[: len(mine)] = mine
+        for rank, part in enumerate(all_gather(trainer, padded)):
+            here = part[: max(0, counts[rank] - first)]
+            result[starts[rank] + first : starts[rank] + first + len(here)] = here
+    return result
+
+
+def _refuse_nan(key: str, column: Tensor, positions: Tensor) -> None:
+    if not column.is_floating_point():
+        return
+    bad = torch.cat([part.reshape(len(part), -1).isnan().any(dim=1) for part in torch.split(column, 2**14)])
+    if bool(bad.any()):
+        raise ModelError(
+            f"The model must give a number for every training image, got NaN in {key!r} for {int(bad.sum())} of "
+            f"{len(bad)} (first positions: {positions[bad][:5].tolist()}). If it is a few, look for NaN in these "
+            "images; if it is all of them, training has diverged: lower the learning rate."
+        )

@@ -1,0 +1,440 @@
+"""The user's training images as a defence reads them: indexed, deterministic, with known pixels, labels and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
+from lightning_backdoor.data.batches import BatchLayout, find_layout
+from lightning_backdoor.data.inference import infer_pixel_space
+from lightning_backdoor.data.nesting import positions_in, transforms_of
+from lightning_backdoor.data.pixels import PixelSpace, check_finite
+from lightning_backdoor.data.prefetching import Finish, finish_of, unwrapped
+from lightning_backdoor.data.siblings import is_dataset, over_sibling
+from lightning_backdoor.data.structure import copied
+from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
+from lightning_backdoor.data.views import Keyed, ScanLoader, batch_size_of, check_dataset, read_items, scan_loader
+from lightning_backdoor.errors import ArgumentError, DataError, ModelError
+from lightning_backdoor.loading.keys import Key
+from lightning_backdoor.loading.loaders import key_of
+from lightning_backdoor.scanning.distributed import raise_on_all_ranks
+from lightning_backdoor.scanning.isolation import isolated_eval, prepare_batch
+from lightning_backdoor.scanning.label_check import require_varied_labels
+from lightning_backdoor.scanning.outputs import call_model, require_logits
+from lightning_backdoor.scanning.replacing import require_replaceable
+from lightning_backdoor.scanning.scan import scan_read, shard
+from lightning_backdoor.surgery.heads import Head, find_head
+from lightning_backdoor.surgery.taps import Taps
+
+__all__ = ["DatasetScanner", "ScanOptions", "open_scanner"]
+
+_PROBE = 64  # images that the pixel space is inferred from
+_PROBE_FORWARD = 4  # of them that go through the model, with all activations kept
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """How the user wants the training images to be read; every ``None`` is found out.
+
+    Attributes:
+        forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``.
+        batch_fn: ``batch_fn(batch)`` returns images and labels.
+        feature_layer: Name of the layer whose output are the features.
+        eval_transform: Transform without augmentation.
+        mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units, or ``"per_image"``.
+        std: Standard deviation of the pixel normalisation, as ``mean``.
+        batch_size: Images per forward pass.
+        num_workers: Worker processes of the reading loader.
+        seed: Seed of whatever is random in the training transform.
+        features: Whether penultimate features are needed at all; where not, no classifier head is searched.
+        eval_dataset: Dataset without augmentation, or a function from the training dataset to it.
+
+    Raises:
+        ArgumentError: ``eval_dataset`` is neither, or is there beside ``eval_transform``.
+    """
+
+    forward_fn: Callable[[Any, Any], Any] | None = None
+    batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None = None
+    feature_layer: str | None = None
+    eval_transform: Callable[[Any], Any] | None = None
+    mean: Sequence[float] | Literal["per_image"] | None = None
+    std: Sequence[float] | None = None
+    batch_size: int | None = None
+    num_workers: int | None = None
+    seed: int = 0
+    features: bool = True
+    eval_dataset: Callable[[Any], Any] | Dataset[Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.eval_dataset is None:
+            return
+        if not (is_dataset(self.eval_dataset) or callable(self.eval_dataset)):
+            raise ArgumentError(
+                "`eval_dataset` must be a dataset, or a function from the training dataset to one, got "
+                f"{type(self.eval_dataset).__name__}."
+            )
+        if self.eval_transform is not None:
+            raise ArgumentError("`eval_dataset` and `eval_transform` are two ways to the same end: pass one of them.")
+
+
+@dataclass(frozen=True)
+class DatasetScanner:
+    """Everything that is known about the training set after looking at a few images of it."""
+
+    loader: DataLoader[Any]
+    size: int
+    options: ScanOptions
+    transform: EvalTransform
+    layout: BatchLayout
+    pixels: PixelSpace
+    head_or_none: Head | None
+    """Where penultimate features are; ``None`` where they are not needed."""
+    num_classes: int
+    probe: tuple[Tensor, Tensor]
+    """A few dataset positions and their labels, to know the dataset again."""
+    finish: Finish | None = None
+    """What a loader around this one does to its batches."""
+    unread: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    """Samples that the user's ``collate_fn`` was seen to drop, bool ``(N,)``; scans add to it."""
+    source: DataLoader[Any] | None = None
+    """What is read in place of that loader: one over ``eval_dataset``, or by position where its samplers do not."""
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def head(self) -> Head:
+        """Where penultimate features are found."""
+        assert self.head_or_none is not None
+        return self.head_or_none
+
+    def scan(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        step: Callable[[Tensor, Any], dict[str, Tensor]],
+        *,
+        description: str,
+        positions: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Run ``step(indices, batch)`` over all samples; see :func:`lightning_backdoor.scanning.scan.scan`.
+
+        With ``positions``, long ``(M,)`` in rising order, over these samples alone: results have M rows. Samples that
+        the user's ``collate_fn`` drops are noted in :attr:`unread`; their rows are those of others, drawn at random.
+        """
+        mine = shard(len(self) if positions is None else len(positions), trainer)
+        with ExitStack() as stack:
+            with raise_on_all_ranks(trainer, description):
+                view = stack.enter_context(self.read(mine if positions is None else positions[mine]))
+            read, found = scan_read(trainer, pl_module, view, step, description=description)
+        wanted = torch.arange(len(self)) if positions is None else positions
+        if len(read) == len(wanted):
+            return found
+        present = torch.isin(wanted, read)
+        self.unread[wanted[~present]] = True
+        generator = torch.Generator().manual_seed(self.options.seed)
+        rows = torch.randint(len(read), (len(wanted),), generator=generator)
+        rows[present] = torch.arange(len(read))
+        return {name: column[rows] for name, column in found.items()}
+
+    def require_class(self, name: str, label: int | None) -> None:
+        """Raise an ArgumentError unless ``label`` is None or a class of the model; ``name`` is the argument's."""
+        if label is not None and label >= self.num_classes:
+            raise ArgumentError(f"`{name}` must be a class index below {self.num_classes}, got {label}.")
+
+    def require_replaceable(self, trainer: Any, pl_module: Any, *, alone: bool | None = None) -> None:
+        """Check that the model can be shown other images than those of a batch; for methods that do.
+
+        Args:
+            trainer: The running Trainer.
+            pl_module: The LightningModule under training.
+            alone: Whether a network is called with the images alone; ``None``: as the user's ``forward_fn`` says.
+
+        Raises:
+            ArgumentError: ``batch_fn`` computes the images in a way that cannot be undone, and the model does not take
+                what it returns.
+        """
+        if self.layout.batch_fn is None:
+            return
+        with isolated_eval(trainer, pl_module), raise_on_all_ranks(trainer, "first look at the training images"):
+            batch = self._few()
+            alone = self.options.forward_fn is None if alone is None else alone
+            require_replaceable(trainer, pl_module, self.layout, batch, alone=alone)
+
+    def labels(self, batch: Any) -> Tensor:
+        """Class indices of a batch, long ``(B,)``, checked against the number of logits."""
+        labels = self.layout.labels(batch)
+        if len(labels) and int(labels.max()) >= self.num_classes:
+            raise DataError(
+                f"Labels must be class indices below {self.num_classes} (the number of logits), got "
+                f"{int(labels.max())}. Give the model more outputs or number the classes from 0."
+            )
+        return labels
+
+    def outputs(
+        self, trainer: Any, pl_module: Any, batch: Any, *, gradients: bool = False, cut: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, K)`` and penultimate features ``(B, D)`` of a batch as the loader gave it, float32.
+
+        With ``gradients`` features can be differentiated; with ``cut`` a loss on the logits does not go beyond them.
+        """
+        with Taps(pl_module, [self.head.name], place=self.head.place, gradients=gradients, cut=cut) as taps:
+            logits = _logits(trainer, pl_module, self.layout, self.options, batch)
+            return logits, taps.read()[self.head.name]
+
+    def activations(self, trainer: Any, pl_module: Any, batch: Any, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, K)`` of a batch, and the largest response of every unit of the named layers, float32 ``(B, U)``.
+
+        The units of a layer are the channels of its raw output, before any normalisation or activation.
+        """
+        with Taps(pl_module, names, pooling="max") as taps:
+            logits = _logits(trainer, pl_module, self.layout, self.options, batch)
+            return logits, torch.cat(list(taps.read().values()), dim=1)
+
+    def predict(self, trainer: Any, pl_module: Any, *, description: str, positions: Tensor | None = None) -> Tensor:
+        """Classes that the model gives to all samples, long ``(N,)``, or to those at ``positions``, ``(M,)``.
+
+        -1 where logits are NaN: weights that have diverged must not pass for a model that prefers some class.
+        """
+
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            logits = _logits(trainer, pl_module, self.layout, self.options, batch)
+            return {"predicted": logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)}
+
+        return self.scan(trainer, pl_module, step, description=description, positions=positions)["predicted"]
+
+    def features(self, trainer: Any, pl_module: Any, *, description: str, positions: Tensor | None = None) -> Tensor:
+        """Penultimate features of all samples, float32 ``(N, D)``, or of those at ``positions``, ``(M, D)``."""
+
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            return {"features": self.outputs(trainer, pl_module, batch)[1]}
+
+        return self.scan(trainer, pl_module, step, description=description, positions=positions)["features"]
+
+    def read_labels(self, trainer: Any, pl_module: Any) -> Tensor:
+        """Labels of all samples, long ``(N,)``."""
+
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            return {"labels": self.labels(batch).clone()}
+
+        return self.scan(trainer, pl_module, step, description="reading labels")["labels"]
+
+    def few(self, trainer: Any, pl_module: Any) -> Callable[[], Tensor]:
+        """A function that takes a few images through the model and returns their logits; for finding layers."""
+        batch = self._few()
+        return lambda: _logits(trainer, pl_module, self.layout, self.options, copied(batch))
+
+    def _few(self) -> Any:
+        """A batch of a few images, as the loader gives it."""
+        with self.read(self.probe[0][:_PROBE_FORWARD], num_workers=min(self.loader.num_workers, 1)) as view:
+            _, batch = next(iter(view))
+        return batch
+
+    def mixes_labels(self) -> bool:
+        """Whether the user's ``collate_fn`` mixes labels (CutMix, MixUp), tried on two batches."""
+        size = self.options.batch_size or batch_size_of(self.loader)
+        with self.read(range(min(len(self), 2 * size)), num_workers=min(self.loader.num_workers, 1)) as view:
+            return any([unmixed for _, _, unmixed in view.collated()])
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """Images at some dataset positions as 8-bit pixels, uint8 ``(n, C, H, W)``; black if they are unread.
+
+        Batches of smaller images than others get black margins.
+        """
+        with self.read(indices, num_workers=min(self.loader.num_workers, 1)) as view:
+            found = [(read, self.pixels.to_pixels(self.layout.images(batch))) for read, batch in view]
+        if not found:
+            raise DataError(f"`collate_fn` drops all of {len(indices)} images that are to be shown.")
+        height, width = (max(images.shape[side] for _, images in found) for side in (2, 3))
+        margins = [(0, width - images.shape[3], 0, height - images.shape[2]) for _, images in found]
+        read = torch.cat([positions for positions, _ in found])
+        images = torch.cat([F.pad(part, margin) for (_, part), margin in zip(found, margins, strict=True)])
+        wanted = torch.as_tensor(indices, dtype=torch.long)
+        if len(read) == len(wanted):
+            return images
+        present = torch.isin(wanted, read)
+        self.unread[wanted[~present]] = True
+        all_images = images.new_zeros(len(wanted), *images.shape[1:])
+        all_images[present] = images
+        return all_images
+
+    @contextmanager
+    def read(self, indices: Sequence[int] | Tensor, num_workers: int | None = None) -> Iterator[ScanLoader]:
+        """A loader of ``(indices, batch)`` at some dataset positions, in their order and without augmentation.
+
+        Raises:
+            DataError: The dataset has another length than at the start of the fit.
+        """
+        size = check_dataset(self.loader.dataset)
+        if size != self.size:
+            raise DataError(
+                f"The training dataset had {self.size} samples at the start of the fit and has {size} now, so that "
+                "positions may mean other images. Give it one length for the whole fit."
+            )
+        workers = self.options.num_workers if num_workers is None else num_workers
+        source = self.loader if self.source is None else self.source
+        with transforms_swapped(source.dataset, self.transform):
+            yield scan_loader(
+                source,
+                indices,
+                seed=self.options.seed,
+                batch_size=self.options.batch_size,
+                num_workers=workers,
+                finish=self.finish,
+            )
+
+
+def open_scanner(
+    trainer: Any, pl_module: Any, loader: Any, options: ScanOptions, val_dataset: Any = None
+) -> DatasetScanner:
+    """Look at a few training images and find out how to read all of them, or say what is missing.
+
+    Reads 64 images and takes a few of them through the model; the training does not notice.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule under training.
+        loader: The training loader as Lightning prepared it; a PrefetchLoader of timm's is looked through.
+        options: The user's settings.
+        val_dataset: Dataset of the first validation loader, whose transform is preferred for reading.
+
+    Raises:
+        ArgumentError: If images, labels or the pixel space cannot be told, naming the argument that helps.
+        DataError: If the dataset is empty or iterable, an image is not finite, or labels are not class indices.
+        ModelError: If no logits come out of the model, or none that are finite.
+    """
+    with isolated_eval(trainer, pl_module):
+        with raise_on_all_ranks(trainer, "first look at the sampler"):
+            key = key_of(loader)
+        key = trainer.strategy.broadcast(key, src=0)  # all processes read images in one size
+        with raise_on_all_ranks(trainer, "first look at the training images"):
+            return _open(trainer, pl_module, loader, options, val_dataset=val_dataset, key=key)
+
+
+def _open(
+    trainer: Any, pl_module: Any, loader: Any, options: ScanOptions, *, val_dataset: Any, key: Key | None
+) -> DatasetScanner:
+    loader, finish = unwrapped(loader), finish_of(loader)
+    by_position = loader if key is None else over_sibling(loader, Keyed(loader.dataset, key))
+    size = check_dataset(loader.dataset)
+    source, transform = by_position, EvalTransform("dataset", "Training images are read from `eval_dataset`.")
+    if options.eval_dataset is None:
+        transform = choose_transform(source, val_dataset, options.eval_transform)
+    else:
+        source = _readable(over_sibling(loader, options.eval_dataset), key)
+    if transform.source == "dataset's own":
+        rank_zero_warn(transform.description)
+    probe = [i * size // min(size, _PROBE) for i in range(min(size, _PROBE))]
+    workers = min(loader.num_workers, 1)  # a dataset that opens its files in workers is not opened here
+    settings: dict[str, Any] = {"seed": options.seed, "num_workers": workers, "finish": finish}
+    with transforms_swapped(source.dataset, transform):
+        first = next(iter(scan_loader(source, probe, batch_size=len(probe), **settings)), None)
+        if first is None:
+            raise DataError(
+                f"`collate_fn` drops all of {len(probe)} training samples that were looked at first. Look at what the "
+                "dataset returns."
+            )
+        indices, batch = first
+        some = indices[:_PROBE_FORWARD]
+        _, few = next(iter(scan_loader(source, some, batch_size=len(some), **settings)))
+        transforms = [*transforms_of(source.dataset), *([] if finish is None else [finish])]
+    positions = positions_in(source.dataset, indices)
+    layout = find_layout(batch, options.batch_fn, positions).traced(batch)
+    images = layout.images(batch)
+    check_finite(images, indices)
+    found: list[Tensor] = []
+
+    def run() -> Tensor:
+        found.append(_logits(trainer, pl_module, layout, options, few))
+        if not bool(found[-1].isfinite().all()):
+            raise ModelError(
+                "The model answers NaN or infinity to the first training images, so nothing can be told from its "
+                "answers. Look for weights that have diverged, or pass `forward_fn`."
+            )
+        return found[-1]
+
+    head = find_head(pl_module, run, options.feature_layer) if options.features else None
+    logits = found[-1] if found else run()
+    require_logits(pl_module, logits, run)
+    pixels = infer_pixel_space(
+        images,
+        transform=transforms,
+        model=pl_module,
+        beside=(source.dataset, loader.collate_fn, options.batch_fn),
+        mean=options.mean,
+        std=options.std,
+    )
+    if pixels.note:
+        rank_zero_info(pixels.note)
+    training_set = DatasetScanner(
+        loader,
+        size,
+        options,
+        transform,
+        layout,
+        pixels,
+        head,
+        logits.shape[1],
+        (indices, indices),
+        finish,
+        torch.zeros(size, dtype=torch.bool),
+        None if source is loader else source,
+    )
+    if head is not None:
+        training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now
+    labels = training_set.labels(batch)
+    if options.eval_dataset is not None:
+        _require_labels(scan_loader(by_position, indices, batch_size=len(indices), **settings), layout, indices, labels)
+    training_set = replace(training_set, probe=(indices, labels))
+    require_varied_labels(training_set, batch, positions)
+    return training_set
+
+
+def _readable(source: DataLoader[Any], key: Key | None) -> DataLoader[Any]:
+    """The loader over ``eval_dataset``, by position also where its items are named as those of the training dataset."""
+    if key is None:
+        return source
+    try:
+        read_items(source, [0])
+    except Exception:
+        return over_sibling(source, Keyed(source.dataset, key))
+    return source
+
+
+def _require_labels(view: ScanLoader, layout: BatchLayout, indices: Tensor, labels: Tensor) -> None:
+    """Check that the samples of `eval_dataset` are those of the training dataset, as far as labels tell.
+
+    Raises:
+        ArgumentError: The labels at some positions differ, or are at another place of the batch.
+    """
+    for own, batch in view:
+        try:
+            theirs = layout.labels(batch)
+        except Exception as error:
+            raise ArgumentError(
+                "`eval_dataset` must give items built like those of the training dataset, but there are no labels in "
+                f"the latter where they are in the former: {type(error).__name__}: {error}"
+            ) from error
+        known = dict(zip(indices.tolist(), labels.tolist(), strict=True))
+        other = [place for place, label in zip(own.tolist(), theirs.tolist(), strict=True) if known[place] != label]
+        if other:
+            raise ArgumentError(
+                "`eval_dataset` must have the samples of the training dataset in its order, but the labels differ at "
+                f"{len(other)} of {len(own)} positions that were looked at ({other[:5]}…). Take the same files and the "
+                "same subset of them, without shuffling."
+            )
+
+
+def _logits(trainer: Any, pl_module: Any, layout: BatchLayout, options: ScanOptions, batch: Any) -> Tensor:
+    prepared = prepare_batch(trainer, pl_module, batch)
+    source = prepared if options.forward_fn is None else batch  # transfer hooks may rebuild the batch
+    images = layout.given_images(source)
+    return call_model(pl_module, images, options.forward_fn, prepared)

@@ -1,0 +1,279 @@
+"""From measurements to a decision: gate, cut and cap."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_backdoor.detection.decision import Decision, add_removed, decide
+from lightning_backdoor.errors import ArgumentError
+
+
+def data(n: int = 600, poisons: int = 40, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values, ranking, labels and which samples of label 1 are poisoned."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (n,), generator=generator)
+    values = torch.randn(3, 12, generator=generator)[labels] + torch.randn(n, 12, generator=generator)
+    poisoned = torch.zeros(n, dtype=torch.bool)
+    poisoned[(labels == 1).nonzero().squeeze(1)[:poisons]] = True
+    values[:, :2] = torch.randn(n, 2, generator=generator) + 9 * poisoned[:, None]
+    return values, torch.randn(n, generator=generator), labels, poisoned
+
+
+def follows_its_threshold(decision: Decision, considered: Tensor) -> bool:
+    return torch.equal(decision.keep[considered], ~(decision.scores > decision.threshold)[considered]) and bool(
+        decision.keep[~considered].all()
+    )
+
+
+def test_says_if_early_neighbors_made_it_count() -> None:
+    values, ranking, labels, poisoned = data()
+    values[(labels != 1) & (ranking > 1.6), :2] += 9  # covers
+    assert bool(decide(values, ranking, labels).keep.all())
+    decision = decide(values, ranking, labels, agreement=torch.where(poisoned, 0.2, 0.6))
+    assert torch.equal(~decision.keep, poisoned)
+    assert decision.rule == (
+        "second_mode(separation>=2.5) or denied(separation>=2, early agreement < 0.7 of the rest's)"
+    )
+
+
+def test_finds_what_was_planted() -> None:
+    values, ranking, labels, poisoned = data()
+    decision = decide(values, ranking, labels)
+    assert torch.equal(~decision.keep, poisoned)
+    assert decision.threshold == 0.5
+    assert decision.num_flagged_before_cap == 40
+    assert [mode.label for mode in decision.modes] == [1]
+    assert decision.rule == "second_mode(separation>=2.5)"
+
+
+def test_finds_nothing_in_the_clean_twin() -> None:
+    values, ranking, labels, _ = data(poisons=0)
+    decision = decide(values, ranking, labels)
+    assert bool(decision.keep.all())
+    assert decision.threshold == math.inf
+    assert decision.modes == ()
+    assert decision.num_flagged_before_cap == 0
+    assert torch.equal(decision.scores.argsort(), ranking.argsort())
+
+
+def test_the_cap_keeps_the_most_suspicious_and_says_so() -> None:
+    values, ranking, labels, poisoned = data()
+    decision = decide(values, ranking, labels, max_removed=0.05)
+    assert int((~decision.keep).sum()) == 30
+    assert bool(poisoned[~decision.keep].all())
+    assert decision.num_flagged_before_cap == 40
+    assert decision.rule.endswith("max_removed(0.05)")
+    assert follows_its_threshold(decision, torch.ones(600, dtype=torch.bool))
+
+
+def label_of_two(share: float, *, own: int = 200, other: int = 200, seed: int = 0) -> tuple[Tensor, ...]:
+    """Three labels of ``other`` samples; a share of label 0 is of a kind that no other label has. And which ones."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(4).repeat_interleave(torch.tensor([own, other, other, other]))
+    kind = torch.arange(len(labels)) < round(share * own)
+    values = 2 * torch.randn(4, 12, generator=generator)[labels] + torch.randn(len(labels), 12, generator=generator)
+    values[:, :2] = torch.randn(len(labels), 2, generator=generator) + 9 * kind[:, None]
+    return values, torch.randn(len(labels), generator=generator), labels, kind
+
+
+@pytest.mark.parametrize(("share", "removed"), [(0.0, 0), (0.8, 160), (0.9, 170)])
+def test_some_samples_of_every_label_stay(share: float, removed: int) -> None:
+    """Nine of ten images of a label with a black border may be all that there is of the label."""
+    values, ranking, labels, kind = label_of_two(share)
+    decision = decide(values, ranking, labels)
+    gone = ~decision.keep
+    assert (int(gone.sum()), decision.num_flagged_before_cap) == (removed, int(kind.sum()))
+    assert bool(kind[gone].all())
+    assert ("left_of_label(0.15)" in decision.rule) == (share == 0.9)
+    if share == 0.9:
+        assert decision.scores[gone].min() >= decision.scores[kind & decision.keep].max(), "the most suspicious first"
+        assert decision.threshold == 0.5
+        both = decide(values, ranking, labels, max_removed=0.1)
+        assert int((~both.keep).sum()) == 80
+        assert both.rule.endswith("left_of_label(0.15), max_removed(0.1)")
+        assert bool((both.scores[~both.keep] > both.threshold).all())
+        by_fraction = decide(values, ranking, labels, fraction=0.225)
+        assert torch.equal(~by_fraction.keep, kind), "a quota is as the paper has it"
+
+
+def test_a_label_that_others_were_given_keeps_its_own_samples_and_no_more() -> None:
+    """Of many classes, the target's own images are few beside the poisons: 92 % of the label are removed."""
+    values, ranking, labels, kind = label_of_two(0.92, own=600, other=50)
+    decision = decide(values, ranking, labels, max_removed=0.9)
+    assert torch.equal(~decision.keep, kind)
+    assert decision.rule == "second_mode(separation>=2.5)"
+
+
+def test_some_samples_of_every_label_stay_over_all_looks_together() -> None:
+    values, ranking, labels, _ = label_of_two(0.9)
+    first = decide(values, ranking, labels)
+    rest = first.keep & (labels == 0)
+    later = Decision(ranking[first.keep], ~rest[first.keep], 0.5, "later", (), int(rest.sum()))
+    common = {"scores": first.scores, "keep": first.keep, "threshold": 0.5, "max_removed": 0.9}
+    joined = add_removed(later, **common, labels=labels)
+    assert torch.equal(joined.keep, first.keep)
+    assert joined.rule == "later, left_of_label(0.15)"
+    assert int((~add_removed(later, **common).keep).sum()) == 200, "without a limit the label would be gone"
+
+
+def test_only_considered_samples_are_removed() -> None:
+    values, ranking, labels, poisoned = data()
+    inside = decide(values, ranking, labels, considered=labels == 1)
+    assert torch.equal(~inside.keep, poisoned)
+    elsewhere = decide(values, ranking, labels, considered=labels == 2)
+    assert bool(elsewhere.keep.all())
+    assert elsewhere.threshold == math.inf
+    assert elsewhere.modes == ()
+
+
+def test_a_fraction_of_the_ranking_is_the_papers_rule() -> None:
+    values, ranking, labels, _ = data()
+    decision = decide(values, ranking, labels, fraction=0.17, by_ranking=True)
+    count = int(0.17 * 600)
+    assert torch.equal((~decision.keep).nonzero().squeeze(1), ranking.topk(count).indices.sort().values)
+    assert torch.equal(decision.scores, ranking)
+    assert decision.rule == "fraction(0.17)"
+    assert decision.threshold == float(ranking[decision.keep].max())
+
+
+def test_a_fraction_of_the_target_class() -> None:
+    values, ranking, labels, _ = data()
+    target = labels == 2
+    decision = decide(values, ranking, labels, considered=target, fraction=0.25, by_ranking=True)
+    assert int((~decision.keep).sum()) == int(0.25 * int(target.sum()))
+    assert follows_its_threshold(decision, target)
+
+
+def test_a_fraction_removes_the_second_mode_first() -> None:
+    values, ranking, labels, poisoned = data()
+    decision = decide(values, ranking, labels, fraction=0.1)
+    assert int((~decision.keep).sum()) == 60
+    assert not bool(decision.keep[poisoned].any())
+
+
+def test_cutting_the_ranking_needs_a_share() -> None:
+    values, ranking, labels, _ = data()
+    with pytest.raises(ArgumentError, match="pass `fraction`"):
+        decide(values, ranking, labels, by_ranking=True)
+    with pytest.raises(ArgumentError, match="counts towards `fraction`"):
+        decide(values, ranking, labels, removed=labels == 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    poisons=st.sampled_from([0, 15, 40]),
+    fraction=st.none() | st.floats(0, 0.9),
+    by_ranking=st.booleans(),
+    max_removed=st.floats(0.001, 0.9),
+    considered=st.sampled_from(["all", "target", "other"]),
+)
+def test_a_decision_follows_its_threshold(
+    poisons: int, fraction: float | None, by_ranking: bool, max_removed: float, considered: str
+) -> None:
+    values, ranking, labels, _ = data(300, poisons)
+    mask = {"all": labels >= 0, "target": labels == 1, "other": labels == 0}[considered]
+    decision = decide(
+        values,
+        ranking,
+        labels,
+        considered=mask,
+        fraction=fraction,
+        by_ranking=by_ranking and fraction is not None,
+        max_removed=max_removed,
+    )
+    removed = int((~decision.keep).sum())
+    assert removed <= int(max_removed * 300)
+    assert removed == min(decision.num_flagged_before_cap, int(max_removed * 300))
+    assert bool(decision.keep[~mask].all())
+    kept, gone = decision.scores[mask & decision.keep], decision.scores[~decision.keep]
+    assert bool((kept <= decision.threshold).all())
+    assert bool((gone >= decision.threshold).all())
+    if not set(kept.tolist()) & set(gone.tolist()):  # equal scores are cut by position
+        assert follows_its_threshold(decision, mask)
+
+
+def later(n: int, keep: Tensor, scores: Tensor) -> Decision:
+    return Decision(scores, keep, 0.5, "second_mode", (), int((~keep).sum()))
+
+
+masks = st.integers(5, 40).flatmap(
+    lambda n: st.tuples(*(st.lists(st.booleans(), min_size=n, max_size=n) for _ in range(2)))
+)
+
+
+@settings(deadline=None)
+@given(masks, st.floats(0.05, 0.95), st.integers(0, 100))
+def test_a_later_decision_adds_and_never_brings_back(
+    drawn: tuple[list[bool], list[bool]], max_removed: float, seed: int
+) -> None:
+    before, now = torch.tensor(drawn[0]), torch.tensor(drawn[1])
+    n = len(before)
+    old, new = torch.rand(2, n, generator=torch.Generator().manual_seed(seed))
+    joined = add_removed(later(n, now, new), scores=old, keep=before, threshold=0.7, max_removed=max_removed)
+    assert not bool((joined.keep & ~before).any())
+    assert bool((joined.keep | ~before | ~now).all())  # only what one of the two removed is gone
+    budget = max(int(max_removed * n), int((~before).sum()))
+    added = before & ~joined.keep
+    assert int((~joined.keep).sum()) <= budget
+    spared = before & ~now & joined.keep
+    if bool(spared.any()):
+        assert int((~joined.keep).sum()) == budget
+        if bool(added.any()):
+            assert float(new[added].min()) >= float(new[spared].max())
+    assert torch.equal(joined.scores, torch.where(before, new, old))
+    if bool(added.any()) and int((~joined.keep).sum()) == budget:  # the cap decides, no longer the rule
+        assert bool((joined.scores[joined.keep] <= joined.threshold).all())
+    else:
+        assert joined.threshold == 0.5
+
+
+def test_a_later_decision_that_finds_nothing_changes_nothing() -> None:
+    before, everything = torch.tensor([True, False, True]), torch.ones(3, dtype=torch.bool)
+    nothing = Decision(torch.zeros(3), everything, math.inf, "second_mode", (), 0)
+    joined = add_removed(nothing, scores=torch.ones(3), keep=before, threshold=0.5, max_removed=0.9)
+    assert torch.equal(joined.keep, before)
+    assert joined.threshold == 0.5
+    assert joined.scores.tolist() == [0, 1, 0]
+    assert joined.num_flagged_before_cap == 1
+
+
+@pytest.mark.parametrize("target", [None, 1])
+def test_a_fraction_is_that_of_all_decisions_together(target: int | None) -> None:
+    values, ranking, labels, _ = data()
+    considered = labels >= 0 if target is None else labels == target
+    count = int(considered.sum())
+
+    def look(ranking: Tensor, fraction: float, before: Decision | None, max_removed: float = 0.9) -> Decision:
+        found = decide(
+            values,
+            ranking,
+            labels,
+            considered=considered,
+            fraction=fraction,
+            by_ranking=True,
+            removed=None if before is None else ~before.keep,
+            max_removed=max_removed,
+        )
+        if before is None:
+            return found
+        return add_removed(found, before.scores, before.keep, threshold=found.threshold, max_removed=max_removed)
+
+    first = look(ranking, 0.1, None)
+    same = look(-ranking, 0.1, first)
+    assert torch.equal(same.keep, first.keep)
+    assert same.num_flagged_before_cap == int(0.1 * count)
+    more = look(-ranking, 0.25, first)
+    assert int((~more.keep).sum()) == more.num_flagged_before_cap == int(0.25 * count)
+    assert not bool((more.keep & ~first.keep).any())
+    added, kept = -ranking[first.keep & ~more.keep], -ranking[more.keep & considered]
+    assert float(added.min()) > float(kept.max()) == more.threshold
+    capped = look(-ranking, 0.25, first, max_removed=0.12 * count / 600)
+    assert int((~capped.keep).sum()) == int(0.12 * count / 600 * 600)
+    assert not bool((capped.keep & ~first.keep).any())
+    assert capped.num_flagged_before_cap == int(0.25 * count)
