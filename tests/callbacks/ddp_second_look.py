@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor import DSTCallback, Verdict
-from lightning_backdoor.callbacks import neighborhood as neighborhood
+from lightning_backdoor.callbacks import neighborhood
 from lightning_backdoor.errors import BackdoorDefenseError
 from tests.callbacks.helpers import Net, Pictures, loader_of, make_trainer
 
