@@ -1,35 +1,60 @@
-"""Both Lightning packages, and a list of the private names of Lightning and torch that training depends on."""
+"""Both Lightning packages as one, and every private name of Lightning and torch that this library uses."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch.utils.data import DistributedSampler
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningModule, Trainer
 
 __all__ = [
+    "BUFFERS",
     "LEDGER",
     "TORCH_LEDGER",
     "CallbackBase",
+    "before_batch_transfer",
+    "buffers_of",
     "combined_length",
     "combined_loader",
+    "forget_iterator",
+    "forget_saved_step",
+    "has_batch_norm",
+    "is_early_stopping",
     "limited",
     "load_again",
+    "may_stop_early",
+    "put_buffer",
     "rank_zero_info",
     "rank_zero_warn",
     "restart_fetcher",
+    "running_iterators",
     "set_limits",
+    "timer_lets_epoch_end",
+    "trainer_of",
+    "unscales_by_itself",
+    "validates_by_time",
     "validation_loaders",
+    "version_of",
+    "with_parameters",
     "wrapped_sampler",
 ]
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
 LEDGER = {
-    "trainer.fit_loop.setup_data": "the training loader cannot be told from others: no curation",
-    "trainer.strategy.process_dataloader": "the training loader cannot be replaced by its filtering clone: no curation",
+    "trainer.fit_loop.setup_data": "the training loader cannot be told from others: nothing is removed",
+    "trainer.strategy.process_dataloader": "the training loader cannot be replaced by its filtering clone: the same",
     "trainer.fit_loop.max_batches": "epoch lengths stay as they were before pruning",
     "trainer.val_check_batch": "validation stops after pruning",
     "trainer.fit_loop._combined_loader": "float `limit_train_batches` and a mask that is lifted keep the old length",
@@ -58,7 +83,9 @@ They begin at the running Trainer, at its module, or at an object of the named c
 """
 
 TORCH_LEDGER = {
-    "torch.nn.Module._buffers": "ranks scan with their own batch-norm statistics",
+    "torch.Tensor._version": "units cannot be followed through operations in place",
+    "torch.nn.Module._buffers": "buffers that a scan replaced are not put back; averages of buffers are not found",
+    "torch.nn.Module._parameters": "units cannot be reset to new random weights",
     "torch.nn.modules.batchnorm._BatchNorm": "the package cannot be imported",
     "torch.optim.Optimizer._step_supports_amp_scaling": "the ascent's limit is off by the loss scale (fused, float16)",
     "torch.utils.data.DataLoader._iterator": "a clone shares the running workers of its loader",
@@ -165,8 +192,94 @@ def validation_loaders(trainer: Any) -> Any:
 def wrapped_sampler(sampler: DistributedSampler[Any]) -> Any | None:
     """The user's sampler inside Lightning's ``DistributedSamplerWrapper``, which shards it by position.
 
-    ``None`` for other samplers, and where the private name is gone: curation then treats the wrapper like any sampler.
+    ``None`` for other samplers, and where the private name is gone: the wrapper is then filtered like any sampler.
     """
     if type(sampler).__name__ != "DistributedSamplerWrapper":
         return None
     return getattr(sampler.dataset, "_sampler", None)
+
+
+def validates_by_time(trainer: Trainer) -> bool:
+    """Whether ``val_check_interval`` is a duration (Lightning 2.6 on) instead of a number or share of batches."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def may_stop_early(trainer: Trainer) -> bool:
+    """Whether ``min_epochs`` and ``min_steps`` are reached, so that ``trainer.should_stop`` ends the fit."""
+    return bool(getattr(trainer.fit_loop, "_can_stop_early", True))
+
+
+def is_early_stopping(callback: Callback) -> bool:
+    """Whether a callback is an EarlyStopping of either package."""
+    return hasattr(callback, "_run_early_stopping_check")
+
+
+def timer_lets_epoch_end(timer: Any) -> bool:
+    """Whether a Timer lets the running epoch end before it stops the fit: ``Timer(interval="epoch")``."""
+    return bool(getattr(timer, "_interval", "step") != "step")
+
+
+def forget_saved_step(callback: Callback) -> None:
+    """Let a ModelCheckpoint save at step numbers that it has saved at before; other callbacks stay as they are."""
+    if hasattr(callback, "_last_global_step_saved"):
+        callback._last_global_step_saved = 0
+
+
+def trainer_of(module: nn.Module) -> Trainer | None:
+    """The Trainer that a LightningModule is attached to; ``None`` for any other module."""
+    return getattr(module, "_trainer", None)
+
+
+def before_batch_transfer(pl_module: LightningModule) -> Callable[..., Any]:
+    """``on_before_batch_transfer`` of the datamodule or else of the module, with Lightning's choice between them.
+
+    The module's own where Lightning's private dispatcher is gone.
+    """
+    hook: Callable[..., Any] = getattr(pl_module, "_on_before_batch_transfer", pl_module.on_before_batch_transfer)
+    return hook
+
+
+BUFFERS = "_buffers"
+"""Attribute of a module that holds its own buffers by name."""
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a module itself, without those that are ``None``."""
+    return {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+
+
+def put_buffer(module: nn.Module, name: str, buffer: Tensor) -> None:
+    """Make a tensor the buffer of this name, without ``__setattr__``, which the user's class may override."""
+    module._buffers[name] = buffer
+
+
+def with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> nn.Module:
+    """A shallow copy of a module with other parameters of its own; what is not named is shared with the module."""
+    twin = copy.copy(module)
+    twin._parameters = {**module._parameters, **parameters}
+    return twin
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether some part is one of torch's batch norms, of any number of dimensions."""
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 for tensors of the inference mode, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def unscales_by_itself(optimizer: Optimizer) -> bool:
+    """Whether an optimizer takes scaled gradients, as fused ones do with a GradScaler."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def running_iterators(loader: DataLoader[Any]) -> list[str]:
+    """Attributes in which a loader keeps a running iterator, other than that of torch's persistent workers."""
+    return [k for k, value in vars(loader).items() if k != "_iterator" and isinstance(value, _BaseDataLoaderIter)]
+
+
+def forget_iterator(loader: DataLoader[Any]) -> None:
+    """Let a copy of a loader start workers of its own instead of sharing the persistent ones of the first loader."""
+    vars(loader)["_iterator"] = None

@@ -67,10 +67,10 @@ import {other} as package
 from lightning_backdoor._lightning import CallbackBase
 assert issubclass(CallbackBase, package.Callback)
 assert CallbackBase.__bases__ == (package.Callback,), CallbackBase.__bases__
-from lightning_backdoor.loading.loader_filter import curation_of
+from lightning_backdoor.loading.loader_filter import loader_filter_of
 trainer = package.Trainer(accelerator="cpu", logger=False, callbacks=[CallbackBase()])
-curation_of(trainer).join("a")
-curation_of(trainer).leave("a")
+loader_filter_of(trainer).join("a")
+loader_filter_of(trainer).leave("a")
 print("served by", package.__name__)
 """
 
@@ -150,42 +150,92 @@ def test_private_names_of_torch_exist(name: str) -> None:
     holder, _, attribute = name.rpartition(".")
     found = {
         "torch.nn.Module": torch.nn.Linear(1, 1),
+        "torch.Tensor": torch.zeros(1),
         "torch.optim.Optimizer": torch.optim.Adam([torch.zeros(1, requires_grad=True)], fused=True),
         "torch.utils.data.DataLoader": DataLoader(Points()),
     }
-    assert hasattr(found.get(holder) or importlib.import_module(holder), attribute), TORCH_LEDGER[name]
+    assert hasattr(found[holder] if holder in found else importlib.import_module(holder), attribute), TORCH_LEDGER[name]
 
 
-def private(name: Any) -> bool:
-    return isinstance(name, str) and bool(re.fullmatch(r"_(?!_|fields$|lightning_backdoor)[A-Za-z]\w*", name))
+ROOT = Path(compat.__file__).parent
+MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+PUBLIC = {"_fields", "_replace"}
+"""Documented names of named tuples."""
+OF_DATASETS = {"_format_kwargs"}
+"""Where a Hugging Face dataset keeps its transform; without it, that transform cannot be told from the dataset."""
 
 
-def private_names_used() -> set[str]:
-    """Private names that modules of `trainer` and `callbacks` read from objects that are not their own."""
-    used: set[str] = set()
+def is_private(name: Any) -> bool:
+    return isinstance(name, str) and bool(re.fullmatch(r"_(?!_)[A-Za-z]\w*", name)) and name not in PUBLIC
+
+
+def private_names(tree: ast.AST) -> tuple[set[str], set[str]]:
+    """Private names that a module defines, or reads from its own instances; those that it takes from elsewhere."""
     own: set[str] = set()
-    root = Path(compat.__file__).parents[1]
-    for path in [*(root / "trainer").glob("*.py"), *(root / "callbacks").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute):
-                is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-                (own if is_own else used).add(node.attr)
-            elif isinstance(node, ast.FunctionDef):
-                own.add(node.name)
-            elif isinstance(node, ast.Constant):  # for `getattr`, `hasattr` and `vars`
-                used |= {node.value} if private(node.value) else set()
-            elif isinstance(node, ast.ImportFrom):
-                used |= {alias.name for alias in node.names}
-    listed = private_names_listed()
-    return {name for name in used - (own - listed) if private(name)}
+    taken: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            (own if is_own and isinstance(node.ctx, ast.Store) else taken).add(node.attr)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            own.add(node.target.id)  # a field of a dataclass
+        elif isinstance(node, ast.Constant):  # for `getattr`, `hasattr` and `vars`
+            taken.add(node.value if isinstance(node.value, str) else "")
+        elif isinstance(node, ast.keyword):
+            taken.add(node.arg or "")
+        elif isinstance(node, ast.ImportFrom):
+            taken |= {alias.name for alias in node.names}
+    return set(filter(is_private, own)), set(filter(is_private, taken))
+
+
+def foreign_accesses(tree: ast.AST, names: set[str]) -> set[str]:
+    """Names among these that a module reads from or writes to an object other than ``self``."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in names]
+    return {n.attr for n in found if not (isinstance(n.value, ast.Name) and n.value.id in ("self", "cls"))}
 
 
 def private_names_listed() -> set[str]:
-    return {part for name in (*LEDGER, *TORCH_LEDGER) for part in name.split(".") if private(part)}
+    return {part for name in (*LEDGER, *TORCH_LEDGER) for part in name.split(".") if is_private(part)}
+
+
+TREES = {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in MODULES}
+OWN = set.union(*(private_names(tree)[0] for tree in TREES.values()))
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path != Path("_lightning.py")], ids=str)
+def test_private_names_of_others_stay_in_one_module(path: Path) -> None:
+    allowed = OWN | (OF_DATASETS if path == Path("data/nesting.py") else set()) | {"_lightning_backdoor_origin"}
+    assert not private_names(TREES[path])[1] - allowed
+    assert not foreign_accesses(TREES[path], private_names_listed())
 
 
 def test_every_private_name_in_use_is_listed_and_no_other() -> None:
-    assert private_names_used() == private_names_listed()
+    own, taken = private_names(TREES[Path("_lightning.py")])
+    assert taken - (own - private_names_listed()) == private_names_listed()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "trainer.fit_loop._combined_loader",
+        "getattr(trainer, '_val_check_time_interval', None)",
+        "self.trainer._results = None",
+        "vars(loader).update(_iterator=None)",
+        "from torch.utils.data.dataloader import _BaseDataLoaderIter",
+        "torch._C.DisableTorchFunctionSubclass()",
+    ],
+)
+def test_a_private_name_is_seen_however_it_is_taken(line: str) -> None:
+    own, taken = private_names(ast.parse(line))
+    assert not own
+    assert len(taken) == 1
+
+
+def test_own_names_and_those_of_named_tuples_are_not_private_ones_of_others() -> None:
+    own, taken = private_names(ast.parse("self._mask = keep._replace(a=1)\nself._mask"))
+    assert own == taken == {"_mask"}
 
 
 def test_names_that_are_called_may_be_called() -> None:

@@ -158,7 +158,7 @@ def _number(value: Tensor, digits: int) -> str:
 
 
 def _undone(space: PixelSpace, images: Tensor) -> Tensor:
-    mean, std = space._constants(images)
+    mean, std = space.constants(images)
     return images.mul(std).add(mean)
 
 

@@ -53,7 +53,7 @@ class PixelSpace:
         if self.identity:
             raise DataError(f"the dataset gave uint8 images before and {images.dtype} now. Give all of them one dtype.")
         values = images.to(exact_dtype(images.dtype))
-        mean, std = self._constants(values)
+        mean, std = self.constants(values)
         return values.mul(std).add_(mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
     def to_model(self, pixels: Tensor, like: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class PixelSpace:
         """
         pixels = pixels.to(like.device)
         if not self.identity and like.dtype != torch.uint8:
-            mean, std = self._constants(four_dimensions(like.detach()).to(exact_dtype(like.dtype)))
+            mean, std = self.constants(four_dimensions(like.detach()).to(exact_dtype(like.dtype)))
             pixels = pixels.to(mean.dtype).div_(255).sub_(mean).div_(std)
             if not like.is_floating_point():
                 limits = torch.iinfo(like.dtype)
@@ -80,7 +80,7 @@ class PixelSpace:
         last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
         return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
-    def _constants(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def constants(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std for images ``(B, C, H, W)``, in their dtype and on their device, ready to be broadcast."""
         if self.per_image:
             low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)

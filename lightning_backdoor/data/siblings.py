@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from lightning_backdoor._lightning import forget_iterator
 from lightning_backdoor.data.views import check_dataset
 from lightning_backdoor.errors import ArgumentError, DataError
 
@@ -49,5 +50,6 @@ def over_sibling(loader: DataLoader[Any], eval_dataset: Any) -> DataLoader[Any]:
             f"{expected}. Take the same files and the same subset of them, without shuffling."
         )
     twin: DataLoader[Any] = object.__new__(DataLoader)
-    twin.__dict__.update(vars(loader), dataset=dataset, _iterator=None)
+    twin.__dict__.update(vars(loader), dataset=dataset)
+    forget_iterator(twin)
     return twin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 __all__ = ["plain"]
@@ -16,5 +15,6 @@ def plain(tensor: Tensor) -> Tensor:
     """
     if type(tensor) is Tensor:
         return tensor
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.view(tensor.shape)
+    # Tensor's own rule in place of the derived class's; active modes of torch.overrides still see the operation
+    values: Tensor = Tensor.__torch_function__(Tensor.view, (), (tensor, tensor.shape))  # type: ignore[no-untyped-call]
+    return values

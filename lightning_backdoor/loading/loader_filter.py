@@ -8,16 +8,17 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from lightning_backdoor._lightning import (
     combined_length,
     combined_loader,
+    has_batch_norm,
     limited,
     rank_zero_warn,
     restart_fetcher,
     set_limits,
+    validates_by_time,
 )
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.loading.batch_schedule import Phases
@@ -143,7 +144,7 @@ class LoaderFilter:
             set_limits(combined, [self._limit(loader) for loader in combined.flattened])
             batches = combined_length(combined, batches)
         trainer.fit_loop.max_batches = batches
-        if getattr(trainer, "_val_check_time_interval", None) is not None or batches == float("inf"):
+        if validates_by_time(trainer) or batches == float("inf"):
             return
         interval = trainer.val_check_interval
         if isinstance(interval, float):
@@ -232,7 +233,7 @@ class LoaderFilter:
         loader = origin(loader)
         require_curable(loader)
         module = self._trainer.lightning_module
-        self._state.drop_single = module is not None and any(isinstance(m, _BatchNorm) for m in module.modules())
+        self._state.drop_single = module is not None and has_batch_norm(module)
         self._state.key = key_of(loader)
         if self._state.kept is not None:
             self._state.kept.slot = self._slot

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_backdoor._lightning import limited
+from lightning_backdoor._lightning import forget_iterator, limited, running_iterators
 from lightning_backdoor.data.prefetching import unwrapped
 from lightning_backdoor.errors import DataError, TrainerError
 from lightning_backdoor.loading.draws import RULES
@@ -91,12 +90,11 @@ def require_curable(loader: DataLoader[Any]) -> None:
             "filter."
         )
     inner = unwrapped(loader)
-    for name, value in vars(inner).items():
-        if name != "_iterator" and isinstance(value, _BaseDataLoaderIter):
-            raise DataError(
-                f"{type(inner).__name__} keeps a running iterator in `{name}`, which would go on drawing removed "
-                "samples. Pass a loader that was not iterated before, or use DataLoader(..., persistent_workers=True)."
-            )
+    for name in running_iterators(inner):
+        raise DataError(
+            f"{type(inner).__name__} keeps a running iterator in `{name}`, which would go on drawing removed "
+            "samples. Pass a loader that was not iterated before, or use DataLoader(..., persistent_workers=True)."
+        )
 
 
 def require_same_size(keep: Tensor, loader: DataLoader[Any]) -> None:
@@ -163,7 +161,7 @@ def clone(loader: Any, state: KeepState) -> Any:
     repeats = _once(drawn) is not drawn
     twin: DataLoader[Any] = object.__new__(RepeatingLoader if repeats else type(loader))
     twin.__dict__.update(vars(loader))
-    changes: dict[str, Any] = {"_iterator": None, _ORIGIN: loader}
+    changes: dict[str, Any] = {_ORIGIN: loader}
     if repeats:
         changes.update(iterator=None, state=state, drawn_for=(None, None))
     if loader.batch_sampler is not None:
@@ -174,6 +172,7 @@ def clone(loader: Any, state: KeepState) -> Any:
     else:
         changes["sampler"] = _again(drawn, filtered(_once(drawn), state, loader.dataset))
     twin.__dict__.update(changes)
+    forget_iterator(twin)
     return twin
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_backdoor._lightning import unscales_by_itself
 from lightning_backdoor.functional.kinds import plain
 from lightning_backdoor.functional.unlearning import forgetting_loss
 from lightning_backdoor.loading.batch_schedule import Phases
@@ -82,7 +83,7 @@ class Ascent:
     def at_step(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
         """Limit the gradient; call in ``on_before_optimizer_step``."""
         if self._climbed and self._bounded:
-            unscales = getattr(optimizer, "_step_supports_amp_scaling", False)  # by itself, later: a fused one
+            unscales = unscales_by_itself(optimizer)  # by itself, later: a fused one
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM * (_precision_scale(trainer) if unscales else 1.0))
 

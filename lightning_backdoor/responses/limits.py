@@ -7,6 +7,7 @@ import math
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from lightning_backdoor._lightning import is_early_stopping, may_stop_early, timer_lets_epoch_end
 from lightning_backdoor.errors import TrainerError
 
 __all__ = [
@@ -206,7 +207,7 @@ def plan_is_over(trainer: Any) -> bool:
 
 def stops_within_epoch(trainer: Any) -> bool:
     """Whether a fit whose plan is over stops with this batch; a ``Timer(interval="epoch")`` lets the epoch end."""
-    return _steps_are_over(trainer) or any(getattr(timer, "_interval", "step") == "step" for timer in _timers(trainer))
+    return _steps_are_over(trainer) or not all(timer_lets_epoch_end(timer) for timer in _timers(trainer))
 
 
 def _steps_are_over(trainer: Any) -> bool:
@@ -222,8 +223,8 @@ def about_to_end(trainer: Any) -> bool:
     _, holders = _HELD.get(trainer, ((), {}))
     if any(until is None or until > _done(trainer) for until, _ in holders.values()):
         return False
-    can_stop = getattr(trainer.fit_loop, "_can_stop_early", True)
-    return beyond_plan(trainer) or bool(can_stop and (trainer.should_stop or _early_stopping_will_ask(trainer)))
+    stops = may_stop_early(trainer) and (trainer.should_stop or _early_stopping_will_ask(trainer))
+    return bool(stops or beyond_plan(trainer))
 
 
 def _early_stopping_will_ask(trainer: Any) -> bool:
@@ -231,7 +232,7 @@ def _early_stopping_will_ask(trainer: Any) -> bool:
     should_stop = trainer.should_stop
     try:
         for callback in trainer.callbacks:
-            if hasattr(callback, "_run_early_stopping_check"):
+            if is_early_stopping(callback):
                 twin = copy.copy(callback)
                 twin.verbose = False
                 twin.on_train_epoch_end(trainer, trainer.lightning_module)

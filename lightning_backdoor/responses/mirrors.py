@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_backdoor._lightning import CallbackBase
+from lightning_backdoor._lightning import BUFFERS, CallbackBase
 
 __all__ = ["Found", "Mirror", "Watch", "find_mirrors", "tensors_of"]
 
@@ -283,7 +283,7 @@ class _Search:
             return
         self.attributes("", self._module, path, module, _DEPTH)
         buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False)}
-        self._add("", self._module, (*path, (True, "_buffers")), buffers)
+        self._add("", self._module, (*path, (True, BUFFERS)), buffers)
         for name, child in module.named_children():
             self.part(child, (*path, (True, name)))
 
@@ -312,7 +312,7 @@ class _Search:
         if not any(tensor.dim() > 1 for tensor in usable.values()):
             return False
         own, inside = self._model.tensors, root is self._module and all(is_attribute for is_attribute, _ in path)
-        prefix = _spelled(tuple(step for step in path if step != (True, "_buffers")))
+        prefix = _spelled(tuple(step for step in path if step != (True, BUFFERS)))
         registered = tuple(f"{prefix}.{place}".lstrip(".") for place in usable) if inside else ()
         if any(own.get(name) is not tensor for name, tensor in zip(registered, usable.values(), strict=False)):
             registered = ()

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from typing import Any
 
-from lightning_backdoor._lightning import load_again
+from lightning_backdoor._lightning import forget_saved_step, load_again
 from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.responses.counters import counters, defines, put_counters, reset_metrics
 from lightning_backdoor.responses.limits import hold_open, release
@@ -70,8 +70,7 @@ def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
     for key, callback in foreign(trainer):
         if own["callbacks"].get(key):
             callback.load_state_dict(_where_it_saves_now(callback, own["callbacks"][key]))
-        if hasattr(callback, "_last_global_step_saved"):  # ModelCheckpoint skips a step number that it has seen
-            callback._last_global_step_saved = 0
+        forget_saved_step(callback)
         put_counters(callback, state["counters"]["callbacks"].get(key, {}))
     put_weights(trainer, pl_module, state)
     put_counters(pl_module, state["counters"]["module"])

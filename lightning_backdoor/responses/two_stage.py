@@ -299,5 +299,5 @@ class Contrasting:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
-        running = ("_data", "_flags", "_batches", "_batch", "_takeover")
+        running = ("_data", "_flags", "_batches", "_batch", "_override")
         return {**self.__dict__, **dict.fromkeys(running), "_optimizer": OwnOptimizer()}

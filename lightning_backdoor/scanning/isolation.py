@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_backdoor._lightning import before_batch_transfer, buffers_of, put_buffer, trainer_of
 from lightning_backdoor.data.origins import Replaced
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import TrainerError
@@ -70,13 +71,13 @@ def prepare_batch(trainer: Trainer, pl_module: LightningModule, batch: Any) -> A
     if isinstance(batch, Replaced):
         return Replaced(batch.batch, trainer.precision_plugin.convert_input(batch.images).to(pl_module.device))
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = _before_batch_transfer(pl_module)(batch, dataloader_idx=0)
+    batch = before_batch_transfer(pl_module)(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def forward_context(pl_module: nn.Module) -> AbstractContextManager[Any]:
     """The Trainer's precision context (autocast, default dtype) around a forward; nothing without a Trainer."""
-    trainer = getattr(pl_module, "_trainer", None)
+    trainer = trainer_of(pl_module)
     return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
 
 
@@ -109,11 +110,6 @@ def require_unsharded(trainer: Trainer) -> None:
             "Trainer(strategy=...) must keep a whole copy of the model on each device, through which images are looked "
             f"at, got {type(trainer.strategy).__name__}, which shards it. Pass strategy='ddp' or a single device."
         )
-
-
-def _before_batch_transfer(pl_module: LightningModule) -> Any:
-    """Lightning's dispatcher to module and datamodule (private); the module's public hook where it is gone."""
-    return getattr(pl_module, "_on_before_batch_transfer", pl_module.on_before_batch_transfer)
 
 
 @contextmanager
@@ -163,7 +159,9 @@ def _silence(*args: Any, **kwargs: Any) -> None:
 def _borrowed_buffers(trainer: Trainer, pl_module: nn.Module) -> Iterator[None]:
     """Show every rank the buffers of rank 0, and put each rank's own objects and values back."""
     own = [
-        (m, name, b, b.detach().clone()) for m in pl_module.modules() for name, b in m._buffers.items() if b is not None
+        (module, name, buffer, buffer.detach().clone())
+        for module in pl_module.modules()
+        for name, buffer in buffers_of(module).items()
     ]
     try:
         if trainer.world_size > 1:
@@ -175,7 +173,7 @@ def _borrowed_buffers(trainer: Trainer, pl_module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, value in own:
                 buffer.copy_(value)
-                module._buffers[name] = buffer
+                put_buffer(module, name, buffer)
 
 
 def _copy_from_rank_zero(buffer: Tensor, device: torch.device) -> None:

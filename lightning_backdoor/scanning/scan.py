@@ -35,7 +35,7 @@ def scan(
 ) -> dict[str, Tensor]:
     """Call ``step`` on every batch and return its per-sample results in the order of the dataset.
 
-    Runs inside :func:`~lightning_backdoor.scanning.isolation.isolated_eval`: the training around it stays bit-identical.
+    Runs inside :func:`~lightning_backdoor.scanning.isolation.isolated_eval`, so the training stays bit-identical.
     Memory beyond the returned tensors does not depend on the number of samples (several processes need the results
     twice while they are put in order). Every process must call it; all receive the same tensors, or all raise.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_backdoor._lightning import version_of
 from lightning_backdoor.surgery.meetings import CREATION
 from lightning_backdoor.surgery.nested import mapped, tensors_in
 from lightning_backdoor.surgery.taps import eager_forward
@@ -173,7 +174,7 @@ class Graph(TorchFunctionMode):
         """Run the operation and see what it did."""
         kwargs = kwargs or {}
         inputs = list(tensors_in((args, kwargs)))
-        flows = {id(x): strands for x in inputs if (strands := self._read(x)) is not None}
+        flows = {id(x): strands for x in inputs if (strands := self.read(x)) is not None}
         output = func(*args, **kwargs)
         name = getattr(func, "__name__", "").strip("_")
         results = list(tensors_in(output)) or (inputs[:1] if name == "setitem" else [])
@@ -188,10 +189,10 @@ class Graph(TorchFunctionMode):
             for result, strand in _RULES.get(name, _unknown)(call):
                 found[id(result)].append(strand)
         for x in results:
-            self._flows[x] = (_version(x), tuple(found[id(x)])) if flows and name not in CREATION else None
+            self._flows[x] = (version_of(x), tuple(found[id(x)])) if flows and name not in CREATION else None
         return output
 
-    def _read(self, x: Tensor) -> tuple[Strand, ...] | None:
+    def read(self, x: Tensor) -> tuple[Strand, ...] | None:
         """The strands of an activation, None for a constant; a tensor from outside is an activation without."""
         integers = x.ndim > 2 and not x.is_complex() and x.dtype != torch.bool  # fewer dimensions: labels, positions
         images = x.is_floating_point() or x.dtype == torch.uint8 or integers
@@ -201,7 +202,7 @@ class Graph(TorchFunctionMode):
             self._unseen()
             return ()
         flow = self._flows[x]
-        if flow is None or flow[0] == _version(x):
+        if flow is None or flow[0] == version_of(x):
             return None if flow is None else flow[1]
         for strand in flow[1]:
             self.lose(strand, "it was changed in place behind another view")
@@ -228,7 +229,7 @@ def record(
         stack.enter_context(torch.no_grad())
         stack.enter_context(graph)
         logits = run()
-    for strand in graph._read(logits) or ():
+    for strand in graph.read(logits) or ():
         graph.lose(strand, "it is a part of the logits")
     return graph
 
@@ -249,7 +250,3 @@ def _is_norm(module: nn.Module) -> bool:
     """Whether a module scales, shifts and normalises each channel by statistics that it keeps, under any class name."""
     values = [getattr(module, key, None) for key in ("weight", "bias", "running_mean", "running_var")]
     return all(isinstance(v, Tensor) and v.ndim == 1 for v in values)
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version

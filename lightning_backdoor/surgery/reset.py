@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from lightning_backdoor._lightning import with_parameters
 from lightning_backdoor.errors import ArgumentError, ModelError
 from lightning_backdoor.surgery.unit_trace import Slice
 from lightning_backdoor.surgery.units import UnitLayer
@@ -89,9 +89,8 @@ def _fresh(seed: int | None) -> Callable[[Slice], Tensor | None]:
 
 def _redrawn(layer: nn.Module, seed: int | None) -> nn.Module:
     """A layer of the same kind with new weights, on the CPU, so that every device and process draws the same."""
-    twin = copy.copy(layer)
     own = {key: nn.Parameter(p.detach().cpu().clone()) for key, p in layer.named_parameters(recurse=False)}
-    twin._parameters = {**layer._parameters, **own}
+    twin = with_parameters(layer, own)
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)
