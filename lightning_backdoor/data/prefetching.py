@@ -1,4 +1,4 @@
-"""timm's PrefetchLoader: a loader around torch's own, which normalises its 8-bit batches on the device."""
+"""timm's loaders: PrefetchLoader, which normalises 8-bit batches on the device, and samplers that repeat for ever."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Finish", "finish_of", "unwrapped"]
+__all__ = ["Finish", "finish_of", "unrepeated", "unwrapped"]
 
 
 class Finish:
@@ -39,6 +39,11 @@ class Finish:
 def unwrapped(loader: Any) -> Any:
     """Return the loader inside a PrefetchLoader; any other as it is."""
     return loader.loader if _is_prefetching(loader) else loader
+
+
+def unrepeated(sampler: Any) -> Any:
+    """The sampler that timm's MultiEpochsDataLoader repeats for ever; any other as it is."""
+    return sampler.sampler if type(sampler).__name__.endswith("RepeatSampler") else sampler
 
 
 def finish_of(loader: Any) -> Finish | None:

@@ -20,22 +20,21 @@ from lightning_backdoor._lightning import (
     set_limits,
     validates_by_time,
 )
+from lightning_backdoor.data.keys import key_of
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.loading.batch_schedule import Phases
-from lightning_backdoor.loading.draws import Kept
 from lightning_backdoor.loading.loaders import (
     batch_count,
     clone,
     describe,
     is_map_style,
-    key_of,
     origin,
     require_curable,
     require_enough,
     require_same_size,
     start_afresh,
 )
-from lightning_backdoor.loading.samplers import KeepState
+from lightning_backdoor.loading.samplers import KeepState, Kept
 
 __all__ = ["LoaderFilter", "loader_filter_of"]
 

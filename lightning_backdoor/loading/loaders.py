@@ -10,18 +10,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_backdoor._lightning import forget_iterator, limited, running_iterators
-from lightning_backdoor.data.prefetching import unwrapped
+from lightning_backdoor.data.prefetching import unrepeated, unwrapped
 from lightning_backdoor.errors import DataError, TrainerError
-from lightning_backdoor.loading.draws import RULES
-from lightning_backdoor.loading.keys import Key, find_key
-from lightning_backdoor.loading.samplers import KeepState, PhasedBatches, filtered, is_ordinary
+from lightning_backdoor.loading.samplers import KeepState, PhasedBatches, filtered
 
 __all__ = [
     "batch_count",
     "clone",
     "describe",
     "is_map_style",
-    "key_of",
     "origin",
     "require_curable",
     "require_enough",
@@ -158,41 +155,27 @@ def clone(loader: Any, state: KeepState) -> Any:
         vars(outer).update({"loader": clone(inner, state), _ORIGIN: loader})
         return outer
     drawn = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    repeats = _once(drawn) is not drawn
+    repeats = unrepeated(drawn) is not drawn
     twin: DataLoader[Any] = object.__new__(RepeatingLoader if repeats else type(loader))
     twin.__dict__.update(vars(loader))
     changes: dict[str, Any] = {_ORIGIN: loader}
     if repeats:
         changes.update(iterator=None, state=state, drawn_for=(None, None))
     if loader.batch_sampler is not None:
-        batches = filtered(_once(drawn), state, loader.dataset)
+        batches = filtered(unrepeated(drawn), state, loader.dataset)
         changes["batch_sampler"] = _again(drawn, PhasedBatches(batches, state))
-        if getattr(_once(drawn), "sampler", None) is loader.sampler:
+        if getattr(unrepeated(drawn), "sampler", None) is loader.sampler:
             changes["sampler"] = batches.sampler
     else:
-        changes["sampler"] = _again(drawn, filtered(_once(drawn), state, loader.dataset))
+        changes["sampler"] = _again(drawn, filtered(unrepeated(drawn), state, loader.dataset))
     twin.__dict__.update(changes)
     forget_iterator(twin)
     return twin
 
 
-def key_of(loader: Any) -> Key | None:
-    """How the samplers of a map-style loader name samples, where that is not by their position alone."""
-    inner = unwrapped(loader)
-    drawn = _once(inner.batch_sampler)
-    if drawn is None or (is_ordinary(type(drawn)) and type(drawn.sampler) in RULES):
-        return None
-    return find_key(drawn, inner.dataset)
-
-
-def _once(sampler: Any) -> Any:
-    """The sampler that timm's MultiEpochsDataLoader repeats for ever; any other as it is."""
-    return sampler.sampler if type(sampler).__name__.endswith("RepeatSampler") else sampler
-
-
 def _again(like: Any, sampler: Any) -> Any:
     """Repeat a sampler for ever if ``like`` does so."""
-    if _once(like) is like:
+    if unrepeated(like) is like:
         return sampler
     repeated = copy.copy(like)
     repeated.sampler = sampler
@@ -207,7 +190,7 @@ def origin(loader: Any) -> Any:
 def batch_count(loader: Any) -> int:
     """Batches per epoch, by the samplers, whatever a subclass says its length is."""
     inner = unwrapped(loader)
-    return len(_once(inner.sampler if inner.batch_sampler is None else inner.batch_sampler))
+    return len(unrepeated(inner.sampler if inner.batch_sampler is None else inner.batch_sampler))
 
 
 def describe(loader: Any) -> str:

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, SequentialSampler, SubsetRandomSampler
 
 from lightning_backdoor.detection.decision import add_removed, decide
-from lightning_backdoor.loading.draws import Kept
-from lightning_backdoor.loading.samplers import KeepState, filtered
+from lightning_backdoor.loading.samplers import KeepState, Kept, filtered
 from tests.contract.tally import COUNTS
 
 fuzz = settings(max_examples=1000, deadline=None, derandomize=True, database=None)

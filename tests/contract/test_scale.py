@@ -12,7 +12,7 @@ import torch
 
 from lightning_backdoor import Verdict
 from lightning_backdoor.loading.batch_schedule import Phases
-from lightning_backdoor.loading.draws import Kept
+from lightning_backdoor.loading.samplers import Kept
 from lightning_backdoor.report import write_report
 from tests.contract.registry import Entry, every_defense
 

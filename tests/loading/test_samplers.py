@@ -25,9 +25,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_backdoor.data.keys import BY_POSITION
 from lightning_backdoor.errors import DataError
-from lightning_backdoor.loading.draws import Kept, dry_count
-from lightning_backdoor.loading.samplers import KeepState, filtered
+from lightning_backdoor.loading.samplers import RULES, KeepState, Kept, dry_count, filtered
 
 MASKS = st.lists(st.booleans(), min_size=1, max_size=40).filter(any)
 fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -87,6 +87,10 @@ def permutations(data: Data) -> list[Any]:
         WeightedRandomSampler(torch.rand(n) + 0.1, n, replacement=False),
         Shuffled(data),
     ]
+
+
+def test_torchs_own_samplers_have_a_rule_and_name_samples_by_position() -> None:
+    assert set(RULES) == set(BY_POSITION)
 
 
 def batches_of(sampler: Any, data: Data, size: int, drop_last: bool, mask: list[bool] | None, *, single: bool) -> Any:

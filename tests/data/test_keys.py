@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
+from lightning_backdoor.data.keys import Key, find_key
 from lightning_backdoor.errors import DataError
-from lightning_backdoor.loading.draws import Kept, dry_count
-from lightning_backdoor.loading.keys import Key, find_key
+from lightning_backdoor.loading.samplers import Kept, dry_count
 
 N = 40
 

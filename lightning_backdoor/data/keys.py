@@ -1,18 +1,32 @@
-"""Samplers that name a sample by its position and something else, such as the size in which to read it."""
+"""How the samplers of a loader name samples: by position, or by a tuple of position and, for example, image size."""
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from lightning_backdoor.data.prefetching import unrepeated, unwrapped
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import DataError
-from lightning_backdoor.loading.draws import deep_twin
 
-__all__ = ["Key", "find_key"]
+__all__ = ["BY_POSITION", "Key", "deep_twin", "find_key", "is_ordinary", "key_of"]
+
+BY_POSITION = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+"""Torch's own samplers, of these types exactly, which yield positions alone."""
 
 _DRAWN = 100_000  # keys, at most, by which the position is told from the rest
 
@@ -32,6 +46,15 @@ class Key:
     def __call__(self, index: int) -> tuple[Any, ...]:
         """The name of a sample, as most are named."""
         return (*self.like[: self.slot], index, *self.like[self.slot + 1 :])
+
+
+def key_of(loader: Any) -> Key | None:
+    """How the samplers of a map-style loader name samples, where that is not by their position alone."""
+    inner = unwrapped(loader)
+    drawn = unrepeated(inner.batch_sampler)
+    if drawn is None or (is_ordinary(type(drawn)) and type(drawn.sampler) in BY_POSITION):
+        return None
+    return find_key(drawn, inner.dataset)
 
 
 def find_key(batch_sampler: Any, dataset: Any) -> Key | None:
@@ -78,3 +101,19 @@ def _most_common(rest: list[tuple[Any, ...]]) -> tuple[Any, ...]:
         return Counter(rest).most_common(1)[0][0]
     except TypeError:  # something that cannot be counted
         return rest[0]
+
+
+def is_ordinary(kind: type) -> bool:
+    """Whether batches are formed as torch's own batch sampler forms them."""
+    return issubclass(kind, BatchSampler) and (
+        kind.__iter__ is BatchSampler.__iter__ and kind.__len__ is BatchSampler.__len__
+    )
+
+
+def deep_twin(sampler: Any, dataset: Any) -> Any:
+    """A deep copy that shares the dataset; raises whatever copying raises."""
+    memo: dict[int, Any] = {id(dataset): dataset}
+    for value in getattr(sampler, "__dict__", {}).values():
+        if isinstance(value, torch.Generator):
+            memo[id(value)] = torch.Generator(value.device).set_state(value.get_state())
+    return copy.deepcopy(sampler, memo)
