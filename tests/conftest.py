@@ -4,8 +4,12 @@ import os
 from collections.abc import Iterator
 from unittest import mock
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; the processes that they start read it, too
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

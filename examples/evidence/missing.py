@@ -41,20 +41,18 @@ def missing_ablations(rows: list[Row], ablations: Mapping[str, list[Row]]) -> st
     lines = ["### Ablations", ""]
     for name, section in ABLATIONS.items():
         done = {key(row, "row") for row in ablations.get(name, [])}
-        num_flagged_before_cap = section.num_flagged_before_cap(rows)
-        left = [row for row in num_flagged_before_cap if key(row, "row") not in done]
-        lines.append(
-            f"- `{name}`: {f'{len(left)} of {len(num_flagged_before_cap)} rows' if left else 'nothing is missing'}"
-        )
-        lines += [f"  - {place}: {told}" for place, told in _by_attack(left, num_flagged_before_cap).items()]
+        wanted = section.wanted(rows)
+        left = [row for row in wanted if key(row, "row") not in done]
+        lines.append(f"- `{name}`: {f'{len(left)} of {len(wanted)} rows' if left else 'nothing is missing'}")
+        lines += [f"  - {place}: {told}" for place, told in _by_attack(left, wanted).items()]
     return "\n".join(lines)
 
 
-def _by_attack(left: list[Row], num_flagged_before_cap: list[Row]) -> dict[str, str]:
+def _by_attack(left: list[Row], wanted: list[Row]) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for row in left:
         found.setdefault(_attack(row), []).append(row.get("row", f"seed {row['seed']}"))
-    size = {place: sum(_attack(row) == place for row in num_flagged_before_cap) for place in found}
+    size = {place: sum(_attack(row) == place for row in wanted) for place in found}
     return {place: "all" if len(names) == size[place] > 1 else "; ".join(names) for place, names in found.items()}
 
 

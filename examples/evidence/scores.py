@@ -75,8 +75,8 @@ def _measure(
         "fct": detector.fct,
         "bias": units.bias,
         "raw bias": units.raw_bias,
-        "units": units.responses,
-        "detector units": detector.units.responses,
+        "units": units.activations,
+        "detector units": detector.units.activations,
     }
     for prefix, part in {"": late, "early ": first}.items():
         found[f"{prefix}susceptibility"], found[f"{prefix}movement"] = part["susceptibility"], part["movement"]

@@ -28,7 +28,7 @@ class Section:
         heading: Its question.
         told: What was done.
         table: Its rows as a table.
-        num_flagged_before_cap: What tells apart the rows of a finished run, from the rows of the benchmark.
+        wanted: What tells apart the rows of a finished run, from the rows of the benchmark.
     """
 
     heading: str
@@ -80,25 +80,21 @@ ABLATIONS: dict[str, Section] = {
     "combined": Section(
         "Does a verdict from several scores beat each of them?", COMBINED, combined_tables, undefended_cases
     ),
-    "consistency": Section(
-        "Does FCT tell poisons?", FCT, consistency_table, lambda _: consistency.num_flagged_before_cap()
-    ),
+    "consistency": Section("Does FCT tell poisons?", FCT, consistency_table, lambda _: consistency.wanted()),
     "fractions": Section(
         "How much should UltraClean remove, and what does each denoiser add?",
         FRACTION,
         fractions_table,
-        lambda _: fractions.num_flagged_before_cap(),
+        lambda _: fractions.wanted(),
     ),
-    "strip": Section("What does STRIP see?", STRIPPED, strip_table, lambda _: strip.num_flagged_before_cap()),
-    "repair": Section("What each part of D-BR adds", REPAIR, repair_table, lambda _: repair.num_flagged_before_cap()),
-    "stages": Section(
-        "Whose labels the features of D-ST learn from", STAGES, stages_table, lambda _: stages.num_flagged_before_cap()
-    ),
+    "strip": Section("What does STRIP see?", STRIPPED, strip_table, lambda _: strip.wanted()),
+    "repair": Section("What each part of D-BR adds", REPAIR, repair_table, lambda _: repair.wanted()),
+    "stages": Section("Whose labels the features of D-ST learn from", STAGES, stages_table, lambda _: stages.wanted()),
     "weights": Section(
         "How much the classifier of D-ST should unlearn suspects",
         WEIGHTS,
         weights_table,
-        lambda _: weights.num_flagged_before_cap(),
+        lambda _: weights.wanted(),
     ),
 }
 """By the name of the file of its rows."""

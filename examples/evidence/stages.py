@@ -57,7 +57,7 @@ def first_stage(case: Case, make: Callable[[], DSTCallback], test: TensorDataset
     callback = make()
     row = case.trained([callback], test)
     agreement = callback.history[-1].agreement
-    return {**row, "neighbor_agreement": agreement[-1][1] if agreement else None}
+    return {**row, "neighbour_agreement": agreement[-1][1] if agreement else None}
 
 
 def wanted() -> list[rows.Row]:

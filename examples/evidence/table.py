@@ -73,7 +73,7 @@ def stages_table(rows: list[Row]) -> str:
     lines = [
         [
             row["attack"], row["row"], percent([row["clean_accuracy"]]), percent([row["asr"]]),
-            percent([row["neighbor_agreement"]]),
+            percent([row["neighbour_agreement"]]),
         ]
         for row in rows
     ]  # fmt: skip

@@ -42,7 +42,7 @@ class FineTuneTrusted(RepairBaseline):
 
     method: ClassVar[str] = "FineTuneTrusted"
     title: ClassVar[str] = "Fine-tuning"
-    kept_as: ClassVar[dict[str, str]] = {"verdict": "given"}
+    kept_as: ClassVar[dict[str, str]] = {"verdict": "external_verdict"}
 
     def __init__(
         self, *, verdict: Verdict, trusted: float = 0.2, warmup_epochs: int | None = None, **common: Any

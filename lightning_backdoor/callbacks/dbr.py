@@ -154,7 +154,7 @@ class DBRCallback(Detecting, RepairCallback):
         user's optimizer.
         """
         paper = {"suspect": 0.05, "trusted": 0.2, "detector": "fresh", "num_transforms": 1, "lr": 1e-4, "epochs": 20}
-        return cls(**{**paper, "extra_epochs": 20, "reference": True, **overrides})
+        return cls(**{**paper, "extra_epochs": 20, "paper_loop": True, **overrides})
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Join the curation of the training loader; before a checkpoint is loaded, keep the first weights."""

@@ -20,7 +20,7 @@ __all__ = ["Detecting"]
 class Detecting(Defense):
     """Base of the defences that act on suspects and on trusted samples; ``further`` arguments are for other bases."""
 
-    kept_as: ClassVar[dict[str, str]] = {"verdict": "given"}
+    kept_as: ClassVar[dict[str, str]] = {"verdict": "external_verdict"}
 
     def __init__(
         self,

@@ -208,7 +208,7 @@ class NONECallback(Defense):
         how, is up to the Trainer.
         """
         paper: dict[str, Any] = {
-            "rule": "paper", "reset": "prune", "residual_mode": "reference", "reference": True, "lr": 1e-4,
+            "rule": "paper", "reset": "prune", "residual_mode": "reference", "paper_loop": True, "lr": 1e-4,
             "finetune_epochs": PAPER_EPOCHS, "extra_epochs": PAPER_EPOCHS, "max_removed": NO_LIMIT,
         }  # fmt: skip
         return cls(**{**paper, **overrides})

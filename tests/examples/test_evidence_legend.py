@@ -77,7 +77,7 @@ def test_words_for_what_is_no_callback_are_those_of_the_code() -> None:
         "fine-tune", [(None, int(label)) for label in labels], torch.zeros(200, dtype=torch.bool), 0, {}
     )
     assert tuned.epochs == 5
-    assert int(tuned.given.trusted.sum()) == 10
+    assert int(tuned.external_verdict.trusted.sum()) == 10
     assert "five epochs on 5 % of every class" in line(legend.defences_legend(), "fine-tune")
     for name, like in REFERENCE.items():
         assert f"`{like}`" in legend.NO_CALLBACKS[name]

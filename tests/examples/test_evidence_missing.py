@@ -23,23 +23,23 @@ MODULES = (consistency, fractions, repair, stages, strip, weights)
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.RESULTS.stem)
 def test_rows_that_there_are_were_wanted(module: ModuleType) -> None:
     """But for attacks and settings that somebody asked for beyond those of the default."""
-    wanted = {rows.key(row, "row") for row in module.num_flagged_before_cap()}
-    by_default = {(rows.setting_of(row), row["attack"]) for row in module.num_flagged_before_cap()}
+    wanted = {rows.key(row, "row") for row in module.wanted()}
+    by_default = {(rows.setting_of(row), row["attack"]) for row in module.wanted()}
     found = [row for row in rows.read(module.RESULTS) if (rows.setting_of(row), row["attack"]) in by_default]
     assert len(found) >= 3
     assert {rows.key(row, "row") for row in found} <= wanted
-    assert len(wanted) == len(module.num_flagged_before_cap())
+    assert len(wanted) == len(module.wanted())
 
 
 def test_ablations_say_which_rows_they_want() -> None:
-    assert [(row["attack"], row["row"]) for row in strip.num_flagged_before_cap()] == [
+    assert [(row["attack"], row["row"]) for row in strip.wanted()] == [
         (attack, "STRIP, 20 draws")
         for attack in ("badnets-5%", "blended-5%", "sig-80%", "label-consistent-40%", "hidden-trigger-40%")
     ]
-    assert len(fractions.num_flagged_before_cap()) == 4 * 3
-    assert len(weights.num_flagged_before_cap()) == 6
-    assert len(stages.num_flagged_before_cap()) == 2 * 5
-    looks = [(row["attack"], row["model"], row["row"]) for row in consistency.num_flagged_before_cap()]
+    assert len(fractions.wanted()) == 4 * 3
+    assert len(weights.wanted()) == 6
+    assert len(stages.wanted()) == 2 * 5
+    looks = [(row["attack"], row["model"], row["row"]) for row in consistency.wanted()]
     assert len(looks) == 5 * 4 + 2 * 2
     assert ("sig-80%", NAME, "copy, 200 steps, 200 of centre repulsion") in looks
     assert ("blended-5%", "vit", "fresh, 200 steps") in looks
@@ -51,7 +51,7 @@ def test_the_repairs_are_those_that_it_wants(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(repair, "labels_of", lambda _: torch.zeros(40, dtype=torch.long))
     case: Any = SimpleNamespace(dataset=None, setting=None, undefended=str, poisoned=torch.arange(40) < 2)
     assert tuple(repair.treatments(case)) == repair.ROWS
-    assert [row["row"] for row in repair.num_flagged_before_cap()] == [*repair.ROWS] * 2
+    assert [row["row"] for row in repair.wanted()] == [*repair.ROWS] * 2
 
 
 def finished(cells: Any) -> list[rows.Row]:
@@ -100,7 +100,7 @@ def test_the_hours_of_a_protocol_are_expected_and_measured_and_guesses_are_marke
 
 
 def test_missing_rows_of_ablations_are_told_by_attack() -> None:
-    done: dict[str, list[rows.Row]] = {name: section.num_flagged_before_cap([]) for name, section in ABLATIONS.items()}
+    done: dict[str, list[rows.Row]] = {name: section.wanted([]) for name, section in ABLATIONS.items()}
     assert missing_ablations([], done).splitlines() == [
         "### Ablations", "", *(f"- `{name}`: nothing is missing" for name in ABLATIONS)
     ]  # fmt: skip

@@ -203,7 +203,7 @@ def test_the_page_holds_all_tables_and_what_is_missing() -> None:
         "precision_of_suspects": 0.1, "poisons_among_trusted": 0.0, "rate": 0.05,
     }  # fmt: skip
     stage = {
-        "attack": "sig-80%", "row": "no labels", "clean_accuracy": 0.5, "asr": 0.01, "neighbor_agreement": 0.625
+        "attack": "sig-80%", "row": "no labels", "clean_accuracy": 0.5, "asr": 0.01, "neighbour_agreement": 0.625
     }  # fmt: skip
     fraction = {
         "attack": "sig-80%", "denoiser": "NLM", "fraction": 0.05, "tpr": 0.5, "clean_accuracy": 0.75, "asr": 0.0
