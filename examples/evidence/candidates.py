@@ -74,7 +74,7 @@ def modes(*names: str, ranking: str, shared: bool = False, early: bool = False) 
     def judge(found: Scores) -> Judged:
         values = torch.cat([found[name] for name in names], dim=1)
         agreement = 1 - found["early disagreement"] if early else None
-        decision = functional.decide(values, found[ranking], found["labels"], shared=shared, agreement=agreement)
+        decision = functional.decide(values, found[ranking], found["labels"], all_to_all=shared, agreement=agreement)
         return decision.scores, decision.keep
 
     return judge

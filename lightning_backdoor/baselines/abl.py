@@ -14,8 +14,7 @@ from lightning_backdoor.baselines.baseline import decision_of
 from lightning_backdoor.baselines.repair import RepairBaseline
 from lightning_backdoor.callbacks.base import require_fraction, require_positive
 from lightning_backdoor.callbacks.repairs import Repair
-from lightning_backdoor.detection.cuts import select_fraction
-from lightning_backdoor.detection.decision import add_removed
+from lightning_backdoor.detection.decision import add_removed, select_fraction
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.ascent import loss_scale
 from lightning_backdoor.responses.limits import about_to_end, planned_max_epochs

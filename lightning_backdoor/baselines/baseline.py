@@ -17,8 +17,7 @@ from torch.utils.data import Dataset
 from lightning_backdoor._lightning import rank_zero_info
 from lightning_backdoor.callbacks.filtering import FilterCallback
 from lightning_backdoor.callbacks.looks import evidence, sentence
-from lightning_backdoor.detection.cuts import limit_removed
-from lightning_backdoor.detection.decision import Decision
+from lightning_backdoor.detection.decision import Decision, limit_removed
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.scanning.scanner import DatasetScanner, ScanOptions
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_backdoor.baselines.baseline import Baseline
 from lightning_backdoor.callbacks.base import require_fraction
-from lightning_backdoor.detection.cuts import select_fraction
+from lightning_backdoor.detection.decision import select_fraction
 from lightning_backdoor.scanning.scanner import DatasetScanner
 
 __all__ = ["RandomFilter"]

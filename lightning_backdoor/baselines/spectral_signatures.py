@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_backdoor.baselines.baseline import Baseline, require_features
 from lightning_backdoor.baselines.components import principal_components
 from lightning_backdoor.callbacks.base import require_fraction
-from lightning_backdoor.detection.cuts import select_fraction
+from lightning_backdoor.detection.decision import select_fraction
 
 __all__ = ["SpectralSignatures", "select_per_class", "spectral_signature_scores"]
 

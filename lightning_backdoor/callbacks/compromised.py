@@ -61,7 +61,7 @@ def judge_samples(
             measured.activations[rows],
             measured.bias[rows],
             measured.labels[rows],
-            shared=shared,
+            all_to_all=shared,
             max_removed=max_removed,
         )
     if earlier is None or keep is None:

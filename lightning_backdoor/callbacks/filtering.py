@@ -127,7 +127,7 @@ class FilterCallback(Defense):
         self._last_scan = trainer.current_epoch + 1
         if removed and self.rewind and self._rewind.count < MAX_REWINDS:
             self._rewind.ask(trainer)
-        modes = tuple((mode.label, mode.standardized_gap) for mode in decision.modes)
+        modes = tuple((mode.label, mode.standardized_gap) for mode in decision.subpopulations)
         run, rewinds = self._rewind.count + 1, self._rewind.is_due
         accuracy = float(found["right"].float().mean()) if "right" in found else None
         self._looks.append(

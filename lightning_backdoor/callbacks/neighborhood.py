@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_backdoor._lightning import rank_zero_warn
 from lightning_backdoor.callbacks.suspects import masks_of
 from lightning_backdoor.data.pixels import check_finite
-from lightning_backdoor.detection.cuts import limit_of_labels
+from lightning_backdoor.detection.decision import limit_of_labels
 from lightning_backdoor.detection.neighbors import neighbor_agreement, reconsider_uncertain
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.responses.flagged_batches import Flags

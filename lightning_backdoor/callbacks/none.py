@@ -370,7 +370,7 @@ class NONECallback(Defense):
         end = planned_end(trainer)
         left = epochs_left(trainer, end, self.extra_epochs)
         units = tuple((self._layers[i].name, unit, label, score) for i, unit, label, score in chosen if left != 0)
-        modes = tuple((mode.label, mode.standardized_gap) for mode in decision.modes)
+        modes = tuple((mode.label, mode.standardized_gap) for mode in decision.subpopulations)
         told = Round(
             series.last_look,
             removed,
@@ -381,7 +381,7 @@ class NONECallback(Defense):
             accuracy,
             flagged_label_rate,
         )
-        self.history.append(replace(told, shared=decision.shared, no_room=bool(chosen) and left == 0))
+        self.history.append(replace(told, shared=decision.all_to_all, no_room=bool(chosen) and left == 0))
         if units:
             series.begin(weights(trainer, pl_module), before, right)
             wanted_epochs = self.finetune_epochs or enough_epochs(trainer)

@@ -124,7 +124,9 @@ def judge(
         decision.scores, decision.keep, decision.threshold, decision.rule, found.labels, trusted=trust, suspect=suspects
     )
     return Judgement(
-        verdict, decision.num_flagged_before_cap, tuple((mode.label, mode.standardized_gap) for mode in decision.modes)
+        verdict,
+        decision.num_flagged_before_cap,
+        tuple((mode.label, mode.standardized_gap) for mode in decision.subpopulations),
     )
 
 

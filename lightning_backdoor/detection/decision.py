@@ -1,4 +1,4 @@
-"""From what a scan measured to a verdict: scores, a gate for clean data, a cut, a cap."""
+"""From what a scan measured to the samples that stay: cuts of one score per sample, limits, and the decision."""
 
 from __future__ import annotations
 
@@ -8,28 +8,143 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_backdoor.detection.all_to_all import find_all_to_all_subpopulation
-from lightning_backdoor.detection.cuts import (
-    LEFT,
-    limit_of_labels,
-    limit_removed,
-    natural_break,
-    select_fraction,
-)
 from lightning_backdoor.detection.subpopulations import (
-    EARLY_AGREEMENT,
-    EARLY_GAP,
-    STRICT_GAP,
     Subpopulation,
+    find_all_to_all_subpopulation,
     find_subpopulations,
     subpopulation_scores,
 )
 from lightning_backdoor.errors import ArgumentError
 
+__all__ = [
+    "OF_LABEL",
+    "Decision",
+    "add_removed",
+    "decide",
+    "decide_by_break",
+    "limit_of_labels",
+    "limit_removed",
+    "natural_break",
+    "select_fraction",
+]
+
+LEFT = (
+    0.15  # of a label stays; poisons with right labels are seldom more than 80 % of it, and a class needs some samples
+)
+
 OF_LABEL = f"left_of_label({LEFT:g})"
 """Stands in a rule where :func:`~lightning_backdoor.functional.limit_of_labels` kept some samples."""
 
-__all__ = ["OF_LABEL", "Decision", "add_removed", "decide", "decide_by_break"]
+
+# Cuts and limits.
+
+
+def natural_break(values: Tensor) -> float:
+    """Return the exact two-group optimum of one-dimensional values: the largest value of the lower group.
+
+    The split minimises the sum of squared deviations within both groups (Jenks natural breaks, 2-means in one
+    dimension), found in O(N log N) with prefix sums. Members of the upper group are ``values > natural_break(values)``.
+
+    Args:
+        values: Float, shape ``(N,)`` with N ≥ 2.
+
+    Raises:
+        ArgumentError: If there are fewer than two values, one is not finite, or all are equal.
+
+    Example:
+        >>> import torch
+        >>> natural_break(torch.tensor([1.0, 9.0, 2.0, 8.0]))
+        2.0
+    """
+    if values.ndim != 1 or len(values) < 2:
+        raise ArgumentError(f"`values` must have shape (N,) with N >= 2, got {tuple(values.shape)}.")
+    if not bool(values.isfinite().all()):
+        raise ArgumentError("`values` must be finite, got NaN or infinity. Leave these samples out first.")
+    ordered = values.sort().values
+    if ordered[0] == ordered[-1]:
+        raise ArgumentError("`values` are all equal: there is no break. Test for a spread before asking for a split.")
+    sums = ordered.double().sub(ordered.double().mean()).cumsum(0)
+    count = torch.arange(1, len(values), dtype=torch.float64, device=values.device)
+    # With a mean of zero the explained sum of squares of a split after the n-th value is S_n^2 (1/n + 1/(N-n)).
+    explained = sums[:-1].square() * (1 / count + 1 / (len(values) - count))
+    explained[ordered[:-1] == ordered[1:]] = -1.0  # equal values stay together
+    return float(ordered[int(explained.argmax())])
+
+
+def select_fraction(scores: Tensor, fraction: float) -> tuple[Tensor, float]:
+    """Keep all but the ``int(fraction * N)`` largest scores (UltraClean, whole-dataset scenario).
+
+    Args:
+        scores: Float, shape ``(N,)``; larger is more suspicious. ``-inf`` marks samples that must stay.
+        fraction: Share of the samples to remove, in ``[0, 1)``.
+
+    Returns:
+        ``keep``, bool ``(N,)``, and the threshold: the largest score that stays (ties are cut by position).
+
+    Example:
+        >>> import torch
+        >>> select_fraction(torch.tensor([0.1, 3.0, 2.0, 0.2]), 0.5)
+        (tensor([ True, False, False,  True]), 0.20000000298023224)
+    """
+    if not 0 <= fraction < 1:
+        raise ArgumentError(f"`fraction` must lie in [0, 1), got {fraction}. For twenty per cent, pass 0.2.")
+    order = scores.argsort(descending=True, stable=True)
+    removed = order[: int(fraction * len(scores))]
+    removed = removed[scores[removed] > -math.inf]
+    keep = torch.ones(len(scores), dtype=torch.bool)
+    keep[removed] = False
+    return keep, float(scores[keep].max()) if len(removed) else math.inf
+
+
+def limit_removed(scores: Tensor, keep: Tensor, max_removed: float) -> Tensor:
+    """Return ``keep`` with the least suspicious removed samples put back until at most ``max_removed`` are gone.
+
+    Args:
+        scores: Float, shape ``(N,)``; larger is more suspicious.
+        keep: Bool, shape ``(N,)``.
+        max_removed: Largest share of the samples that may be removed, in ``(0, 1)``.
+    """
+    budget = int(max_removed * len(keep))
+    removed = (~keep).nonzero().squeeze(1)
+    if len(removed) <= budget:
+        return keep
+    allowed = removed[scores[removed].argsort(descending=True, stable=True)[:budget]]
+    limited = torch.ones_like(keep)
+    limited[allowed] = False
+    return limited
+
+
+def limit_of_labels(scores: Tensor, keep: Tensor, labels: Tensor, left: float = LEFT) -> Tensor:
+    """Return ``keep`` with the least suspicious removed samples of a label put back until enough of it are left.
+
+    Enough is a share of the label, or of as many samples as the median label has, where the label has more: poisons of
+    other classes can be the larger part of the label that they are given, and its own samples are enough then.
+
+    Args:
+        scores: Float, shape ``(N,)``; larger is more suspicious.
+        keep: Bool, shape ``(N,)``.
+        labels: Labels as given, long, shape ``(N,)``.
+        left: The share, in ``[0, 1]``; numbers of samples are rounded up.
+
+    Example:
+        >>> import torch
+        >>> labels, keep = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.tensor([False] * 4 + [True] * 4)
+        >>> limit_of_labels(torch.tensor([4.0, 1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0]), keep, labels, 0.5)
+        tensor([False,  True,  True, False,  True,  True,  True,  True])
+    """
+    _, places, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    usual = int(counts.median()) if len(counts) else 0
+    kept = torch.bincount(places[keep], minlength=len(counts)).tolist()
+    limited = keep.clone()
+    for place, count in enumerate(counts.tolist()):
+        lacking = math.ceil(left * min(count, usual) - 1e-9) - kept[place]
+        if lacking > 0:
+            removed = (~keep & (places == place)).nonzero().squeeze(1)
+            limited[removed[scores[removed].argsort(descending=True, stable=True)[-lacking:]]] = True
+    return limited
+
+
+# The decision.
 
 
 @dataclass(frozen=True)
@@ -41,18 +156,18 @@ class Decision:
         keep: Bool ``(N,)``.
         threshold: Samples with a score above it are removed.
         rule: How the threshold was chosen, in words.
-        modes: Second modes that passed the gate (``rule="auto"``).
-        num_flagged_before_cap: Samples that the rule pointed at before ``max_removed`` limited it.
-        shared: Whether the modes are one that most labels share.
+        subpopulations: Subpopulations that passed a gate (``rule="auto"``).
+        num_flagged_before_cap: Samples that the rule selected before ``max_removed`` limited it.
+        all_to_all: Whether the subpopulations are the one that most labels have in common.
     """
 
     scores: Tensor
     keep: Tensor
     threshold: float
     rule: str
-    modes: tuple[Subpopulation, ...]
+    subpopulations: tuple[Subpopulation, ...]
     num_flagged_before_cap: int
-    shared: bool = False
+    all_to_all: bool = False
 
 
 def decide(
@@ -64,26 +179,26 @@ def decide(
     fraction: float | None = None,
     by_ranking: bool = False,
     removed: Tensor | None = None,
-    shared: bool = False,
+    all_to_all: bool = False,
     agreement: Tensor | None = None,
     max_removed: float = 0.3,
 ) -> Decision:
-    """Judge every sample.
+    """Decide which samples are removed: the subpopulations that pass a gate, or a share of all samples.
 
     Args:
-        values: Response of every unit to every sample, float, shape ``(N, U)``; second modes are looked for here.
-        ranking: One general suspicion per sample, float, shape ``(N,)``; orders the samples outside such modes.
+        values: Response of every unit to every sample, float, shape ``(N, U)``, in which subpopulations are searched.
+        ranking: One general suspicion per sample, float, shape ``(N,)``; orders the samples outside subpopulations.
         labels: Labels as given, long, shape ``(N,)``.
         considered: Samples that may be removed, bool, shape ``(N,)``; all by default.
-        fraction: Remove this share of the considered samples, whatever the data look like; ``None`` removes the second
-            modes that pass the gate, if there are any.
-        by_ranking: With ``fraction``: cut ``ranking`` itself instead of the mode scores.
+        fraction: Remove this share of the considered samples, whatever the data look like; ``None`` removes the
+            subpopulations that pass a gate, if there are any.
+        by_ranking: With ``fraction``: cut ``ranking`` itself instead of the scores of the subpopulations.
         removed: With ``fraction``: samples that earlier decisions removed, bool, shape ``(N,)``; they come first and
             count, so that the share is that of all decisions together.
-        shared: If no label has a second mode of its own, look for one that most labels share
+        all_to_all: If no label has a subpopulation of its own, search for one that most labels have in common
             (:func:`~lightning_backdoor.functional.find_all_to_all_subpopulation`).
-        agreement: What early neighbours say of every sample's label, float, shape ``(N,)``, for modes that are weaker
-            than others (:func:`~lightning_backdoor.functional.find_subpopulations`).
+        agreement: Share of every sample's neighbours that had its label early in training, float, shape ``(N,)``, for
+            the gate of early neighbours (:func:`~lightning_backdoor.functional.find_subpopulations`).
         max_removed: Largest share of all samples that may be removed, in ``(0, 1)``.
 
     Returns:
@@ -101,10 +216,10 @@ def decide(
         raise ArgumentError("`removed` counts towards `fraction`: pass it, or leave the removed samples out.")
     considered = torch.ones(len(labels), dtype=torch.bool) if considered is None else considered
     found = [] if by_ranking else find_subpopulations(values, labels, agreement=agreement)
-    modes = [mode for mode in found if bool(considered[labels == mode.label].any())]
-    together = find_all_to_all_subpopulation(values, labels) if shared and not modes else []
-    modes += together
-    scores = ranking.float().clone() if by_ranking else subpopulation_scores(values, labels, modes, ranking)
+    found = [one for one in found if bool(considered[labels == one.label].any())]
+    common = find_all_to_all_subpopulation(values, labels) if all_to_all and not found else []
+    found += common
+    scores = ranking.float().clone() if by_ranking else subpopulation_scores(values, labels, found, ranking)
     order = scores if removed is None else scores.masked_fill(removed, math.inf)
     if fraction is not None:
         inside = considered.nonzero().squeeze(1)
@@ -112,11 +227,8 @@ def decide(
         keep[inside], threshold = select_fraction(order[inside], fraction)
         rule = f"fraction({fraction:g})"
     else:
-        keep, threshold = ~(considered & (scores > 0.5)), 0.5 if modes else math.inf
-        rule = f"{'shared' if together else 'second'}_mode(separation>={STRICT_GAP:g})"
-        if any(mode.by_early_neighbors for mode in modes):
-            early = f"early agreement < {EARLY_AGREEMENT:g} of the rest's"
-            rule = f"{rule} or denied(separation>={EARLY_GAP:g}, {early})"
+        keep, threshold = ~(considered & (scores > 0.5)), 0.5 if found else math.inf
+        rule = _rule_of(found)
     num_flagged_before_cap = int((~keep).sum())
     spared = limit_of_labels(order, keep, labels) & ~keep if fraction is None else torch.zeros_like(keep)
     if bool(spared.any()):
@@ -125,7 +237,13 @@ def decide(
     if not torch.equal(limited, keep):
         keep, rule = limited, f"{rule}, max_removed({max_removed:g})"
         threshold = float(scores[keep & considered & ~spared].max())
-    return Decision(scores, keep, threshold, rule, tuple(modes), num_flagged_before_cap, bool(together))
+    return Decision(scores, keep, threshold, rule, tuple(found), num_flagged_before_cap, bool(common))
+
+
+def _rule_of(found: list[Subpopulation]) -> str:
+    """The gates that were passed with their bounds, such as ``subpopulation(strict: standardized_gap>=2.5, ...)``."""
+    gates = dict.fromkeys(f"{one.gate}: {', '.join(each.criterion for each in one.figures)}" for one in found)
+    return f"subpopulation({'; '.join(gates) or 'none'})"
 
 
 def add_removed(
@@ -139,7 +257,7 @@ def add_removed(
 ) -> Decision:
     """Join a later decision with an earlier verdict: what was removed stays removed, with its score, within one cap.
 
-    The later model was trained without the removed samples, so it no longer finds anything wrong with them.
+    The later model was trained without the removed samples, so their later scores may be low.
 
     Args:
         decision: The later decision, on all N samples or on those that were kept.
@@ -180,7 +298,7 @@ def add_removed(
 
 
 def decide_by_break(scores: Tensor, *, max_removed: float = 0.3) -> Decision:
-    """Judge every sample by the natural break of the scores, as NONE does; there is one in any data.
+    """Remove the samples above the natural break of the scores, as NONE does; any data has such a break.
 
     Args:
         scores: Float, shape ``(N,)``; larger is more suspicious.

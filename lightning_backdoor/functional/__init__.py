@@ -1,11 +1,21 @@
-"""Plain functions on tensors: denoise, score, decide. They know nothing of trainers, files or ground truth."""
+"""Plain functions on tensors: denoise, score, decide. None of them needs a trainer, a file or ground truth."""
 
-from lightning_backdoor.detection.all_to_all import find_all_to_all_subpopulation
-from lightning_backdoor.detection.cuts import limit_of_labels, limit_removed, natural_break, select_fraction
-from lightning_backdoor.detection.decision import Decision, decide
+from lightning_backdoor.detection.decision import (
+    Decision,
+    decide,
+    limit_of_labels,
+    limit_removed,
+    natural_break,
+    select_fraction,
+)
 from lightning_backdoor.detection.neighbors import neighbor_agreement, reconsider_uncertain
-from lightning_backdoor.detection.splits import split_units
-from lightning_backdoor.detection.subpopulations import Subpopulation, find_subpopulations, subpopulation_scores
+from lightning_backdoor.detection.subpopulations import (
+    Subpopulation,
+    find_all_to_all_subpopulation,
+    find_subpopulations,
+    split_units,
+    subpopulation_scores,
+)
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores, select_trusted, split_by_rank
 from lightning_backdoor.functional.contrastive import mixed_cross_entropy, ss_contrastive_loss
 from lightning_backdoor.functional.denoising import local_median, nl_means

@@ -27,7 +27,8 @@ class Evidence:
         variants: Names of the denoised variants.
         facts: Rows for the table of facts, as name and value: epoch, seconds, gate statistic...
         score_meaning: One sentence that says what the score measures.
-        num_flagged_before_cap: Images that the rule pointed at before ``max_removed`` limited it; ``None`` if there was no limit.
+        num_flagged_before_cap: Images that the rule selected before ``max_removed`` limited it; ``None`` if there was
+            no limit.
         max_removed: The limit that the user set, as a fraction of the training set.
         rewound: ``True`` if training started again from its first weights, ``False`` if it went on with the weights
             it had, ``None`` if this is not known.

@@ -131,7 +131,8 @@ def _capped(looked: str, where: str, rule: str, *, removed: int, total: int, evi
     return Summary(
         headline=f"{removed:,} of {total:,} training images {_were(removed)} removed, then the limit was reached",
         looked=looked,
-        found=f"{count(num_flagged_before_cap, 'image')} ({percent(num_flagged_before_cap, total)}) stood out, more than {limit} allows.",
+        found=f"{count(num_flagged_before_cap, 'image')} ({percent(num_flagged_before_cap, total)}) stood out, more "
+        f"than {limit} allows.",
         done=f"The limit cut the removal short: {only} taken out.{where} "
         f"The other {count(left, 'image')} that stood out {'is' if left == 1 else 'are'} still in the training set.",
         then=OF_ONE_LABEL if OF_LABEL in rule else OF_ALL,

@@ -110,8 +110,8 @@ def steps(n: int, folder: Path) -> dict[str, Callable[[], Any]]:
         values[:: 10 * CLASSES, 0] += 60  # a tenth of label 0
         for other in (1, 2, 3):
             values[other::CLASSES, 0] += 60  # three labels lie beside it, so that all are asked whether it splits them
-        found = decide(values, verdict.scores, verdict.labels, shared=True)
-        assert [mode.label for mode in found.modes] == [0]
+        found = decide(values, verdict.scores, verdict.labels, all_to_all=True)
+        assert [mode.label for mode in found.subpopulations] == [0]
 
     def neighbors() -> None:
         assert verdict.labels is not None

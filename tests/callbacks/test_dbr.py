@@ -334,7 +334,7 @@ def test_a_second_population_of_all_labels_is_not_unlearned() -> None:
     units += 0.5 * torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
     measured = Measured(labels, labels, units, units.norm(dim=1), units.norm(dim=1), torch.zeros(3, 4), ())
     found = Distinguished(labels, units.norm(dim=1), measured)
-    assert judge_samples(measured, None, rule="auto", max_removed=0.3).shared
+    assert judge_samples(measured, None, rule="auto", max_removed=0.3).all_to_all
     assert not judge(found, None, suspect="auto", trusted=0.2, max_removed=0.3).verdict.suspect.any()
 
 

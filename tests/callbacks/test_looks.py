@@ -50,8 +50,8 @@ class Once(UltraCleanCallback):
         if self.verdict is None:
             scores[:8], keep[:8] = 0.9, False
             mode = Subpopulation(1, torch.tensor([0]), torch.ones(1), 0.0, -1.0, 1.0, 3.25, 99.0, 8)
-            return Decision(scores, keep, 0.5, "second_mode", (mode,), 8)
-        quiet = Decision(scores, keep, float("inf"), "second_mode", (), 0)
+            return Decision(scores, keep, 0.5, "subpopulation(none)", (mode,), 8)
+        quiet = Decision(scores, keep, float("inf"), "subpopulation(none)", (), 0)
         return add_removed(quiet, self.verdict.scores, self.verdict.keep, threshold=0.5, max_removed=0.3)
 
 

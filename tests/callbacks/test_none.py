@@ -451,7 +451,7 @@ def test_samples_of_this_round_come_back_whatever_earlier_ones_removed() -> None
 
 
 def decision_on(keep: torch.Tensor) -> Decision:
-    return Decision((~keep).float(), keep, 0.5, "second_mode", (), int((~keep).sum()))
+    return Decision((~keep).float(), keep, 0.5, "subpopulation(none)", (), int((~keep).sum()))
 
 
 def test_nothing_new_leaves_after_a_round_whose_images_have_their_own_label() -> None:
@@ -684,7 +684,7 @@ def test_an_all_to_all_backdoor_is_found_and_weakened() -> None:
         warnings.filterwarnings("ignore", "NONE ends with a model")  # a tenth of the images, give or take a few
         _, module = train_digits(poisoned, [callback], epochs=12)
     truth, removed = poisoned.poisoned, ~callback.verdict.keep
-    assert callback.verdict.rule.startswith("shared_mode")
+    assert callback.verdict.rule.startswith("subpopulation(all_to_all: ")
     assert (removed & truth).sum() >= 0.9 * truth.sum()
     assert (removed & ~truth).sum() <= 0.01 * len(truth)
     first, second, *_ = callback.history

@@ -1,9 +1,10 @@
-"""From measurements to a decision: gate, cut and cap."""
+"""From measurements to a decision: cuts of one score per sample, against brute force; gate, limits and cap."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,116 @@ from torch import Tensor
 
 from lightning_backdoor.detection.decision import Decision, add_removed, decide
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.functional import limit_removed, natural_break, select_fraction
+
+numbers = st.integers(-40, 40).map(lambda i: i / 8)
+
+
+def within(values: list[float], at: float) -> float:
+    """Sum of squared deviations of the groups on both sides of ``at``, by loops."""
+    total = 0.0
+    for group in ([v for v in values if v <= at], [v for v in values if v > at]):
+        center = sum(group) / len(group)
+        total += sum((v - center) ** 2 for v in group)
+    return total
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(numbers, min_size=2, max_size=25).filter(lambda v: min(v) < max(v)))
+def test_natural_break_is_the_best_of_all_breaks(values: list[float]) -> None:
+    found = natural_break(torch.tensor(values, dtype=torch.float64))
+    assert found in values
+    assert found < max(values)
+    best = min(within(values, at) for at in values if at < max(values))
+    assert within(values, found) == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_natural_break_far_from_zero(dtype: torch.dtype) -> None:
+    values = torch.tensor([1000.0, 1001.0, 1002.0, 1008.0, 1009.0], dtype=dtype)
+    assert natural_break(values) == 1002.0
+    assert (values > natural_break(values)).tolist() == [False, False, False, True, True]
+
+
+def test_natural_break_does_not_part_equal_values() -> None:
+    assert natural_break(torch.tensor([0.0] * 50 + [1.0])) == 0.0
+    assert natural_break(torch.tensor([1.0] * 50 + [0.0])) == 0.0
+
+
+def test_natural_break_agrees_with_kmeans() -> None:
+    vq = pytest.importorskip("scipy.cluster.vq")
+    generator = torch.Generator().manual_seed(1)
+    values = torch.cat([torch.randn(80, generator=generator), 6 + torch.randn(20, generator=generator)]).double()
+    upper = values > natural_break(values)
+    centers, _ = vq.kmeans(values[:, None].numpy(), np.array([[0.0], [6.0]]))
+    assert sorted(centers[:, 0].tolist()) == pytest.approx([float(values[~upper].mean()), float(values[upper].mean())])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (torch.ones(5), "all equal"),
+        (torch.ones(1), r"N >= 2.*\(1,\)"),
+        (torch.ones(3, 2), r"N >= 2.*\(3, 2\)"),
+        (torch.tensor([1.0, math.nan, 2.0]), "finite"),
+        (torch.tensor([1.0, math.inf, 2.0]), "finite"),
+    ],
+)
+def test_natural_break_says_what_it_cannot_split(values: Tensor, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        natural_break(values)
+
+
+@settings(deadline=None)
+@given(st.lists(numbers, min_size=1, max_size=30), st.floats(0, 0.999))
+def test_select_fraction_is_the_papers_count(values: list[float], fraction: float) -> None:
+    scores = torch.tensor(values)
+    keep, threshold = select_fraction(scores, fraction)
+    assert int((~keep).sum()) == int(fraction * len(values))
+    assert bool((scores[keep] <= threshold).all())
+    assert bool((scores[~keep] >= threshold).all())
+    if len(set(values)) == len(values):
+        assert torch.equal(keep, ~(scores > threshold))
+
+
+def test_select_fraction_of_nothing_keeps_all() -> None:
+    keep, threshold = select_fraction(torch.tensor([1.0, 5.0, 2.0]), 0.3)
+    assert bool(keep.all())
+    assert threshold == math.inf
+    assert select_fraction(torch.tensor([1.0, 5.0]), 0.0)[1] == math.inf
+
+
+def test_select_fraction_cuts_ties_by_position() -> None:
+    assert select_fraction(torch.ones(4), 0.5)[0].tolist() == [False, False, True, True]
+
+
+def test_select_fraction_never_removes_what_must_stay() -> None:
+    keep, threshold = select_fraction(torch.tensor([-math.inf, 3.0, -math.inf, 2.0]), 0.75)
+    assert keep.tolist() == [True, False, True, False]
+    assert threshold == -math.inf
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 20.0])
+def test_select_fraction_wants_a_fraction(fraction: float) -> None:
+    with pytest.raises(ArgumentError, match=rf"`fraction` must lie in \[0, 1\), got {fraction}.*pass 0.2"):
+        select_fraction(torch.zeros(3), fraction)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(numbers, st.booleans()), min_size=1, max_size=30), st.floats(0.01, 0.99))
+def test_limit_removed_keeps_the_most_suspicious(rows: list[tuple[float, bool]], share: float) -> None:
+    scores, keep = torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
+    before = keep.clone()
+    limited = limit_removed(scores, keep, share)
+    assert torch.equal(keep, before)
+    assert bool(limited[keep].all())
+    assert int((~limited).sum()) == min(int((~keep).sum()), int(share * len(rows)))
+    spared = ~keep & limited
+    if bool(spared.any()) and not bool(limited.all()):
+        assert float(scores[~limited].min()) >= float(scores[spared].max())
+
+
+STRICT = "subpopulation(strict: standardized_gap>=2.5, enrichment>=20, own_auroc>=0.75)"
 
 
 def data(n: int = 600, poisons: int = 40, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -38,7 +149,8 @@ def test_says_if_early_neighbors_made_it_count() -> None:
     decision = decide(values, ranking, labels, agreement=torch.where(poisoned, 0.2, 0.6))
     assert torch.equal(~decision.keep, poisoned)
     assert decision.rule == (
-        "second_mode(separation>=2.5) or denied(separation>=2, early agreement < 0.7 of the rest's)"
+        "subpopulation(early_neighbors: standardized_gap>=2, enrichment>=2, member_share<=0.55, "
+        "early_agreement_ratio<0.7, own_auroc>=0.75)"
     )
 
 
@@ -48,8 +160,8 @@ def test_finds_what_was_planted() -> None:
     assert torch.equal(~decision.keep, poisoned)
     assert decision.threshold == 0.5
     assert decision.num_flagged_before_cap == 40
-    assert [mode.label for mode in decision.modes] == [1]
-    assert decision.rule == "second_mode(separation>=2.5)"
+    assert [one.label for one in decision.subpopulations] == [1]
+    assert decision.rule == STRICT
 
 
 def test_finds_nothing_in_the_clean_twin() -> None:
@@ -57,7 +169,7 @@ def test_finds_nothing_in_the_clean_twin() -> None:
     decision = decide(values, ranking, labels)
     assert bool(decision.keep.all())
     assert decision.threshold == math.inf
-    assert decision.modes == ()
+    assert decision.subpopulations == ()
     assert decision.num_flagged_before_cap == 0
     assert torch.equal(decision.scores.argsort(), ranking.argsort())
 
@@ -107,7 +219,7 @@ def test_a_label_that_others_were_given_keeps_its_own_samples_and_no_more() -> N
     values, ranking, labels, kind = label_of_two(0.92, own=600, other=50)
     decision = decide(values, ranking, labels, max_removed=0.9)
     assert torch.equal(~decision.keep, kind)
-    assert decision.rule == "second_mode(separation>=2.5)"
+    assert decision.rule == STRICT
 
 
 def test_some_samples_of_every_label_stay_over_all_looks_together() -> None:
@@ -129,7 +241,7 @@ def test_only_considered_samples_are_removed() -> None:
     elsewhere = decide(values, ranking, labels, considered=labels == 2)
     assert bool(elsewhere.keep.all())
     assert elsewhere.threshold == math.inf
-    assert elsewhere.modes == ()
+    assert elsewhere.subpopulations == ()
 
 
 def test_a_fraction_of_the_ranking_is_the_papers_rule() -> None:
@@ -150,7 +262,7 @@ def test_a_fraction_of_the_target_class() -> None:
     assert follows_its_threshold(decision, target)
 
 
-def test_a_fraction_removes_the_second_mode_first() -> None:
+def test_a_fraction_removes_the_subpopulation_first() -> None:
     values, ranking, labels, poisoned = data()
     decision = decide(values, ranking, labels, fraction=0.1)
     assert int((~decision.keep).sum()) == 60
@@ -199,7 +311,7 @@ def test_a_decision_follows_its_threshold(
 
 
 def later(n: int, keep: Tensor, scores: Tensor) -> Decision:
-    return Decision(scores, keep, 0.5, "second_mode", (), int((~keep).sum()))
+    return Decision(scores, keep, 0.5, "subpopulation(none)", (), int((~keep).sum()))
 
 
 masks = st.integers(5, 40).flatmap(
@@ -235,7 +347,7 @@ def test_a_later_decision_adds_and_never_brings_back(
 
 def test_a_later_decision_that_finds_nothing_changes_nothing() -> None:
     before, everything = torch.tensor([True, False, True]), torch.ones(3, dtype=torch.bool)
-    nothing = Decision(torch.zeros(3), everything, math.inf, "second_mode", (), 0)
+    nothing = Decision(torch.zeros(3), everything, math.inf, "subpopulation(none)", (), 0)
     joined = add_removed(nothing, scores=torch.ones(3), keep=before, threshold=0.5, max_removed=0.9)
     assert torch.equal(joined.keep, before)
     assert joined.threshold == 0.5

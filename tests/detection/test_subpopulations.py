@@ -1,21 +1,31 @@
-"""Second modes: planted ones are found, clean data has none."""
+"""Subpopulations: planted ones are found, clean data has none."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_backdoor.detection.directions import RIDGE, directions_and_units, discriminant
-from lightning_backdoor.detection.subpopulations import Subpopulation, _own
+from lightning_backdoor.detection.subpopulations import (
+    RIDGE,
+    Subpopulation,
+    directions_and_units,
+    discriminant,
+    own_auroc,
+)
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.functional import find_subpopulations, split_units, subpopulation_scores
+from lightning_backdoor.functional import (
+    decide,
+    find_all_to_all_subpopulation,
+    find_subpopulations,
+    split_units,
+    subpopulation_scores,
+)
 
 
 def classes(n: int, k: int, units: int, seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
@@ -136,18 +146,18 @@ def test_positions_leave_each_sample_out() -> None:
     ("share", "of_class"), [(0.005, False), (0.01, False), (0.05, False), (0.8, True)], ids=["0.5%", "1%", "5%", "SIG"]
 )
 @pytest.mark.parametrize(("n", "k", "units"), [(3000, 10, 48), (4000, 2, 24)])
-def test_finds_the_planted_mode_and_nothing_in_its_clean_twin(  # noqa: PLR0917  (parameters)
+def test_finds_the_planted_subpopulation_and_nothing_in_its_clean_twin(  # noqa: PLR0917  (parameters)
     n: int, k: int, units: int, share: float, of_class: bool, dtype: torch.dtype
 ) -> None:
     values, labels, poisoned = planted(n, k, units, share, 0, of_class=of_class)
     values = values.to(dtype)
-    (mode,) = find_subpopulations(values, labels)
-    assert mode.label == 0
-    found = (labels == 0) & (mode.project(values) > mode.threshold)
+    (one,) = find_subpopulations(values, labels)
+    assert one.label == 0
+    found = (labels == 0) & (one.project(values) > one.threshold)
     assert int((found & poisoned).sum()) >= 0.95 * int(poisoned.sum())
     assert int((found & ~poisoned).sum()) <= 2
-    assert mode.members == pytest.approx(int(poisoned.sum()), abs=2)
-    assert mode.low < mode.threshold < mode.high
+    assert one.members == pytest.approx(int(poisoned.sum()), abs=2)
+    assert one.low < one.threshold < one.high
     clean, labels, _ = planted(n, k, units, 0.0, 0, of_class=of_class)
     assert find_subpopulations(clean.to(dtype), labels) == []
 
@@ -208,7 +218,7 @@ def with_wrong_labels(share: float) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.3])
 def test_wrong_labels_are_no_backdoor(share: float) -> None:
-    """The true class would be the exclusive upper mode; removing it would ruin the data."""
+    """The true class would be the exclusive upper group; removing it would ruin the data."""
     assert find_subpopulations(*with_wrong_labels(share)) == []
 
 
@@ -223,17 +233,66 @@ def with_covers(share: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 @pytest.mark.parametrize("share", [0.01, 0.05])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_mode_that_covers_hide_counts_if_early_neighbors_deny_it(share: float, seed: int) -> None:
+def test_a_subpopulation_that_covers_hide_passes_by_its_early_neighbors(share: float, seed: int) -> None:
     values, labels, poisoned, agreement = with_covers(share, seed)
     assert find_subpopulations(values, labels) == []
     assert find_subpopulations(values, labels, agreement=agreement) == [], "its neighbours agree as much as others"
     assert find_subpopulations(values, labels, agreement=agreement + 0.2 * poisoned) == []
-    (mode,) = find_subpopulations(values, labels, agreement=torch.where(poisoned, agreement / 2, agreement).half())
-    found = (labels == 0) & (mode.project(values) > mode.threshold)
-    assert mode.label == 0
-    assert mode.by_early_neighbors
+    (one,) = find_subpopulations(values, labels, agreement=torch.where(poisoned, agreement / 2, agreement).half())
+    found = (labels == 0) & (one.project(values) > one.threshold)
+    assert one.label == 0
+    assert one.gate == "early_neighbors"
     assert int((found & poisoned).sum()) >= 0.95 * int(poisoned.sum())
     assert int((found & ~poisoned).sum()) <= 2
+
+
+def test_a_subpopulation_carries_the_gate_that_it_passed_with_its_figures() -> None:
+    names = "standardized_gap", "enrichment"
+    (strict,) = find_subpopulations(*planted(1000, 5, 16, 0.05, 0, of_class=False)[:2])
+    assert strict.gate == "strict"
+    assert [figure.criterion for figure in strict.figures] == [
+        "standardized_gap>=2.5",
+        "enrichment>=20",
+        "own_auroc>=0.75",
+    ]
+    assert [figure.value for figure in strict.figures[:2]] == [strict.standardized_gap, strict.enrichment]
+    (overlap,) = find_subpopulations(*leaning(0, shared=False)[:2])
+    assert overlap.gate == "overlap"
+    assert [figure.name for figure in overlap.figures] == [
+        *names,
+        "member_share",
+        "other_labels",
+        "excess_variation",
+        "largest_other_gap",
+        "effective_labels",
+        "own_auroc",
+    ]
+    values, labels, poisoned, agreement = with_covers(0.05, 0)
+    (early,) = find_subpopulations(values, labels, agreement=torch.where(poisoned, agreement / 2, agreement))
+    assert [figure.name for figure in early.figures] == [*names, "member_share", "early_agreement_ratio", "own_auroc"]
+    assert 0.4 < early.figures[3].value < 0.7, "half as often, and an allowance for chance"
+    values, labels, _ = planted_in_all()
+    first, *_ = find_all_to_all_subpopulation(values, labels)
+    assert first.gate == "all_to_all"
+    assert [(figure.criterion, figure.value) for figure in first.figures[1:]] == [
+        ("member_share<0.5", 0.1),
+        ("split_labels>=0.5", 1.0),
+    ]
+    holds = {">=": float.__ge__, ">": float.__gt__, "<=": float.__le__, "<": float.__lt__}
+    for figure in (*strict.figures, *overlap.figures, *early.figures, *first.figures):
+        assert holds[figure.relation](float(figure.value), figure.bound), figure
+
+
+def test_a_rule_names_every_gate_that_was_passed() -> None:
+    values, labels, poisoned, agreement = with_covers(0.05, 0)
+    values[(labels == 3).nonzero().squeeze(1)[:60], 5:8] += 9
+    agreement = torch.where(poisoned, agreement / 2, agreement)
+    decision = decide(values, torch.zeros(len(labels)), labels, agreement=agreement)
+    assert [one.gate for one in decision.subpopulations] == ["early_neighbors", "strict"]
+    early, strict = decision.rule.removeprefix("subpopulation(").removesuffix(")").split("; ")
+    assert early.startswith("early_neighbors: standardized_gap>=2, ")
+    assert strict == "strict: standardized_gap>=2.5, enrichment>=20, own_auroc>=0.75"
+    assert decide(torch.randn(200, 3), torch.zeros(200), torch.arange(200) % 4).rule == "subpopulation(none)"
 
 
 def leaning(seed: int, *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,12 +310,12 @@ def leaning(seed: int, *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_others_may_lie_beside_a_mode_if_they_are_not_split(seed: int) -> None:
+def test_others_may_lie_beside_a_subpopulation_if_they_are_not_split(seed: int) -> None:
     values, labels, poisoned = leaning(seed, shared=False)
-    (mode,) = find_subpopulations(values, labels)
-    assert mode.label == 0
-    assert mode.enrichment < 20, "true classes lie above the threshold"
-    assert int((((labels == 0) & (mode.project(values) > mode.threshold)) != poisoned).sum()) <= 1
+    (one,) = find_subpopulations(values, labels)
+    assert one.label == 0
+    assert one.enrichment < 20, "true classes lie above the threshold"
+    assert int((((labels == 0) & (one.project(values) > one.threshold)) != poisoned).sum()) <= 1
     values, labels, _ = leaning(seed, shared=True)
     assert find_subpopulations(values, labels) == []
 
@@ -276,7 +335,7 @@ def test_the_class_itself_is_not_denied_by_neighbors_of_an_easy_kind(monkeypatch
 
 
 def with_rare_kind(seed: int) -> tuple[Tensor, Tensor]:
-    """A quarter of class 0 leans to class 1, so that the rest of the class is a mode of its own."""
+    """A quarter of class 0 leans to class 1, so that the rest of the class is a subpopulation of its own."""
     centers, labels, generator = classes(3000, 10, 24, seed)
     towards = centers[labels == 1][0] - centers[labels == 0][0]
     values = 2 * centers + torch.randn(3000, 24, generator=generator)
@@ -310,15 +369,15 @@ def like_two_others(seed: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("draw", "without", "seeds"),
     [
-        (with_rare_kind, {"OVERLAP_MEMBERS": 1.0, "OVERLAP_KINDS": 2.0, "_varied": lambda *_: True}, (0, 3, 5)),
-        (like_one_other, {"OVERLAP_KINDS": 0.0, "_varied": lambda *_: True}, (0, 1, 2)),
-        (like_two_others, {"OVERLAP_KINDS": 0.0, "_varied": lambda *_: True}, (0, 1, 2)),
+        (with_rare_kind, {"OVERLAP_MEMBERS": 1.0, "OVERLAP_LABELS": 2.0, "OVERLAP_VARIATION": -np.inf}, (0, 3, 5)),
+        (like_one_other, {"OVERLAP_LABELS": 0.0, "OVERLAP_VARIATION": -np.inf}, (0, 1, 2)),
+        (like_two_others, {"OVERLAP_LABELS": 0.0, "OVERLAP_VARIATION": -np.inf}, (0, 1, 2)),
     ],
     ids=["the class itself", "like one other class", "like two other classes"],
 )
 def test_a_clean_kind_is_no_backdoor(
     draw: Callable[[int], tuple[Tensor, Tensor]],
-    without: dict[str, Any],
+    without: dict[str, float],
     seeds: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -330,7 +389,7 @@ def test_a_clean_kind_is_no_backdoor(
 
 
 def beside_poisons(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As many poisons as clean samples of class 0, whose trigger silences units: the class is the upper mode."""
+    """As many poisons as clean samples of class 0, whose trigger silences units: the class is the upper group."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(10).repeat_interleave(140)
     values = 3 * nn.functional.one_hot(labels, 24) + torch.randn(1400, 24, generator=generator)
@@ -361,10 +420,10 @@ def test_what_varies_no_more_than_the_rest_of_its_label_is_not_of_many_classes(
 ) -> None:
     values, labels, second = draw(seed)
     assert find_subpopulations(values, labels) == []
-    monkeypatch.setattr("lightning_backdoor.detection.subpopulations._varied", lambda *_: True)
-    (mode,) = find_subpopulations(values, labels)
-    assert mode.enrichment < 20, "without the guard it would lean on other classes"
-    upper = (mode.project(values) > mode.threshold)[labels == 0]
+    monkeypatch.setattr("lightning_backdoor.detection.subpopulations.OVERLAP_VARIATION", -np.inf)
+    (found,) = find_subpopulations(values, labels)
+    assert found.enrichment < 20, "without the guard it would lean on other classes"
+    upper = (found.project(values) > found.threshold)[labels == 0]
     assert float((upper == (second ^ (draw is beside_poisons))[labels == 0]).float().mean()) > 0.98
 
 
@@ -375,11 +434,11 @@ def test_poisons_that_are_half_of_their_label_are_found(poisons: int) -> None:
     stay[((labels == 0) & ~poisoned).nonzero().squeeze(1)[:200]] = True
     stay[poisoned.nonzero().squeeze(1)[poisons:]] = False
     values, labels, poisoned = values[stay], labels[stay], poisoned[stay]
-    (mode,) = find_subpopulations(values, labels)
-    assert int((((labels == 0) & (mode.project(values) > mode.threshold)) != poisoned).sum()) <= 2
+    (found,) = find_subpopulations(values, labels)
+    assert int((((labels == 0) & (found.project(values) > found.threshold)) != poisoned).sum()) <= 2
 
 
-def test_three_other_labels_at_least_say_that_a_mode_is_exclusive() -> None:
+def test_three_other_labels_at_least_say_that_a_subpopulation_is_exclusive() -> None:
     values, labels, _ = leaning(0, shared=False)
     assert find_subpopulations(values[labels < 4], labels[labels < 4])
     assert find_subpopulations(values[labels < 3], labels[labels < 3]) == []
@@ -398,20 +457,20 @@ def long_tail(seed: int, sizes: list[int], true: list[float]) -> tuple[Tensor, T
 
 
 def test_one_large_label_does_not_stand_for_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of what lies beside the mode is of the large label, as most of all samples are; so is that of the twin."""
+    """Most samples above the threshold are of the large label, as most of all samples are; so are those of the twin."""
     sizes = [600, 1500, *[150] * 8]
     values, labels, poisoned = long_tail(1, sizes, [0, *sizes[1:]])
-    (mode,) = find_subpopulations(values, labels)
-    assert mode.enrichment < 20, "true classes lie above the threshold"
-    above = labels[(mode.project(values) > mode.threshold) & (labels != 0)]
+    (one,) = find_subpopulations(values, labels)
+    assert one.enrichment < 20, "true classes lie above the threshold"
+    above = labels[(one.project(values) > one.threshold) & (labels != 0)]
     assert float((above == 1).float().mean()) > 0.8
-    assert int((((labels == 0) & (mode.project(values) > mode.threshold)) != poisoned).sum()) <= 1
+    assert int((((labels == 0) & (one.project(values) > one.threshold)) != poisoned).sum()) <= 1
     twins = [like_large_one(seed, sizes) for seed in (2, 3)]
     assert [find_subpopulations(*twin) for twin in twins] == [[]] * 2, (
         "a clean kind that resembles the large label alone"
     )
-    monkeypatch.setattr("lightning_backdoor.detection.subpopulations._varied", lambda *_: True)
-    monkeypatch.setattr("lightning_backdoor.detection.subpopulations.OVERLAP_KINDS", 0.0)
+    monkeypatch.setattr("lightning_backdoor.detection.subpopulations.OVERLAP_LABELS", 0.0)
+    monkeypatch.setattr("lightning_backdoor.detection.subpopulations.OVERLAP_VARIATION", -np.inf)
     assert all(find_subpopulations(*twin) for twin in twins), "without the guard it would be one"
 
 
@@ -450,13 +509,13 @@ def test_poisons_beside_rare_labels_are_found_all_the_same(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rare = torch.arange(6).repeat_interleave(torch.tensor([19, 19, 10, 1, 1, 1]))
     seldom = 6 * nn.functional.one_hot(1 + rare % 5, 24) + torch.randn(len(rare), 24, generator=generator)
-    (mode,) = find_subpopulations(torch.cat([values, seldom]), torch.cat([labels, 6 + rare]))
-    assert mode.enrichment < 20, "true classes lie above the threshold"
-    assert int((((labels == 0) & (mode.project(values) > mode.threshold)) != poisoned).sum()) <= 1
+    (one,) = find_subpopulations(torch.cat([values, seldom]), torch.cat([labels, 6 + rare]))
+    assert one.enrichment < 20, "true classes lie above the threshold"
+    assert int((((labels == 0) & (one.project(values) > one.threshold)) != poisoned).sum()) <= 1
 
 
 @pytest.mark.parametrize(("size", "found"), [(25, 0), (40, 1)])
-def test_where_nothing_lies_beside_a_mode_there_must_be_enough_that_could(size: int, found: int) -> None:
+def test_where_nothing_lies_beside_it_there_must_be_enough_that_could(size: int, found: int) -> None:
     """Ten per cent of the label and none of 75 others, which is 15 times half a sample; none of 120."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(4).repeat_interleave(torch.tensor([600, size, size, size]))
@@ -482,9 +541,9 @@ def test_a_few_neighbors_that_deny_by_chance_are_not_enough() -> None:
 def test_what_early_neighbors_say_takes_nothing_away() -> None:
     values, labels, poisoned = planted(3000, 10, 48, 0.05, 0, of_class=False)
     plain = find_subpopulations(values, labels)
-    (mode,) = find_subpopulations(values, labels, agreement=torch.where(poisoned, 0.1, 0.6))
-    assert (mode.by_early_neighbors, mode.standardized_gap, mode.members) == (
-        False,
+    (one,) = find_subpopulations(values, labels, agreement=torch.where(poisoned, 0.1, 0.6))
+    assert (one.gate, one.standardized_gap, one.members) == (
+        "strict",
         plain[0].standardized_gap,
         plain[0].members,
     )
@@ -506,19 +565,19 @@ def test_a_mixture_of_other_classes_is_known_as_one_where_labels_take_turns(
         true[labels == 0] = torch.where(torch.arange(400) % 10 == 0, torch.arange(400) // 10 % 4 + 1, 0)
     noise = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
     values = 6 * nn.functional.one_hot(true, 8) + noise
-    mode = Subpopulation(0, torch.tensor([0]), torch.ones(1), 3.0, 0.0, 6.0, 2.5, 100.0, 360)
-    mode = mode if wrong else replace(mode, threshold=7.0)
+    one = Subpopulation(0, torch.tensor([0]), torch.ones(1), 3.0, 0.0, 6.0, 2.5, 100.0, 360)
+    one = one if wrong else replace(one, threshold=7.0)
     for others in (2000, 400):
         monkeypatch.setattr("lightning_backdoor.detection.subpopulations.OWN_OTHERS", others)
-        found = [_own(values, labels == 0, mode, torch.arange(8)) for _ in range(2)]
+        found = [own_auroc(one, values, labels == 0, torch.arange(8)) for _ in range(2)]
         assert found[0] == found[1], "the same draw every time"
         assert found[0] == pytest.approx(0.5, abs=0.1) if wrong else found[0] > 0.99
 
 
 def test_a_single_unit_is_enough() -> None:
     values, labels, poisoned = planted(1000, 5, 3, 0.02, 0, of_class=False)
-    (mode,) = find_subpopulations(values[:, :1], labels)
-    assert torch.equal((mode.project(values[:, :1]) > mode.threshold) & (labels == 0), poisoned)
+    (one,) = find_subpopulations(values[:, :1], labels)
+    assert torch.equal((one.project(values[:, :1]) > one.threshold) & (labels == 0), poisoned)
 
 
 def test_one_label_only_has_nothing_to_be_exclusive_from() -> None:
@@ -539,37 +598,37 @@ def test_small_labels_are_left_alone() -> None:
 
 def test_does_not_depend_on_the_order_of_samples_or_the_names_of_labels() -> None:
     values, labels, _ = planted(1200, 6, 32, 0.03, 3, of_class=False)
-    (mode,) = find_subpopulations(values, labels)
+    (one,) = find_subpopulations(values, labels)
     order = torch.randperm(1200, generator=torch.Generator().manual_seed(0))
     names = torch.tensor([40, 3, 17, 0, 9, 5])
     (moved,) = find_subpopulations(values[order], names[labels][order])
     assert moved.label == 40
-    assert moved.members == mode.members
-    assert moved.standardized_gap == pytest.approx(mode.standardized_gap, rel=1e-3)
-    assert moved.threshold == pytest.approx(mode.threshold, abs=1e-3)
-    assert torch.equal(moved.project(values) > moved.threshold, mode.project(values) > mode.threshold)
+    assert moved.members == one.members
+    assert moved.standardized_gap == pytest.approx(one.standardized_gap, rel=1e-3)
+    assert moved.threshold == pytest.approx(one.threshold, abs=1e-3)
+    assert torch.equal(moved.project(values) > moved.threshold, one.project(values) > one.threshold)
 
 
 def test_a_thousand_classes_take_seconds() -> None:
     values, labels, _ = planted(30_000, 1000, 32, 0.005, 0, of_class=True)
     values[(labels == 0).nonzero().squeeze(1)[:20], :3] += 9  # the clean class has about 30 samples
     started = time.perf_counter()
-    modes = find_subpopulations(values.half(), labels)
+    subpopulations = find_subpopulations(values.half(), labels)
     assert time.perf_counter() - started < 60
-    assert [mode.label for mode in modes] == [0]
+    assert [one.label for one in subpopulations] == [0]
 
 
 def test_degenerate_units_do_no_harm() -> None:
     values, labels, poisoned = planted(800, 4, 24, 0.04, 0, of_class=False)
     values[:, 10:20] = 0.0
     values[:, 20] = 5.0
-    values[:, 21] = poisoned.float()  # no spread within either mode
-    (mode,) = find_subpopulations(values, labels)
-    assert bool(mode.weights.isfinite().all())
-    scores = subpopulation_scores(values, labels, [mode], torch.rand(800))
+    values[:, 21] = poisoned.float()  # no spread within either group
+    (one,) = find_subpopulations(values, labels)
+    assert bool(one.weights.isfinite().all())
+    scores = subpopulation_scores(values, labels, [one], torch.rand(800))
     assert torch.equal(scores > 0.5, poisoned)
     binary = poisoned.float()[:, None].repeat(1, 3)
-    assert find_subpopulations(binary, labels) == []  # the lower mode is like everything else: no class to be seen
+    assert find_subpopulations(binary, labels) == []  # the lower group is like everything else: no class to be seen
 
 
 def test_directions_of_noise_stay_low_with_more_units_than_samples() -> None:
@@ -579,26 +638,86 @@ def test_directions_of_noise_stay_low_with_more_units_than_samples() -> None:
     assert max(one.standardized_gap for one in directions) < 2
 
 
-def test_scores_rank_the_second_mode_first_and_keep_the_ranking_elsewhere() -> None:
+def test_scores_rank_the_subpopulation_first_and_keep_the_ranking_elsewhere() -> None:
     values, labels, poisoned = planted(800, 4, 24, 0.04, 0, of_class=False)
     ranking = torch.randn(800, generator=torch.Generator().manual_seed(5))
-    modes = find_subpopulations(values, labels)
-    scores = subpopulation_scores(values, labels, modes, ranking)
+    subpopulations = find_subpopulations(values, labels)
+    scores = subpopulation_scores(values, labels, subpopulations, ranking)
     assert torch.equal(scores > 0.5, poisoned)
     assert bool(scores.isfinite().all())
     inside = labels == 0
-    position = modes[0].project(values[inside])
+    position = subpopulations[0].project(values[inside])
     assert bool((scores[inside][position.argsort()].diff() >= 0).all())
     assert bool((scores[~inside][ranking[~inside].argsort()].diff() > 0).all())
-    centers = torch.tensor([modes[0].low, modes[0].high])
-    along = modes[0].weights / modes[0].weights.square().sum()
+    centers = torch.tensor([subpopulations[0].low, subpopulations[0].high])
+    along = subpopulations[0].weights / subpopulations[0].weights.square().sum()
     at = torch.zeros(2, 24)
-    at[:, modes[0].units] = centers[:, None] * along
-    assert subpopulation_scores(at, torch.zeros(2).long(), modes, torch.zeros(2)).tolist() == pytest.approx(
+    at[:, subpopulations[0].units] = centers[:, None] * along
+    assert subpopulation_scores(at, torch.zeros(2).long(), subpopulations, torch.zeros(2)).tolist() == pytest.approx(
         [0, 1], abs=1e-3
     )
 
 
-def test_without_modes_the_scores_are_half_ranks() -> None:
+def test_without_subpopulations_the_scores_are_half_ranks() -> None:
     scores = subpopulation_scores(torch.zeros(4, 2), torch.zeros(4).long(), [], torch.tensor([5.0, -1.0, 7.0, 0.0]))
     assert scores.tolist() == [0.25, 0.0, 0.375, 0.125]
+
+
+LABELS, EACH, UNITS = 5, 200, 30
+
+
+def responses(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Units that tell classes, under noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(LABELS).repeat_interleave(EACH)
+    centers = 2 * torch.randn(LABELS, UNITS, generator=generator)
+    return centers[labels] + torch.randn(len(labels), UNITS, generator=generator), labels
+
+
+def planted_in_all(share: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
+    values, labels = responses()
+    marked = torch.arange(len(labels)) % EACH < share * EACH
+    values[marked, 3:6] += 12
+    return values, labels, marked
+
+
+def test_one_subpopulation_in_every_label_is_found() -> None:
+    values, labels, marked = planted_in_all()
+    assert find_subpopulations(values, labels) == [], "it is no label's own"
+    subpopulations = find_all_to_all_subpopulation(values, labels)
+    assert sorted(one.label for one in subpopulations) == list(range(LABELS))
+    assert all(torch.equal(one.weights, subpopulations[0].weights) for one in subpopulations)
+    decision = decide(values, torch.zeros(len(labels)), labels, all_to_all=True)
+    assert torch.equal(~decision.keep, marked)
+    assert decision.all_to_all
+    assert decision.rule.startswith("subpopulation(all_to_all: ")
+
+
+def test_the_clean_twin_of_an_all_to_all_attack_is_quiet() -> None:
+    for seed in range(10):
+        values, labels = responses(seed)
+        assert find_all_to_all_subpopulation(values, labels) == []
+    decision = decide(values, torch.zeros(len(labels)), labels, all_to_all=True)
+    assert decision.keep.all()
+    assert not decision.all_to_all
+
+
+def test_without_all_to_all_it_is_not_searched() -> None:
+    values, labels, _ = planted_in_all()
+    assert decide(values, torch.zeros(len(labels)), labels).keep.all()
+
+
+def test_a_subpopulation_of_one_label_or_of_a_majority_is_not_all_to_all() -> None:
+    values, labels, _ = planted_in_all()
+    alone, marked = responses()[0], (torch.arange(len(labels)) < 20)
+    alone[marked, 3:6] += 12
+    assert find_all_to_all_subpopulation(alone, labels) == []
+    assert [one.label for one in find_subpopulations(alone, labels)] == [0]
+    values, labels, _ = planted_in_all(share=0.8)
+    assert find_all_to_all_subpopulation(values, labels) == []
+
+
+def test_two_labels_are_too_few_to_share() -> None:
+    values, labels, _ = planted_in_all()
+    few = labels < 2
+    assert find_all_to_all_subpopulation(values[few], labels[few]) == []

@@ -61,7 +61,7 @@ def test_capped_has_its_own_sentence():
 
 
 def test_a_label_of_which_some_stay_has_its_own_sentence():
-    judged = replace(verdict(200, 20), rule=f"second_mode(separation>=2.5), {OF_LABEL}")
+    judged = replace(verdict(200, 20), rule=f"subpopulation(strict: standardized_gap>=2.5, enrichment>=20), {OF_LABEL}")
     summary = told(judged, evidence(num_flagged_before_cap=24, max_removed=0.3))
     assert "24 images (12 %) stood out, more than the limit of a label allows" in summary.found
     assert "`max_removed" not in " ".join(summary)
