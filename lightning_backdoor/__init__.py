@@ -2,7 +2,7 @@
 
 from lightning_backdoor import attacks, baselines, functional, metrics
 from lightning_backdoor.callbacks import BackdoorMonitor, DBRCallback, DSTCallback, NONECallback, UltraCleanCallback
-from lightning_backdoor.verdict import Verdict
+from lightning_backdoor.verdict import Finding, Verdict
 
 __version__ = "0.1.0"
 
@@ -10,6 +10,7 @@ __all__ = [
     "BackdoorMonitor",
     "DBRCallback",
     "DSTCallback",
+    "Finding",
     "NONECallback",
     "UltraCleanCallback",
     "Verdict",

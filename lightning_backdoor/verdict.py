@@ -1,8 +1,8 @@
-"""The record that every defence leaves behind."""
+"""The record of what a defence found and removed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,81 @@ from lightning_backdoor.files import atomic_file
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Verdict"]
+__all__ = ["Finding", "GateFigure", "Verdict"]
 
 _MASKS = ("keep", "trusted", "suspect")
 
 
 @dataclass(frozen=True)
+class GateFigure:
+    """One figure that a gate compared with its bound.
+
+    Attributes:
+        name: What was measured.
+        value: The measured value.
+        relation: How the value stands to the bound: ``">="``, ``">"``, ``"<="`` or ``"<"``.
+        bound: The bound of the gate.
+    """
+
+    name: str
+    value: float
+    relation: str
+    bound: float
+
+    @property
+    def criterion(self) -> str:
+        """The comparison without the value, such as ``standardized_gap>=2.5``."""
+        return f"{self.name}{self.relation}{self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One group of samples that stands out from the rest of its label, and the rule that found it.
+
+    Attributes:
+        label: Class index of the samples.
+        positions: Their positions in the user's dataset, most suspicious first, long ``(M,)``. Some of them may have
+            been kept, where ``max_removed`` or the limit of a label left them in.
+        gate: Name of the gate that the group passed; see :func:`~lightning_backdoor.functional.find_subpopulations`.
+        figures: What this gate measured, with its bounds.
+        units: Columns of the measured values that make up the direction, long ``(U,)``.
+        weights: Their weights, float ``(U,)``.
+        threshold: Samples of the label whose weighted sum of these columns is larger belong to the group.
+    """
+
+    label: int
+    positions: Tensor
+    gate: str
+    figures: tuple[GateFigure, ...]
+    units: Tensor
+    weights: Tensor
+    threshold: float
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def project(self, values: Tensor) -> Tensor:
+        """Position of every sample along the direction, float ``(N,)``, for values ``(N, V)`` in the same columns."""
+        return values[:, self.units].float() @ self.weights
+
+    def members(self, values: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Samples above the threshold, bool ``(N,)``, for values ``(N, V)``; with ``labels``, of the label alone."""
+        above = self.project(values) > self.threshold
+        return above if labels is None else above & (labels == self.label)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values that load with ``weights_only=True``."""
+        return {**vars(self), "figures": [list(astuple(figure)) for figure in self.figures]}
+
+    @classmethod
+    def from_state_dict(cls, record: dict[str, Any]) -> Finding:
+        """Read what :meth:`state_dict` returned."""
+        return cls(**{**record, "figures": tuple(GateFigure(*figure) for figure in record["figures"])})
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """Judgement on every training sample, keyed by its position in the user's dataset.
+    """What a defence decided on every training sample, keyed by its position in the user's dataset.
 
     Args:
         scores: Suspicion of each sample, float, shape ``(N,)``. **Larger is more suspicious.**
@@ -33,6 +100,7 @@ class Verdict:
         labels: Label of each sample as the dataset gives it, long, shape ``(N,)``, or ``None`` if unknown.
         trusted: Samples that count as clean, bool, shape ``(N,)`` (D-BR and D-ST only).
         suspect: Samples that count as poisoned, bool, shape ``(N,)`` (D-BR and D-ST only).
+        findings: The groups of samples that stand out, in the order in which they were found; no sample is in two.
 
     Raises:
         ArgumentError: If the shapes disagree, a mask is not boolean, or a field is of another type.
@@ -52,6 +120,7 @@ class Verdict:
     labels: Tensor | None = None
     trusted: Tensor | None = None
     suspect: Tensor | None = None
+    findings: tuple[Finding, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("scores", *_MASKS, "labels"):
@@ -71,36 +140,60 @@ class Verdict:
                 f"`threshold` must be a number and `rule` a text, got {self.threshold!r} and {self.rule!r}."
             )
 
+        if not isinstance(self.findings, tuple) or not all(isinstance(found, Finding) for found in self.findings):
+            raise ArgumentError(
+                f"`findings` must be a tuple of `Finding`, got {self.findings!r}. `Verdict.load` reads a saved record."
+            )
+
     @property
     def removed(self) -> Tensor:
         """Dataset positions of the removed samples, most suspicious first, long, shape ``(M,)``."""
         flagged = (~self.keep).nonzero().squeeze(1)
         return flagged[self.scores[flagged].argsort(descending=True, stable=True)]
 
+    @property
+    def finding_indices(self) -> Tensor:
+        """Index in :attr:`findings` of every sample, long ``(N,)``; -1 where it is in none."""
+        indices = torch.full((len(self),), -1)
+        for index, finding in enumerate(self.findings):
+            indices[finding.positions] = index
+        return indices
+
     def __len__(self) -> int:
         return len(self.scores)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return a pandas frame with the columns ``index``, ``label``, ``score`` and ``keep`` (plus the masks present).
+        """Return a pandas frame with the columns ``index``, ``label``, ``score``, ``keep``, ``finding`` and the masks.
 
-        Labels that are unknown are ``-1``. Needs the ``report`` extra.
+        Labels that are unknown are ``-1``; ``finding`` is the index in :attr:`findings`, missing (``<NA>``) where a
+        sample is in none. Needs the ``report`` extra.
         """
         import pandas as pd  # noqa: PLC0415  (an extra, loaded when used)
 
         unknown = torch.full((len(self),), -1, dtype=torch.long)
-        columns = {
+        columns: dict[str, Tensor | None] = {
             "index": torch.arange(len(self)),
             "label": unknown if self.labels is None else self.labels,
             "score": self.scores,
             "keep": self.keep,
+            "finding": self.finding_indices,
             "trusted": self.trusted,
             "suspect": self.suspect,
         }
-        return pd.DataFrame({name: column.numpy() for name, column in columns.items() if column is not None})
+        frame = pd.DataFrame({name: column.numpy() for name, column in columns.items() if column is not None})
+        frame["finding"] = frame["finding"].astype("Int64").mask(frame["finding"] < 0)
+        return frame
 
     def state_dict(self) -> dict[str, Any]:
         """Return the record as tensors and plain values that load with ``weights_only=True``."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        plain = {name: value for name, value in vars(self).items() if value is not None}
+        return {**plain, "findings": [finding.state_dict() for finding in self.findings]}
+
+    @classmethod
+    def from_state_dict(cls, record: dict[str, Any]) -> Verdict:
+        """Read what :meth:`state_dict` returned; ``findings`` may be absent, as in records of earlier releases."""
+        findings = tuple(Finding.from_state_dict(finding) for finding in record.get("findings", ()))
+        return cls(**{**record, "findings": findings})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the record to ``path``; interrupted, it leaves whatever was there."""
@@ -120,4 +213,4 @@ class Verdict:
         if not isinstance(record, dict) or not {"scores", "keep", "threshold", "rule"} <= record.keys() <= names:
             held = f"a dict with {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__
             raise ArgumentError(f"`path` must be a file that `Verdict.save` wrote, got {held} in {path}.")
-        return cls(**record)
+        return cls.from_state_dict(record)

@@ -26,7 +26,7 @@ ALLOWED = {
     "_lightning": set(),
     "verdict": {"errors", "files"},
     "functional": {"errors"},
-    "detection": {"errors"},
+    "detection": {"verdict", "errors"},
     "surgery": {"functional", "errors", "_lightning"},
     "data": {"functional", "errors", "_lightning"},
     "attacks": {"functional", "errors"},

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_backdoor import Verdict
+from lightning_backdoor import Finding, Verdict
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.verdict import GateFigure
 
 
 def verdict(**changes: Any) -> Verdict:
@@ -38,7 +39,8 @@ def test_is_frozen() -> None:
 
 def test_to_frame_has_one_row_per_sample() -> None:
     frame = verdict(labels=torch.tensor([4, 3, 2, 1, 0])).to_frame()
-    assert list(frame.columns) == ["index", "label", "score", "keep"]
+    assert list(frame.columns) == ["index", "label", "score", "keep", "finding"]
+    assert frame["finding"].isna().all()
     assert frame["index"].tolist() == [0, 1, 2, 3, 4]
     assert frame["label"].tolist() == [4, 3, 2, 1, 0]
     assert frame.loc[frame.score > 2.0, "keep"].tolist() == [False, False, False]
@@ -50,6 +52,44 @@ def test_to_frame_without_labels_and_with_masks() -> None:
     assert frame["label"].tolist() == [-1] * 5
     assert frame["suspect"].tolist() == suspect.tolist()
     assert frame["trusted"].tolist() == (~suspect).tolist()
+
+
+FOUND = Finding(
+    label=2,
+    positions=torch.tensor([3, 1]),
+    gate="strict",
+    figures=(GateFigure("standardized_gap", 3.5, ">=", 2.5), GateFigure("enrichment", 40.0, ">=", 20.0)),
+    units=torch.tensor([0, 2]),
+    weights=torch.tensor([1.0, -1.0]),
+    threshold=0.5,
+)
+
+
+def test_a_finding_is_applied_to_new_values() -> None:
+    values = torch.tensor([[2.0, 9.0, 0.0], [0.0, 9.0, 0.0], [1.0, 9.0, 0.2]])
+    assert FOUND.project(values.half()).tolist() == pytest.approx([2.0, 0.0, 0.8], abs=1e-3)
+    assert FOUND.members(values).tolist() == [True, False, True]
+    assert FOUND.members(values, torch.tensor([2, 2, 1])).tolist() == [True, False, False]
+    assert len(FOUND) == 2
+
+
+def test_findings_come_back_from_disk_and_stand_in_the_frame(tmp_path: Path) -> None:
+    saved = verdict(findings=(FOUND,))
+    saved.save(tmp_path / "verdict.pt")
+    (found,) = Verdict.load(tmp_path / "verdict.pt").findings
+    for field in dataclasses.fields(Finding):
+        ours, theirs = getattr(FOUND, field.name), getattr(found, field.name)
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    assert found.figures[0].criterion == "standardized_gap>=2.5"
+    assert saved.finding_indices.tolist() == [-1, 0, -1, 0, -1]
+    assert saved.to_frame()["finding"].dropna().to_dict() == {1: 0, 3: 0}
+
+
+def test_a_record_without_findings_loads(tmp_path: Path) -> None:
+    """As an earlier release wrote it."""
+    record = {name: value for name, value in verdict().state_dict().items() if name != "findings"}
+    torch.save(record, tmp_path / "verdict.pt")
+    assert Verdict.load(tmp_path / "verdict.pt").findings == ()
 
 
 @pytest.mark.parametrize("extra", [{}, {"labels": torch.arange(5)}, {"suspect": torch.zeros(5, dtype=torch.bool)}])
@@ -107,6 +147,8 @@ def test_load_runs_no_code(tmp_path: Path) -> None:
         ({"suspect": torch.ones(5, dtype=torch.long)}, "`suspect` must be a boolean mask"),
         ({"trusted": torch.ones(6, dtype=torch.bool)}, "`trusted` must have shape"),
         ({"labels": torch.zeros(5, 2)}, "`labels` must have shape"),
+        ({"findings": [FOUND]}, r"`findings` must be a tuple of `Finding`, got \[Finding"),
+        ({"findings": (FOUND.state_dict(),)}, "`findings` must be a tuple of `Finding`.*`Verdict.load`"),
     ],
 )
 def test_refuses_what_does_not_fit(changes: dict[str, Any], words: str) -> None:

@@ -264,7 +264,7 @@ class Defense(TrainerCallback):
                 f"The checkpoint was written by another release of lightning_backdoor (state {state_dict['schema']}, "
                 f"this one writes {SCHEMA}). Resume with that release, or start anew without `ckpt_path`."
             )
-        verdict = None if state_dict["verdict"] is None else Verdict(**state_dict["verdict"])
+        verdict = None if state_dict["verdict"] is None else Verdict.from_state_dict(state_dict["verdict"])
         if self._loader_filter is not None:
             self._loader_filter.set_keep(self.state_key, None if verdict is None else verdict.keep)
         self.verdict = verdict
@@ -353,7 +353,16 @@ def spared(verdict: Verdict, unread: Tensor, earlier: Verdict | None) -> Verdict
     trusted, suspect = (None if mask is None else mask & ~unread for mask in (verdict.trusted, verdict.suspect))
     labels = None if verdict.labels is None else verdict.labels.masked_fill(unread, -1)
     scores = verdict.scores.masked_fill(spare, float(verdict.scores[~spare].min()))
-    return replace(verdict, scores=scores, keep=verdict.keep | spare, labels=labels, trusted=trusted, suspect=suspect)
+    findings = tuple(replace(one, positions=one.positions[~unread[one.positions]]) for one in verdict.findings)
+    return replace(
+        verdict,
+        scores=scores,
+        keep=verdict.keep | spare,
+        labels=labels,
+        trusted=trusted,
+        suspect=suspect,
+        findings=findings,
+    )
 
 
 def require_same_data(verdict: Verdict, data: DatasetScanner) -> None:

@@ -13,7 +13,7 @@ from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
 from lightning_backdoor.callbacks.base import Defense, require_positive
 from lightning_backdoor.callbacks.looks import Look
 from lightning_backdoor.callbacks.schedule import is_due
-from lightning_backdoor.detection.decision import Decision
+from lightning_backdoor.detection.decision import Decision, findings_of
 from lightning_backdoor.responses.checkpointing import tell_earlier_files
 from lightning_backdoor.responses.limits import about_to_end
 from lightning_backdoor.responses.restart import Rewind, require_rewindable
@@ -121,9 +121,9 @@ class FilterCallback(Defense):
         began = time.monotonic()
         found = self._scan(trainer, pl_module)
         decision = trainer.strategy.broadcast(self._decide(found), src=0)  # float ties must not tell ranks apart
-        removed = self._adopt(
-            Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, found["labels"])
-        )
+        findings = findings_of(decision, found["labels"], self.verdict)
+        cut = decision.scores, decision.keep, decision.threshold, decision.rule
+        removed = self._adopt(Verdict(*cut, found["labels"], findings=findings))
         self._last_scan = trainer.current_epoch + 1
         if removed and self.rewind and self._rewind.count < MAX_REWINDS:
             self._rewind.ask(trainer)

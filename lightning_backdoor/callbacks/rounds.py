@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_backdoor.detection.decision import Decision
+from lightning_backdoor.detection.decision import Decision, findings_of
 from lightning_backdoor.verdict import Verdict
 
 __all__ = [
@@ -144,7 +144,9 @@ class Series:
 def readmission(verdict: Verdict, keep: Tensor) -> Verdict:
     """The verdict where the samples of a round come back, to what was kept before it, bool ``(N,)``."""
     threshold = math.inf if bool(keep.all()) else verdict.threshold
-    return replace(verdict, keep=keep, threshold=threshold, rule=f"{verdict.rule}, readmitted")
+    back = keep & ~verdict.keep
+    findings = tuple(one for one in verdict.findings if not bool(back[one.positions].any() & keep[one.positions].all()))
+    return replace(verdict, keep=keep, threshold=threshold, rule=f"{verdict.rule}, readmitted", findings=findings)
 
 
 def judgement(
@@ -186,7 +188,11 @@ def judgement(
     if not torch.equal(keep, decision.keep):
         threshold = math.inf if bool(keep.all()) else float(decision.scores[keep].max())
     rule = earlier.rule if earlier is not None and torch.equal(keep, before) else decision.rule
-    return Verdict(decision.scores, keep, threshold, rule, labels), num_flagged_before_cap
+    if no_reason and not by_quota:
+        findings = () if earlier is None else earlier.findings
+    else:
+        findings = findings_of(decision, labels, earlier)
+    return Verdict(decision.scores, keep, threshold, rule, labels, findings=findings), num_flagged_before_cap
 
 
 def shares(predicted: Tensor, verdict: Verdict | None, training: Tensor | None = None) -> tuple[float, float | None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_backdoor.callbacks.base import require_same_data, spared
 from lightning_backdoor.callbacks.compromised import judge_samples
-from lightning_backdoor.detection.decision import Decision, add_removed, decide
+from lightning_backdoor.detection.decision import Decision, add_removed, decide, findings_of
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.consistency import select_trusted
 from lightning_backdoor.responses.unlearn import Split
@@ -120,9 +120,9 @@ def judge(
         decision = _share(found, earlier, suspect, max_removed)
     suspects = ~decision.keep
     trust = select_trusted(found.fct, found.labels, decision.keep, trusted)
-    verdict = Verdict(
-        decision.scores, decision.keep, decision.threshold, decision.rule, found.labels, trusted=trust, suspect=suspects
-    )
+    cut = decision.scores, decision.keep, decision.threshold, decision.rule
+    findings = findings_of(decision, found.labels, earlier)
+    verdict = Verdict(*cut, found.labels, trusted=trust, suspect=suspects, findings=findings)
     return Judgement(
         verdict,
         decision.num_flagged_before_cap,

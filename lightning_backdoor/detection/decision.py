@@ -15,6 +15,7 @@ from lightning_backdoor.detection.subpopulations import (
     subpopulation_scores,
 )
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.verdict import Finding, Verdict
 
 __all__ = [
     "OF_LABEL",
@@ -22,6 +23,7 @@ __all__ = [
     "add_removed",
     "decide",
     "decide_by_break",
+    "findings_of",
     "limit_of_labels",
     "limit_removed",
     "natural_break",
@@ -313,3 +315,29 @@ def decide_by_break(scores: Tensor, *, max_removed: float = 0.3) -> Decision:
     if not torch.equal(limited, keep):
         keep, threshold, rule = limited, float(scores[limited].max()), f"{rule}, max_removed({max_removed:g})"
     return Decision(scores, keep, threshold, rule, (), num_flagged_before_cap)
+
+
+def findings_of(decision: Decision, labels: Tensor, earlier: Verdict | None = None) -> tuple[Finding, ...]:
+    """The subpopulations of a decision as findings, after those of an earlier verdict.
+
+    Args:
+        decision: On all N samples; joined with the earlier verdict, if there is one (:func:`add_removed`).
+        labels: Labels as given, long, shape ``(N,)``.
+        earlier: The verdict before it. Samples that it removed or that are in one of its findings are in no new one; a
+            subpopulation without other samples is no finding.
+
+    Returns:
+        The earlier findings as they are, and one per subpopulation that has new members.
+    """
+    before = () if earlier is None else earlier.findings
+    free = torch.ones_like(decision.keep) if earlier is None else earlier.keep.clone()
+    for finding in before:
+        free[finding.positions] = False
+    added = []
+    for found in decision.subpopulations:
+        positions = (free & (labels == found.label) & (decision.scores > 0.5)).nonzero().squeeze(1)
+        positions = positions[decision.scores[positions].argsort(descending=True, stable=True)]
+        if len(positions):
+            rule = found.gate, found.figures, found.units, found.weights, found.threshold
+            added.append(Finding(found.label, positions, *rule))
+    return (*before, *added)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.verdict import GateFigure
 
 __all__ = [
-    "GateFigure",
     "Subpopulation",
     "early_neighbor_gate",
     "find_all_to_all_subpopulation",
@@ -33,28 +33,6 @@ BLOCK = 2**22  # numbers that are sorted or projected at once, which bounds the 
 
 
 # What a subpopulation is.
-
-
-@dataclass(frozen=True)
-class GateFigure:
-    """One figure that a gate compared with its bound.
-
-    Attributes:
-        name: What was measured.
-        value: The measured value.
-        relation: How the value stands to the bound: ``">="``, ``">"``, ``"<="`` or ``"<"``.
-        bound: The bound of the gate.
-    """
-
-    name: str
-    value: float
-    relation: str
-    bound: float
-
-    @property
-    def criterion(self) -> str:
-        """The comparison without the value, such as ``standardized_gap>=2.5``."""
-        return f"{self.name}{self.relation}{self.bound:g}"
 
 
 @dataclass(frozen=True)

@@ -32,21 +32,24 @@ class ClassRow(NamedTuple):
 def csv_chunks(verdict: Verdict, rows: int = 100_000) -> Iterator[str]:
     """Yield the verdict as CSV text, some rows at a time.
 
-    The columns are those of :meth:`~lightning_backdoor.Verdict.to_frame`: ``index,label,score,keep`` and the masks that
-    the verdict carries. Unknown labels are ``-1``; scores keep every digit that float32 has.
+    The columns are those of :meth:`~lightning_backdoor.Verdict.to_frame`: ``index,label,score,keep,finding`` and the
+    masks that the verdict carries. Unknown labels are ``-1``; ``finding`` is empty where a sample is in none; scores
+    keep every digit that float32 has.
 
     Args:
         verdict: The verdict, ``N`` samples.
         rows: Rows per chunk, which bounds the memory.
     """
-    masks = {"keep": verdict.keep, "trusted": verdict.trusted, "suspect": verdict.suspect}
+    masks = {"trusted": verdict.trusted, "suspect": verdict.suspect}
     present = {name: mask for name, mask in masks.items() if mask is not None}
+    findings = verdict.finding_indices
     labels = torch.full((len(verdict),), -1) if verdict.labels is None else verdict.labels
     digits = ".17g" if verdict.scores.dtype == torch.float64 else ".9g"
-    yield ",".join(["index", "label", "score", *present]) + "\n"
+    yield ",".join(["index", "label", "score", "keep", "finding", *present]) + "\n"
     for start in range(0, len(verdict), rows):
         part = slice(start, start + rows)
-        columns = [mask[part].tolist() for mask in present.values()]
+        found = ["" if index < 0 else index for index in findings[part].tolist()]
+        columns = [verdict.keep[part].tolist(), found, *(mask[part].tolist() for mask in present.values())]
         scores = [format(score, digits) for score in verdict.scores[part].tolist()]
         lines = zip(range(start, start + rows), labels[part].tolist(), scores, *columns, strict=False)
         yield "".join(",".join(map(str, line)) + "\n" for line in lines)

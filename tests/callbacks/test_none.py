@@ -19,10 +19,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_backdoor import NONECallback, UltraCleanCallback, Verdict, attacks
+from lightning_backdoor import Finding, NONECallback, UltraCleanCallback, Verdict, attacks
 from lightning_backdoor.callbacks.compromised import judge_samples
 from lightning_backdoor.callbacks.round_report import sentence
-from lightning_backdoor.callbacks.rounds import Round, Series, judgement, reset_units, shares, unfinished
+from lightning_backdoor.callbacks.rounds import Round, Series, judgement, readmission, reset_units, shares, unfinished
 from lightning_backdoor.detection.decision import Decision
 from lightning_backdoor.errors import ArgumentError, ModelError, TrainerError
 from lightning_backdoor.responses.extra_epochs import FineTuning
@@ -454,6 +454,16 @@ def decision_on(keep: torch.Tensor) -> Decision:
     return Decision((~keep).float(), keep, 0.5, "subpopulation(none)", (), int((~keep).sum()))
 
 
+def test_findings_of_a_round_that_is_readmitted_go() -> None:
+    findings = tuple(
+        Finding(0, positions, "strict", (), torch.arange(1), torch.ones(1), 0.5)
+        for positions in (torch.arange(100), torch.arange(100, 250), torch.arange(900, 910))
+    )
+    verdict = replace(verdict_on(~first(250)), findings=findings)
+    assert readmission(verdict, ~first(100)).findings == (findings[0], findings[2]), "the last one had been kept before"
+    assert readmission(verdict, ~first(0)).findings == (findings[2],)
+
+
 def test_nothing_new_leaves_after_a_round_whose_images_have_their_own_label() -> None:
     earlier, decision, right = verdict_on(~first(100)), decision_on(~first(250)), first(1000)
     for flagged_label_rate, left in ((0.95, 100), (0.5, 250)):
@@ -685,6 +695,7 @@ def test_an_all_to_all_backdoor_is_found_and_weakened() -> None:
         _, module = train_digits(poisoned, [callback], epochs=12)
     truth, removed = poisoned.poisoned, ~callback.verdict.keep
     assert callback.verdict.rule.startswith("subpopulation(all_to_all: ")
+    assert sum(len(finding) for finding in callback.verdict.findings) == removed.sum()
     assert (removed & truth).sum() >= 0.9 * truth.sum()
     assert (removed & ~truth).sum() <= 0.01 * len(truth)
     first, second, *_ = callback.history

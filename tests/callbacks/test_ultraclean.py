@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_backdoor import UltraCleanCallback, Verdict, attacks
 from lightning_backdoor.callbacks.neighborhood import EarlyLook
+from lightning_backdoor.detection.decision import findings_of
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     DigitNet,
@@ -289,7 +290,7 @@ def test_neighbors_of_the_judged_model_are_not_asked(epochs: int, others: list[A
     assert callback.asked == asked
 
 
-def test_removes_what_the_early_neighbors_deny() -> None:
+def test_removes_what_the_early_neighbors_deny(tmp_path: Path) -> None:
     """A second population that is too common for the gate, and looked like other classes at first."""
     generator = torch.Generator().manual_seed(0)
     labels, marked = torch.arange(2000) % 4, torch.rand(2000, generator=generator) < 0.2
@@ -301,7 +302,14 @@ def test_removes_what_the_early_neighbors_deny() -> None:
     callback._early = EarlyLook(torch.where(marked & (labels == 0), 0.2, 0.7).half(), labels[:4])
     decision = callback._decide(found)
     assert torch.equal(~decision.keep, marked & (labels == 0))
-    callback.verdict = Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, labels)
+    cut = decision.scores, decision.keep, decision.threshold, decision.rule
+    callback.verdict = Verdict(*cut, labels, findings=findings_of(decision, labels))
+    (finding,) = callback.verdict.findings
+    assert torch.equal(finding.members(values, labels), marked & (labels == 0))
+    torch.save(callback.state_dict(), tmp_path / "state.pt")
+    resumed = UltraCleanCallback()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(resumed.verdict.findings[0].positions, finding.positions)
     again = callback._decide(found)
     assert (again.rule, again.num_flagged_before_cap) == (decision.rule, decision.num_flagged_before_cap), (
         "a look that finds nothing says nothing new"

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_backdoor.detection.decision import Decision, add_removed, decide
+from lightning_backdoor.detection.decision import Decision, add_removed, decide, findings_of
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import limit_removed, natural_break, select_fraction
+from lightning_backdoor.verdict import Verdict
 
 numbers = st.integers(-40, 40).map(lambda i: i / 8)
 
@@ -389,3 +390,34 @@ def test_a_fraction_is_that_of_all_decisions_together(target: int | None) -> Non
     assert int((~capped.keep).sum()) == int(0.12 * count / 600 * 600)
     assert not bool((capped.keep & ~first.keep).any())
     assert capped.num_flagged_before_cap == int(0.25 * count)
+
+
+def test_findings_are_the_subpopulations_with_their_samples() -> None:
+    values, ranking, labels, poisoned = data()
+    decision = decide(values, ranking, labels, max_removed=0.05)
+    (found,) = findings_of(decision, labels)
+    assert (found.label, found.gate) == (1, "strict")
+    assert found.figures == decision.subpopulations[0].figures
+    assert torch.equal(found.positions.sort().values, poisoned.nonzero().squeeze(1)), "those of the cap, too"
+    assert bool((decision.scores[found.positions].diff() <= 0).all()), "most suspicious first"
+    assert torch.equal(found.members(values, labels), poisoned)
+    clean, ranking, labels, _ = data(poisons=0)
+    assert findings_of(decide(clean, ranking, labels), labels) == ()
+
+
+def test_a_later_look_keeps_the_findings_and_adds_new_ones() -> None:
+    values, ranking, labels, _ = data()
+    first = decide(values, ranking, labels, max_removed=0.05)
+    cut = first.scores, first.keep, first.threshold, first.rule
+    earlier = Verdict(*cut, labels, findings=findings_of(first, labels))
+    rest = first.keep
+    limits = {"threshold": 0.5, "max_removed": 0.5, "labels": labels}
+    same = add_removed(decide(values[rest], ranking[rest], labels[rest]), first.scores, rest, **limits)
+    assert int((~same.keep).sum()) == 40, "the ten that the cap had kept"
+    assert findings_of(same, labels, earlier) == earlier.findings, "they were in the finding before"
+    second = (labels == 2) & (torch.arange(600) < 120)
+    values[second, 2:4] += 9
+    more = add_removed(decide(values[rest], ranking[rest], labels[rest]), first.scores, rest, **limits)
+    before, new = findings_of(more, labels, earlier)
+    assert before is earlier.findings[0]
+    assert torch.equal(new.positions.sort().values, second.nonzero().squeeze(1))

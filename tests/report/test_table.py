@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_backdoor.report.table import class_rows, csv_chunks
-from lightning_backdoor.verdict import Verdict
+from lightning_backdoor.verdict import Finding, Verdict
 from tests.report.helpers import verdict
 
 
@@ -35,12 +35,15 @@ def test_csv_of_double_scores_is_exact():
 
 def test_csv_reads_back_as_the_frame(tmp_path):
     pd = pytest.importorskip("pandas")
-    judged = Verdict(**{**vars(verdict(30, 3)), "trusted": torch.arange(30) > 20, "suspect": torch.arange(30) < 3})
+    found = tuple(Finding(k, torch.arange(2) + k, "strict", (), torch.arange(1), torch.ones(1), 0.5) for k in (0, 7))
+    masks = {"trusted": torch.arange(30) > 20, "suspect": torch.arange(30) < 3}
+    judged = Verdict(**{**vars(verdict(30, 3)), **masks, "findings": found})
     read_back = pd.read_csv(io.StringIO("".join(csv_chunks(judged))))
     frame = judged.to_frame()
     assert list(read_back.columns) == list(frame.columns)
     for column in frame.columns:
-        assert np.array_equal(read_back[column].to_numpy().astype(frame[column].dtype), frame[column].to_numpy())
+        assert read_back[column].astype(frame[column].dtype).equals(frame[column])
+    assert frame["finding"].dropna().to_dict() == {0: 0, 1: 0, 7: 1, 8: 1}
 
 
 def test_class_rows_equal_counting_by_hand():
