@@ -6,10 +6,11 @@ from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; the processes that they start read it, too
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+pytest_plugins = ["tests.contract.tally"]
 
 
 @pytest.fixture(autouse=True)

@@ -41,6 +41,7 @@ pytestmark = LIGHTNING_WARNS
 PACKAGES = {"pytorch_lightning": (pl, Recording), "lightning.pytorch": (unified, UnifiedRecording)}
 
 
+@pytest.mark.case("67")
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("single", [False, True])
 def test_one_callback_class_serves_both_packages(package: str, single: bool, tmp_path: Any) -> None:
@@ -75,6 +76,7 @@ print("served by", package.__name__)
 """
 
 
+@pytest.mark.case("68")
 def test_one_package_is_enough() -> None:
     running = {}
     for hidden, other in (("pytorch_lightning", "lightning.pytorch"), ("lightning", "pytorch_lightning")):

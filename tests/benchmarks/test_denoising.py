@@ -1,6 +1,6 @@
 """How much faster than the authors' per-image loops? Ratios, measured in turns in one run, without a timed assertion.
 
-Run on two threads: ``OMP_NUM_THREADS=2 pytest -m benchmark tests/benchmarks/test_denoising.py -s``.
+Run on two threads: ``OMP_NUM_THREADS=2 pytest -n 0 -m benchmark tests/benchmarks/test_denoising.py -s``.
 """
 
 from __future__ import annotations

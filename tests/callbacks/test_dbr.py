@@ -114,6 +114,7 @@ class Signs(pl.Callback):
         self.steps[trainer.current_epoch] = self.steps.get(trainer.current_epoch, 0) + 1
 
 
+@pytest.mark.case("57")
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, 2), (2, 1)])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_suspects_come_first_with_the_other_sign_and_the_logged_loss_stays(
@@ -137,6 +138,7 @@ def test_suspects_come_first_with_the_other_sign_and_the_logged_loss_stays(
     assert [abs(value) for value in losses] == pytest.approx([value / accumulate for value in module.logged])
 
 
+@pytest.mark.case("57")
 def test_the_steps_are_those_of_a_literal_loop() -> None:
     callback, seen = acting(lr=0.01), Moments()
     _, module = fit([callback, seen], epochs=1)
@@ -168,6 +170,7 @@ class Moments(pl.Callback):
 ORDER = "".join(["s", "ttt"] * 4)  # four suspects, twelve trusted samples, each a batch of its own
 
 
+@pytest.mark.case("61")
 def test_bounded_it_alternates_freezes_batch_norms_and_gives_everything_back() -> None:
     moments = Moments()
     trainer, module = fit([acting(paper_loop=False), moments], epochs=2)
@@ -179,6 +182,7 @@ def test_bounded_it_alternates_freezes_batch_norms_and_gives_everything_back() -
     assert trainer.max_epochs == 2
 
 
+@pytest.mark.case("48")
 def test_labels_mixed_on_the_device_do_not_matter() -> None:
     class Mixing(Net):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -392,6 +396,7 @@ def test_a_resumed_run_never_repeats_the_detector(monkeypatch: pytest.MonkeyPatc
         assert same_state(plain, module), path.name
 
 
+@pytest.mark.case("63")
 @pytest.mark.parametrize("suspect", ["auto", 0.1])
 @pytest.mark.parametrize("detector", ["copy", "fresh", "own"])
 def test_the_look_is_invisible_to_the_training(detector: Any, suspect: Any) -> None:
@@ -443,6 +448,7 @@ def test_a_random_transformation_of_an_image_depends_on_no_batch() -> None:
     torch.testing.assert_close(*scores)
 
 
+@pytest.mark.case("58")
 def test_manual_optimization_is_refused_before_anything_happens() -> None:
     class Manual(Net):
         def __init__(self) -> None:

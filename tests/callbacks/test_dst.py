@@ -444,6 +444,7 @@ def test_what_cannot_work_is_said_at_the_start() -> None:
         make_trainer([acting()]).fit(Manual(), loader_of(Pictures()))
 
 
+@pytest.mark.case("60")
 def test_labels_must_be_those_of_the_samples() -> None:
     class Fractions(Pairs):
         def __getitem__(self, i: int) -> Any:

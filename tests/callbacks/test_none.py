@@ -127,6 +127,7 @@ def test_fine_tunes_beyond_the_plan_on_what_is_kept_and_gives_everything_back() 
     assert trainer.max_epochs == 4
 
 
+@pytest.mark.case("64")
 def test_the_rate_of_the_phase_is_in_the_optimizer_during_steps_alone() -> None:
     seen: list[float] = []
     torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # from now on hooks run within the base's step as well
@@ -168,6 +169,7 @@ def test_inside_the_plan_schedules_go_on_and_training_does_not_get_longer() -> N
     assert [len(positions) for _, positions in module.epochs()] == [64] + 3 * [int(callback.verdict.keep.sum())]
 
 
+@pytest.mark.case("65")
 def test_batch_norm_statistics_stand_still_and_their_weights_learn() -> None:
     moments = Moments()
     _, module = fit([acting(), moments])
@@ -254,6 +256,7 @@ def test_the_report_lists_the_units(tmp_path: Path) -> None:
     assert re.search(rf"<td[^>]*>{unit}</td>", page)
 
 
+@pytest.mark.case("58")
 def test_manual_optimization_is_refused_before_anything_happens() -> None:
     class Manual(Net):
         def __init__(self) -> None:
@@ -329,6 +332,7 @@ def test_a_run_that_is_resumed_within_an_epoch_of_fine_tuning_keeps_its_rate(tmp
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
 
 
+@pytest.mark.case("64")
 @pytest.mark.parametrize("warmup_epochs", [None, 1, 3])
 def test_a_one_cycle_schedule_is_not_asked_to_go_beyond_its_end(warmup_epochs: int | None) -> None:
     class Cycle(Net):
@@ -645,6 +649,7 @@ def test_what_cannot_be_extended_is_refused() -> None:
         fit([acting(), pl.callbacks.StochasticWeightAveraging(0.1)])
 
 
+@pytest.mark.case("64")
 def test_a_step_that_fails_leaves_the_users_rate() -> None:
     class Failing(Net):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:

@@ -224,6 +224,7 @@ def test_validation_goes_on_after_a_rewind() -> None:
     assert module.validated == [0, 1, 0, 1, 2]
 
 
+@pytest.mark.case("15")
 @pytest.mark.parametrize("warmup", [3, 4])
 def test_data_are_reloaded_in_the_epochs_in_which_a_new_run_does(warmup: int) -> None:
     class Reloads(Net):

@@ -111,6 +111,7 @@ def test_images_standardised_one_by_one_by_flag() -> None:
     assert repr(callback) == "UltraCleanCallback(mean='per_image')"
 
 
+@pytest.mark.case("69")
 def test_help_explains_and_bad_values_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli_of(pytorch_lightning.cli, ["fit", "--trainer.callbacks.help=lightning_backdoor.UltraCleanCallback"])

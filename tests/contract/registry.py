@@ -99,7 +99,7 @@ class Entry:
         return EPOCHS + (self.acting.get("epochs", self.acting.get("finetune_epochs", 0)))
 
 
-DETECTOR = {"suspect": 0.1, "trusted": 0.25, "detector_steps": 3, "draws": 1}
+DETECTOR = {"suspect": 0.1, "trusted": 0.25, "detector_steps": 3, "num_transforms": 1}
 
 ENTRIES = [
     Entry(

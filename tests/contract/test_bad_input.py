@@ -70,6 +70,7 @@ class Shrinking(Loading, Net):
         return loader_of(planted(96 - 8 * self.current_epoch), BATCH)
 
 
+@pytest.mark.case("27")
 @every_defense
 def test_a_dataset_that_changes_its_size_is_refused_once_positions_count(entry: Entry) -> None:
     torch.manual_seed(0)

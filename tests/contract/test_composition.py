@@ -119,6 +119,7 @@ def test_dst_refuses_to_share_and_says_what_to_do(other: Any, own_first: bool) -
         fit(callbacks)
 
 
+@pytest.mark.case("24b")
 def test_three_filters_cut_all() -> None:
     filters = [of(name).make() for name in ("UltraCleanCallback", "RandomFilter", "SpectralSignatures")]
     run = fit(filters)

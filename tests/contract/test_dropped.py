@@ -43,6 +43,7 @@ def train(callback: Any, trainer: Any = None, **settings: Any) -> tuple[Any, Any
     return module, trainer
 
 
+@pytest.mark.case("52")
 @every_defense
 def test_samples_that_the_collate_drops_are_kept_and_counted(
     entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -52,6 +52,7 @@ class Answers(Net):
         self.log("val_loss", 0.0)
 
 
+@pytest.mark.case("53")
 @every_defense
 @pytest.mark.parametrize("kind", ["tuple", "dict"])
 def test_answers_that_hold_logits_are_understood(entry: Entry, kind: str) -> None:

@@ -31,6 +31,7 @@ def assert_draws_kept_samples(entry: Entry, callback: Any, module: Any) -> None:
     assert last == allowed.nonzero().flatten().tolist()
 
 
+@pytest.mark.case("67")
 @every
 @pytest.mark.parametrize("package", PACKAGES)
 def test_fit(entry: Entry, package: str) -> None:
@@ -42,6 +43,7 @@ def test_fit(entry: Entry, package: str) -> None:
     assert_settled(run.trainer, run.module, run.loader, run.before)
 
 
+@pytest.mark.case("67")
 @every
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_callback_that_is_not_in_a_list(entry: Entry, package: str) -> None:
@@ -51,6 +53,7 @@ def test_a_callback_that_is_not_in_a_list(entry: Entry, package: str) -> None:
     assert entry.acted(callback, run.trainer)
 
 
+@pytest.mark.case("23")
 @every
 def test_a_second_fit_with_the_same_callback(entry: Entry) -> None:
     callback = entry.make()
@@ -64,6 +67,7 @@ def test_a_second_fit_with_the_same_callback(entry: Entry) -> None:
         assert not bool((callback.verdict.keep & ~first.keep).any()), "removed samples stay removed"
 
 
+@pytest.mark.case("23")
 @every
 def test_the_same_trainer_twice(entry: Entry) -> None:
     callback = entry.make()
@@ -93,6 +97,7 @@ class Cable(pl.Callback):
             raise RuntimeError("the cable")
 
 
+@pytest.mark.case("24", "65")
 @every
 @pytest.mark.parametrize("epoch", [0, 2, 3])
 def test_after_an_error_in_the_middle_everything_is_back_and_the_next_fit_works(entry: Entry, epoch: int) -> None:
@@ -127,6 +132,7 @@ def test_copies_before_and_after_a_fit(entry: Entry, twin_of: Any) -> None:
     fit([later])
 
 
+@pytest.mark.case("13")
 @every_defense
 def test_a_fit_without_training_is_refused_or_silent(entry: Entry) -> None:
     callback = entry.make()

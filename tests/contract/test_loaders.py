@@ -94,6 +94,7 @@ def _no_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("traceback.format_stack", lambda *args: [])
 
 
+@pytest.mark.case("1", "2", "3", "4", "5", "7", "8", "9", "10", "16", "60")
 @every_curating
 @pytest.mark.parametrize("which", LOADERS)
 def test_removed_samples_are_never_drawn_again(entry: Entry, which: str, tmp_path: Path) -> None:

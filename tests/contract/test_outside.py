@@ -76,6 +76,7 @@ def yaml_of(entry: Entry) -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.case("69")
 @every
 @pytest.mark.parametrize("package", NETS, ids=["pytorch_lightning", "lightning.pytorch"])
 @pytest.mark.parametrize("way", ["flag", "yaml"])
@@ -107,6 +108,7 @@ LOGGERS = {"csv": CSVLogger, "tensorboard": TensorBoardLogger, "none": None}
 BARS = {"csv": TQDMProgressBar, "tensorboard": RichProgressBar, "none": None}
 
 
+@pytest.mark.case("70", "71")
 @every
 @pytest.mark.parametrize("which", LOGGERS)
 def test_loggers_and_progress_bars(entry: Entry, which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +129,7 @@ def test_loggers_and_progress_bars(entry: Entry, which: str, tmp_path: Path, mon
     assert str(Path(logger.log_dir).relative_to(tmp_path)) in str(report)
 
 
+@pytest.mark.case("40")
 @every
 def test_two_instances_of_one_class_are_told_apart_by_name(entry: Entry, tmp_path: Path) -> None:
     one, two = entry.make(name="one"), entry.make(name="two")

@@ -72,6 +72,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+@pytest.mark.case("63")
 @every
 def test_the_verdict_is_that_of_one_process(entry: Entry, world: tuple[int, str, Path]) -> None:
     one = torch.load(world[2] / f"still-{entry.name}-1-0.pt", weights_only=True)
@@ -93,6 +94,7 @@ def test_the_verdict_is_that_of_one_process(entry: Entry, world: tuple[int, str,
             assert [unit[3] for unit in mine] == pytest.approx([unit[3] for unit in theirs], abs=1e-6)
 
 
+@pytest.mark.case("70")
 @every
 def test_weights_and_state_are_the_same_everywhere(entry: Entry, world: tuple[int, str, Path]) -> None:
     first, *others = load(world, f"learning-{entry.name}")

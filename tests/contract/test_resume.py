@@ -51,6 +51,7 @@ def plain_resumes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
     return {path.name: same_state(whole.module, fit([], ckpt=path).module) for path in saver.paths}
 
 
+@pytest.mark.case("36", "43")
 @every
 def test_resumed_between_epochs_and_after_validation_it_ends_the_same(
     entry: Entry, plain_resumes: dict[str, bool], tmp_path: Path
@@ -69,6 +70,7 @@ def test_resumed_between_epochs_and_after_validation_it_ends_the_same(
         assert_settled(run.trainer, run.module, run.loader, run.before)
 
 
+@pytest.mark.case("37", "61")
 @every
 def test_resumed_in_the_middle_of_an_epoch_it_goes_on_with_what_it_knew(entry: Entry, tmp_path: Path) -> None:
     """Lightning begins the loader of the epoch anew: batches differ, so weights do."""
@@ -92,6 +94,7 @@ def test_resumed_in_the_middle_of_an_epoch_it_goes_on_with_what_it_knew(entry: E
             assert drawn <= set(allowed.nonzero().flatten().tolist()), path.name
 
 
+@pytest.mark.case("39")
 @every
 def test_the_checkpoints_of_lightning_resume_and_load_safely(entry: Entry, tmp_path: Path) -> None:
     keeper, callback = ModelCheckpoint(tmp_path, save_last=True, save_top_k=-1), entry.make(name="mine")
@@ -106,6 +109,7 @@ def test_the_checkpoints_of_lightning_resume_and_load_safely(entry: Entry, tmp_p
         assert f"lightning_backdoor.{entry.cls.method}.mine" in last["callbacks"]
 
 
+@pytest.mark.case("42")
 @every_defense
 def test_resumed_on_other_data_it_is_refused(entry: Entry, tmp_path: Path) -> None:
     saver = SaveAll(tmp_path)
@@ -145,6 +149,7 @@ def test_other_settings_resume_as_well(make: Any, plain_resumes: dict[str, bool]
             assert_same_end(whole, expected, callback, run, path.name)
 
 
+@pytest.mark.case("38")
 @every
 def test_added_on_resume_it_acts_on_what_is_left(entry: Entry, tmp_path: Path) -> None:
     saver = SaveAll(tmp_path)

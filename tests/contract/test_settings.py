@@ -81,6 +81,7 @@ def test_strategies_that_shard_the_model_are_refused(entry: Entry, name: str) ->
         callback.setup(trainer, net_of(), "fit")
 
 
+@pytest.mark.case("25")
 @every
 def test_stochastic_weight_averaging(entry: Entry) -> None:
     averaging, callback = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1), entry.make()
@@ -135,6 +136,7 @@ def test_a_training_that_stops_early_is_looked_at_all_the_same(entry: Entry, fir
     assert_settled(run.trainer, run.module, run.loader, run.before, epochs=9)
 
 
+@pytest.mark.case("26")
 @every
 def test_a_one_cycle_schedule_is_not_asked_to_go_beyond_its_end(entry: Entry) -> None:
     callback = entry.make()
@@ -167,11 +169,13 @@ def tuned(entry: Entry, finder: pl.Callback, folder: Path) -> Any:
     return module
 
 
+@pytest.mark.case("25")
 @every
 def test_the_learning_rate_finder(entry: Entry, tmp_path: Path) -> None:
     tuned(entry, LearningRateFinder(num_training_steps=6, update_attr=True), tmp_path)
 
 
+@pytest.mark.case("25")
 @every
 def test_the_batch_size_finder(entry: Entry, tmp_path: Path) -> None:
     module = tuned(entry, BatchSizeFinder(max_trials=2, steps_per_trial=1, init_val=8), tmp_path)

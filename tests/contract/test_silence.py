@@ -53,6 +53,7 @@ def plain(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return settings, train([], tmp_path_factory.mktemp("plain"), settings)
 
 
+@pytest.mark.case("22")
 @pytest.mark.parametrize(
     "entry", [entry for entry in ENTRIES if entry.silent is not None], ids=lambda entry: entry.name
 )

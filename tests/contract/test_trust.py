@@ -88,6 +88,7 @@ def test_a_file_that_is_no_verdict_is_refused_in_words(content: Any, words: str,
         Verdict.load(tmp_path / "verdict.pt")
 
 
+@pytest.mark.case("39")
 @every_defense
 def test_a_checkpoint_that_would_run_code_is_refused(entry: Entry, tmp_path: Path) -> None:
     saver = SaveAll(tmp_path)

@@ -128,6 +128,7 @@ def anatomy(node: Any, seen: set[int] | None = None) -> list[tuple[int, list[tup
     return found
 
 
+@pytest.mark.case("51")
 @pytest.mark.parametrize("form", EVERY_FORM)
 @pytest.mark.parametrize("source", ["argument", "validation"])
 def test_random_before_fixed_inside_restored_after(form: str, source: str, folder: Path) -> None:
@@ -143,6 +144,7 @@ def test_random_before_fixed_inside_restored_after(form: str, source: str, folde
     assert not torch.equal(image_of(dataset[0]), image_of(dataset[0])), "augmentation is back"
 
 
+@pytest.mark.case("51")
 @pytest.mark.parametrize("form", EVERY_FORM)
 def test_restored_on_errors(form: str, folder: Path) -> None:
     dataset = FORMS[form](folder, TRAIN)

@@ -182,6 +182,7 @@ class TestMixingCollate:
     def loader(workers: int = 0) -> DataLoader:
         return DataLoader(Noisy(), batch_size=4, collate_fn=mixing_collate, num_workers=workers)
 
+    @pytest.mark.case("52")
     @pytest.mark.parametrize("workers", [0, 1])
     def test_is_replaced_with_one_warning(self, workers: int) -> None:
         with warnings.catch_warnings(record=True) as caught:
@@ -261,6 +262,7 @@ def yielding_collate(items: list[Any]) -> Any:
     return default_collate(left) if left else None
 
 
+@pytest.mark.case("52")
 @pytest.mark.parametrize("size", [1, 2, 4, 13])
 @pytest.mark.parametrize(
     ("data", "collate", "dropped"),

@@ -32,6 +32,7 @@ def kinds(drawn: list[list[int]]) -> str:
     return "".join("s" if True in kind else "t" for kind in flags)
 
 
+@pytest.mark.case("61")
 def test_one_phase_after_the_other_and_every_sample_once() -> None:
     some = phases()
     drawn = list(some)
@@ -42,6 +43,7 @@ def test_one_phase_after_the_other_and_every_sample_once() -> None:
     assert max(map(len, drawn)) - min(map(len, drawn[:2])) <= 2
 
 
+@pytest.mark.case("60")
 def test_positions_of_a_place_are_those_that_are_drawn_there_in_any_epoch() -> None:
     epoch = [0]
     some = Phases(
@@ -71,6 +73,7 @@ def test_shuffles_depend_on_seed_and_epoch_alone() -> None:
     assert list(phases(seed=1)) != list(phases(seed=2))
 
 
+@pytest.mark.case("61")
 @pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize("world", [2, 3, 8])
 def test_all_processes_change_over_at_the_same_step_and_together_draw_everything(world: int, mixed: bool) -> None:
@@ -87,6 +90,7 @@ def test_an_empty_phase_is_left_out() -> None:
     assert kinds(list(phases((torch.zeros(0, dtype=torch.long), TRUSTED)))) == "ttttt"
 
 
+@pytest.mark.case("59")
 def test_loaders_whose_batches_cannot_be_known_are_refused() -> None:
     data: Any = list(range(8))
     with pytest.raises(DataError, match="batch_size=None"):
@@ -199,6 +203,7 @@ def test_one_logit_of_two_classes_and_maps_of_one_pixel_are_logits() -> None:
     torch.testing.assert_close(maps[:, :, 0, 0], gradients(Ascent(torch.nn.Identity(), bounded=True)))
 
 
+@pytest.mark.case("57")
 @pytest.mark.parametrize("bounded", [True, False])
 def test_without_a_head_or_bounds_the_whole_loss_changes_its_sign(bounded: bool) -> None:
     head = None if bounded else torch.nn.Identity()

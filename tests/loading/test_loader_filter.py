@@ -84,6 +84,7 @@ class Sliced(Points):
         return self.x[index], self.y[index], torch.tensor(index)
 
 
+@pytest.mark.case("1", "2", "4", "5", "6", "7", "8", "9")
 @pytest.mark.parametrize("kind", loaders())
 def test_only_kept_samples_are_drawn_once_each(kind: str) -> None:
     module = fit(loaders()[kind]())
@@ -93,6 +94,7 @@ def test_only_kept_samples_are_drawn_once_each(kind: str) -> None:
     assert module.validated == [0, 1, 2, 3]
 
 
+@pytest.mark.case("3")
 @pytest.mark.parametrize("generator", [None, 3])
 def test_weighted_draws(generator: int | None) -> None:
     own = None if generator is None else torch.Generator().manual_seed(generator)
@@ -104,6 +106,7 @@ def test_weighted_draws(generator: int | None) -> None:
     assert module.validated == [0, 1, 2, 3]
 
 
+@pytest.mark.case("10")
 def test_drop_last_and_accumulation() -> None:
     keep = KEEP.clone()
     keep[0] = False
@@ -113,6 +116,7 @@ def test_drop_last_and_accumulation() -> None:
     assert module.planned == [8, 8, 5, 5]
 
 
+@pytest.mark.case("11")
 @pytest.mark.parametrize(("limit", "planned"), [(0.5, [4, 4, 3, 3]), (7, [7, 7, 6, 6]), (3, [3, 3, 3, 3])])
 def test_limit_train_batches(limit: float, planned: list[int]) -> None:
     module = fit(limit_train_batches=limit)
@@ -121,6 +125,7 @@ def test_limit_train_batches(limit: float, planned: list[int]) -> None:
     assert module.validated == [0, 1, 2, 3]
 
 
+@pytest.mark.case("12")
 @pytest.mark.parametrize(("overfit", "planned"), [(0.5, [4, 4, 3, 3]), (2, [2, 2, 2, 2])])
 @pytest.mark.filterwarnings("ignore:You requested to overfit but enabled")
 def test_overfit_batches(overfit: float, planned: list[int]) -> None:
@@ -129,6 +134,7 @@ def test_overfit_batches(overfit: float, planned: list[int]) -> None:
     expect_pruned(module, once=False)
 
 
+@pytest.mark.case("13")
 def test_fast_dev_run() -> None:
     module = fit(pruner=Pruner({0: KEEP}), fast_dev_run=True)
     assert module.planned == [1]
@@ -160,6 +166,7 @@ class CountingModule(Recording):
         return loader(Points(16))
 
 
+@pytest.mark.case("14", "15")
 @pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("source", ["datamodule", "module"])
 def test_data_sources_are_asked_as_often_as_before(source: str, every: int) -> None:
@@ -177,6 +184,7 @@ class Stream(IterableDataset[Any]):
         return iter([torch.zeros(2)] * 20)
 
 
+@pytest.mark.case("16")
 @pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize(
     "make",
@@ -202,12 +210,14 @@ def test_combined_loaders(make: Any, every: int) -> None:
         assert [a is b for a, b in zip(train.flattened, flat, strict=True)] == [True] * len(flat)
 
 
+@pytest.mark.case("17")
 @pytest.mark.parametrize("every", [0, 1])
 def test_validation_within_the_epoch(every: int) -> None:
     module = fit(val_check_interval=0.5, reload_dataloaders_every_n_epochs=every)
     assert module.validated == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.case("17")
 @pytest.mark.parametrize("every", [0, 1])
 def test_a_validation_interval_longer_than_the_epoch_is_shortened_aloud(every: int) -> None:
     with pytest.warns(UserWarning, match="`val_check_interval=8` is more than the 6 batches of an epoch"):
@@ -216,16 +226,19 @@ def test_a_validation_interval_longer_than_the_epoch_is_shortened_aloud(every: i
     assert module.trainer.val_check_interval == 8
 
 
+@pytest.mark.case("17")
 def test_validation_by_steps_over_epochs() -> None:
     module = fit(val_check_interval=7, check_val_every_n_epoch=None)
     assert module.validated == [0, 1, 2, 3]  # steps 7, 14, 21, 28 of 8 + 8 + 6 + 6
 
 
+@pytest.mark.case("18")
 def test_without_validation() -> None:
     module = fit(validate=False, val_check_interval=8)
     expect_pruned(module)
 
 
+@pytest.mark.case("21")
 def test_a_lifted_mask_brings_all_samples_back() -> None:
     module = fit(pruner=Pruner({0: KEEP, 1: None}), limit_train_batches=1.0)
     assert module.planned == [8, 6, 8, 8]
@@ -234,6 +247,7 @@ def test_a_lifted_mask_brings_all_samples_back() -> None:
     assert module.validated == [0, 1, 2, 3]
 
 
+@pytest.mark.case("22")
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("mask", [None, torch.ones(N, dtype=torch.bool)], ids=["never", "keeps all"])
 def test_a_callback_that_removes_nothing_changes_no_bit(mask: Any, workers: int) -> None:
@@ -255,6 +269,7 @@ def test_both_packages_prune() -> None:
     assert module.validated == [0, 1, 2, 3]
 
 
+@pytest.mark.case("26")
 def test_one_cycle_ends_early_without_an_error() -> None:
     class OneCycle(Recording):
         def configure_optimizers(self) -> Any:

@@ -49,6 +49,7 @@ def both(ranks: tuple[Any, Any, Path], name: str, epoch: int) -> Counter[int]:
 CASES = "shuffle, reload, weighted, own sampler, odd, odd drop last, lone, own distributed, own sharding, own batches"
 
 
+@pytest.mark.case("28", "29", "31", "33")
 @pytest.mark.parametrize("name", CASES.split(", "))
 def test_processes_take_equally_many_steps_to_the_same_weights(ranks: Any, name: str) -> None:
     first, second = ranks[0][name], ranks[1][name]
@@ -61,6 +62,7 @@ def test_processes_take_equally_many_steps_to_the_same_weights(ranks: Any, name:
     assert first["validated"] == second["validated"] == [0, 1, 2, 3]
 
 
+@pytest.mark.case("28", "33")
 @pytest.mark.parametrize("name", ["shuffle", "reload"])
 def test_each_kept_sample_once(ranks: Any, name: str) -> None:
     assert both(ranks, name, 0) == Counter(range(N))
@@ -69,6 +71,7 @@ def test_each_kept_sample_once(ranks: Any, name: str) -> None:
         assert len(drawn(ranks[0][name], epoch)) == 24
 
 
+@pytest.mark.case("29")
 def test_draws_with_replacement(ranks: Any) -> None:
     for name in ("weighted", "own sampler"):
         for epoch in (1, 2, 3):
@@ -76,6 +79,7 @@ def test_draws_with_replacement(ranks: Any) -> None:
             assert 36 <= sum(both(ranks, name, epoch).values()) <= 60
 
 
+@pytest.mark.case("30")
 def test_odd_numbers_are_filled_up_or_cut(ranks: Any) -> None:
     kept = set(ODD.nonzero().squeeze(1).tolist())
     for epoch in (1, 2, 3):
@@ -94,6 +98,7 @@ def test_no_process_is_left_with_a_lone_sample(ranks: Any) -> None:
         assert [len(batch) for batch in rank["lone"]["batches"][2]] == [8, 8]
 
 
+@pytest.mark.case("31", "32")
 def test_unknown_sharding_is_filtered_and_filled_up(ranks: Any) -> None:
     for epoch in (1, 2, 3):
         assert both(ranks, "own sharding", epoch).keys() == set(range(20, N))
@@ -102,11 +107,13 @@ def test_unknown_sharding_is_filtered_and_filled_up(ranks: Any) -> None:
         assert [len(rank["own batches"]["batches"][epoch]) for rank in ranks[:2]] == [4, 4]
 
 
+@pytest.mark.case("41")
 def test_resumed_in_two_processes(ranks: Any) -> None:
     for epoch in (4, 5):
         assert both(ranks, "resumed", epoch) == Counter(KEPT)
 
 
+@pytest.mark.case("41")
 def test_resumed_in_one_process(ranks: Any) -> None:
     module, pruner = Recording(), Pruner({0: KEEP})
     make_trainer([pruner], max_epochs=6).fit(
@@ -117,6 +124,7 @@ def test_resumed_in_one_process(ranks: Any) -> None:
     assert module.planned == [6, 6]
 
 
+@pytest.mark.case("34")
 @pytest.mark.slow
 def test_processes_started_by_lightning(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.loading.ddp_loader_filter", str(tmp_path)]

@@ -100,6 +100,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.case("19")
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.filterwarnings("ignore:.*`IterableDataset` has `__len__`")
 def test_loaders_that_cannot_be_curated(kind: str) -> None:
@@ -110,6 +111,7 @@ def test_loaders_that_cannot_be_curated(kind: str) -> None:
     assert module.batches == {}
 
 
+@pytest.mark.case("20")
 @pytest.mark.parametrize(
     ("keep", "settings", "options", "error", "words"),
     [
@@ -185,6 +187,7 @@ def test_a_batch_limit_that_was_nothing_before_is_lightnings_affair() -> None:
     assert module.planned == [1, 1, 1, 1]
 
 
+@pytest.mark.case("20")
 @pytest.mark.parametrize(("norm", "expected"), [(True, 48), (False, 49)])
 def test_a_lone_last_sample_is_left_out_where_batch_norm_needs_two(norm: bool, expected: int) -> None:
     module = fit(pruner=Pruner({1: only(49)}), module=Recording(norm))
@@ -199,6 +202,7 @@ def test_one_kept_sample_is_no_batch_for_batch_norm() -> None:
     assert fit(pruner=Pruner({0: only(1)})).sizes(3) == [1]
 
 
+@pytest.mark.case("27")
 def test_a_dataset_that_changes_its_size_at_a_reload() -> None:
     class Growing(Recording):
         calls = 0

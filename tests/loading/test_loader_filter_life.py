@@ -48,6 +48,7 @@ def hooked(trainer: Any) -> bool:
     return "setup_data" in vars(trainer.fit_loop) or "process_dataloader" in vars(trainer.strategy)
 
 
+@pytest.mark.case("23")
 def test_user_objects_come_back_as_they_were() -> None:
     train = loader(shuffle=True, num_workers=1, persistent_workers=True)
     before = dict(vars(train))
@@ -125,6 +126,7 @@ class Failing(Recording):
             raise ZeroDivisionError("the user's mistake")
 
 
+@pytest.mark.case("24")
 def test_an_error_leaves_no_wrapper_behind_and_the_next_fit_works() -> None:
     pruner, module, train = Pruner(), Failing(), loader(shuffle=True)
     trainer = make_trainer([pruner])
@@ -178,6 +180,7 @@ def test_a_trainer_is_not_kept_alive() -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.case("24b")
 def test_masks_of_two_defenses_are_joined(order: int) -> None:
     first, second = Pruner({0: LOW}, "first"), Pruner({1: HIGH}, "second")
     module = fit(pruner=[first, second][::order])
@@ -275,6 +278,7 @@ def test_learning_rate_finder(tmp_path: Any) -> None:
     assert module.planned == [8, 8, 6, 6]
 
 
+@pytest.mark.case("25")
 def test_weight_averaging_and_accumulation_schedules_and_early_stopping() -> None:
     averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
     module = fit(pruner=[Pruner(), averaging, GradientAccumulationScheduler({0: 2, 2: 3})])

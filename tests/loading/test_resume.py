@@ -54,6 +54,7 @@ def resume(path: Path, pruner: Any = None, train: Any = None, **settings: Any) -
     return module, pruner
 
 
+@pytest.mark.case("35")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_resumed_after_pruning_stays_pruned(workers: int, tmp_path: Path) -> None:
     path = interrupted(tmp_path, save_on_train_epoch_end=True)[-1]
@@ -79,6 +80,7 @@ def test_every_epoch_is_a_place_to_resume_with_the_same_weights(
     assert same_weights(weights_of(module), weights_of(whole))
 
 
+@pytest.mark.case("36")
 def test_the_checkpoint_written_before_pruning_is_healed(tmp_path: Path) -> None:
     """By default ModelCheckpoint saves at the end of validation, which comes before the end of the training epoch."""
     path = interrupted(tmp_path, epochs=2, save_on_train_epoch_end=False)[-1]
@@ -90,6 +92,7 @@ def test_the_checkpoint_written_before_pruning_is_healed(tmp_path: Path) -> None
     assert module.planned[-1] == 6
 
 
+@pytest.mark.case("37")
 @pytest.mark.parametrize("step", [12, 19])
 def test_in_the_middle_of_an_epoch(step: int, tmp_path: Path) -> None:
     paths = interrupted(tmp_path, every_n_train_steps=1)
@@ -111,6 +114,7 @@ class Late(Pruner):
             self.loader_filter.restart_iterator()
 
 
+@pytest.mark.case("38")
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, False), (1, True)])
 def test_a_callback_that_is_added_on_resume_leaks_nothing(workers: int, persistent: bool, tmp_path: Path) -> None:
     path = interrupted(tmp_path, Pruner({}, name="other"), save_on_train_epoch_end=True)[-1]

@@ -50,6 +50,7 @@ def undisturbed() -> dict[Any, dict[str, Any]]:
     return {}
 
 
+@pytest.mark.case("44", "47", "49")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize(
     ("workers", "hooks"),
@@ -78,6 +79,7 @@ def test_a_naive_pass_would_be_noticed() -> None:
     assert {"norm.running_mean", "conv.weight", "frozen", "calls", "metrics", "streams"} <= set(traces)
 
 
+@pytest.mark.case("48")
 def test_scan_sees_the_validation_stage_and_no_augmentation() -> None:
     module = Trap()
     scanner = Scanner(NoisyData(), ("on_train_epoch_end",))
@@ -95,6 +97,7 @@ def attached(module: Any) -> Any:
     return trainer
 
 
+@pytest.mark.case("46")
 def test_modes_stage_grad_and_log_come_back_after_an_error() -> None:
     class Stubborn(nn.Dropout):
         def train(self, mode: bool = True) -> Stubborn:
@@ -193,6 +196,7 @@ def test_prepare_batch_takes_the_hooks_of_module_and_datamodule(package: Any) ->
     assert probe.batch.dtype == torch.float64  # the precision plugin's convert_input
 
 
+@pytest.mark.case("56")
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
 def test_sharded_strategies_are_refused(name: str) -> None:
     strategy = type("Mine", (type(name, (), {}),), {})()

@@ -36,6 +36,7 @@ class Returns(nn.Module):
         return self.output
 
 
+@pytest.mark.case("53")
 @pytest.mark.parametrize(
     "output",
     [
@@ -96,6 +97,7 @@ def test_forward_fn_gets_module_and_batch() -> None:
     )
 
 
+@pytest.mark.case("53")
 @pytest.mark.parametrize("base", [nn.Module, pl.LightningModule, lightning.pytorch.LightningModule])
 @pytest.mark.parametrize("name", ["model", "net", "backbone", "network", "classifier"])
 def test_module_without_forward_answers_through_its_only_child(base: type[nn.Module], name: str) -> None:
@@ -135,6 +137,7 @@ def test_errors_of_the_model_itself_pass_through() -> None:
         call_model(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), IMAGES)
 
 
+@pytest.mark.case("53")
 def test_probabilities_warn_once_per_module() -> None:
     module = Returns(LOGITS.softmax(1))
     with pytest.warns(UserWarning, match=r"Returns.*look like probabilities.*forward_fn"):

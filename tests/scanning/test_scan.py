@@ -65,6 +65,7 @@ def test_result_is_the_plain_loop(running: Any) -> None:
     assert result["right"].dtype == torch.bool
 
 
+@pytest.mark.case("45")
 @pytest.mark.parametrize(("batch_size", "workers"), [(5, 0), (64, 0), (8, 1), (8, 2)])
 def test_workers_and_batch_size_do_not_matter(running: Any, batch_size: int, workers: int) -> None:
     trainer, module = running
@@ -163,6 +164,7 @@ class Quiet(Trap):
         return out
 
 
+@pytest.mark.case("55")
 @pytest.mark.skipif(pl.__version__ < "2.4", reason="torch cannot compile what Lightning 2.2 logs with")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch, while compiling
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
@@ -213,6 +215,7 @@ def test_rich_display_gets_a_task_that_is_hidden_and_never_removed(monkeypatch: 
     assert told[-1] == (3, {"visible": False, "refresh": True})
 
 
+@pytest.mark.case("71")
 def test_real_rich_display(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
     monkeypatch.setattr(progress_module, "PATIENCE_S", 0.0)
@@ -278,6 +281,7 @@ def test_ranks_agree(two_ranks: list[dict[str, Any]], situation: str) -> None:
     assert len(first["logits"]) == (1 if situation == "one sample" else 63)
 
 
+@pytest.mark.case("45")
 def test_two_ranks_see_what_one_process_sees(running: Any, two_ranks: list[dict[str, Any]]) -> None:
     pl.seed_everything(3)
     module = Trap()
@@ -288,6 +292,7 @@ def test_two_ranks_see_what_one_process_sees(running: Any, two_ranks: list[dict[
     assert all(torch.equal(two_ranks[0]["odd"][key], two_ranks[0]["portions"][key]) for key in alone)
 
 
+@pytest.mark.case("50")
 def test_ranks_borrow_the_buffers_of_rank_zero(two_ranks: list[dict[str, Any]]) -> None:
     first, second = two_ranks
     assert not torch.equal(first["own mean"], second["own mean"]), "the test must start from ranks that differ"

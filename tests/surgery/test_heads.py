@@ -55,6 +55,7 @@ def tapped(model: nn.Module, head: Head, images: Tensor) -> Tensor:
         return taps.read()[head.name]
 
 
+@pytest.mark.case("54")
 @pytest.mark.parametrize("name", TINY)
 def test_head_and_features_of_timm_models(name: str) -> None:
     check_timm(name, 160, TINY[name])
@@ -75,6 +76,7 @@ def check_timm(name: str, size: int, expected: str) -> None:
     torch.testing.assert_close(tapped(model, head, images), features)
 
 
+@pytest.mark.case("54")
 def test_distilled_deit_takes_one_of_its_heads_and_says_so() -> None:
     model = timm.create_model(
         "deit_tiny_distilled_patch16_224", num_classes=K, depth=2, embed_dim=48, num_heads=3
@@ -86,6 +88,7 @@ def test_distilled_deit_takes_one_of_its_heads_and_says_so() -> None:
     assert list(unit_layers(model, lambda: model(images)))[-1] == "blocks.1.mlp.fc2"
 
 
+@pytest.mark.case("54")
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_head_of_torchvision_models(name: str) -> None:
     model = torchvision.models.get_model(name, weights=None, num_classes=K).eval()
@@ -96,6 +99,7 @@ def test_head_of_torchvision_models(name: str) -> None:
     torch.testing.assert_close(head.module(features), model(images))
 
 
+@pytest.mark.case("54")
 def test_convolutional_head_is_pooled_and_told() -> None:
     model = torchvision.models.squeezenet1_1(weights=None, num_classes=K).eval()
     images = torch.randn(2, 3, 64, 64)
@@ -371,6 +375,7 @@ def test_taps_name_the_layers_that_did_not_run() -> None:
             taps.read()  # nothing is read twice
 
 
+@pytest.mark.case("55")
 def test_compiled_models_can_be_searched_and_tapped() -> None:
     net, images = Net(), torch.randn(2, 3, 8, 8)
     with warnings.catch_warnings():
