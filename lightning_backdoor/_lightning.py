@@ -25,8 +25,10 @@ __all__ = [
     "CallbackBase",
     "before_batch_transfer",
     "buffers_of",
+    "callbacks_of",
     "combined_length",
     "combined_loader",
+    "epochs_processed",
     "forget_iterator",
     "forget_saved_step",
     "has_batch_norm",
@@ -111,17 +113,7 @@ def _callback_classes() -> tuple[type, ...]:
 
 
 if TYPE_CHECKING:
-
-    class CallbackBase:
-        """A Lightning callback, as far as the type checker is concerned."""
-
-        def __init__(self) -> None: ...
-        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None: ...
-        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None: ...
-        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None: ...
-        def state_dict(self) -> dict[str, Any]: ...
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
+    CallbackBase = Callback
 else:
     CallbackBase = type(
         "CallbackBase",
@@ -130,7 +122,7 @@ else:
     )
 
 
-def combined_loader(trainer: Any) -> Any | None:
+def combined_loader(trainer: Trainer) -> Any | None:
     """The CombinedLoader that the fit loop draws from; ``None`` before it exists."""
     return getattr(trainer.fit_loop, "_combined_loader", None)
 
@@ -160,23 +152,23 @@ def set_limits(combined: Any, limits: list[int | float]) -> None:
         iterator.limits = limits
 
 
-def restart_fetcher(trainer: Any) -> None:
+def restart_fetcher(trainer: Trainer) -> None:
     """Throw prefetched batches away and start a new epoch of the training loader."""
     fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
     if fetcher is not None:
         iter(fetcher)
 
 
-def load_again(trainer: Any) -> None:
+def load_again(trainer: Trainer) -> None:
     """Load the data of the current epoch where the user wants loaders reloaded; later reloads count from here."""
-    if not trainer.reload_dataloaders_every_n_epochs:
+    if not trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]  # a connector sets it
         return
     trainer.fit_loop._last_train_dl_reload_epoch = float("-inf")
     trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = float("-inf")  # at the next validation
     trainer.fit_loop.setup_data()
 
 
-def validation_loaders(trainer: Any) -> Any:
+def validation_loaders(trainer: Trainer) -> Any:
     """The validation loaders in the user's nesting, ``None`` if there are none.
 
     Lightning asks for them at the first validation, sooner in a new run than in a resumed one. Before that, this asks
@@ -202,6 +194,17 @@ def wrapped_sampler(sampler: DistributedSampler[Any]) -> Any | None:
 def validates_by_time(trainer: Trainer) -> bool:
     """Whether ``val_check_interval`` is a duration (Lightning 2.6 on) instead of a number or share of batches."""
     return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The callbacks of a Trainer, in the order in which it calls them."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+    return callbacks
+
+
+def epochs_processed(trainer: Trainer) -> int:
+    """Epochs of the fit whose batches are all trained on; in ``on_train_epoch_end`` with the one that ends."""
+    return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]  # of its tracker
 
 
 def may_stop_early(trainer: Trainer) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_backdoor._lightning import callbacks_of
 from lightning_backdoor.attacks import poisoned_mask
 from lightning_backdoor.attacks import triggered as make_triggered
 from lightning_backdoor.callbacks.hooks import TrainerCallback
@@ -251,10 +252,10 @@ class BackdoorMonitor(TrainerCallback):
         return self.space.to_model(trigger(self.space.to_pixels(images)), images)
 
 
-def _detection(trainer: Any) -> dict[str, float]:
+def _detection(trainer: Trainer) -> dict[str, float]:
     """Return the detection rates of every defence that has a verdict, against the ground truth if there is one."""
     masks = [poisoned_mask(loader.dataset) for loader in loaders_in(trainer.train_dataloader)]
-    judges = [each for each in trainer.callbacks if isinstance(getattr(each, "verdict", None), Verdict)]
+    judges = [each for each in callbacks_of(trainer) if isinstance(getattr(each, "verdict", None), Verdict)]
     values: dict[str, float] = {}
     for judge in judges:
         verdict: Verdict = judge.verdict

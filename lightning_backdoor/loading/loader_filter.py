@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-from weakref import WeakKeyDictionary, ref
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_backdoor._lightning import (
     combined_length,
     combined_loader,
+    epochs_processed,
     has_batch_norm,
     limited,
     rank_zero_warn,
@@ -36,12 +37,15 @@ from lightning_backdoor.loading.loaders import (
 )
 from lightning_backdoor.loading.samplers import KeepState, Kept
 
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
 __all__ = ["LoaderFilter", "loader_filter_of"]
 
 _CONTROLLERS: WeakKeyDictionary[Any, LoaderFilter] = WeakKeyDictionary()
 
 
-def loader_filter_of(trainer: Any) -> LoaderFilter:
+def loader_filter_of(trainer: Trainer) -> LoaderFilter:
     """The one controller of a Trainer, shared by all defences on it."""
     if trainer not in _CONTROLLERS:
         _CONTROLLERS[trainer] = LoaderFilter(trainer)
@@ -61,8 +65,8 @@ class LoaderFilter:
     ``on_exception``. With several processes, all of them call :meth:`set_keep` with the same mask.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer_ref = ref(trainer)
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer: Trainer = proxy(trainer)  # the table above must not keep a Trainer alive
         self._users: set[str] = set()
         self._masks: dict[str, Tensor] = {}
         self._state = KeepState(agree=self._agree)
@@ -166,14 +170,8 @@ class LoaderFilter:
             for sampler in (getattr(loader, "sampler", None), getattr(batches, "sampler", None)):
                 set_epoch = getattr(sampler, "set_epoch", None)
                 if callable(set_epoch):
-                    set_epoch(self._trainer.fit_loop.epoch_progress.current.processed)
+                    set_epoch(epochs_processed(self._trainer))
         restart_fetcher(self._trainer)
-
-    @property
-    def _trainer(self) -> Any:
-        trainer = self._trainer_ref()
-        assert trainer is not None, "a Curation is used while its Trainer lives"
-        return trainer
 
     def _hook(self) -> None:
         fit_loop, strategy = self._trainer.fit_loop, self._trainer.strategy
@@ -181,7 +179,7 @@ class LoaderFilter:
 
         def process_dataloader(loader: Any) -> Any:
             processed = process(loader)
-            return processed if self._prepared is None else self._prepare(processed)
+            return processed if self._prepared is None else self._prepare(processed, self._prepared)
 
         self._replace(lambda trainer: trainer.fit_loop, "setup_data", lambda: self._setup_data(setup_data))
         self._replace(lambda trainer: trainer.strategy, "process_dataloader", process_dataloader)
@@ -190,7 +188,7 @@ class LoaderFilter:
         before = {name: vars(owner_of(self._trainer))[name]} if name in vars(owner_of(self._trainer)) else {}
         setattr(owner_of(self._trainer), name, method)
 
-        def undo(trainer: Any) -> None:
+        def undo(trainer: Trainer) -> None:
             vars(owner_of(trainer)).pop(name, None)
             vars(owner_of(trainer)).update(before)
 
@@ -217,11 +215,10 @@ class LoaderFilter:
                 "into a map-style Dataset behind a torch DataLoader."
             )
 
-    def _prepare(self, loader: Any) -> Any:
-        """The clone of a map-style training loader; any other loader as it is."""
-        assert self._prepared is not None
-        another = any(is_map_style(before) for before in self._prepared)
-        self._prepared.append(loader)
+    def _prepare(self, loader: Any, prepared: list[Any]) -> Any:
+        """The clone of a map-style training loader; any other loader as it is. ``prepared`` gets the loader itself."""
+        another = any(is_map_style(before) for before in prepared)
+        prepared.append(loader)
         if not is_map_style(loader):
             return loader
         if another:

@@ -270,7 +270,7 @@ def is_finite(module: nn.Module) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
-def conclude(trainer: Any, pl_module: nn.Module, before: dict[str, Any] | None) -> None:
+def conclude(trainer: Any, pl_module: Any, before: dict[str, Any] | None) -> None:
     """Go back to the weights ``before`` a phase; without any, stand by what has come of it.
 
     Then averages start again: what was judged is what the user gets, and not a mean with what was only on the way.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_backdoor._lightning import epochs_processed
 from lightning_backdoor.data.prefetching import unwrapped
 from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.data.strong import strong_view
@@ -19,6 +20,9 @@ from lightning_backdoor.loading.batch_schedule import Phases
 from lightning_backdoor.loading.loader_filter import LoaderFilter
 from lightning_backdoor.scanning.distributed import raise_on_all_ranks
 from lightning_backdoor.scanning.scanner import DatasetScanner
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["Batch", "FlaggedBatches", "Flags", "require_plain_batches"]
 
@@ -61,7 +65,7 @@ class FlaggedBatches:
         self._seen: Any = None
         self._drawn = 0
 
-    def draw(self, trainer: Any, drawn: Tensor) -> None:
+    def draw(self, trainer: Trainer, drawn: Tensor) -> None:
         """Draw these samples, bool ``(N,)``, from the next epoch on."""
         self._phases = Phases(
             [(drawn & ~self._data.unread).nonzero().squeeze(1)],  # of these a batch would hold fewer
@@ -71,7 +75,7 @@ class FlaggedBatches:
             seed=self._seed,
             rank=trainer.global_rank,
             world=trainer.world_size,
-            epoch=lambda: trainer.fit_loop.epoch_progress.current.processed,
+            epoch=lambda: epochs_processed(trainer),
         )
         self._loader_filter.set_phases(self._phases)
         self._loader_filter.refresh()
@@ -90,7 +94,7 @@ class FlaggedBatches:
         layout = self._data.layout
         self._seen = layout.with_images(batch, layout.images(batch).clone())
 
-    def next(self, trainer: Any, pl_module: Any, flags: Flags, count: int) -> Batch:
+    def next(self, trainer: Trainer, pl_module: LightningModule, flags: Flags, count: int) -> Batch:
         """Flags of the batch that was seen, and ``count`` views of its images; call in ``on_train_batch_start``.
 
         Counted by itself: after a resume in the middle of an epoch the loader begins anew, ``batch_idx`` does not.
@@ -134,7 +138,7 @@ class FlaggedBatches:
             self._loader_filter.set_phases(None)
         self._phases = self._seen = None
 
-    def _view(self, trainer: Any, pixels: Tensor, place: int, i: int) -> Tensor:
+    def _view(self, trainer: Trainer, pixels: Tensor, place: int, i: int) -> Tensor:
         seed = self._seed
         for part in (trainer.current_epoch, place, trainer.global_rank, i):
             seed = (seed * 1_000_003 + part) % 2**63
@@ -145,7 +149,7 @@ class FlaggedBatches:
             return self._views(pixels)
 
 
-def require_plain_batches(trainer: Any, data: DatasetScanner) -> None:
+def require_plain_batches(trainer: Trainer, data: DatasetScanner) -> None:
     """Check that a training batch holds samples of the curated loader as they are, and nothing else.
 
     Raises:

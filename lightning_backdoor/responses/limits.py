@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from lightning_backdoor._lightning import is_early_stopping, may_stop_early, timer_lets_epoch_end
+from lightning_backdoor._lightning import (
+    callbacks_of,
+    epochs_processed,
+    is_early_stopping,
+    may_stop_early,
+    timer_lets_epoch_end,
+)
 from lightning_backdoor.errors import TrainerError
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 __all__ = [
     "about_to_end",
@@ -38,7 +47,7 @@ _HELD: WeakKeyDictionary[Any, tuple[tuple[int | None, int | None, int], dict[int
 and whether that lies beyond the plan."""
 
 
-def hold_open(trainer: Any, holder: object, until: int | None = None, *, beyond: bool = False) -> None:
+def hold_open(trainer: Trainer, holder: object, until: int | None = None, *, beyond: bool = False) -> None:
     """Keep the fit loop from ending until ``holder`` calls :func:`release`.
 
     Args:
@@ -63,7 +72,7 @@ def hold_open(trainer: Any, holder: object, until: int | None = None, *, beyond:
     loop.epoch_loop.max_steps = -1 if farther else max_steps
 
 
-def release(trainer: Any, holder: object) -> None:
+def release(trainer: Trainer, holder: object) -> None:
     """Put the user's limits on epochs and steps back, once nobody else holds the loop open."""
     if trainer not in _HELD:
         return
@@ -75,19 +84,19 @@ def release(trainer: Any, holder: object) -> None:
         del _HELD[trainer]
 
 
-def beyond_plan(trainer: Any) -> bool:
+def beyond_plan(trainer: Trainer) -> bool:
     """Whether the epochs or steps that the user planned are used up, whoever holds the loop open."""
     max_epochs, max_steps = _planned(trainer)
-    epochs_done = max_epochs is not None and trainer.fit_loop.epoch_progress.current.processed >= max_epochs
+    epochs_done = max_epochs is not None and epochs_processed(trainer) >= max_epochs
     return bool(epochs_done or (max_steps is not None and trainer.global_step >= max_steps))
 
 
-def planned_max_epochs(trainer: Any) -> int | None:
+def planned_max_epochs(trainer: Trainer) -> int | None:
     """The user's own ``max_epochs``, whoever holds the loop open; ``None`` where there is none."""
     return _planned(trainer)[0]
 
 
-def planned_epochs(trainer: Any) -> int:
+def planned_epochs(trainer: Trainer) -> int:
     """How many epochs the user planned, by epochs or by steps; 1 where there is no plan."""
     max_epochs, max_steps = _planned(trainer)
     by_steps = None if max_steps is None else math.ceil(max_steps / _steps_per_epoch(trainer))
@@ -95,7 +104,7 @@ def planned_epochs(trainer: Any) -> int:
     return max(1, min(known)) if known else 1
 
 
-def planned_end(trainer: Any) -> int | None:
+def planned_end(trainer: Trainer) -> int | None:
     """Epochs that the fit will have had at the end of the user's plan, whoever holds the loop open.
 
     ``max_steps`` and ``max_time`` are converted to epochs: the former by the steps that an epoch has now, the latter by
@@ -107,15 +116,15 @@ def planned_end(trainer: Any) -> int | None:
     return min(known) if known else None
 
 
-def epochs_left(trainer: Any, end: int | None, extra: int) -> int | None:
+def epochs_left(trainer: Trainer, end: int | None, extra: int) -> int | None:
     """Epochs that are left until the :func:`planned_end`, and ``extra`` ones beyond it; ``None``: nothing limits them.
 
     An early stop shortens no plan: what a repair needs then is taken from the epochs that it has saved.
     """
-    return None if end is None else max(end + extra - _done(trainer), 0)
+    return None if end is None else max(end + extra - epochs_processed(trainer), 0)
 
 
-def require_extendable(trainer: Any, method: str) -> None:
+def require_extendable(trainer: Trainer, method: str) -> None:
     """Raise if a callback rules further epochs after the planned ones out.
 
     Args:
@@ -125,13 +134,13 @@ def require_extendable(trainer: Any, method: str) -> None:
     Raises:
         TrainerError: Weights are averaged by StochasticWeightAveraging.
     """
-    classes = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
+    classes = {cls.__name__ for callback in callbacks_of(trainer) for cls in type(callback).__mro__}
     for name, remedy in _NOT_EXTENDABLE.items():
         if name in classes:
             raise TrainerError(f"{method} may add epochs of its own, which does not go together with {name}. {remedy}")
 
 
-def require_planned(trainer: Any, method: str) -> None:
+def require_planned(trainer: Trainer, method: str) -> None:
     """Raise if the number of epochs is not known, or a callback changes the optimizer on its way.
 
     Args:
@@ -141,36 +150,36 @@ def require_planned(trainer: Any, method: str) -> None:
     Raises:
         TrainerError: There is no ``max_epochs``, or ``max_steps`` may come before it, or there is such a callback.
     """
-    if trainer.fast_dev_run:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a function of Lightning's
         return
     if trainer.max_epochs in (None, -1) or trainer.max_steps != -1:
         raise TrainerError(
             f"{method} plans its stages by epochs, got max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}. "
             "Pass Trainer(max_epochs=...) alone."
         )
-    classes = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
+    classes = {cls.__name__ for callback in callbacks_of(trainer) for cls in type(callback).__mro__}
     for name, remedy in _NOT_PLANNED.items():
         if name in classes:
             raise TrainerError(f"{method} trains by an optimizer of its own, which {name} would change. {remedy}")
 
 
-def _planned(trainer: Any) -> tuple[int | None, int | None]:
+def _planned(trainer: Trainer) -> tuple[int | None, int | None]:
     loop = trainer.fit_loop
     limits, _ = _HELD.get(trainer, ((loop.min_epochs, loop.max_epochs, loop.epoch_loop.max_steps), {}))
     _, max_epochs, max_steps = limits
     return (None if max_epochs == -1 else max_epochs), (None if max_steps == -1 else max_steps)
 
 
-def _end_by_steps(trainer: Any) -> int | None:
+def _end_by_steps(trainer: Trainer) -> int | None:
     max_steps = _planned(trainer)[1]
     if max_steps is None:
         return None
     steps_left = max(max_steps - int(trainer.global_step), 0)
-    return _done(trainer) + math.ceil(steps_left / _steps_per_epoch(trainer))
+    return epochs_processed(trainer) + math.ceil(steps_left / _steps_per_epoch(trainer))
 
 
-def _end_by_time(trainer: Any) -> int | None:
-    done, seconds = _done(trainer), _seconds_left(trainer)
+def _end_by_time(trainer: Trainer) -> int | None:
+    done, seconds = epochs_processed(trainer), _seconds_left(trainer)
     if seconds is None or done == 0:
         return None
     left, elapsed = seconds
@@ -178,26 +187,21 @@ def _end_by_time(trainer: Any) -> int | None:
     return by_time
 
 
-def _seconds_left(trainer: Any) -> tuple[float, float] | None:
+def _seconds_left(trainer: Trainer) -> tuple[float, float] | None:
     """Seconds that ``max_time`` leaves, and those that have passed; ``None`` without a limit."""
     known = [(timer.time_remaining(), timer.time_elapsed()) for timer in _timers(trainer)]
     return min(((left, elapsed) for left, elapsed in known if left is not None), default=None)
 
 
-def _timers(trainer: Any) -> list[Any]:
-    return [callback for callback in trainer.callbacks if hasattr(callback, "time_remaining")]
+def _timers(trainer: Trainer) -> list[Any]:
+    return [callback for callback in callbacks_of(trainer) if hasattr(callback, "time_remaining")]
 
 
-def _done(trainer: Any) -> int:
-    """Epochs that the fit has had; in ``on_train_epoch_end`` with the one that ends."""
-    return int(trainer.fit_loop.epoch_progress.current.processed)
-
-
-def _steps_per_epoch(trainer: Any) -> int:
+def _steps_per_epoch(trainer: Trainer) -> int:
     return max(1, math.ceil(float(trainer.num_training_batches) / int(trainer.accumulate_grad_batches)))
 
 
-def plan_is_over(trainer: Any) -> bool:
+def plan_is_over(trainer: Trainer) -> bool:
     """Whether ``max_steps`` or ``max_time`` are used up; call in ``on_train_batch_end``. Every process must call it."""
     if _steps_are_over(trainer):
         return True
@@ -205,33 +209,33 @@ def plan_is_over(trainer: Any) -> bool:
     return seconds is not None and bool(trainer.strategy.broadcast(seconds[0] <= 0, src=0))
 
 
-def stops_within_epoch(trainer: Any) -> bool:
+def stops_within_epoch(trainer: Trainer) -> bool:
     """Whether a fit whose plan is over stops with this batch; a ``Timer(interval="epoch")`` lets the epoch end."""
     return _steps_are_over(trainer) or not all(timer_lets_epoch_end(timer) for timer in _timers(trainer))
 
 
-def _steps_are_over(trainer: Any) -> bool:
+def _steps_are_over(trainer: Trainer) -> bool:
     max_steps = trainer.fit_loop.epoch_loop.max_steps
     return bool(max_steps != -1 and trainer.global_step >= max_steps)
 
 
-def about_to_end(trainer: Any) -> bool:
+def about_to_end(trainer: Trainer) -> bool:
     """Whether the fit loop would stop after the epoch that is just ending; call in ``on_train_epoch_end``.
 
     It would not while somebody holds it open for further epochs.
     """
     _, holders = _HELD.get(trainer, ((), {}))
-    if any(until is None or until > _done(trainer) for until, _ in holders.values()):
+    if any(until is None or until > epochs_processed(trainer) for until, _ in holders.values()):
         return False
     stops = may_stop_early(trainer) and (trainer.should_stop or _early_stopping_will_ask(trainer))
     return bool(stops or beyond_plan(trainer))
 
 
-def _early_stopping_will_ask(trainer: Any) -> bool:
+def _early_stopping_will_ask(trainer: Trainer) -> bool:
     """Whether an EarlyStopping callback will ask for the end: its turn comes after all others, so ask a copy of it."""
     should_stop = trainer.should_stop
     try:
-        for callback in trainer.callbacks:
+        for callback in callbacks_of(trainer):
             if is_early_stopping(callback):
                 twin = copy.copy(callback)
                 twin.verbose = False

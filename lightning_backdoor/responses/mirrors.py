@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_backdoor._lightning import BUFFERS, CallbackBase
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 __all__ = ["Found", "Mirror", "Watch", "find_mirrors", "tensors_of"]
 
@@ -177,7 +180,7 @@ class Watch:
         under_way: Whether a step was seen.
     """
 
-    def __init__(self, trainer: Any, pl_module: nn.Module, find: Callable[[Any], Found]) -> None:
+    def __init__(self, trainer: Trainer, pl_module: nn.Module, find: Callable[[Any], Found]) -> None:
         self.seen: dict[str, str] = {}
         self.told: set[str] = set()
         self.holders: set[int] = set()

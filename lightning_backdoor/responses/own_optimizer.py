@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from lightning_backdoor.errors import ModelError
 from lightning_backdoor.scanning.distributed import raise_on_all_ranks
 from lightning_backdoor.scanning.isolation import isolated_eval
 from lightning_backdoor.scanning.scanner import DatasetScanner
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["OwnOptimizer", "Parts", "parts_of", "projection_head"]
 
@@ -32,7 +35,7 @@ class Parts:
     width: int
 
 
-def parts_of(trainer: Any, pl_module: Any, data: DatasetScanner) -> Parts:
+def parts_of(trainer: Trainer, pl_module: LightningModule, data: DatasetScanner) -> Parts:
     """Tell the parameters behind the features from those of the classifier, by the gradients that reach them.
 
     Raises:
@@ -93,7 +96,7 @@ class OwnOptimizer:
         self._peak = 0.0
 
     def put(
-        self, trainer: Any, pl_module: nn.Module, parts: Parts, projection: nn.Module | None, *, lr: float | None
+        self, trainer: Trainer, pl_module: nn.Module, parts: Parts, projection: nn.Module | None, *, lr: float | None
     ) -> None:
         """Train features, classifier and projection; without a projection, the classifier alone.
 
@@ -116,7 +119,7 @@ class OwnOptimizer:
         trainer.optimizers = [self._optimizer]
         trainer.strategy.lr_scheduler_configs = []
 
-    def set_rates(self, trainer: Any, features: Tensor, progress: float) -> None:
+    def set_rates(self, trainer: Trainer, features: Tensor, progress: float) -> None:
         """Set the rates of the step that comes, the same ones in every process; call before it.
 
         Args:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["TrainingStepOverride"]
 
@@ -24,7 +27,9 @@ class TrainingStepOverride:
         step: Called without arguments for the loss of a batch, in the Trainer's precision.
     """
 
-    def __init__(self, trainer: Any, pl_module: Any, see: Callable[[Any], None], step: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, trainer: Trainer, pl_module: LightningModule, see: Callable[[Any], None], step: Callable[[], Tensor]
+    ) -> None:
         strategy, precision = trainer.strategy, trainer.precision_plugin
         training_step, convert_input = strategy.training_step, precision.convert_input
 

@@ -6,15 +6,18 @@ import copy
 from contextlib import suppress
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_backdoor._lightning import CallbackBase, rank_zero_warn
+from lightning_backdoor._lightning import CallbackBase, callbacks_of, rank_zero_warn
 from lightning_backdoor.responses.mirrors import Found, Mirror, Watch, find_mirrors
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = [
     "averages",
@@ -33,7 +36,7 @@ _ALIKE = 0.5  # cosine between a few values of a copy and of the weights
 _SHOWN = 5  # copies that a warning names
 
 
-def weights(trainer: Any, pl_module: Any) -> dict[str, Any]:
+def weights(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Copy the module's state, that of the optimizers, and averages, as plain values that a checkpoint can hold.
 
     Args:
@@ -47,7 +50,9 @@ def weights(trainer: Any, pl_module: Any) -> dict[str, Any]:
     }
 
 
-def watch_averages(trainer: Any, pl_module: Any, holder: object, before: dict[str, Any] | None = None) -> Watch:
+def watch_averages(
+    trainer: Trainer, pl_module: LightningModule, holder: object, before: dict[str, Any] | None = None
+) -> Watch:
     """See from now on which copies of the model, in callbacks and in the module, are averages of it.
 
     :func:`restart_averages` and :func:`put_weights` write into those alone: a teacher, the weights of the best epoch
@@ -73,7 +78,7 @@ def watch_averages(trainer: Any, pl_module: Any, holder: object, before: dict[st
     return watch
 
 
-def unwatch_averages(trainer: Any, holder: object) -> None:
+def unwatch_averages(trainer: Trainer, holder: object) -> None:
     """Look no more at copies of the model, once nobody else wants it."""
     if trainer not in _WATCHES:
         return
@@ -85,7 +90,7 @@ def unwatch_averages(trainer: Any, holder: object) -> None:
         del _WATCHES[trainer]
 
 
-def averages(trainer: Any) -> dict[str, dict[str, Any]]:
+def averages(trainer: Trainer) -> dict[str, dict[str, Any]]:
     """Copy averages of the model and other modules beside it, by callback (or ``""``: the module) and attribute.
 
     Before the first step it is not known which copies of the model are averages: all are copied.
@@ -102,7 +107,7 @@ def averages(trainer: Any) -> dict[str, dict[str, Any]]:
     return kept
 
 
-def put_weights(trainer: Any, pl_module: Any, state: dict[str, Any], *, groups: bool = True) -> None:
+def put_weights(trainer: Trainer, pl_module: LightningModule, state: dict[str, Any], *, groups: bool = True) -> None:
     """Put back what :func:`weights` copied, as often as needed.
 
     Parameter groups that came since (layers were thawed) keep what they have. Averages that came since start again.
@@ -131,7 +136,7 @@ def put_weights(trainer: Any, pl_module: Any, state: dict[str, Any], *, groups: 
             mirror.put(_present(source, pl_module))
 
 
-def restart_averages(trainer: Any, pl_module: Any) -> None:
+def restart_averages(trainer: Trainer, pl_module: LightningModule) -> None:
     """Let averages of the model or of a part of it, in callbacks or in itself, start again from the present weights.
 
     Args:
@@ -146,10 +151,10 @@ def restart_averages(trainer: Any, pl_module: Any) -> None:
         mirror.put(_present(source, pl_module))
 
 
-def foreign(trainer: Any) -> list[tuple[str, Any]]:
+def foreign(trainer: Trainer) -> list[tuple[str, Any]]:
     """Callbacks that are not of this library, under unique keys: going back in one defence must not undo another."""
     found: dict[str, Any] = {}
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if not isinstance(callback, CallbackBase):
             found[f"{callback.state_key}#{sum(key.startswith(callback.state_key) for key in found)}"] = callback
     return list(found.items())
@@ -185,22 +190,22 @@ def _with_new_groups(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, An
     }
 
 
-def _watch(trainer: Any) -> Watch | None:
+def _watch(trainer: Trainer) -> Watch | None:
     return _WATCHES[trainer][0] if trainer in _WATCHES else None
 
 
-def _find(trainer: Any) -> Found:
+def _find(trainer: Trainer) -> Found:
     return find_mirrors(foreign(trainer), trainer.lightning_module)
 
 
-def _seen(trainer: Any, found: Found) -> list[tuple[Mirror, tuple[str, ...]]]:
+def _seen(trainer: Trainer, found: Found) -> list[tuple[Mirror, tuple[str, ...]]]:
     """The copies that are averages, with names of what they average."""
     watch = _watch(trainer)
     known = [] if watch is None else [(mirror, watch.averages(mirror)) for mirror in found.mirrors]
     return [(mirror, source) for mirror, source in known if source is not None]
 
 
-def _break_off(trainer: Any, pl_module: nn.Module, *, bring_back: bool = False) -> Found:
+def _break_off(trainer: Trainer, pl_module: nn.Module, *, bring_back: bool = False) -> Found:
     """What there is before weights are put elsewhere; say once which copies came of the training and are no averages.
 
     Of the tensors with the shapes of weights, those count that point where the weights do: no moments of gradients.
@@ -231,12 +236,12 @@ def _present(source: tuple[str, ...], pl_module: nn.Module) -> list[torch.Tensor
     return [attrgetter(name)(pl_module) for name in source]
 
 
-def _is_saved(mirror: Mirror, trainer: Any) -> bool:
+def _is_saved(mirror: Mirror, trainer: Trainer) -> bool:
     """Whether a copy of the model is in the state of the module."""
     return bool(mirror.registered) and set(mirror.registered) <= trainer.lightning_module.state_dict().keys()
 
 
-def _others(trainer: Any, found: Found) -> dict[tuple[str, str], nn.Module]:
+def _others(trainer: Trainer, found: Found) -> dict[tuple[str, str], nn.Module]:
     """Modules that callbacks have beside the model, and which are no copies of it, by callback and attribute."""
     mirrors = {(mirror.key, mirror.place) for mirror in found.mirrors}
     own = {id(part) for part in trainer.lightning_module.modules()}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_backdoor.scanning.distributed import raise_on_all_ranks
 from lightning_backdoor.scanning.scanner import DatasetScanner
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["order_of_steps"]
 
@@ -18,7 +21,7 @@ DRAWN_OF_CLASS = 4  # of some classes, where there are too many for that
 
 
 def order_of_steps(
-    trainer: Any, pl_module: Any, data: DatasetScanner, *, steps: int, all_steps: int, seed: int
+    trainer: Trainer, pl_module: LightningModule, data: DatasetScanner, *, steps: int, all_steps: int, seed: int
 ) -> Tensor:
     """Positions of the samples of all steps: one shuffle after the other.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from lightning_backdoor.errors import DataError
 from lightning_backdoor.functional.denoising import local_median, nl_means
 from lightning_backdoor.functional.susceptibility import susceptibility_scores
 from lightning_backdoor.scanning.scanner import DatasetScanner
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["DENOISERS", "DenoisedScan"]
 
@@ -39,7 +42,7 @@ class DenoisedScan:
         rows = math.ceil(len(data) / world_size)
         self._stores = [RowStore(rows, cache_bytes // len(DENOISERS)) for _ in DENOISERS]
 
-    def run(self, trainer: Any, pl_module: Any) -> dict[str, Tensor]:
+    def run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Measure every training sample.
 
         Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from lightning_backdoor.scanning.measure_units import Measured, UnitScan
 from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.surgery.heads import find_head
 from lightning_backdoor.surgery.units import find_units
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["Detector", "Distinguished", "distinguish", "require_detector", "turn_and_shift"]
 
@@ -79,7 +82,9 @@ class Distinguished:
     units: Measured | None
 
 
-def require_detector(trainer: Any, pl_module: Any, data: DatasetScanner, detector: Detector, *, units: bool) -> None:
+def require_detector(
+    trainer: Trainer, pl_module: LightningModule, data: DatasetScanner, detector: Detector, *, units: bool
+) -> None:
     """Check at the start of a fit what can be checked then.
 
     Raises:
@@ -102,7 +107,7 @@ def require_detector(trainer: Any, pl_module: Any, data: DatasetScanner, detecto
 
 
 def distinguish(
-    trainer: Any, pl_module: Any, data: DatasetScanner, detector: Detector, *, units: bool
+    trainer: Trainer, pl_module: LightningModule, data: DatasetScanner, detector: Detector, *, units: bool
 ) -> Distinguished:
     """Train a detector beside the model and look at every sample through it; the training does not notice.
 
@@ -147,7 +152,9 @@ def distinguish(
     return Distinguished(found["labels"], found[metric], measured)
 
 
-def _twin(trainer: Any, pl_module: Any, data: DatasetScanner, detector: Detector) -> tuple[Any, DatasetScanner]:
+def _twin(
+    trainer: Trainer, pl_module: LightningModule, data: DatasetScanner, detector: Detector
+) -> tuple[LightningModule, DatasetScanner]:
     """The module that holds the detector, and how the training set goes through it."""
     try:
         twin, own = copy.deepcopy(pl_module), copy.deepcopy(detector.start)
@@ -164,7 +171,9 @@ def _twin(trainer: Any, pl_module: Any, data: DatasetScanner, detector: Detector
     return twin, data
 
 
-def _host(trainer: Any, twin: Any, data: DatasetScanner, own: nn.Module) -> tuple[Any, DatasetScanner]:
+def _host(
+    trainer: Trainer, twin: LightningModule, data: DatasetScanner, own: nn.Module
+) -> tuple[LightningModule, DatasetScanner]:
     """Let a copy of the user's module, whose transfer hooks prepare the batches, answer through another network."""
     if not any(parameter.requires_grad for parameter in own.parameters()):
         raise ArgumentError("`detector` must have parameters that can learn (requires_grad=True), got none.")
@@ -189,7 +198,7 @@ def _host(trainer: Any, twin: Any, data: DatasetScanner, own: nn.Module) -> tupl
     return twin, replace(hosted, head_or_none=head)
 
 
-def _train(trainer: Any, twin: Any, data: DatasetScanner, detector: Detector, order: Tensor) -> None:
+def _train(trainer: Trainer, twin: LightningModule, data: DatasetScanner, detector: Detector, order: Tensor) -> None:
     """Ordinary training without augmentation, then centre repulsion, with the same optimizer, on samples in order.
 
     Features that no gradient reaches, although everything may learn, are left as they are.
@@ -217,7 +226,7 @@ def _train(trainer: Any, twin: Any, data: DatasetScanner, detector: Detector, or
             scaler.update()
 
 
-def _features_learn(trainer: Any, module: Any, data: DatasetScanner) -> bool:
+def _features_learn(trainer: Trainer, module: LightningModule, data: DatasetScanner) -> bool:
     """Whether a loss on the features has a gradient."""
     with quiet(trainer, module), evaluation_mode(module), isolated_rng(), torch.enable_grad():
         with data.read(range(min(len(data), 2)), 0) as loader:
@@ -226,7 +235,7 @@ def _features_learn(trainer: Any, module: Any, data: DatasetScanner) -> bool:
     return features.requires_grad
 
 
-def _can_learn(trainer: Any, module: Any, data: DatasetScanner) -> bool:
+def _can_learn(trainer: Trainer, module: LightningModule, data: DatasetScanner) -> bool:
     """The same of a copy, all of which may learn."""
     if _features_learn(trainer, module, data):
         return True
@@ -238,7 +247,7 @@ def _can_learn(trainer: Any, module: Any, data: DatasetScanner) -> bool:
             parameter.requires_grad_(False)
 
 
-def _thaw(module: Any) -> list[nn.Parameter]:
+def _thaw(module: LightningModule) -> list[nn.Parameter]:
     """Let every parameter of a module learn, or of the user's own detector in it; return those that could not."""
     part = dict(module.named_children()).get(HOSTED, module)
     frozen = [p for p in part.parameters() if p.is_floating_point() and not (p.requires_grad or p.is_inference())]
@@ -247,14 +256,14 @@ def _thaw(module: Any) -> list[nn.Parameter]:
     return frozen
 
 
-def _agree(trainer: Any, twin: nn.Module) -> None:
+def _agree(trainer: Trainer, twin: nn.Module) -> None:
     """Give all processes the detector of the first one: rounding may differ between devices."""
     if trainer.world_size > 1:
         state = {name: value.cpu() for name, value in twin.state_dict().items()}
         twin.load_state_dict(trainer.strategy.broadcast(state, src=0))
 
 
-def _look(trainer: Any, twin: Any, data: DatasetScanner, detector: Detector) -> dict[str, Tensor]:
+def _look(trainer: Trainer, twin: LightningModule, data: DatasetScanner, detector: Detector) -> dict[str, Tensor]:
     def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
         images = data.layout.images(batch)
         check_finite(images, indices)

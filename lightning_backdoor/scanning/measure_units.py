@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from lightning_backdoor.functional.hyperplane import (
 from lightning_backdoor.scanning.distributed import all_gather
 from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.surgery.units import UnitLayer
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["Measured", "UnitScan"]
 
@@ -66,7 +69,7 @@ class UnitScan:
         self.sizes = [layer.size for layer in layers]
         self.strong, self.weak = strong, weak
 
-    def measure(self, trainer: Any, pl_module: Any) -> Measured:
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> Measured:
         """Measure units and samples: two passes, three if some class has no confident sample."""
         statistics, found = self.statistics(trainer, pl_module, self.strong)
         thresholds, replaced = strong_thresholds(
@@ -95,7 +98,7 @@ class UnitScan:
         )
 
     def statistics(
-        self, trainer: Any, pl_module: Any, strong: float | Tensor
+        self, trainer: Trainer, pl_module: LightningModule, strong: float | Tensor
     ) -> tuple[HyperplaneStatistics, dict[str, Tensor]]:
         """One pass: statistics of all units; ``labels``, ``predicted`` and ``confidence`` of the samples, ``(N,)``."""
         statistics = HyperplaneStatistics(sum(self.sizes), self.data.num_classes, strong=strong, weak=self.weak)
@@ -112,7 +115,7 @@ class UnitScan:
         self._merge(trainer, statistics)
         return statistics, found
 
-    def unit_shift(self, trainer: Any, pl_module: Any, flagged: Tensor) -> Tensor:
+    def unit_shift(self, trainer: Trainer, pl_module: LightningModule, flagged: Tensor) -> Tensor:
         """How far some samples, bool ``(N,)``, drive each unit away from its other responses, double ``(U,)``."""
         statistics = HyperplaneStatistics(sum(self.sizes), 2)
 
@@ -125,7 +128,7 @@ class UnitScan:
         self._merge(trainer, statistics)
         return unit_shifts(statistics)
 
-    def _activations(self, trainer: Any, pl_module: Any, units: Tensor) -> Tensor:
+    def _activations(self, trainer: Trainer, pl_module: LightningModule, units: Tensor) -> Tensor:
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
             _, activations = self.data.activations(trainer, pl_module, batch, self.names)
             return {"responses": activations[:, units.to(activations.device)].clamp(-_HALF, _HALF).half()}
@@ -133,6 +136,6 @@ class UnitScan:
         return self.data.scan(trainer, pl_module, step, description="NONE responses")["responses"]
 
     @staticmethod
-    def _merge(trainer: Any, statistics: HyperplaneStatistics) -> None:
+    def _merge(trainer: Trainer, statistics: HyperplaneStatistics) -> None:
         if trainer.world_size > 1:
             statistics.load(list(all_gather(trainer, statistics.state())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_backdoor.data.batches import BatchLayout
 from lightning_backdoor.data.origins import Replaced, close
@@ -10,10 +10,15 @@ from lightning_backdoor.data.structure import copied
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.scanning.isolation import prepare_batch
 
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
 __all__ = ["require_replaceable"]
 
 
-def require_replaceable(trainer: Any, pl_module: Any, layout: BatchLayout, batch: Any, *, alone: bool) -> None:
+def require_replaceable(
+    trainer: Trainer, pl_module: LightningModule, layout: BatchLayout, batch: Any, *, alone: bool
+) -> None:
     """Check that a network can be shown other images than those of a batch.
 
     Args:

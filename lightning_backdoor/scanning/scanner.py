@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from lightning_backdoor.scanning.replacing import require_replaceable
 from lightning_backdoor.scanning.scan import scan_read, shard
 from lightning_backdoor.surgery.heads import Head, find_head
 from lightning_backdoor.surgery.taps import Taps
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["DatasetScanner", "ScanOptions", "open_scanner"]
 
@@ -112,13 +115,14 @@ class DatasetScanner:
     @property
     def head(self) -> Head:
         """Where penultimate features are found."""
-        assert self.head_or_none is not None
+        if self.head_or_none is None:
+            raise RuntimeError("This scanner was opened by ScanOptions(features=False), without a search for features.")
         return self.head_or_none
 
     def scan(
         self,
-        trainer: Any,
-        pl_module: Any,
+        trainer: Trainer,
+        pl_module: LightningModule,
         step: Callable[[Tensor, Any], dict[str, Tensor]],
         *,
         description: str,
@@ -149,7 +153,7 @@ class DatasetScanner:
         if label is not None and label >= self.num_classes:
             raise ArgumentError(f"`{name}` must be a class index below {self.num_classes}, got {label}.")
 
-    def require_replaceable(self, trainer: Any, pl_module: Any, *, alone: bool | None = None) -> None:
+    def require_replaceable(self, trainer: Trainer, pl_module: LightningModule, *, alone: bool | None = None) -> None:
         """Check that the model can be shown other images than those of a batch; for methods that do.
 
         Args:
@@ -179,7 +183,7 @@ class DatasetScanner:
         return labels
 
     def outputs(
-        self, trainer: Any, pl_module: Any, batch: Any, *, gradients: bool = False, cut: bool = False
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *, gradients: bool = False, cut: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Logits ``(B, K)`` and penultimate features ``(B, D)`` of a batch as the loader gave it, float32.
 
@@ -189,7 +193,9 @@ class DatasetScanner:
             logits = _logits(trainer, pl_module, self.layout, self.options, batch)
             return logits, taps.read()[self.head.name]
 
-    def activations(self, trainer: Any, pl_module: Any, batch: Any, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def activations(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
         """Logits ``(B, K)`` of a batch, and the largest response of every unit of the named layers, float32 ``(B, U)``.
 
         The units of a layer are the channels of its raw output, before any normalisation or activation.
@@ -198,7 +204,9 @@ class DatasetScanner:
             logits = _logits(trainer, pl_module, self.layout, self.options, batch)
             return logits, torch.cat(list(taps.read().values()), dim=1)
 
-    def predict(self, trainer: Any, pl_module: Any, *, description: str, positions: Tensor | None = None) -> Tensor:
+    def predict(
+        self, trainer: Trainer, pl_module: LightningModule, *, description: str, positions: Tensor | None = None
+    ) -> Tensor:
         """Classes that the model gives to all samples, long ``(N,)``, or to those at ``positions``, ``(M,)``.
 
         -1 where logits are NaN: weights that have diverged must not pass for a model that prefers some class.
@@ -210,7 +218,9 @@ class DatasetScanner:
 
         return self.scan(trainer, pl_module, step, description=description, positions=positions)["predicted"]
 
-    def features(self, trainer: Any, pl_module: Any, *, description: str, positions: Tensor | None = None) -> Tensor:
+    def features(
+        self, trainer: Trainer, pl_module: LightningModule, *, description: str, positions: Tensor | None = None
+    ) -> Tensor:
         """Penultimate features of all samples, float32 ``(N, D)``, or of those at ``positions``, ``(M, D)``."""
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
@@ -218,7 +228,7 @@ class DatasetScanner:
 
         return self.scan(trainer, pl_module, step, description=description, positions=positions)["features"]
 
-    def read_labels(self, trainer: Any, pl_module: Any) -> Tensor:
+    def read_labels(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         """Labels of all samples, long ``(N,)``."""
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
@@ -226,7 +236,7 @@ class DatasetScanner:
 
         return self.scan(trainer, pl_module, step, description="reading labels")["labels"]
 
-    def few(self, trainer: Any, pl_module: Any) -> Callable[[], Tensor]:
+    def few(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[], Tensor]:
         """A function that takes a few images through the model and returns their logits; for finding layers."""
         batch = self._few()
         return lambda: _logits(trainer, pl_module, self.layout, self.options, copied(batch))
@@ -292,7 +302,7 @@ class DatasetScanner:
 
 
 def open_scanner(
-    trainer: Any, pl_module: Any, loader: Any, options: ScanOptions, val_dataset: Any = None
+    trainer: Trainer, pl_module: LightningModule, loader: Any, options: ScanOptions, val_dataset: Any = None
 ) -> DatasetScanner:
     """Look at a few training images and find out how to read all of them, or say what is missing.
 
@@ -319,7 +329,13 @@ def open_scanner(
 
 
 def _open(
-    trainer: Any, pl_module: Any, loader: Any, options: ScanOptions, *, val_dataset: Any, key: Key | None
+    trainer: Trainer,
+    pl_module: LightningModule,
+    loader: Any,
+    options: ScanOptions,
+    *,
+    val_dataset: Any,
+    key: Key | None,
 ) -> DatasetScanner:
     loader, finish = unwrapped(loader), finish_of(loader)
     by_position = loader if key is None else over_sibling(loader, Keyed(loader.dataset, key))
@@ -432,7 +448,9 @@ def _require_labels(view: ScanLoader, layout: BatchLayout, indices: Tensor, labe
             )
 
 
-def _logits(trainer: Any, pl_module: Any, layout: BatchLayout, options: ScanOptions, batch: Any) -> Tensor:
+def _logits(
+    trainer: Trainer, pl_module: LightningModule, layout: BatchLayout, options: ScanOptions, batch: Any
+) -> Tensor:
     prepared = prepare_batch(trainer, pl_module, batch)
     source = prepared if options.forward_fn is None else batch  # transfer hooks may rebuild the batch
     images = layout.given_images(source)
