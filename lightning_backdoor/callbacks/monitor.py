@@ -255,7 +255,7 @@ class BackdoorMonitor(TrainerCallback):
 def _detection(trainer: Trainer) -> dict[str, float]:
     """Return the detection rates of every defence that has a verdict, against the ground truth if there is one."""
     masks = [poisoned_mask(loader.dataset) for loader in loaders_in(trainer.train_dataloader)]
-    judges = [each for each in callbacks_of(trainer) if isinstance(getattr(each, "verdict", None), Verdict)]
+    judges: list[Any] = [each for each in callbacks_of(trainer) if isinstance(getattr(each, "verdict", None), Verdict)]
     values: dict[str, float] = {}
     for judge in judges:
         verdict: Verdict = judge.verdict

@@ -237,7 +237,7 @@ def _early_stopping_will_ask(trainer: Trainer) -> bool:
     try:
         for callback in callbacks_of(trainer):
             if is_early_stopping(callback):
-                twin = copy.copy(callback)
+                twin: Any = copy.copy(callback)
                 twin.verbose = False
                 twin.on_train_epoch_end(trainer, trainer.lightning_module)
         return bool(trainer.should_stop)
