@@ -33,6 +33,7 @@ __all__ = [
     "forget_saved_step",
     "has_batch_norm",
     "is_early_stopping",
+    "is_fast_dev_run",
     "limited",
     "load_again",
     "may_stop_early",
@@ -200,6 +201,11 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The callbacks of a Trainer, in the order in which it calls them."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
     return callbacks
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Whether the fit is a trial of a few batches; Lightning sets the attribute beside the class."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def epochs_processed(trainer: Trainer) -> int:

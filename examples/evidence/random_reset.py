@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning_backdoor.callbacks.rounds import Round, shares
 from torch import Tensor
 
 from examples.evidence.cells import BEYOND
 from lightning_backdoor import NONECallback, Verdict
-from lightning_backdoor.callbacks.rounds import Round, shares
 from lightning_backdoor.responses.extra_epochs import enough_epochs
 from lightning_backdoor.responses.weight_copies import weights
 

@@ -29,7 +29,7 @@ from examples.evidence.consistency import fct_of
 from examples.evidence.table import repair_table
 from examples.evidence.training import images_of, labels_of, logits_of
 from lightning_backdoor import DBRCallback, Verdict, baselines, functional
-from lightning_backdoor.callbacks.suspects import split_of
+from lightning_backdoor.responses.unlearn import split_of
 
 RESULTS = Path(__file__).with_name("repair.jsonl")
 BY_DEFAULT = ("badnets-5%", "sig-80%")

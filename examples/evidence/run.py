@@ -20,7 +20,7 @@ from examples.evidence.protocols import Cell
 from examples.evidence.random_reset import RandomReset
 from examples.evidence.training import Snapshot, accuracy, labels_of, train_network
 from lightning_backdoor import NONECallback, baselines, metrics
-from lightning_backdoor.callbacks.rounds import reset_units
+from lightning_backdoor.report.of_events import reset_units
 
 
 def run_cell(

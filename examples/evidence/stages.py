@@ -22,7 +22,7 @@ from examples.evidence.ablation import Variants, ablation, expected
 from examples.evidence.cases import Case
 from examples.evidence.table import stages_table
 from lightning_backdoor import DSTCallback
-from lightning_backdoor.callbacks.neighborhood import flags_of
+from lightning_backdoor.responses.two_stage import flags_of
 
 RESULTS = Path(__file__).with_name("stages.jsonl")
 BY_DEFAULT = ("badnets-5%", "sig-80%")

@@ -6,11 +6,11 @@ from lightning_backdoor.baselines.activation_clustering import (
     activation_clusters,
     select_clusters,
 )
-from lightning_backdoor.baselines.baseline import Baseline
 from lightning_backdoor.baselines.deep_knn import DeepKNN, deep_knn_scores
 from lightning_backdoor.baselines.finetune_trusted import FineTuneTrusted
 from lightning_backdoor.baselines.random_filter import RandomFilter
-from lightning_backdoor.baselines.repair import RepairBaseline
+from lightning_backdoor.baselines.repair import RepairArguments
+from lightning_backdoor.baselines.scored import BaselineArguments
 from lightning_backdoor.baselines.spectral_signatures import (
     SpectralSignatures,
     select_per_class,
@@ -22,11 +22,11 @@ __all__ = [
     "ABL",
     "STRIP",
     "ActivationClustering",
-    "Baseline",
+    "BaselineArguments",
     "DeepKNN",
     "FineTuneTrusted",
     "RandomFilter",
-    "RepairBaseline",
+    "RepairArguments",
     "SpectralSignatures",
     "activation_clusters",
     "deep_knn_scores",

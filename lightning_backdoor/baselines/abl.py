@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-import time
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
-from lightning_backdoor._lightning import rank_zero_info
-from lightning_backdoor.baselines.baseline import decision_of
-from lightning_backdoor.baselines.repair import RepairBaseline
-from lightning_backdoor.callbacks.base import require_fraction, require_positive
-from lightning_backdoor.callbacks.repairs import Repair
+from lightning_backdoor.baselines.repair import REPAIR_DEFAULTS, RepairArguments
+from lightning_backdoor.baselines.scored import decision_of
+from lightning_backdoor.callbacks.arguments import require_count, require_fraction, require_positive, require_rate
+from lightning_backdoor.callbacks.base import Defense, Detector
 from lightning_backdoor.detection.decision import add_removed, select_fraction
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.events import Event
 from lightning_backdoor.responses.ascent import loss_scale
+from lightning_backdoor.responses.base import Detection, Session
 from lightning_backdoor.responses.limits import about_to_end, planned_max_epochs
+from lightning_backdoor.responses.unlearn import Unlearn
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["ABL", "easiness_scores"]
@@ -45,7 +48,103 @@ def easiness_scores(logits: Tensor, labels: Tensor) -> Tensor:
     return -F.cross_entropy(logits, labels, reduction="none")
 
 
-class ABL(RepairBaseline):
+class LowestLoss(Detector):
+    """Flag the samples with the lowest loss.
+
+    Args:
+        isolate: Share of all samples, in ``(0, 1)``.
+        max_removed: Largest share of all samples that may be flagged.
+    """
+
+    meaning = "It is minus the loss of the image after a few epochs: poisoned images are learned fastest."
+
+    def __init__(self, isolate: float, max_removed: float) -> None:
+        self._isolate, self._max_removed = isolate, max_removed
+
+    def require(self, session: Session) -> None:
+        """Raise an ArgumentError if the share is less than one sample."""
+        if self._isolate * len(session.scanner) < 1:
+            raise ArgumentError(
+                f"`isolate` must be one image at least, got {self._isolate} of {len(session.scanner)}. Pass more."
+            )
+
+    def detect(self, session: Session) -> Detection:
+        """Measure the loss of every sample, and flag the lowest."""
+        scanner, old, trainer = session.scanner, session.case.verdict, session.trainer
+
+        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            labels = scanner.labels(batch).clone()  # transfer hooks may change a batch in place
+            logits, _ = scanner.outputs(trainer, session.module, batch)
+            return {"labels": labels, "scores": easiness_scores(logits, labels.to(logits.device))}
+
+        found = scanner.scan(trainer, session.module, step, description="ABL scan")
+        scores, rule, most = found["scores"], f"lowest_loss({self._isolate:g})", self._max_removed
+        order = scores if old is None else scores.masked_fill(~old.keep, math.inf)  # what was isolated stays isolated
+        decided = decision_of(scores, select_fraction(order, self._isolate)[0], rule, max_removed=most)
+        if old is not None:
+            decided = add_removed(decided, old.scores, old.keep, threshold=old.threshold, max_removed=most)
+        decision = trainer.strategy.broadcast(decided, src=0)  # float ties must not tell ranks apart
+        keep = decision.keep
+        verdict = Verdict(
+            decision.scores, keep, decision.threshold, decision.rule, found["labels"], trusted=keep, suspect=~keep
+        )
+        return Detection(verdict, decision.num_flagged_before_cap)
+
+
+class IsolateThenUnlearn(Unlearn):
+    """Before the detection, climb where the loss is low already; after it train on the rest, and unlearn at the end.
+
+    Args:
+        isolation: Epochs before the detection; ``None``: a fifth of ``max_epochs`` (10 if that is not set).
+        gamma: Loss below which a batch is climbed on.
+        **settings: Of :class:`~lightning_backdoor.responses.unlearn.Unlearn`.
+    """
+
+    def __init__(self, *, isolation: int | None, gamma: float, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._isolation, self._gamma = isolation, gamma
+
+    def on_before_backward(self, session: Session, loss: Tensor) -> None:
+        """Climb where the loss is low already, until samples are isolated; later, on these samples."""
+        if self._detected:
+            super().on_before_backward(session, loss)
+        elif float(loss.detach()) / loss_scale(session.trainer) < self._gamma:
+            loss.mul_(-1.0)  # recorded: gradients turn, too
+
+    def on_train_epoch_end(self, session: Session) -> bool:
+        """Judge an epoch of unlearning, or begin with it when it is time."""
+        if self._tuning.left:
+            return super().on_train_epoch_end(session)
+        history = session.case.history
+        if self._detected and not self._accuracies and self._begins(session):
+            history[-1] = self.begin(session, history[-1])
+            if history[-1].no_room:
+                session.case.tell()
+        return self._detected
+
+    def awaits_detection(self, session: Session) -> bool:
+        """Whether no sample is isolated yet."""
+        return not self._detected
+
+    def latest_detection(self, trainer: Any) -> int:
+        """Epochs before the isolation."""
+        planned = planned_max_epochs(trainer)
+        if self._isolation is not None:
+            return self._isolation
+        return 10 if planned is None or planned < 1 else math.ceil(ISOLATION * planned)
+
+    def respond(self, session: Session, detection: Detection, event: Event) -> Event:
+        """Isolate the samples; unlearn them at once if it is time for that already."""
+        self._detected = True
+        keep = session.verdict.keep
+        event = replace(event, suspects=int((~keep).sum()), trusted=int(keep.sum()))
+        return self.begin(session, event) if self._begins(session) else event
+
+    def _begins(self, session: Session) -> bool:
+        return about_to_end(session.trainer) or session.epochs_done >= super().latest_detection(session.trainer)
+
+
+class ABL(Defense):
     """Isolate the images with the lowest loss in early epochs, train on the rest, and unlearn them at the end.
 
     Implements *Anti-Backdoor Learning* (`Li et al., 2021 <https://arxiv.org/abs/2110.11571>`_). In the first
@@ -63,7 +162,7 @@ class ABL(RepairBaseline):
         isolate: Share of the training set that is isolated, in ``(0, 1)``.
         gamma: Loss below which a batch is climbed on, at least 0; 0 never climbs.
         lr: Learning rate of the repair; the default is the authors' for SGD.
-        **common: Arguments of :class:`~lightning_backdoor.baselines.RepairBaseline`.
+        **common: See :class:`~lightning_backdoor.baselines.RepairArguments`.
 
     Example:
         >>> ABL(isolate=0.05, epochs=5)
@@ -72,6 +171,8 @@ class ABL(RepairBaseline):
 
     method: ClassVar[str] = "ABL"
     title: ClassVar[str] = "ABL"
+    shared = RepairArguments
+    shared_defaults: ClassVar[dict[str, Any]] = {**REPAIR_DEFAULTS, "lr": 5e-4}
 
     def __init__(
         self,
@@ -79,80 +180,22 @@ class ABL(RepairBaseline):
         warmup_epochs: int | None = None,
         isolate: float = 0.01,
         gamma: float = 0.5,
-        lr: float | None = 5e-4,
-        **common: Any,
+        **common: Unpack[RepairArguments],
     ) -> None:
-        super().__init__(lr=lr, **common)
-        self.warmup_epochs = require_positive("warmup_epochs", warmup_epochs)
         self.isolate = require_fraction("isolate", isolate)
         if gamma < 0:
             raise ArgumentError(f"`gamma` must be a loss of at least 0, got {gamma}. Pass 0 to never climb.")
         self.gamma = gamma
-
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        """Climb where the loss is low already, until samples are isolated; later, on these samples."""
-        if self._last_look is not None:
-            super().on_before_backward(trainer, pl_module, loss)
-            return
-        if float(loss.detach()) / loss_scale(trainer) < self.gamma:
-            loss.mul_(-1.0)  # recorded: gradients turn, too
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Isolate, or begin to unlearn, when it is time; judge an epoch of repair when it is over."""
-        if self._repaired(trainer, pl_module):
-            return
-        done, ends = trainer.current_epoch + 1, about_to_end(trainer)
-        if trainer.fast_dev_run:
-            rank_zero_info("ABL: fast_dev_run trains too little for a verdict; no look.")
-            return
-        if self._last_look is None and (ends or done >= self._isolation(planned_max_epochs(trainer))):
-            with self._acting():
-                self._look(trainer, pl_module, done)
-        if (ends or done >= self._repair_begins(trainer)) and self.history and not self._run.accuracy:
-            self._begin(trainer, pl_module, done)
-            if self.history[-1].no_room:
-                self._tell(trainer, pl_module, 0.0)
-
-    def _isolation(self, max_epochs: int | None) -> int:
-        if self.warmup_epochs is not None:
-            return self.warmup_epochs
-        return 10 if max_epochs is None or max_epochs < 1 else math.ceil(ISOLATION * max_epochs)
-
-    def _require(self, trainer: Any, pl_module: Any) -> None:
-        assert self._training_set is not None
-        if self.isolate * len(self._training_set) < 1:
-            raise ArgumentError(
-                f"`isolate` must be one image at least, got {self.isolate} of {len(self._training_set)}. Pass more."
-            )
-
-    def _look(self, trainer: Any, pl_module: Any, done: int) -> None:
-        """Isolate the samples with the lowest loss."""
-        began, data = time.monotonic(), self._training_set
-        assert data is not None
-
-        def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
-            labels = data.labels(batch).clone()  # transfer hooks may change a batch in place
-            logits, _ = data.outputs(trainer, pl_module, batch)
-            return {"labels": labels, "scores": easiness_scores(logits, labels.to(logits.device))}
-
-        found = data.scan(trainer, pl_module, step, description="ABL scan")
-        scores, rule, old = found["scores"], f"lowest_loss({self.isolate:g})", self.verdict
-        order = scores if old is None else scores.masked_fill(~old.keep, math.inf)  # what was isolated stays isolated
-        judged = decision_of(scores, select_fraction(order, self.isolate)[0], rule, max_removed=self.max_removed)
-        if old is not None:
-            judged = add_removed(judged, old.scores, old.keep, threshold=old.threshold, max_removed=self.max_removed)
-        decision = trainer.strategy.broadcast(judged, src=0)  # float ties must not tell ranks apart
-        keep = decision.keep
-        removed = self._adopt(
-            Verdict(
-                decision.scores, keep, decision.threshold, decision.rule, found["labels"], trusted=keep, suspect=~keep
-            )
+        self.arguments: dict[str, Any] = {**self.shared_defaults, **common}
+        given = dict(self.arguments)
+        response = IsolateThenUnlearn(
+            isolation=require_positive("warmup_epochs", warmup_epochs),
+            gamma=gamma,
+            epochs=require_positive("epochs", given.pop("epochs")) or 1,
+            extra_epochs=require_count("extra_epochs", given.pop("extra_epochs")),
+            lr=require_rate("lr", given.pop("lr")),
+            paper_loop=True,
+            seed=given["seed"],
         )
-        self._last_look = done
-        self.history.append(
-            Repair(done, removed, decision.num_flagged_before_cap, (), int((~keep).sum()), int(keep.sum()))
-        )
-        self._tell(trainer, pl_module, time.monotonic() - began)
-
-    def _meaning(self) -> str:
-        return "loss"
+        detector = LowestLoss(isolate, require_fraction("max_removed", given["max_removed"]))
+        super().__init__(detector=detector, response=response, warmup_epochs=warmup_epochs, **given)

@@ -7,10 +7,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_backdoor.baselines.baseline import Baseline, require_features
 from lightning_backdoor.baselines.components import principal_components
-from lightning_backdoor.callbacks.base import require_fraction, require_positive
+from lightning_backdoor.baselines.scored import (
+    BASELINE_DEFAULTS,
+    BaselineArguments,
+    Scored,
+    filter_parts,
+    require_features,
+)
+from lightning_backdoor.callbacks.arguments import require_fraction, require_positive
+from lightning_backdoor.callbacks.base import Defense
 
 __all__ = ["ActivationClustering", "Clusters", "activation_clusters", "select_clusters", "silhouette_score"]
 
@@ -130,7 +138,7 @@ def _distances_to_centers(points: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return distances[:, larger], distances[:, 1 - larger]
 
 
-class ActivationClustering(Baseline):
+class ActivationClustering(Defense):
     """Drop the smaller of two clusters of features in the classes where it stands apart, and train on what is left.
 
     Implements Activation Clustering (`Chen et al., 2018 <https://arxiv.org/abs/1811.03728>`_) with its two quick tests:
@@ -141,7 +149,7 @@ class ActivationClustering(Baseline):
         size: Share of its class below which the smaller cluster is removed, in ``(0, 1)``.
         silhouette: Mean silhouette from which it is, in ``(0, 1)``; the paper names 0.10 to 0.15.
         components: Dimensions to which the features of a class are reduced.
-        **common: Arguments of every baseline, see :class:`~lightning_backdoor.baselines.Baseline`.
+        **common: See :class:`~lightning_backdoor.baselines.BaselineArguments`.
 
     Example:
         >>> ActivationClustering(size=0.2)
@@ -150,19 +158,24 @@ class ActivationClustering(Baseline):
 
     method: ClassVar[str] = "ActivationClustering"
     title: ClassVar[str] = "Activation Clustering"
+    shared = BaselineArguments
+    shared_defaults = BASELINE_DEFAULTS
     meaning: ClassVar[str] = (
         "It measures how much nearer the features of the image are to the smaller of two clusters of its class than to "
         "the larger one."
     )
 
-    def __init__(self, *, size: float = 0.35, silhouette: float = 0.1, components: int = 10, **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(
+        self, *, size: float = 0.35, silhouette: float = 0.1, components: int = 10, **common: Unpack[BaselineArguments]
+    ) -> None:
         self.size = require_fraction("size", size)
         self.silhouette = require_fraction("silhouette", silhouette)
         self.components = require_positive("components", components) or 1
+        self.arguments: dict[str, Any] = {**BASELINE_DEFAULTS, **common}
+        super().__init__(**filter_parts(self.arguments, Scored(self._judge, self.meaning, self.arguments)))
 
     def _judge(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor, str]:
-        labels, seed = found["labels"], self.options.seed
+        labels, seed = found["labels"], self.arguments["seed"]
         clusters = activation_clusters(found["features"], labels, components=self.components, seed=seed)
         keep = select_clusters(clusters, labels, size=self.size, silhouette=self.silhouette)
         return clusters.scores, keep, f"smaller_cluster(size<{self.size:g}, silhouette>={self.silhouette:g})"

@@ -6,9 +6,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_backdoor.baselines.baseline import Baseline, require_features
-from lightning_backdoor.callbacks.base import require_positive
+from lightning_backdoor.baselines.scored import (
+    BASELINE_DEFAULTS,
+    BaselineArguments,
+    Scored,
+    filter_parts,
+    require_features,
+)
+from lightning_backdoor.callbacks.arguments import require_positive
+from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.errors import ArgumentError
 
 __all__ = ["DeepKNN", "deep_knn_scores"]
@@ -61,7 +69,7 @@ def deep_knn_scores(features: Tensor, labels: Tensor, k: int) -> Tensor:
     return scores
 
 
-class DeepKNN(Baseline):
+class DeepKNN(Defense):
     """Drop samples whose label is not the plurality of their neighbours in feature space, and train on what is left.
 
     Implements *Deep k-NN* (`Peri et al., 2020 <https://arxiv.org/abs/1909.13374>`_), which was made against clean-label
@@ -72,7 +80,7 @@ class DeepKNN(Baseline):
 
     Args:
         k: Neighbours; ``None``: as many as a class has samples on average (the paper's normalised k of 1).
-        **common: Arguments of every baseline, see :class:`~lightning_backdoor.baselines.Baseline`.
+        **common: See :class:`~lightning_backdoor.baselines.BaselineArguments`.
 
     Example:
         >>> DeepKNN(k=50)
@@ -81,14 +89,17 @@ class DeepKNN(Baseline):
 
     method: ClassVar[str] = "DeepKNN"
     title: ClassVar[str] = "Deep k-NN"
+    shared = BaselineArguments
+    shared_defaults = BASELINE_DEFAULTS
     meaning: ClassVar[str] = (
         "It measures how much more frequent another label is than the image's own one among the images with similar "
         "features."
     )
 
-    def __init__(self, *, k: int | None = None, **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(self, *, k: int | None = None, **common: Unpack[BaselineArguments]) -> None:
         self.k = require_positive("k", k)
+        self.arguments: dict[str, Any] = {**BASELINE_DEFAULTS, **common}
+        super().__init__(**filter_parts(self.arguments, Scored(self._judge, self.meaning, self.arguments)))
 
     def _judge(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor, str]:
         labels = found["labels"]

@@ -6,20 +6,71 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from typing_extensions import Unpack
 
-from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
-from lightning_backdoor.baselines.repair import RepairBaseline
-from lightning_backdoor.callbacks.base import require_fraction, require_same_data
-from lightning_backdoor.callbacks.repairs import Repair
-from lightning_backdoor.callbacks.suspects import from_verdict
+from lightning_backdoor._lightning import rank_zero_warn
+from lightning_backdoor.baselines.repair import REPAIR_DEFAULTS, RepairArguments
+from lightning_backdoor.callbacks.arguments import require_count, require_fraction, require_positive, require_rate
+from lightning_backdoor.callbacks.base import Defense, Detector, require_same_data
+from lightning_backdoor.callbacks.consistency import from_verdict
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.responses.limits import about_to_end
+from lightning_backdoor.events import Event
+from lightning_backdoor.responses.base import Detection, Session, labels_of
+from lightning_backdoor.responses.unlearn import Unlearn, masks_of
 from lightning_backdoor.verdict import Verdict
 
 __all__ = ["FineTuneTrusted"]
 
 
-class FineTuneTrusted(RepairBaseline):
+class TrustedByVerdict(Detector):
+    """No measurement: the trusted samples of another defense's verdict, and no suspects.
+
+    Args:
+        verdict: That verdict.
+        trusted: Share of the samples of every class that counts as trusted, where it has no mask of its own.
+    """
+
+    meaning = "It is the score of the verdict that was handed in."
+
+    def __init__(self, verdict: Verdict, trusted: float) -> None:
+        self._verdict, self._trusted = verdict, trusted
+
+    def require(self, session: Session) -> None:
+        """Raise a DataError if the verdict is on other data."""
+        require_same_data(self._verdict, session.scanner)
+
+    def detect(self, session: Session) -> Detection:
+        """Read the labels, and take the verdict over."""
+        labels = session.scanner.read_labels(session.trainer, session.module)
+        found = from_verdict(self._verdict, labels, trusted=self._trusted)
+        verdict = replace(found.verdict, suspect=torch.zeros_like(found.verdict.keep))  # nothing is unlearned
+        return Detection(verdict, int((~verdict.keep).sum()))
+
+
+class LearnTrusted(Unlearn):
+    """Epochs on the trusted samples alone."""
+
+    name = "finetune"
+
+    def awaits_detection(self, session: Session) -> bool:
+        """Whether they have not begun."""
+        return not self._detected
+
+    def on_train_epoch_end(self, session: Session) -> bool:
+        """Count the epochs."""
+        return super().on_train_epoch_end(session) or self._detected
+
+    def respond(self, session: Session, detection: Detection, event: Event) -> Event:
+        """Begin with the next epoch."""
+        self._detected = True
+        labels, _, trusted = masks_of(session.verdict)
+        lacking = sorted(set(torch.unique(labels_of(session.verdict)).tolist()) - set(labels[trusted].tolist()) - {-1})
+        if lacking:
+            rank_zero_warn(f"Fine-tuning: no image of the classes {lacking} is trusted; the model may forget them.")
+        return self.begin(session, replace(event, trusted=int(trusted.sum())))
+
+
+class FineTuneTrusted(Defense):
     """Fine-tune on the images that a verdict trusts, and do nothing else.
 
     At the end of the plan, and in ``extra_epochs`` beyond it, some epochs go through the trusted images alone, by the
@@ -32,7 +83,7 @@ class FineTuneTrusted(RepairBaseline):
         trusted: Share of the images of every class that counts as least suspicious, in ``(0, 1)``.
         warmup_epochs: 0 fine-tunes the weights as they are (loaded, or of the ``ckpt_path`` given to ``fit``) and ends
             the fit. ``None``: as late as the plan leaves time for it.
-        **common: Arguments of :class:`~lightning_backdoor.baselines.RepairBaseline`.
+        **common: See :class:`~lightning_backdoor.baselines.RepairArguments`.
 
     Example:
         >>> found = Verdict(torch.tensor([0.1, 3.0]), torch.tensor([True, False]), 1.0, "mine")
@@ -42,56 +93,31 @@ class FineTuneTrusted(RepairBaseline):
 
     method: ClassVar[str] = "FineTuneTrusted"
     title: ClassVar[str] = "Fine-tuning"
-    kept_as: ClassVar[dict[str, str]] = {"verdict": "external_verdict"}
+    shared = RepairArguments
+    shared_defaults = REPAIR_DEFAULTS
 
     def __init__(
-        self, *, verdict: Verdict, trusted: float = 0.2, warmup_epochs: int | None = None, **common: Any
+        self,
+        *,
+        verdict: Verdict,
+        trusted: float = 0.2,
+        warmup_epochs: int | None = None,
+        **common: Unpack[RepairArguments],
     ) -> None:
-        super().__init__(**common)
         if verdict.trusted is not None and not bool(verdict.trusted.any()):
             raise ArgumentError("`verdict` must trust one sample at least, its mask `trusted` is empty. Leave it out.")
         if warmup_epochs not in (None, 0):
             raise ArgumentError(f"`warmup_epochs` must be 0 (now) or None (at the end), got {warmup_epochs}.")
-        self.external_verdict = verdict
         self.trusted = require_fraction("trusted", trusted)
-        self.warmup_epochs = warmup_epochs
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Begin when it is time; count the epochs that follow."""
-        if self._repaired(trainer, pl_module) or self._last_look is not None:
-            return
-        if trainer.current_epoch + 1 < self._repair_begins(trainer) and not about_to_end(trainer):
-            return
-        if trainer.fast_dev_run:
-            rank_zero_info("Fine-tuning: fast_dev_run trains too little to repair anything.")
-            return
-        with self._acting():
-            self._look(trainer, pl_module, trainer.current_epoch + 1)
-
-    def _at_once(self) -> bool:
-        return self.warmup_epochs == 0
-
-    def _require(self, trainer: Any, pl_module: Any) -> None:
-        assert self._training_set is not None
-        require_same_data(self.external_verdict, self._training_set)
-
-    def _look(self, trainer: Any, pl_module: Any, done: int) -> None:
-        data = self._training_set
-        assert data is not None
-        judgement = from_verdict(self.external_verdict, data.read_labels(trainer, pl_module), trusted=self.trusted)
-        found, lacking = judgement.verdict, judgement.counts[2]
-        if lacking:
-            rank_zero_warn(f"Fine-tuning: no image of the classes {lacking} is trusted; the model may forget them.")
-        verdict = replace(found, suspect=torch.zeros_like(found.keep))  # nothing is unlearned
-        removed = self._adopt(verdict)
-        self._last_look = done
-        assert verdict.trusted is not None
-        self.history.append(Repair(done, removed, int((~verdict.keep).sum()), (), 0, int(verdict.trusted.sum())))
-        self._begin(trainer, pl_module, done)
-        if self.history[-1].no_room:
-            self._tell(trainer, pl_module, 0.0)
-        else:
-            rank_zero_info(f"Fine-tuning on {self.history[-1].trusted:,} of {len(data):,} images follows.")
-
-    def _meaning(self) -> str:
-        return "given"
+        self.arguments: dict[str, Any] = {**self.shared_defaults, **common, "verdict": verdict}
+        given = {**self.shared_defaults, **common}
+        response = LearnTrusted(
+            epochs=require_positive("epochs", given.pop("epochs")) or 1,
+            extra_epochs=require_count("extra_epochs", given.pop("extra_epochs")),
+            lr=require_rate("lr", given.pop("lr")),
+            at_once=warmup_epochs == 0,
+            paper_loop=True,
+            seed=given["seed"],
+        )
+        detector = TrustedByVerdict(verdict, trusted)
+        super().__init__(detector=detector, response=response, warmup_epochs=warmup_epochs, **given)

@@ -6,10 +6,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_backdoor.baselines.baseline import Baseline, require_features
 from lightning_backdoor.baselines.components import principal_components
-from lightning_backdoor.callbacks.base import require_fraction
+from lightning_backdoor.baselines.scored import (
+    BASELINE_DEFAULTS,
+    BaselineArguments,
+    Scored,
+    filter_parts,
+    require_features,
+)
+from lightning_backdoor.callbacks.arguments import require_fraction
+from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.detection.decision import select_fraction
 
 __all__ = ["SpectralSignatures", "select_per_class", "spectral_signature_scores"]
@@ -70,7 +78,7 @@ def select_per_class(scores: Tensor, labels: Tensor, share: float) -> Tensor:
     return keep
 
 
-class SpectralSignatures(Baseline):
+class SpectralSignatures(Defense):
     """Drop the top ``1.5 * eps`` of every class along its direction of largest variance, and train on what is left.
 
     Implements *Spectral Signatures in Backdoor Attacks* (`Tran et al., 2018 <https://arxiv.org/abs/1811.00636>`_). One
@@ -79,7 +87,7 @@ class SpectralSignatures(Baseline):
 
     Args:
         eps: Upper bound on the share of a class that is poisoned, in ``(0, 2/3)``.
-        **common: Arguments of every baseline, see :class:`~lightning_backdoor.baselines.Baseline`.
+        **common: See :class:`~lightning_backdoor.baselines.BaselineArguments`.
 
     Example:
         >>> SpectralSignatures(eps=0.1, name="first")
@@ -88,14 +96,17 @@ class SpectralSignatures(Baseline):
 
     method: ClassVar[str] = "SpectralSignatures"
     title: ClassVar[str] = "Spectral Signatures"
+    shared = BaselineArguments
+    shared_defaults = BASELINE_DEFAULTS
     meaning: ClassVar[str] = (
         "It measures how far the features of the image reach along the direction in which its class varies most."
     )
 
-    def __init__(self, *, eps: float = 0.05, **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(self, *, eps: float = 0.05, **common: Unpack[BaselineArguments]) -> None:
         self.eps = require_fraction("eps", eps)
         require_fraction("1.5 * eps", MARGIN * eps)
+        self.arguments: dict[str, Any] = {**BASELINE_DEFAULTS, **common}
+        super().__init__(**filter_parts(self.arguments, Scored(self._judge, self.meaning, self.arguments)))
 
     def _judge(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor, str]:
         scores = spectral_signature_scores(found["features"], found["labels"])

@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
-from lightning_backdoor.baselines.baseline import Baseline
-from lightning_backdoor.callbacks.base import require_fraction, require_positive
+from lightning_backdoor.baselines.scored import BASELINE_DEFAULTS, BaselineArguments, Judge, Scored, filter_parts
+from lightning_backdoor.callbacks.arguments import require_fraction, require_positive
+from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.responses.base import Session
 from lightning_backdoor.scanning.distributed import raise_on_all_ranks
-from lightning_backdoor.scanning.scanner import DatasetScanner
 
 __all__ = ["STRIP", "blend", "select_by_rejection", "strip_scores"]
 
@@ -88,7 +90,57 @@ def select_by_rejection(scores: Tensor, false_rejection: float) -> Tensor:
     return scores.double() <= middle + NormalDist().inv_cdf(1 - false_rejection) * sigma
 
 
-class STRIP(Baseline):
+class Blends(Scored):
+    """One pass over the training set, with other images of it blended into every image.
+
+    Args:
+        judge: See :class:`~lightning_backdoor.baselines.scored.Scored`.
+        meaning: Likewise.
+        arguments: Likewise.
+        draws: Images that are blended in.
+        weight: Their share of the blend, in ``(0, 1)``.
+    """
+
+    def __init__(self, judge: Judge, meaning: str, arguments: dict[str, Any], *, draws: int, weight: float) -> None:
+        super().__init__(judge, meaning, arguments, measure=self._blend)
+        self._draws, self._weight, self._seed = draws, weight, arguments["seed"]
+        self._positions, self._overlays = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+
+    def require(self, session: Session) -> None:
+        """Raise at the start of a fit if blends cannot be shown to the model."""
+        session.scanner.require_replaceable(session.trainer, session.module)
+
+    def prepare(self, session: Session) -> None:
+        """Read the images that are blended in."""
+        scanner, device = session.scanner, session.module.device
+        order = torch.randperm(len(scanner), generator=torch.Generator().manual_seed(self._seed))
+        positions = order[: self._draws + 1]  # one more, for the images that are among them themselves
+        with raise_on_all_ranks(session.trainer, "reading of the images to blend in"):
+            overlays = scanner.images(positions.tolist()).to(device)
+        read = ~scanner.unread[positions]
+        self._positions, self._overlays = positions[read], overlays[read.to(device)]
+
+    def _blend(self, session: Session, indices: Tensor, batch: Any) -> dict[str, Tensor]:
+        """Scores of a batch, float ``(B,)``."""
+        scanner, device = session.scanner, session.module.device
+        images = scanner.layout.images(batch)
+        check_finite(images, indices)
+        pixels, overlays = scanner.pixels.to_pixels(images).to(device), self._overlays
+        answers = []
+        for overlay in overlays if overlays.shape[2:] == pixels.shape[2:] else resized(overlays, pixels):
+            mixed = scanner.pixels.to_model(blend(pixels, overlay, self._weight), like=images)
+            logits, _ = scanner.outputs(session.trainer, session.module, scanner.layout.with_images(batch, mixed))
+            answers.append(logits)
+        others = indices[:, None] != self._positions
+        others[others.all(dim=1), -1] = False  # as many blendings for every image
+        return {"scores": strip_scores(torch.stack(answers, dim=1), others.to(device))}
+
+    def close(self) -> None:
+        """Forget the images that are blended in."""
+        self._positions, self._overlays = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+
+
+class STRIP(Defense):
     """Drop images on which the network does not waver when others are blended in, and train on what is left.
 
     Implements STRIP (`Gao et al., 2019 <https://arxiv.org/abs/1902.06531>`_), a test of inputs, as a filter of training
@@ -102,7 +154,7 @@ class STRIP(Baseline):
         draws: Images that are blended in, one after the other.
         weight: Their share of the blend, in ``(0, 1)``.
         false_rejection: Share of clean images that may be removed, in ``(0, 1)``.
-        **common: Arguments of every baseline, see :class:`~lightning_backdoor.baselines.Baseline`.
+        **common: See :class:`~lightning_backdoor.baselines.BaselineArguments`.
 
     Example:
         >>> STRIP(draws=20)
@@ -110,52 +162,26 @@ class STRIP(Baseline):
     """
 
     method: ClassVar[str] = "STRIP"
+    title: ClassVar[str] = "STRIP"
+    shared = BaselineArguments
+    shared_defaults = BASELINE_DEFAULTS
     meaning: ClassVar[str] = "It measures how sure the model stays of its answer when other images are blended in."
 
-    def __init__(self, *, draws: int = 100, weight: float = 0.5, false_rejection: float = 0.01, **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(
+        self,
+        *,
+        draws: int = 100,
+        weight: float = 0.5,
+        false_rejection: float = 0.01,
+        **common: Unpack[BaselineArguments],
+    ) -> None:
         self.draws = require_positive("draws", draws) or 1
         self.weight = require_fraction("weight", weight)
         self.false_rejection = require_fraction("false_rejection", false_rejection)
-        self._bank: tuple[Tensor, Tensor] | None = None  # positions and pixels of the images that are blended in
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that the training set can be read, and that blends can be shown to the model."""
-        super().on_train_start(trainer, pl_module)
-        assert self._training_set is not None
-        self._training_set.require_replaceable(trainer, pl_module)
-
-    def _scan(self, trainer: Any, pl_module: Any) -> dict[str, Tensor]:
-        data = self._training_set
-        assert data is not None
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.options.seed))
-        positions = order[: self.draws + 1]  # one more, for the images that are among them themselves
-        with raise_on_all_ranks(trainer, "reading of the images to blend in"):
-            overlays = data.images(positions.tolist()).to(pl_module.device)
-        read = ~data.unread[positions]
-        self._bank = positions[read], overlays[read.to(overlays.device)]
-        return super()._scan(trainer, pl_module)
-
-    def _measure(
-        self, trainer: Any, pl_module: Any, data: DatasetScanner, indices: Tensor, batch: Any
-    ) -> dict[str, Tensor]:
-        assert self._bank is not None
-        positions, overlays = self._bank
-        images = data.layout.images(batch)
-        check_finite(images, indices)
-        pixels = data.pixels.to_pixels(images).to(pl_module.device)
-        answers = []
-        for overlay in overlays if overlays.shape[2:] == pixels.shape[2:] else resized(overlays, pixels):
-            mixed = data.pixels.to_model(blend(pixels, overlay, self.weight), like=images)
-            logits, _ = data.outputs(trainer, pl_module, data.layout.with_images(batch, mixed))
-            answers.append(logits)
-        others = indices[:, None] != positions
-        others[others.all(dim=1), -1] = False  # as many blendings for every image
-        return {"scores": strip_scores(torch.stack(answers, dim=1), others.to(pl_module.device))}
+        self.arguments: dict[str, Any] = {**BASELINE_DEFAULTS, **common}
+        blends = Blends(self._judge, self.meaning, self.arguments, draws=self.draws, weight=self.weight)
+        super().__init__(**filter_parts(self.arguments, blends))
 
     def _judge(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor, str]:
         scores = found["scores"]
         return scores, select_by_rejection(scores, self.false_rejection), f"rejection({self.false_rejection:g})"
-
-    def _forget_images(self) -> None:
-        self._bank = None

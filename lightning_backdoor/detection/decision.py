@@ -28,6 +28,7 @@ __all__ = [
     "limit_removed",
     "natural_break",
     "select_fraction",
+    "verdict_of",
 ]
 
 LEFT = (
@@ -315,6 +316,27 @@ def decide_by_break(scores: Tensor, *, max_removed: float = 0.3) -> Decision:
     if not torch.equal(limited, keep):
         keep, threshold, rule = limited, float(scores[limited].max()), f"{rule}, max_removed({max_removed:g})"
     return Decision(scores, keep, threshold, rule, (), num_flagged_before_cap)
+
+
+def verdict_of(
+    decision: Decision,
+    labels: Tensor,
+    earlier: Verdict | None = None,
+    *,
+    trusted: Tensor | None = None,
+    suspect: Tensor | None = None,
+) -> Verdict:
+    """The verdict that a decision on all N samples leads to, with its findings; see :func:`findings_of`."""
+    return Verdict(
+        decision.scores,
+        decision.keep,
+        decision.threshold,
+        decision.rule,
+        labels,
+        trusted=trusted,
+        suspect=suspect,
+        findings=findings_of(decision, labels, earlier),
+    )
 
 
 def findings_of(decision: Decision, labels: Tensor, earlier: Verdict | None = None) -> tuple[Finding, ...]:

@@ -43,11 +43,11 @@ class Ascent:
         self._logits: list[Tensor] = []  # of the forward passes since the last backward one
         self._watch = ExitStack()
 
-    def at_epoch_start(self) -> None:
+    def count_from_zero(self) -> None:
         """Begin a pass over the phases."""
         self._drawn = 0
 
-    def at_batch_start(self, trainer: Any, phases: Phases, labels: Tensor, batch_idx: int) -> None:
+    def prepare_batch(self, trainer: Any, phases: Phases, labels: Tensor, batch_idx: int) -> None:
         """Note which phase a batch is of; call in ``on_train_batch_start``.
 
         Counted by itself: after a resume in the middle of an epoch the loader begins anew, ``batch_idx`` does not.
@@ -69,7 +69,7 @@ class Ascent:
             self._watch.callback(self._head.register_forward_hook(self._see).remove)
             self._watch.enter_context(eager_forward())
 
-    def at_backward(self, trainer: Any, loss: Tensor) -> None:
+    def turn_loss(self, trainer: Any, loss: Tensor) -> None:
         """Turn the loss around where its batch is one of suspects; call in ``on_before_backward``."""
         seen, self._logits = self._logits, []
         if not self._climbs:
@@ -80,7 +80,7 @@ class Ascent:
         forgetting = torch.stack([forgetting_loss(logits, self._labels.to(logits.device)) for logits in seen]).mean()
         loss.copy_((forgetting * loss_scale(trainer)).to(loss))  # recorded, too; a loss without end is forgotten
 
-    def at_step(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
+    def limit_step(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
         """Limit the gradient; call in ``on_before_optimizer_step``."""
         if self._climbed and self._bounded:
             unscales = unscales_by_itself(optimizer)  # by itself, later: a fused one

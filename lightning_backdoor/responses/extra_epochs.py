@@ -97,17 +97,17 @@ class FineTuning:
         fresh, self._fresh = self._fresh, False
         return fresh and self.left > 0
 
-    def at_fit_start(self, trainer: Any) -> None:
+    def keep_open(self, trainer: Any) -> None:
         """Continue a phase that was interrupted; a checkpoint from beyond the plan is none too many."""
         if self._until:
             self._hold(trainer)
 
-    def at_train_start(self) -> None:
+    def end_if_over(self) -> None:
         """A phase that was over when the checkpoint was written needs no more epochs."""
         if not self.left:
             self.release()
 
-    def at_batch_start(self, trainer: Any, pl_module: nn.Module, batch_idx: int) -> None:
+    def prepare_step(self, trainer: Any, pl_module: nn.Module, batch_idx: int) -> None:
         """Take the learning rate over, freeze batch-norm statistics; call in ``on_train_batch_start``.
 
         Not earlier: a run that is resumed within an epoch does not begin one.
@@ -138,7 +138,7 @@ class FineTuning:
             return stops_within_epoch(trainer) or bool(trainer.is_last_batch)
         return self.left == 1 and bool(trainer.is_last_batch)
 
-    def at_epoch_end(self) -> bool:
+    def count_epoch(self) -> bool:
         """Count an epoch of the phase, and say whether it was the last one; call in ``on_train_epoch_end``."""
         if not self.left:
             return False

@@ -83,9 +83,9 @@ class FlaggedBatches:
     def restart(self) -> None:
         """Begin an epoch whose iterator exists already; call in ``on_train_start``."""
         self._loader_filter.restart_iterator()
-        self.at_epoch_start()
+        self.count_from_zero()
 
-    def at_epoch_start(self) -> None:
+    def count_from_zero(self) -> None:
         """Call in ``on_train_epoch_start``."""
         self._drawn = 0
 

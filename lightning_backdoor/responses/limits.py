@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +30,7 @@ __all__ = [
     "planned_epochs",
     "planned_max_epochs",
     "release",
+    "repair_begins",
     "require_extendable",
     "require_planned",
     "stops_within_epoch",
@@ -122,6 +124,19 @@ def epochs_left(trainer: Trainer, end: int | None, extra: int) -> int | None:
     An early stop shortens no plan: what a repair needs then is taken from the epochs that it has saved.
     """
     return None if end is None else max(end + extra - epochs_processed(trainer), 0)
+
+
+def repair_begins(end: int | None, needed: int, extra_epochs: int) -> int:
+    """Epochs after which a repair has to begin, so that it fits into the plan and into ``extra_epochs`` beyond it.
+
+    It takes at most half of the plan. Without a plan it begins when training is about to end.
+
+    Args:
+        end: Epochs that the fit will have had at the end of the plan; ``None`` without a plan.
+        needed: Largest number of epochs of the repair.
+        extra_epochs: Epochs that it may have beyond the plan.
+    """
+    return sys.maxsize if end is None else end - max(0, min(needed - extra_epochs, end // 2))
 
 
 def require_extendable(trainer: Trainer, method: str) -> None:

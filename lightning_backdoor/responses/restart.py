@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 from lightning_backdoor._lightning import forget_saved_step, load_again
 from lightning_backdoor.errors import TrainerError
+from lightning_backdoor.events import Event
+from lightning_backdoor.responses.base import Detection, Response, Session
+from lightning_backdoor.responses.checkpointing import tell_earlier_files
 from lightning_backdoor.responses.counters import counters, defines, put_counters, reset_metrics
 from lightning_backdoor.responses.limits import hold_open, release
 from lightning_backdoor.responses.weight_copies import averages, foreign, on_cpu, put_weights, weights
 
-__all__ = ["Rewind", "require_rewindable", "restore", "snapshot"]
+__all__ = ["Restart", "require_rewindable", "restore", "snapshot"]
+
+MAX_RESTARTS = 2
 
 _NOT_REWINDABLE = {
     "Timer": (
-        "`Trainer(max_time=...)` must be left out when `rewind=True`: the warm-up would use up the time of the run "
+        '`Trainer(max_time=...)` must be left out when response="restart": the warm-up would use up the time of the run '
         "that follows it.",
         "Limit the run by `max_epochs` or `max_steps`",
     ),
@@ -79,98 +85,145 @@ def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
     _call_restart_hooks(trainer, pl_module)
 
 
-class Rewind:
-    """A return to the start of fit: asked for at the end of an epoch, carried out at the start of the next.
+class Restart(Response):
+    """Go back to the start of the fit, and train the full number of epochs on the samples that are kept.
 
-    In between, the fit loop is kept from ending, and a checkpoint holds all that is needed to carry it out later.
+    Decided at the end of an epoch, carried out at the start of the next. In between, the fit loop is kept from ending,
+    and a checkpoint holds all that is needed to carry it out later.
+
+    Args:
+        at_most: Restarts in a fit.
+        last_detection: Whether a run that began anew is scanned once more when it is about to end.
+        every: Epochs between periodic detections; ``None``: there are none.
 
     Attributes:
-        is_due: Whether a return was asked for and is not yet carried out.
-        count: Returns carried out so far.
+        is_due: Whether a restart was decided and is not yet carried out.
+        count: Restarts carried out so far.
     """
 
-    def __init__(self) -> None:
+    name = "restart"
+
+    def __init__(self, *, last_detection: bool, every: int | None = None, at_most: int = MAX_RESTARTS) -> None:
+        self._last_detection, self._every, self._at_most = last_detection, every, at_most
+        self._forget()
+
+    def _forget(self) -> None:
         self.is_due = False
         self.count = 0
+        self._detected = False
         self._start: dict[str, Any] | None = None
         self._before_checkpoint: dict[str, Any] | None = None
 
-    def before_checkpoint(self, trainer: Any, pl_module: Any) -> None:
-        """Keep weights and callbacks as the user made them; call in ``setup``.
+    def setup(self, trainer: Any, pl_module: Any, title: str) -> None:
+        """Keep weights and callbacks as the user made them: a checkpoint may replace them next.
 
-        A checkpoint may replace them next. Lightning does not tell yet whether there is one.
+        Lightning does not say yet whether there is one.
         """
+        detected = self._detected
+        self._forget()
+        self._detected = detected
+        require_rewindable(trainer)
         self._before_checkpoint = {
             "module": on_cpu(pl_module.state_dict()),
             "averages": averages(trainer),
             **_of_owners(trainer, pl_module),
         }
 
-    def at_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Continue a run that was interrupted between asking and returning; call in ``on_fit_start``.
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Continue a run that was interrupted between decision and restart.
 
-        If the checkpoint knows nothing of this defence, the start is put together here, where optimizers and schedulers
-        are still new.
+        If the checkpoint was written without this defense, the start is put together here, where optimizers and
+        schedulers are still new.
 
         Raises:
             TrainerError: The weights that the run started from cannot be known.
         """
         if self.is_due:
             hold_open(trainer, self)
+            self._held = trainer
         before, self._before_checkpoint = self._before_checkpoint, None
         if before is None or self._start is not None or trainer.ckpt_path is None:
             return
         if before["module"].keys() != pl_module.state_dict().keys():
             raise TrainerError(
-                "`rewind=True` needs the weights that training started from, but the checkpoint was written without "
-                "this callback and the model is built in `configure_model`. Build it in `__init__`, or pass "
-                "`rewind=False`."
+                'response="restart" needs the weights that training started from, but the checkpoint was written '
+                "without this callback and the model is built in `configure_model`. Build it in `__init__`, or pass "
+                'response="continue".'
             )
         before["module"] = trainer.strategy.broadcast(before["module"])  # a checkpoint was what made ranks agree
         now = snapshot(trainer, pl_module)
         self._start = {**now, **before, "counters": _of_setup(trainer, pl_module, now["counters"], before["counters"])}
 
-    def at_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Note where to return to, unless it is known already; call in ``on_train_start``."""
-        if self._start is None:
-            self._start = snapshot(trainer, pl_module)
+    def on_train_start(self, session: Session) -> None:
+        """Note where to return to, unless it is known already."""
+        if self._start is None and self.detects_again:
+            self._start = snapshot(session.trainer, session.module)
 
-    def ask(self, trainer: Any) -> None:
-        """Ask for the return; call in ``on_train_epoch_end``."""
-        self.is_due = True
-        hold_open(trainer, self)
+    def respond(self, session: Session, detection: Detection, event: Event) -> Event:
+        """Decide on a restart if samples were removed."""
+        self._detected = True
+        restarts = bool(event.removed) and self.count < self._at_most
+        if restarts:
+            self.is_due = True
+            self._held = session.trainer
+            hold_open(session.trainer, self)
+        return replace(event, run=self.count + 1, restarts=restarts)
 
-    def carry_out(self, trainer: Any, pl_module: Any) -> bool:
-        """Return if asked to, and say whether; call in ``on_train_epoch_start``, then draw new batches.
+    def on_train_epoch_start(self, session: Session) -> None:
+        """Go back if that was decided, then draw new batches.
 
         With ``reload_dataloaders_every_n_epochs`` the data are loaded as for a first epoch: a loader may depend on it.
         """
+        trainer = session.trainer
         if not self.is_due or self._start is None:
-            return False
-        restore(trainer, pl_module, self._start)
-        self.release(trainer)
-        trainer.should_stop = False  # a stop that was asked for during the warm-up
+            return
+        tell_earlier_files(trainer, session.case.title, session.began)
+        restore(trainer, session.module, self._start)
+        self.release()
+        trainer.should_stop = False  # a stop that was decided during the warm-up
         load_again(trainer)
         self.is_due = False
         self.count += 1
-        _announce_again(trainer, self)
-        return True
+        _announce_again(trainer, session.case)
+        session.loader_filter.restart_iterator()
+        session.case.count_from_zero()
+        if not self.detects_again:
+            self._start = None
 
-    def release(self, trainer: Any) -> None:
-        """Put the user's limits on epochs and steps back, once no other defence waits for its return."""
-        release(trainer, self)
+    def awaits_detection(self, session: Session) -> bool:
+        """Whether no restart is about to be carried out."""
+        return not self.is_due
 
-    def forget(self) -> None:
-        """Drop the snapshot: no further return will be asked for."""
-        self._start = None
+    @property
+    def detects_again(self) -> bool:
+        """Whether another detection may follow: the first one, a periodic one, or the last one at the end."""
+        return not self._detected or self.repeats
+
+    @property
+    def repeats(self) -> bool:  # type: ignore[override]
+        """Whether another detection is due when training is about to end."""
+        return self._every is not None or (self._last_detection and self.count < self._at_most)
+
+    def release(self) -> None:
+        """Put the user's limits on epochs and steps back."""
+        if self._held is not None:
+            release(self._held, self)
+            self._held = None
+
+    _held: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only."""
-        return {"is_due": self.is_due, "count": self.count, "start": self._start}
+        """Tensors and plain values; while a restart may come, the start that it goes back to."""
+        return {"is_due": self.is_due, "count": self.count, "start": self._start, "detected": self._detected}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
         self.is_due, self.count, self._start = state_dict["is_due"], state_dict["count"], state_dict["start"]
+        self._detected = state_dict["detected"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running Trainer."""
+        return {**self.__dict__, "_held": None}
 
 
 def require_rewindable(trainer: Any) -> None:
@@ -182,7 +235,7 @@ def require_rewindable(trainer: Any) -> None:
     classes = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
     for name, (what, remedy) in _NOT_REWINDABLE.items():
         if name in classes:
-            raise TrainerError(f"{what} {remedy}, or pass `rewind=False`.")
+            raise TrainerError(f'{what} {remedy}, or pass response="continue".')
 
 
 def _count_from_zero(trainer: Any) -> None:
@@ -211,10 +264,10 @@ def _zero(progress: Any) -> None:
             setattr(progress, field.name, type(value)(0))
 
 
-def _announce_again(trainer: Any, rewind: Rewind) -> None:
-    """Tell callbacks that came before in the list that the epoch is another one than they were told."""
+def _announce_again(trainer: Any, defense: object) -> None:
+    """Call ``on_train_epoch_start`` again on the callbacks before the defense: the epoch has another number now."""
     for callback in trainer.callbacks:
-        if any(value is rewind for value in vars(callback).values()):
+        if callback is defense:
             return
         callback.on_train_epoch_start(trainer, trainer.lightning_module)
 

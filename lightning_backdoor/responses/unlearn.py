@@ -1,28 +1,42 @@
-"""Some epochs that unlearn suspects and learn trusted samples anew, watched, and undone where they do harm."""
+"""Unlearn suspects and learn trusted samples anew, in epochs that are undone where they do harm: D-BR's response."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_backdoor._lightning import epochs_processed, rank_zero_warn
 from lightning_backdoor.data.views import batch_size_of
-from lightning_backdoor.loading.batch_schedule import Phases
-from lightning_backdoor.loading.loader_filter import LoaderFilter
+from lightning_backdoor.events import Event
+from lightning_backdoor.loading.batch_schedule import Phases, require_batches
 from lightning_backdoor.responses.ascent import Ascent
+from lightning_backdoor.responses.base import Detection, Response, Session, labels_of
+from lightning_backdoor.responses.checkpointing import warn_of_treated_files
 from lightning_backdoor.responses.extra_epochs import FineTuning, conclude, is_finite
-from lightning_backdoor.responses.limits import hold_open, release
+from lightning_backdoor.responses.limits import (
+    about_to_end,
+    epochs_left,
+    hold_open,
+    planned_end,
+    release,
+    repair_begins,
+    require_extendable,
+)
 from lightning_backdoor.responses.weight_copies import restart_averages, weights
-from lightning_backdoor.scanning.scanner import DatasetScanner
+from lightning_backdoor.scanning.isolation import require_automatic
+from lightning_backdoor.verdict import Verdict
 
-__all__ = ["Split", "Unlearning"]
+__all__ = ["Split", "Unlearn", "masks_of", "split_of"]
 
 MAX_LOSS = 0.05  # of accuracy on watched samples, beyond which an epoch is undone
 LEAST_STEPS = 10  # of ascent in an epoch
 TOLERANCE = 0.005  # of accuracy, within which the model is as good as before
+WATCHED = 1024
 
 
 @dataclass(frozen=True)
@@ -42,227 +56,358 @@ class Split:
     watched: Tensor
 
 
-class Unlearning:
-    """Epochs of D-BR inside a fit: asked for at the end of an epoch (or before the first one), they are the next ones.
+class Unlearn(Response):
+    """Epochs that alternate batches of suspects, with the loss turned around, and batches of trusted samples.
 
-    Batches of suspects, with the loss turned around, alternate with batches of trusted samples, so that what is
-    unlearned is the trigger rather than the class. An epoch that costs more than five points of accuracy is undone with
-    its last batch, before validation, and the next one has half its rate. The repair is over when suspects get their
-    label no more often than by mistake and accuracy is back.
+    So what is unlearned is the trigger rather than the class. An epoch that costs more than five points of accuracy is
+    undone with its last batch, before validation, and the next one has half its rate. The treatment is over when
+    suspects get their label no more often than by mistake and accuracy is back.
 
     Args:
-        lr: Learning rate; see :class:`~lightning_backdoor.responses.extra_epochs.FineTuning`.
-        paper_loop: The authors' loop instead: all epochs, each of which goes through the suspects first and the trusted
-            samples next, a constant rate, no bound but that weights stay finite.
+        epochs: Largest number of epochs.
+        extra_epochs: Epochs that it may have beyond the user's plan.
+        lr: Learning rate; see :class:`~.extra_epochs.FineTuning`.
+        at_once: Treat the weights as they are at the start of the fit, which ends with the treatment.
+        paper_loop: The authors' loop: all epochs, each of which goes through the suspects first and the trusted samples
+            next, a constant rate, no bound but that weights stay finite.
         seed: Seed of the shuffles.
-        method: Name of the defence, for readers.
-
-    Attributes:
-        accuracy: Share of the watched samples that got their label, before and after every epoch.
-        flagged_label_rate: Share of the suspects that got theirs, before and after every epoch.
-        undone: For every epoch whether it was undone.
     """
 
-    def __init__(self, *, lr: float | None, paper_loop: bool, seed: int, method: str) -> None:
-        self._lr, self._paper_loop, self._seed = lr, paper_loop, seed
-        self._method = method
-        self.accuracy: list[float] = []
-        self.flagged_label_rate: list[float] = []
-        self.undone: list[bool] = []
+    name = "unlearn"
+    starts_over = True
+
+    def __init__(
+        self,
+        *,
+        epochs: int = 10,
+        extra_epochs: int = 0,
+        lr: float | None = None,
+        at_once: bool = False,
+        repeats: bool = False,
+        paper_loop: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self._most_epochs, self._extra_epochs, self._lr = epochs, extra_epochs, lr
+        self.at_once, self._paper_loop, self._seed, self.repeats = at_once, paper_loop, seed, repeats
+        self._forget()
+
+    def _forget(self) -> None:
+        self._accuracies: list[float] = []
+        self._rates: list[float] = []
+        self._undone: list[bool] = []
         self._tuning = FineTuning()
-        self._rate = 1.0
-        self._judged = False
+        self._rate = 1.0  # share of the learning rate
+        self._judged = self._detected = False
         self._before: dict[str, Any] | None = None
-        self._data: DatasetScanner | None = None
-        self._loader_filter: LoaderFilter | None = None
-        self._split: Split | None = None
         self._phases: Phases | None = None
+        self._split: Split | None = None
         self._held: Any = None
+        self._loader_filter: Any = None
         self._ascent = Ascent(None, bounded=False)
+        self.changed_at = 0.0
 
-    @property
-    def left(self) -> int:
-        """Epochs that may still come, with the present one; 0 outside of a repair."""
-        return self._tuning.left
+    def setup(self, trainer: Any, pl_module: Any, title: str) -> None:
+        """Forget an earlier fit.
 
-    @property
-    def before(self) -> dict[str, Any] | None:
-        """Weights that an epoch which does harm goes back to; ``None`` outside of a repair."""
-        return self._before
-
-    def attach(self, data: DatasetScanner, loader_filter: LoaderFilter, split: Split) -> None:
-        """Say which samples it is about; call before :meth:`begin` or :meth:`resume`."""
-        self._data, self._loader_filter, self._split = data, loader_filter, split
-        self._ascent = Ascent(data.head.module if data.head.certain else None, bounded=not self._paper_loop)
-
-    def begin(self, trainer: Any, pl_module: Any, done: int, epochs: int, *, beyond: bool) -> None:
-        """Start with the next epoch, after ``done`` ones; call in ``on_train_epoch_end`` or ``on_train_start``.
-
-        Args:
-            trainer: The running Trainer.
-            pl_module: The LightningModule under training.
-            done: Epochs that the fit has had.
-            epochs: Largest number of epochs of the repair.
-            beyond: Whether so many epochs go beyond the user's plan.
+        Raises:
+            TrainerError: The module optimizes by hand, or a callback rules further epochs out.
         """
-        self._measure(trainer, pl_module)
-        self._before = weights(trainer, pl_module)
-        self._tuning.begin(trainer, epochs, self._lr, steady=self._paper_loop, beyond=beyond, done=done)
-        self.resume(trainer)
+        require_automatic(pl_module, f"{title} unlearns")
+        require_extendable(trainer, title)
+        self._forget()
 
-    def hold(self, trainer: Any, *, expected: bool) -> None:
-        """Keep the fit open for a repair that was interrupted or is expected to begin; call in ``on_fit_start``."""
-        self._tuning.at_fit_start(trainer)
-        if expected:
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the fit open for a treatment that was interrupted, or that begins at once."""
+        self._tuning.keep_open(trainer)
+        if self.at_once and not self._detected:
             hold_open(trainer, self)
             self._held = trainer
 
-    def let_go(self) -> None:
-        """Keep the fit open no longer for a repair that was expected, or over before; call in ``on_train_start``."""
-        self._tuning.at_train_start()
+    def on_train_start(self, session: Session) -> None:
+        """Continue a treatment that was interrupted; check that the samples can be put into batches anew."""
+        require_batches(session.scanner.loader)
+        if self._tuning.left:
+            self._draw(session)
+
+    def after_first_detection(self, session: Session) -> None:
+        """Keep the fit open no longer if no treatment follows, else begin with its first batch."""
+        trainer = session.trainer
+        if self.at_once and not self._tuning.left:
+            trainer.should_stop = True
+        self._tuning.end_if_over()
         if self._held is not None:
             release(self._held, self)
             self._held = None
+        if self._tuning.left:
+            session.loader_filter.restart_iterator()
+            self._ascent.count_from_zero()
 
-    def resume(self, trainer: Any) -> None:
-        """Draw the phases from the next epoch on."""
-        assert self._data is not None
-        assert self._loader_filter is not None
-        assert self._split is not None
-        keep, trusted = self._loader_filter.keep, self._split.trusted
+    def on_other_restart(self, session: Session) -> None:
+        """Stop, and forget what was done."""
+        self._stop(session)
+        self._forget()
+
+    def on_train_epoch_start(self, session: Session) -> None:
+        """Let averages start again with the first epoch; count batches from here."""
+        if self._tuning.begins_now():
+            restart_averages(session.trainer, session.module)
+        self._ascent.count_from_zero()
+
+    def on_train_batch_start(self, session: Session, batch_idx: int) -> None:
+        """Find out what the batch holds, and set the rate of its step."""
+        self._tuning.prepare_step(session.trainer, session.module, batch_idx)
+        if self._phases is not None and self._split is not None:
+            self._ascent.prepare_batch(session.trainer, self._phases, self._split.labels, batch_idx)
+            self._tuning.share = self._rate
+
+    def on_before_backward(self, session: Session, loss: Tensor) -> None:
+        """Turn the loss of suspects around."""
+        if self._phases is not None:
+            self._ascent.turn_loss(session.trainer, loss)
+
+    def on_before_optimizer_step(self, session: Session, optimizer: torch.optim.Optimizer) -> None:
+        """Limit the ascent."""
+        if self._phases is not None:
+            self._ascent.limit_step(session.trainer, optimizer)
+
+    def on_train_batch_end(self, session: Session) -> bool:
+        """Judge an epoch with its last batch."""
+        trainer = session.trainer
+        if self._phases is None or self._judged or not (self._tuning.ends_now(trainer) or trainer.is_last_batch):
+            return False
+        self._judge(session)
+        return True
+
+    def on_train_epoch_end(self, session: Session) -> bool:
+        """Draw the next epoch of the treatment, or end it; at the end of training measure once more."""
+        history = session.case.history
+        if not self._tuning.left:
+            self._measure_at_end(session)
+            return self._acted(history)
+        if not self._judged:  # a callback after this one has ended the epoch
+            self._judge(session)
+        self._judged = False
+        lost = self._accuracies[0] - self._accuracies[-1]
+        forgotten = lost <= TOLERANCE and self._rates[-1] <= self._by_mistake(session)
+        if not (self._tuning.count_epoch() or (forgotten and not self._paper_loop)):
+            self._draw(session)
+            return True
+        self._stop(session)
+        history[-1] = replace(
+            history[-1],
+            accuracies=(*self._accuracies,),
+            flagged_label_rates=(*self._rates,),
+            undone_steps=(*self._undone,),
+        )
+        session.case.tell()
+        session.trainer.should_stop = session.trainer.should_stop or self.at_once
+        return True
+
+    def on_train_end(self, session: Session) -> None:
+        """Say so if training ends with a model that is not repaired."""
+        case = session.case
+        latest = case.history[-1] if case.history and not self._paper_loop else None
+        if latest is not None and latest.suspects and latest.treated and latest.remains:
+            rank_zero_warn(
+                f"{case.title} ends with a model that gives {latest.remaining:.1%} of the suspect images their label: "
+                "part of a backdoor may still be there, or their labels are true (clean-label attack). Look at the "
+                "report; to be sure, train anew without them."
+            )
+        warn_of_treated_files(session.trainer, case.title, session.began, self.changed_at)
+
+    def why_not(self, session: Session) -> str:
+        """Nothing: a detection comes at the end at the latest."""
+        return ""
+
+    def metrics(self, session: Session) -> dict[str, float]:
+        """Removed samples, and epochs of the latest treatment."""
+        history = session.case.history
+        return {
+            "removed": float(sum(event.removed for event in history)),
+            "epochs": float(len(history[-1].undone_steps)),
+        }
+
+    def awaits_detection(self, session: Session) -> bool:
+        """Whether no treatment is going on or has been done."""
+        return not self._tuning.left and not self._acted(session.case.history)
+
+    def latest_detection(self, trainer: Any) -> int:
+        """Epochs after which the treatment has to begin, so that it fits into the plan."""
+        return repair_begins(planned_end(trainer), self._most_epochs, self._extra_epochs)
+
+    def respond(self, session: Session, detection: Detection, event: Event) -> Event:
+        """Let a treatment by the verdict follow, or note that no epoch is left for one."""
+        self._detected = True
+        labels, suspect, trusted = masks_of(session.verdict)
+        event = replace(event, suspects=int(suspect.sum()), trusted=int(trusted.sum()))
+        present = torch.unique(labels[labels >= 0]).tolist()
+        lacking = sorted(set(present) - set(labels[trusted].tolist()))
+        if lacking:
+            rank_zero_warn(
+                f"{session.case.title}: no repair, since no image of the classes {lacking} can be trusted. Raise "
+                "`trusted`."
+            )
+            return event
+        return self.begin(session, event) if event.suspects else event
+
+    def begin(self, session: Session, event: Event) -> Event:
+        """Start with the next epoch, if one is left."""
+        trainer, end = session.trainer, planned_end(session.trainer)
+        left = epochs_left(trainer, end, self._extra_epochs)
+        most = self._most_epochs
+        epochs = most if left is None or (self.at_once and not left) else min(most, left)
+        if not epochs:
+            return replace(event, no_room=True)
+        self._split = split_of(session.verdict, self._seed)
+        self._measure(session)
+        self._before = weights(trainer, session.module)
+        beyond = end is not None and event.epochs + epochs > end
+        self._tuning.begin(trainer, epochs, self._lr, steady=self._paper_loop, beyond=beyond, done=event.epochs)
+        self._draw(session)
+        return event
+
+    def _acted(self, history: list[Event]) -> bool:
+        """Whether the latest detection of this run found suspects."""
+        return self._detected and bool(history) and bool(history[-1].suspects)
+
+    def _draw(self, session: Session) -> None:
+        """Draw suspects and trusted samples from the next epoch on."""
+        if self._split is None:
+            self._split = split_of(session.verdict, self._seed)
+        trainer, head = session.trainer, session.scanner.head
+        if self._phases is None:
+            self._ascent = Ascent(head.module if head.certain else None, bounded=not self._paper_loop)
+        keep, trusted = session.loader_filter.keep, self._split.trusted
         parts = (self._split.suspect, trusted if keep is None else trusted & keep)
         draw = partial(
             Phases,
             [part.nonzero().squeeze(1) for part in parts],
-            size=batch_size_of(self._data.loader),
+            size=batch_size_of(session.scanner.loader),
             least=(0, 0) if self._paper_loop else (LEAST_STEPS, 2 * LEAST_STEPS),
             mixed=not self._paper_loop,
             seed=self._seed,
             rank=trainer.global_rank,
             world=trainer.world_size,
-            epoch=lambda: trainer.fit_loop.epoch_progress.current.processed,
+            epoch=lambda: epochs_processed(trainer),
         )
         self._phases = draw(most=self._tuning.allowed_batches(trainer, len(draw())))
-        self._loader_filter.set_phases(self._phases)
-        self._loader_filter.refresh()
+        self._loader_filter = session.loader_filter
+        session.loader_filter.set_phases(self._phases)
+        session.loader_filter.refresh()
 
-    def at_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Let averages start again with the first epoch; call in ``on_train_epoch_start``."""
-        if self._tuning.begins_now():
-            restart_averages(trainer, pl_module)
-        self.count_batches()
-
-    def count_batches(self) -> None:
-        """Count batches from here; call in ``on_train_start``, too: an epoch may be resumed in its middle."""
-        self._ascent.at_epoch_start()
-
-    def at_batch_start(self, trainer: Any, pl_module: Any, batch_idx: int) -> None:
-        """Know what a batch holds, and set the rate of its step; call in ``on_train_batch_start``."""
-        self._tuning.at_batch_start(trainer, pl_module, batch_idx)
-        if self._phases is not None and self._split is not None:
-            self._ascent.at_batch_start(trainer, self._phases, self._split.labels, batch_idx)
-            self._tuning.share = self._rate
-
-    def at_backward(self, trainer: Any, loss: Tensor) -> None:
-        """Turn the loss of suspects around; call in ``on_before_backward``."""
-        if self._phases is not None:
-            self._ascent.at_backward(trainer, loss)
-
-    def at_step(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Limit the ascent; call in ``on_before_optimizer_step``."""
-        if self._phases is not None:
-            self._ascent.at_step(trainer, optimizer)
-
-    def at_batch_end(self, trainer: Any, pl_module: Any) -> bool:
-        """Judge an epoch with its last batch, and say whether it was; call in ``on_train_batch_end``."""
-        if self._phases is None or self._judged or not (self._tuning.ends_now(trainer) or trainer.is_last_batch):
-            return False
-        self._judge(trainer, pl_module)
-        return True
-
-    def at_epoch_end(self, trainer: Any, pl_module: Any) -> bool:
-        """Say whether the epoch was the last one; call in ``on_train_epoch_end``."""
-        if not self._judged:  # a callback that came later has ended the epoch
-            self._judge(trainer, pl_module)
-        self._judged = False
-        lost = self.accuracy[0] - self.accuracy[-1]
-        forgotten = lost <= TOLERANCE and self.flagged_label_rate[-1] <= self._by_mistake(self.accuracy[-1])
-        if self._tuning.at_epoch_end() or (forgotten and not self._paper_loop):
-            self.stop()
-            return True
-        self.resume(trainer)
-        return False
-
-    def _judge(self, trainer: Any, pl_module: Any) -> None:
-        """Measure what an epoch has led to, and undo it if it costs too much or the weights are no numbers any more."""
+    def _judge(self, session: Session) -> None:
+        """Measure what an epoch has led to, and undo it if it costs too much or the weights are not finite."""
+        trainer, module = session.trainer, session.module
         self._ascent.release()
-        accuracy, _ = self._measure(trainer, pl_module)
-        harmful = not is_finite(pl_module) or (not self._paper_loop and self.accuracy[0] - accuracy > MAX_LOSS)
-        self.undone.append(harmful)
-        conclude(trainer, pl_module, self._before if harmful else None)
+        accuracy, _ = self._measure(session)
+        harmful = not is_finite(module) or (not self._paper_loop and self._accuracies[0] - accuracy > MAX_LOSS)
+        self._undone.append(harmful)
+        conclude(trainer, module, self._before if harmful else None)
         if harmful:
             self._rate /= 2
         elif not self._paper_loop:
-            self._before = weights(trainer, pl_module)
+            self._before = weights(trainer, module)
         self._judged = True
+        self.changed_at = time.time()
 
-    def stop(self) -> None:
-        """End the repair, if there is one, and draw as before."""
+    def _measure(self, session: Session) -> tuple[float, float]:
+        """Note and return the shares of the watched samples and of the suspects that get their label."""
+        split = self._split if self._split is not None else split_of(session.verdict, self._seed)
+        measured = (split.watched | split.suspect).nonzero().squeeze(1)
+        description = f"{session.case.title} check"
+        predicted = session.scanner.predict(
+            session.trainer, session.module, description=description, positions=measured
+        )
+        correct = (predicted == split.labels[measured]).float()
+        self._accuracies.append(float(correct[split.watched[measured]].mean()))
+        self._rates.append(float(correct[split.suspect[measured]].sum()) / max(int(split.suspect.sum()), 1))
+        return self._accuracies[-1], self._rates[-1]
+
+    def _by_mistake(self, session: Session) -> float:
+        """Twice the share of images that get some wrong label by mistake: forgotten suspects get theirs as seldom."""
+        return 2 * (1 - self._accuracies[-1]) / (session.scanner.num_classes - 1)
+
+    def _measure_at_end(self, session: Session) -> None:
+        """At the end of training, measure what the model makes of suspects that were unlearned epochs ago."""
+        history, trainer = session.case.history, session.trainer
+        latest = history[-1] if history else None
+        if latest is None or not (latest.suspects and latest.treated) or self._paper_loop or not self._acted(history):
+            return
+        if not about_to_end(trainer):
+            return
+        description = f"{session.case.title} check"
+        predicted = session.scanner.predict(trainer, session.module, description=description)
+        history[-1] = replace(latest, at_end=session.label_rates(predicted == labels_of(session.verdict)))
+        session.case.tell()
+
+    def _stop(self, session: Session) -> None:
+        """End the treatment, if there is one, and draw as before."""
         self._tuning.stop()
         self._ascent.release()
         self._before = None
-        if self._phases is not None and self._loader_filter is not None:
-            self._loader_filter.set_phases(None)
-            self._loader_filter.refresh()
+        if self._phases is not None:
+            session.loader_filter.set_phases(None)
+            session.loader_filter.refresh()
         self._phases = None
 
     def release(self) -> None:
-        """Give everything back that belongs to the user; a repair that is not over can be resumed."""
+        """Give everything back that belongs to the user; a treatment that is not over can be resumed."""
         self._tuning.leave()
         self._ascent.release()
-        self.let_go()
-        if self._phases is not None and self._loader_filter is not None:
+        if self._held is not None:
+            release(self._held, self)
+            self._held = None
+        if self._phases is not None:
             self._loader_filter.set_phases(None)
-        self._data = self._loader_filter = self._split = self._phases = None
+        self._loader_filter = self._split = self._phases = None
+
+    @property
+    def weights_before(self) -> dict[str, Any] | None:
+        """The weights that an epoch which does harm goes back to."""
+        return self._before
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only; while a repair lasts, with the weights to go back to."""
+        """Tensors and plain values; while a treatment lasts, with the weights to go back to."""
         return {
-            "accuracy": list(self.accuracy),
-            "flagged_label_rate": list(self.flagged_label_rate),
-            "undone": list(self.undone),
+            "accuracies": list(self._accuracies),
+            "rates": list(self._rates),
+            "undone": list(self._undone),
             "tuning": self._tuning.state_dict(),
             "rate": self._rate,
             "judged": self._judged,
+            "detected": self._detected,
             "before": self._before,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
-        self.accuracy, self.flagged_label_rate = list(state_dict["accuracy"]), list(state_dict["flagged_label_rate"])
-        self.undone, self._rate = list(state_dict["undone"]), state_dict["rate"]
+        self._accuracies, self._rates = list(state_dict["accuracies"]), list(state_dict["rates"])
+        self._undone, self._rate = list(state_dict["undone"]), state_dict["rate"]
         self._before, self._judged = state_dict["before"], state_dict["judged"]
+        self._detected = state_dict["detected"]
         self._tuning.load_state_dict(state_dict["tuning"])
-
-    def _measure(self, trainer: Any, pl_module: Any) -> tuple[float, float]:
-        """Note and return the shares of the watched samples and of the suspects that get their label."""
-        assert self._data is not None
-        assert self._split is not None
-        looked_at = (self._split.watched | self._split.suspect).nonzero().squeeze(1)
-        predicted = self._data.predict(trainer, pl_module, description=f"{self._method} check", positions=looked_at)
-        right = (predicted == self._split.labels[looked_at]).float()
-        self.accuracy.append(float(right[self._split.watched[looked_at]].mean()))
-        self.flagged_label_rate.append(
-            float(right[self._split.suspect[looked_at]].sum()) / max(int(self._split.suspect.sum()), 1)
-        )
-        return self.accuracy[-1], self.flagged_label_rate[-1]
-
-    def _by_mistake(self, accuracy: float) -> float:
-        """Twice the share of images that get some wrong label by mistake: forgotten suspects are no more."""
-        assert self._data is not None
-        return 2 * (1 - accuracy) / (self._data.num_classes - 1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
-        running = ("_data", "_loader_filter", "_split", "_phases", "_held")
-        return {**self.__dict__, **dict.fromkeys(running)}
+        return {**self.__dict__, **dict.fromkeys(("_loader_filter", "_split", "_phases", "_held"))}
+
+
+def split_of(verdict: Verdict, seed: int) -> Split:
+    """What a verdict means for a treatment, and up to 1024 samples outside of it on which accuracy is watched.
+
+    Where there are none of these, trusted ones.
+    """
+    labels, suspect, trusted = masks_of(verdict)
+    pool = verdict.keep & ~trusted & (labels >= 0)
+    positions = (pool if bool(pool.any()) else trusted).nonzero().squeeze(1)
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
+    watched = torch.zeros_like(trusted)
+    watched[positions[order[:WATCHED]]] = True
+    return Split(labels, suspect, trusted, watched)
+
+
+def masks_of(verdict: Verdict) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels, suspects and trusted samples of a verdict; without masks the removed and the kept ones."""
+    suspect = ~verdict.keep if verdict.suspect is None else verdict.suspect
+    trusted = verdict.keep if verdict.trusted is None else verdict.trusted
+    return labels_of(verdict), suspect, trusted

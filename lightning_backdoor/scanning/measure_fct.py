@@ -31,7 +31,6 @@ __all__ = ["Detector", "Distinguished", "distinguish", "require_detector", "turn
 
 LR, LR_OF_COPY = 1e-3, 1e-4  # of AdamW, which trains convolutional networks and transformers alike
 HOSTED = "backdoor_detector"  # name of the user's own detector within a copy of the model
-STRONG, WEAK = 0.9, 0.1  # probabilities above and below which a sample is confidently of a class, or not
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -146,7 +145,7 @@ def distinguish(
         if units:
             with isolated_eval(trainer, twin), raise_on_all_ranks(trainer, "search for units"):
                 layers = find_units(twin, data.few(trainer, twin))
-            measured = UnitScan(data, layers, strong=STRONG, weak=WEAK).measure(trainer, twin)
+            measured = UnitScan(data, layers).measure(trainer, twin)
     automatic = "mse" if float(found["smallest"].min()) >= 0 else "cosine"
     metric = automatic if detector.metric == "auto" else detector.metric
     return Distinguished(found["labels"], found[metric], measured)

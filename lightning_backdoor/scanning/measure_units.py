@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +16,18 @@ from lightning_backdoor.functional.hyperplane import (
     strong_thresholds,
     unit_shifts,
 )
-from lightning_backdoor.scanning.distributed import all_gather
+from lightning_backdoor.scanning.distributed import all_gather, raise_on_all_ranks
+from lightning_backdoor.scanning.isolation import isolated_eval
 from lightning_backdoor.scanning.scanner import DatasetScanner
-from lightning_backdoor.surgery.units import UnitLayer
+from lightning_backdoor.surgery.graph import ResidualMode
+from lightning_backdoor.surgery.units import UnitLayer, find_units
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Measured", "UnitScan"]
+__all__ = ["Measured", "UnitScan", "find_layers"]
+
+STRONG, WEAK = 0.9, 0.1  # probabilities above and below which a sample is confidently of a class, or not (NONE)
 
 MAX_CANDIDATES = 512  # units whose responses are held for every sample, two bytes each
 _HALF = torch.finfo(torch.half).max
@@ -63,7 +67,9 @@ class UnitScan:
         weak: Probability below which it is confidently not of a class.
     """
 
-    def __init__(self, data: DatasetScanner, layers: Sequence[UnitLayer], *, strong: float, weak: float) -> None:
+    def __init__(
+        self, data: DatasetScanner, layers: Sequence[UnitLayer], *, strong: float = STRONG, weak: float = WEAK
+    ) -> None:
         self.data = data
         self.names = [layer.name for layer in layers]
         self.sizes = [layer.size for layer in layers]
@@ -139,3 +145,17 @@ class UnitScan:
     def _merge(trainer: Trainer, statistics: HyperplaneStatistics) -> None:
         if trainer.world_size > 1:
             statistics.load(list(all_gather(trainer, statistics.state())))
+
+
+def find_layers(
+    trainer: Any, module: Any, scanner: DatasetScanner, residual_mode: ResidualMode = "branch_only"
+) -> list[UnitLayer]:
+    """All layers whose units can be looked at.
+
+    Those are ``trainable`` whose units can be reset now: nothing that they need is frozen, and an optimizer has their
+    weights. What the others show counts for the samples all the same.
+    """
+    with isolated_eval(trainer, module), raise_on_all_ranks(trainer, "search for units"):
+        found = find_units(module, scanner.few(trainer, module), residual_mode=residual_mode)
+    trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [replace(layer, trainable=layer.trainable and id(layer.layer.weight) in trained) for layer in found]

@@ -71,10 +71,10 @@ def look(callback: Baseline, poisoned: bool = True, **kwargs: Any) -> Baseline:
 @pytest.mark.parametrize(
     ("callback", "clean", "twin"),
     [
-        (ActivationClustering(silhouette=0.45, components=2, rewind=False), 0, 0),
-        (SpectralSignatures(eps=0.16, rewind=False), 27, 36),  # its share of every class
-        (DeepKNN(rewind=False), 0, 0),
-        (STRIP(draws=10, rewind=False), 5, 8),
+        (ActivationClustering(silhouette=0.45, components=2, response="continue"), 0, 0),
+        (SpectralSignatures(eps=0.16, response="continue"), 27, 36),  # its share of every class
+        (DeepKNN(response="continue"), 0, 0),
+        (STRIP(draws=10, response="continue"), 5, 8),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Baseline) else None,
 )
@@ -93,7 +93,7 @@ def settings_of(callback: Baseline) -> dict[str, Any]:
 
 
 def test_the_random_filter_finds_poisons_as_often_as_anything_else() -> None:
-    found = [look(RandomFilter(fraction=0.5, seed=seed, rewind=False)).verdict for seed in range(3)]
+    found = [look(RandomFilter(fraction=0.5, seed=seed, response="continue")).verdict for seed in range(3)]
     truth = red_corners()[1]
     assert all((~verdict.keep).sum() == 80 for verdict in found)
     assert 6 < sum(int((~verdict.keep & truth).sum()) for verdict in found) < 3 * POISONS - 6
@@ -102,10 +102,10 @@ def test_the_random_filter_finds_poisons_as_often_as_anything_else() -> None:
 
 @every_filter
 def test_scores_do_not_depend_on_how_the_data_are_loaded(cls: type[Baseline]) -> None:
-    one = look(acting(cls, rewind=False)).verdict
+    one = look(acting(cls, response="continue")).verdict
     for other in (
-        look(acting(cls, rewind=False, batch_size=7), shuffle=False, batch_size=160),
-        look(acting(cls, rewind=False, num_workers=1), batch_size=9, drop_last=True),
+        look(acting(cls, response="continue", batch_size=7), shuffle=False, batch_size=160),
+        look(acting(cls, response="continue", num_workers=1), batch_size=9, drop_last=True),
     ):
         torch.testing.assert_close(other.verdict.scores, one.scores, rtol=1e-4, atol=1e-4)
         assert torch.equal(other.verdict.keep, one.keep)
@@ -152,7 +152,7 @@ def test_an_image_is_not_blended_with_itself() -> None:
             self.bank = self._bank[0]
             return super()._measure(trainer, pl_module, data, indices, batch)
 
-    callback = look(Recording(draws=5, rewind=False))
+    callback = look(Recording(draws=5, response="continue"))
     data, _ = red_corners()
     network = Rigged()
     for i in [*callback.bank.tolist(), 1]:

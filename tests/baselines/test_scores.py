@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from lightning_backdoor.baselines.baseline import decision_of
 from torch import Tensor
 
 from lightning_backdoor.baselines import (
@@ -19,7 +20,6 @@ from lightning_backdoor.baselines import (
     strip_scores,
 )
 from lightning_backdoor.baselines.activation_clustering import silhouette_score
-from lightning_backdoor.baselines.baseline import decision_of
 from lightning_backdoor.baselines.components import principal_components
 from lightning_backdoor.baselines.strip import blend
 from lightning_backdoor.errors import ArgumentError

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_backdoor import DBRCallback, NONECallback, Verdict, attacks
-from lightning_backdoor.callbacks.compromised import judge_samples
-from lightning_backdoor.callbacks.suspects import judge
+from lightning_backdoor.callbacks.consistency import judge
+from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError, TrainerError
 from lightning_backdoor.scanning.measure_fct import Distinguished
 from lightning_backdoor.scanning.measure_units import Measured, UnitScan
@@ -207,7 +207,7 @@ def test_a_fresh_detector_can_be_resumed_until_something_was_found(tmp_path: Pat
     states = [torch.load(path, weights_only=True)["callbacks"]["lightning_backdoor.DBR"] for path in saver.paths]
     between = [state["initial"] for state in states if len(state["done"]) == 1]
     assert between
-    assert all(same_state(callback._initial, initial) for initial in between)
+    assert all(same_state(callback._detector._initial, initial) for initial in between)
 
 
 @pytest.mark.parametrize("detector", ["copy", "fresh"])
@@ -338,7 +338,7 @@ def test_a_second_population_of_all_labels_is_not_unlearned() -> None:
     units += 0.5 * torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
     measured = Measured(labels, labels, units, units.norm(dim=1), units.norm(dim=1), torch.zeros(3, 4), ())
     found = Distinguished(labels, units.norm(dim=1), measured)
-    assert judge_samples(measured, None, rule="auto", max_removed=0.3).all_to_all
+    assert decide_by_units(measured, None, rule="auto", max_removed=0.3).all_to_all
     assert not judge(found, None, suspect="auto", trusted=0.2, max_removed=0.3).verdict.suspect.any()
 
 
@@ -390,7 +390,7 @@ def test_a_resumed_run_never_repeats_the_detector(monkeypatch: pytest.MonkeyPatc
         _, module = run([callback], ckpt=path)
         assert torch.equal(callback.verdict.scores, whole.verdict.scores), path.name
         assert same_state(plain, module), path.name
-    monkeypatch.setattr("lightning_backdoor.callbacks.suspects.distinguish", None)
+    monkeypatch.setattr("lightning_backdoor.callbacks.consistency.distinguish", None)
     for path in saver.paths[5:]:  # after it
         _, module = run([DBRCallback(**settings)], ckpt=path)
         assert same_state(plain, module), path.name

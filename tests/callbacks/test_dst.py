@@ -254,7 +254,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     saver, whole = SaveAll(tmp_path), DSTCallback(suspect=0.1, detector_steps=3, projection=8, classifier_epochs=2)
     _, plain = run([whole, saver] if first else [saver, whole])
     assert len(saver.paths) == 8
-    monkeypatch.setattr("lightning_backdoor.callbacks.suspects.distinguish", None)  # never repeated
+    monkeypatch.setattr("lightning_backdoor.callbacks.consistency.distinguish", None)  # never repeated
     for path in saver.paths:
         callback = DSTCallback(suspect=0.1, detector_steps=3, projection=8, classifier_epochs=2)
         again, module = run([callback], ckpt=path)
@@ -513,7 +513,7 @@ def test_wrong_arguments(wrong: dict[str, Any]) -> None:
 
 
 def test_representation_and_pickling() -> None:
-    assert repr(DSTCallback(weight=0.1, suspect=0.05)) == "DSTCallback(weight=0.1, suspect=0.05)"
+    assert repr(DSTCallback(suspect_weight=0.1, suspect=0.05)) == "DSTCallback(suspect_weight=0.1, suspect=0.05)"
     assert DSTCallback.from_paper().suspect == 0.05
     callback = acting(views=None)
     fit([callback], epochs=2)

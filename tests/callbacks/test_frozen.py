@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_backdoor import DBRCallback, DSTCallback, NONECallback
-from lightning_backdoor.callbacks.compromised import choose_units, frozen_layers
 from lightning_backdoor.errors import ModelError
+from lightning_backdoor.responses.reset_units import choose_units, frozen_layers
 from lightning_backdoor.surgery import UnitLayer
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,

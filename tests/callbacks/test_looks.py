@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_backdoor.callbacks.looks import Look, sentence
 
 from lightning_backdoor import UltraCleanCallback
-from lightning_backdoor.callbacks.looks import Look, sentence
 from lightning_backdoor.detection.decision import Decision, add_removed
 from lightning_backdoor.detection.subpopulations import Subpopulation
 from tests.callbacks.helpers import LIGHTNING_WARNS, fit

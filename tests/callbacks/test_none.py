@@ -15,14 +15,14 @@ import lightning.pytorch as lightning_pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_backdoor.callbacks.round_report import sentence
+from lightning_backdoor.callbacks.rounds import Round, Series, judgement, reset_units, shares, unfinished
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_backdoor import Finding, NONECallback, UltraCleanCallback, Verdict, attacks
-from lightning_backdoor.callbacks.compromised import judge_samples
-from lightning_backdoor.callbacks.round_report import sentence
-from lightning_backdoor.callbacks.rounds import Round, Series, judgement, readmission, reset_units, shares, unfinished
+from lightning_backdoor import NONECallback, UltraCleanCallback, Verdict, attacks
+from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.detection.decision import Decision
 from lightning_backdoor.errors import ArgumentError, ModelError, TrainerError
 from lightning_backdoor.responses.extra_epochs import FineTuning
@@ -127,7 +127,6 @@ def test_fine_tunes_beyond_the_plan_on_what_is_kept_and_gives_everything_back() 
     assert trainer.max_epochs == 4
 
 
-@pytest.mark.case("64")
 def test_the_rate_of_the_phase_is_in_the_optimizer_during_steps_alone() -> None:
     seen: list[float] = []
     torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # from now on hooks run within the base's step as well
@@ -169,7 +168,6 @@ def test_inside_the_plan_schedules_go_on_and_training_does_not_get_longer() -> N
     assert [len(positions) for _, positions in module.epochs()] == [64] + 3 * [int(callback.verdict.keep.sum())]
 
 
-@pytest.mark.case("65")
 def test_batch_norm_statistics_stand_still_and_their_weights_learn() -> None:
     moments = Moments()
     _, module = fit([acting(), moments])
@@ -181,7 +179,7 @@ def test_batch_norm_statistics_stand_still_and_their_weights_learn() -> None:
 
 def test_a_round_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _, undefended = fit([])
-    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -2.0)
+    monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", -2.0)
     callback = acting(rounds=3, report_dir=tmp_path)
     with pytest.warns(UserWarning, match="the backdoor may still be there"):
         _, module = fit([callback])
@@ -256,7 +254,6 @@ def test_the_report_lists_the_units(tmp_path: Path) -> None:
     assert re.search(rf"<td[^>]*>{unit}</td>", page)
 
 
-@pytest.mark.case("58")
 def test_manual_optimization_is_refused_before_anything_happens() -> None:
     class Manual(Net):
         def __init__(self) -> None:
@@ -332,7 +329,6 @@ def test_a_run_that_is_resumed_within_an_epoch_of_fine_tuning_keeps_its_rate(tmp
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
 
 
-@pytest.mark.case("64")
 @pytest.mark.parametrize("warmup_epochs", [None, 1, 3])
 def test_a_one_cycle_schedule_is_not_asked_to_go_beyond_its_end(warmup_epochs: int | None) -> None:
     class Cycle(Net):
@@ -390,7 +386,7 @@ class Steps(pl.Callback):
 
 @pytest.mark.parametrize("paper_loop", [True, False])
 def test_the_authors_fine_tuning_is_not_bounded(paper_loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -1.0)  # every round costs too much
+    monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", -1.0)  # every round costs too much
     callback, steps = NONECallback.from_paper(finetune_epochs=2, paper_loop=paper_loop), Steps()
     trainer, _ = fit([callback, steps], epochs=2)
     (told,) = callback.history
@@ -422,7 +418,7 @@ def test_the_papers_cut_is_the_natural_break_alone() -> None:
     paper = NONECallback.from_paper()
     scores = torch.cat([torch.randn(10), 100 + torch.randn(90)])
     measured = SimpleNamespace(raw_bias=scores, labels=torch.zeros(100, dtype=torch.long))
-    decision = judge_samples(measured, None, rule="paper", max_removed=paper.max_removed)
+    decision = decide_by_units(measured, None, rule="paper", max_removed=paper.max_removed)
     assert torch.equal(decision.keep, scores < 50)
     assert decision.rule == "natural_break"
     assert repr(eval(repr(paper))) == repr(paper)  # our own text
@@ -456,16 +452,6 @@ def test_samples_of_this_round_come_back_whatever_earlier_ones_removed() -> None
 
 def decision_on(keep: torch.Tensor) -> Decision:
     return Decision((~keep).float(), keep, 0.5, "subpopulation(none)", (), int((~keep).sum()))
-
-
-def test_findings_of_a_round_that_is_readmitted_go() -> None:
-    findings = tuple(
-        Finding(0, positions, "strict", (), torch.arange(1), torch.ones(1), 0.5)
-        for positions in (torch.arange(100), torch.arange(100, 250), torch.arange(900, 910))
-    )
-    verdict = replace(verdict_on(~first(250)), findings=findings)
-    assert readmission(verdict, ~first(100)).findings == (findings[0], findings[2]), "the last one had been kept before"
-    assert readmission(verdict, ~first(0)).findings == (findings[2],)
 
 
 def test_nothing_new_leaves_after_a_round_whose_images_have_their_own_label() -> None:
@@ -547,7 +533,7 @@ def test_sentences_say_what_came_of_a_round() -> None:
 
 
 def test_a_round_of_the_warm_up_that_was_undone_is_not_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -2.0)
+    monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", -2.0)
     callback = acting(warmup_epochs=1, finetune_epochs=1)
     fit([callback])
     assert [(past.epochs, past.undone) for past in callback.history] == [(1, True), (4, True)]
@@ -605,7 +591,7 @@ def test_what_is_left_from_before_a_rewind_resets_nothing(monkeypatch: pytest.Mo
 
 def test_goes_on_for_three_rounds_by_itself_unless_it_resets_by_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_backdoor.callbacks.none.unfinished", bool)
-    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", 2.0)
+    monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", 2.0)
     train, _ = digits()
     poisoned = attacks.poison(train, attacks.BadNets(), target=0, rate=0.05)
     for settings, rounds in (({}, 3), ({"rounds": 1}, 1), ({"rule": "paper"}, 1), ({"samples": "keep"}, 1)):
@@ -630,7 +616,7 @@ def test_an_average_of_a_part_of_the_model_starts_again_too() -> None:
 
 
 def test_undoing_inside_the_plan_leaves_the_schedule_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -2.0)
+    monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", -2.0)
     trainer, _ = fit([acting(warmup_epochs=1, finetune_epochs=1)])
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.7**4)
 
@@ -649,7 +635,6 @@ def test_what_cannot_be_extended_is_refused() -> None:
         fit([acting(), pl.callbacks.StochasticWeightAveraging(0.1)])
 
 
-@pytest.mark.case("64")
 def test_a_step_that_fails_leaves_the_users_rate() -> None:
     class Failing(Net):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -700,7 +685,6 @@ def test_an_all_to_all_backdoor_is_found_and_weakened() -> None:
         _, module = train_digits(poisoned, [callback], epochs=12)
     truth, removed = poisoned.poisoned, ~callback.verdict.keep
     assert callback.verdict.rule.startswith("subpopulation(all_to_all: ")
-    assert sum(len(finding) for finding in callback.verdict.findings) == removed.sum()
     assert (removed & truth).sum() >= 0.9 * truth.sum()
     assert (removed & ~truth).sum() <= 0.01 * len(truth)
     first, second, *_ = callback.history

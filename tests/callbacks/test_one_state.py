@@ -94,7 +94,7 @@ def test_checkpoints_and_copies_hold_the_weights_that_were_scored(
     name: str, first: bool, undone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if undone:
-        monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -2.0)
+        monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", -2.0)
         monkeypatch.setattr("lightning_backdoor.responses.unlearn.MAX_LOSS", -2.0)
     more = {"extra_epochs": 3} if name != "UltraClean" else {}
     saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}-{step}", monitor="val_loss", save_top_k=-1)

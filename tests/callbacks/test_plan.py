@@ -13,9 +13,8 @@ from torch.utils.data import DataLoader
 
 from lightning_backdoor import DBRCallback, NONECallback, Verdict, attacks
 from lightning_backdoor.baselines import ABL, FineTuneTrusted
-from lightning_backdoor.callbacks.schedule import repair_begins
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.responses.limits import about_to_end
+from lightning_backdoor.responses.limits import about_to_end, repair_begins
 from lightning_backdoor.responses.unlearn import Unlearning
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
@@ -373,7 +372,7 @@ def poisoned_digits() -> Any:
 def test_after_a_round_that_was_undone_the_last_word_is_about_the_model_at_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", -2.0)
+    monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", -2.0)
     poisoned, callback = poisoned_digits(), NONECallback(warmup_epochs=4, finetune_epochs=1)
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="NONE") as told:
@@ -394,7 +393,7 @@ def test_images_that_are_out_and_still_get_their_label_are_reason_for_a_round(mo
     begin = callback._judge
 
     def judge(*args: Any) -> None:
-        monkeypatch.setattr("lightning_backdoor.callbacks.rounds.MAX_LOSS", next(judged))
+        monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", next(judged))
         begin(*args)
 
     monkeypatch.setattr(callback, "_judge", judge)

@@ -202,7 +202,7 @@ def test_one_cycle_does_not_run_over() -> None:
 
 
 def test_without_rewind_training_goes_on() -> None:
-    digest, callback = FirstBatches(), always(rewind=False)
+    digest, callback = FirstBatches(), always(response="continue")
     trainer, module = fit([callback, digest], epochs=4)
     kept = callback.verdict.keep.nonzero().flatten().tolist()
     assert len(digest.seen) == 1
@@ -260,9 +260,9 @@ def test_workers_that_fetched_ahead_draw_no_removed_image(workers: int) -> None:
 
 
 def test_a_time_limit_is_refused() -> None:
-    with pytest.raises(TrainerError, match=r"max_time.*must be left out.*rewind=False"):
+    with pytest.raises(TrainerError, match=r'max_time.*must be left out.*response="continue"'):
         fit([always()], max_time="00:01:00:00")
-    callback = always(rewind=False)
+    callback = always(response="continue")
     fit([callback], max_time="00:01:00:00")
     assert callback.verdict is not None
 

@@ -14,8 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_backdoor import UltraCleanCallback, Verdict, attacks
-from lightning_backdoor.callbacks.neighborhood import EarlyLook
-from lightning_backdoor.detection.decision import findings_of
+from lightning_backdoor.scanning.early_neighbors import EarlyNeighbors
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     DigitNet,
@@ -136,7 +135,7 @@ def test_the_paper_removes_its_fraction() -> None:
 def test_the_paper_asks_the_trained_network_and_trains_as_long_again() -> None:
     callback = UltraCleanCallback.from_paper()
     _, module = fit([callback], epochs=3)
-    (look,) = callback._looks
+    (look,) = callback.history
     assert (look.epochs, look.rewinds) == (3, True)
     assert [len(positions) for _, positions in module.epochs()] == [64] * 3 + [64 - int(0.2 * 64)] * 3
 
@@ -144,7 +143,7 @@ def test_the_paper_asks_the_trained_network_and_trains_as_long_again() -> None:
 @pytest.mark.parametrize(
     ("callback", "first"),
     [
-        (UltraCleanCallback.from_paper(rewind=False), 2),  # nothing would be trained after the end
+        (UltraCleanCallback.from_paper(response="continue"), 2),  # nothing would be trained after the end
         (UltraCleanCallback.from_paper(warmup_epochs=1), 1),
         (UltraCleanCallback(rule="fraction"), 2),
         (UltraCleanCallback(score="paper"), 2),
@@ -154,7 +153,7 @@ def test_the_paper_asks_the_trained_network_and_trains_as_long_again() -> None:
 )
 def test_others_look_half_way_or_when_they_are_told(callback: UltraCleanCallback, first: int) -> None:
     trainer = make_trainer([callback], epochs=4)
-    assert callback._first_scan(trainer) == first
+    assert callback._first_detection(trainer) == first
 
 
 def test_target_class_looks_at_one_label_only() -> None:
@@ -166,7 +165,7 @@ def test_target_class_looks_at_one_label_only() -> None:
 
 
 def test_max_removed_is_a_cap_on_all_scans_together() -> None:
-    callback = always(warmup_epochs=1, fraction=0.5, max_removed=0.25, rewind=False, rescore_every=1)
+    callback = always(warmup_epochs=1, fraction=0.5, max_removed=0.25, response="continue", rescore_every=1)
     _, module = fit([callback], epochs=6)
     assert len(callback.verdict.removed) == 16
     sizes = [len(positions) for _, positions in module.epochs()]
@@ -175,7 +174,9 @@ def test_max_removed_is_a_cap_on_all_scans_together() -> None:
 
 @pytest.mark.parametrize(("settings", "removed"), [({}, 8), ({"target_class": 2}, 2)], ids=["all", "one class"])
 def test_a_fraction_is_removed_once_however_often_it_looks(settings: dict[str, Any], removed: int) -> None:
-    callback = always(warmup_epochs=1, fraction=0.125, max_removed=0.9, rewind=False, rescore_every=1, **settings)
+    callback = always(
+        warmup_epochs=1, fraction=0.125, max_removed=0.9, response="continue", rescore_every=1, **settings
+    )
     _, module = fit([callback], epochs=5)
     assert len(callback.verdict.removed) == removed
     assert [len(positions) for _, positions in module.epochs()] == [64, *[64 - removed] * 4]
@@ -228,11 +229,11 @@ def test_two_instances_share_a_folder_by_their_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("others", [[], [HeldOpen(8, shown=20)], [HeldOpen(8)]], ids=["alone", "longer", "no end"])
 def test_half_of_the_planned_epochs_whoever_needs_more(others: list[Any]) -> None:
-    callback = Asking(rewind=False)
+    callback = Asking(response="continue")
     callback.asked = []
     fit([*others, callback], epochs=6)
     assert callback.asked == [2]
-    assert [look.epochs for look in callback._looks] == [3]
+    assert [look.epochs for look in callback.history] == [3]
 
 
 class Asking(UltraCleanCallback):
@@ -290,7 +291,7 @@ def test_neighbors_of_the_judged_model_are_not_asked(epochs: int, others: list[A
     assert callback.asked == asked
 
 
-def test_removes_what_the_early_neighbors_deny(tmp_path: Path) -> None:
+def test_removes_what_the_early_neighbors_deny() -> None:
     """A second population that is too common for the gate, and looked like other classes at first."""
     generator = torch.Generator().manual_seed(0)
     labels, marked = torch.arange(2000) % 4, torch.rand(2000, generator=generator) < 0.2
@@ -299,17 +300,10 @@ def test_removes_what_the_early_neighbors_deny(tmp_path: Path) -> None:
     callback = UltraCleanCallback()
     found = {"labels": labels, "responses": values, "movement": values[:, 5], "susceptibility": values[:, 5]}
     assert bool(callback._decide(found).keep.all())
-    callback._early = EarlyLook(torch.where(marked & (labels == 0), 0.2, 0.7).half(), labels[:4])
+    callback._detector._early = EarlyNeighbors(torch.where(marked & (labels == 0), 0.2, 0.7).half(), labels[:4])
     decision = callback._decide(found)
     assert torch.equal(~decision.keep, marked & (labels == 0))
-    cut = decision.scores, decision.keep, decision.threshold, decision.rule
-    callback.verdict = Verdict(*cut, labels, findings=findings_of(decision, labels))
-    (finding,) = callback.verdict.findings
-    assert torch.equal(finding.members(values, labels), marked & (labels == 0))
-    torch.save(callback.state_dict(), tmp_path / "state.pt")
-    resumed = UltraCleanCallback()
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert torch.equal(resumed.verdict.findings[0].positions, finding.positions)
+    callback.verdict = Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, labels)
     again = callback._decide(found)
     assert (again.rule, again.num_flagged_before_cap) == (decision.rule, decision.num_flagged_before_cap), (
         "a look that finds nothing says nothing new"

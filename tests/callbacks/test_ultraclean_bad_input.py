@@ -246,7 +246,7 @@ def test_callbacks_that_cannot_go_back() -> None:
 
         def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None: ...
 
-    with pytest.raises(TrainerError, match=r"parameter groups.*rewind=False"):
+    with pytest.raises(TrainerError, match=r'parameter groups.*response="continue'):
         make_trainer([UltraCleanCallback(), Thaw()], 1).fit(Net(), DataLoader(Pictures(), batch_size=16))
 
 

@@ -135,7 +135,7 @@ def test_help_explains_and_bad_values_are_refused(capsys: pytest.CaptureFixture[
     [
         UltraCleanCallback(),
         UltraCleanCallback(warmup_epochs=5, name="first", max_removed=0.1, mean=[0.5], std=(0.2,), seed=3),
-        UltraCleanCallback.from_paper(target_class=3, rewind=False, report_dir="here"),
+        UltraCleanCallback.from_paper(target_class=3, response="continue", report_dir="here"),
     ],
     ids=str,
 )

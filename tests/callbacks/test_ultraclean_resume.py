@@ -70,7 +70,9 @@ def run(callbacks: list[Any], ckpt: Path | None = None, val: bool = True, epochs
 
 
 @pytest.mark.parametrize("val", [True, False], ids=["validation", "no validation"])
-@pytest.mark.parametrize("settings", [{}, {"warmup_epochs": 3}, {"rewind": False}, {"rescore_every": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"warmup_epochs": 3}, {"response": "continue"}, {"rescore_every": 1}], ids=str
+)
 def test_resumed_anywhere_it_ends_the_same(tmp_path: Path, settings: dict[str, Any], val: bool) -> None:
     whole, saver = always(**settings), SaveAll(tmp_path)
     trainer, expected = run([whole, saver], val=val)
@@ -284,7 +286,7 @@ def test_a_callback_that_is_added_on_resume_asks_neighbors_before_the_scan_alone
 ) -> None:
     saver = SaveAll(tmp_path)
     run([saver], val=False, epochs=3)
-    added = UltraCleanCallback(warmup_epochs=3, rewind=False)
+    added = UltraCleanCallback(warmup_epochs=3, response="continue")
     run([added], saver.paths[after - 1], val=False, epochs=3)
     assert added.verdict is not None
     assert (added.state_dict()["early"] is not None) == looks

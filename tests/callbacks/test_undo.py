@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_backdoor import DBRCallback, NONECallback
-from lightning_backdoor.callbacks.rounds import Round
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     Net,
@@ -47,8 +46,10 @@ def dbr(**kwargs: Any) -> DBRCallback:
 
 def undo(monkeypatch: pytest.MonkeyPatch, *, rounds: tuple[bool, ...] = (True,)) -> None:
     """Have every epoch of D-BR undone, and the rounds of NONE, in turn, as told."""
-    judged, told = Round.judged, iter(rounds * 99 if len(rounds) == 1 else rounds)
-    monkeypatch.setattr(Round, "judged", lambda self, *args: replace(judged(self, *args), undone=next(told)))
+    judged, told = ResetUnits._judged_event, iter(rounds * 99 if len(rounds) == 1 else rounds)
+    monkeypatch.setattr(
+        ResetUnits, "_judged_event", lambda self, *args: replace(judged(self, *args), undone_steps=(next(told),))
+    )
     monkeypatch.setattr("lightning_backdoor.responses.unlearn.MAX_LOSS", -2.0)
 
 

@@ -46,7 +46,7 @@ def test_none_measures_itself_on_what_both_keep(filter_first: bool, monkeypatch:
         return rounds.shares(predicted, verdict, training)
 
     monkeypatch.setattr("lightning_backdoor.callbacks.none.shares", spied)
-    one, two = of("UltraCleanCallback").make(rewind=False, warmup_epochs=1), of("NONECallback").make()
+    one, two = of("UltraCleanCallback").make(response="continue", warmup_epochs=1), of("NONECallback").make()
     fit([one, two] if filter_first else [two, one])
     assert (one.verdict.keep & two.verdict.keep).sum() < two.verdict.keep.sum()
     assert seen[-1].nonzero().flatten().tolist() == kept(one, two)

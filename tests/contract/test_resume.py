@@ -31,7 +31,7 @@ def assert_same_end(whole: Any, expected: Run, callback: Any, run: Run, where: s
     assert same_state(expected.module, run.module), where
     assert run.trainer.current_epoch == expected.trainer.current_epoch, where
     assert run.trainer.global_step == expected.trainer.global_step, where
-    for part in ("history", "_looks"):
+    for part in ("history",):
         assert getattr(callback, part, None) == getattr(whole, part, None), where
     if getattr(whole, "verdict", None) is None:
         return

@@ -42,7 +42,7 @@ REFUSES = {
     ("filter", "StochasticWeightAveraging"): r"replaces the scheduler and cannot go back.*Lightning's WeightAveraging",
     ("repair", "StochasticWeightAveraging"): r"does not go together with StochasticWeightAveraging.*WeightAveraging",
     ("own", "StochasticWeightAveraging"): r"optimizer of its own, which StochasticWeightAveraging would change",
-    ("filter", "max_time"): r"`Trainer\(max_time=...\)` must be left out when `rewind=True`",
+    ("filter", "max_time"): r'`Trainer\(max_time=...\)` must be left out when response="restart"',
     ("own", "max_steps"): r"plans its stages by epochs, got max_epochs=-1, max_steps=8. Pass Trainer\(max_epochs=",
 }
 """Kind of callback and setting, and what the error says about them; whatever is not here works."""

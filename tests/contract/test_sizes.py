@@ -65,7 +65,7 @@ def test_a_collate_that_pads_to_the_largest_image_of_a_batch(
 
 def test_two_scans_of_padded_batches_are_one() -> None:
     """What does not fit into the memory of denoised images is denoised again."""
-    callback = of("UltraCleanCallback").make(rescore_every=1, rewind=False, warmup_epochs=1, batch_size=12)
+    callback = of("UltraCleanCallback").make(rescore_every=1, response="continue", warmup_epochs=1, batch_size=12)
     make_trainer([callback], 3).fit(net_of(), loader_of(Sizes(), BATCH, collate_fn=padded))
     assert callback.verdict is not None
     assert bool(callback.verdict.scores.isfinite().all())
@@ -135,7 +135,7 @@ class Named(Sampler[tuple[int, int]]):
 
 
 def test_batches_of_torch_over_such_a_sampler_stay_full() -> None:
-    callback, module = of("RandomFilter").make(rewind=False), net_of()
+    callback, module = of("RandomFilter").make(response="continue"), net_of()
     trainer = make_trainer([callback], EPOCHS)
     trainer.fit(module, DataLoader(Sized(), batch_size=BATCH, sampler=Named()))
     kept = callback.verdict.keep.nonzero().flatten().tolist()
@@ -171,11 +171,11 @@ def test_timms_schedule_of_sizes(tmp_path: Path) -> None:
     loader = create_loader(
         data, 8, batch_size=24, is_training=True, num_workers=0, device=torch.device("cpu"), input_size_choices=[8, 12]
     )
-    callback = of("RandomFilter").make(warmup_epochs=1, rewind=False)
+    callback = of("RandomFilter").make(warmup_epochs=1, response="continue")
     with pytest.warns(UserWarning, match="ScheduledTransformDataset augments its images at random.*`eval_dataset`"):
         make_trainer([callback], 1).fit(Plain(), loader)
     plain = create_dataset("", root=str(tmp_path), transform=create_transform(8, use_prefetcher=True))
-    callback = of("RandomFilter").make(warmup_epochs=1, rewind=False, eval_dataset=plain)
+    callback = of("RandomFilter").make(warmup_epochs=1, response="continue", eval_dataset=plain)
     trainer = make_trainer([callback], EPOCHS)
     trainer.fit(Plain(), loader)
     assert of("RandomFilter").acted(callback, trainer)

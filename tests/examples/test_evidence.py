@@ -24,7 +24,6 @@ from examples.evidence.networks import NAME, NETWORKS
 from examples.evidence.protocols import PROTOCOLS, SECONDS_PER_EPOCH, Cell, Setting, hours
 from examples.evidence.table import DEFENCES, repair_table, stages_table
 from lightning_backdoor import DSTCallback, NONECallback, UltraCleanCallback, Verdict
-from lightning_backdoor.callbacks.rounds import Round
 from tests.examples.helpers import pack, row
 
 EVIDENCE = Path(rows.__file__).parent

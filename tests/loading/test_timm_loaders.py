@@ -146,7 +146,7 @@ def test_what_create_loader_makes(workers: int, tmp_path: Path) -> None:
         "use_multi_epochs_loader": True,
     }
     loader = create_loader(train, 8, is_training=True, re_prob=0.5, **settings)
-    callback, module = always(warmup_epochs=1, rewind=False), Net()
+    callback, module = always(warmup_epochs=1, response="continue"), Net()
     trainer = make_trainer([callback], 2)
     trainer.fit(module, loader, create_loader(val, 8, **settings))
     assert callback.verdict is not None

@@ -1,0 +1,112 @@
+"""The arguments that several constructors share, declared and documented once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lightning_backdoor.scanning.scanner import ScanOptions
+from lightning_backdoor.verdict import Verdict
+
+__all__ = [
+    "DEFAULTS",
+    "DETECTOR_DEFAULTS",
+    "DetectorArguments",
+    "ScanArguments",
+    "ScanOptions",
+    "without_detector",
+]
+
+
+class ScanArguments(TypedDict, total=False):
+    """How the training images are read and measured, and where the report goes. Every ``None`` is found out.
+
+    Args:
+        report_dir: Folder for the report; with a ``name``, a folder of that name in it. ``None``: beside the logger's
+            files; without a logger there is no report.
+        forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``, for models that cannot be called with
+            the images alone.
+        batch_fn: ``batch_fn(batch)`` returns images and labels, for batches in which they cannot be found.
+        feature_layer: Name of the layer whose output are the features. ``None``: the input of the classifier head.
+        eval_transform: Transform without augmentation. ``None``: that of the validation set, else the training
+            transform without its random steps.
+        eval_dataset: In place of ``eval_transform``, for augmentation inside the dataset: the same samples without it,
+            as a dataset, or as a function from the training dataset to one.
+        mean: Mean of the pixel normalization, one number per channel in ``[0, 1]`` units; ``None`` finds it out.
+            ``"per_image"``: every image was standardized by itself; its pixels span its smallest to largest value.
+        std: Its standard deviation.
+        batch_size: Images per forward pass of a scan; ``None`` takes the loader's.
+        num_workers: Worker processes of a scan; ``None`` takes the loader's.
+        seed: Seed of what the defense or the training transform draws.
+        name: Tells two instances apart in checkpoints and report folders.
+    """
+
+    report_dir: str | Path | None
+    forward_fn: Callable[[Any, Any], Any] | None
+    batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None
+    feature_layer: str | None
+    eval_transform: Callable[[Any], Any] | None
+    eval_dataset: Callable[[Any], Any] | Dataset[Any] | None
+    mean: Sequence[float] | Literal["per_image"] | None
+    std: Sequence[float] | None
+    batch_size: int | None
+    num_workers: int | None
+    seed: int
+    name: str | None
+
+
+DEFAULTS: dict[str, Any] = {**dict.fromkeys(ScanArguments.__annotations__), "seed": 0}
+
+
+class DetectorArguments(ScanArguments, total=False):
+    """How D-BR and D-ST tell suspects and trusted samples; and all of :class:`ScanArguments`.
+
+    Args:
+        verdict: Verdict of another defense: what it removed is suspect. No detector is trained then.
+        trusted: Share of the images of every class that are trusted, in ``(0, 1)``.
+        suspect: ``"auto"`` looks for subpopulations; a number in ``(0, 1)`` is the share of all images, those whose
+            features move most, that is suspect in any case.
+        detector: ``"copy"`` starts from the model, ``"fresh"`` from the weights before training (kept in checkpoints).
+            These are the weights at the start of ``fit``, before ``ckpt_path`` is loaded: where a suspicious model is
+            handed to ``fit``, ``"fresh"`` is a copy, too. Or a network of your own: it takes the images of a batch
+            after the transfer hooks and returns logits of as many classes; a copy of it is trained, from its weights,
+            at the rate of ``"fresh"``. ``forward_fn`` and ``feature_layer`` are for the model alone.
+        detector_steps: Steps in which the detector learns the labels, and as many of center repulsion.
+        fct_metric: How far features move; ``"auto"``: ``"cosine"`` where some are negative, else ``"mse"``.
+        num_transforms: Transformations per image.
+        transform: Replaces turning and shifting: takes and returns the pixels of one image, uint8 ``(1, C, H, W)``. It
+            is called for every image under a seed of its own.
+    """
+
+    verdict: Verdict | None
+    trusted: float
+    suspect: Literal["auto"] | float
+    detector: Literal["copy", "fresh"] | nn.Module
+    detector_steps: int
+    fct_metric: Literal["auto", "mse", "cosine"]
+    num_transforms: int
+    transform: Callable[[Tensor], Tensor] | None
+
+
+DETECTOR_DEFAULTS: dict[str, Any] = {
+    **DEFAULTS,
+    "verdict": None,
+    "trusted": 0.5,
+    "suspect": "auto",
+    "detector": "copy",
+    "detector_steps": 200,
+    "fct_metric": "auto",
+    "num_transforms": 2,
+    "transform": None,
+}
+
+
+def without_detector(arguments: DetectorArguments) -> ScanArguments:
+    """Those of the arguments that concern the scan."""
+    given: Any = {name: value for name, value in arguments.items() if name in DEFAULTS}
+    scan: ScanArguments = given
+    return scan

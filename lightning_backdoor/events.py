@@ -1,0 +1,114 @@
+"""What a defense found, what was done about it, and what came of that: one record for all methods."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["OWN_LABEL", "STILL_LABELED", "Event"]
+
+OWN_LABEL = 0.9  # of the removed samples get their label without having been trained on: it may well be the right one
+STILL_LABELED = 0.1  # of the flagged samples get their label: the backdoor, or a part of it, may still be there
+
+
+@dataclass(frozen=True)
+class Event:
+    """One detection and what followed from it, in plain values that load with ``weights_only=True``.
+
+    Attributes:
+        epochs: Epochs trained before it, counted from the last restart.
+        removed: Samples that it removed from training.
+        num_flagged_before_cap: Samples that the rule flagged in all, before ``max_removed`` limited it.
+        subpopulations: Label and standardized gap of every subpopulation that was found.
+        response: Name of the response, see :mod:`lightning_backdoor.responses`.
+        run: 1 before the first restart, 2 after it, and so on.
+        all_to_all: Whether most labels share one subpopulation.
+        restarts: Whether training starts anew because of it.
+        suspects: Samples to be unlearned, or that the classifier is turned away from.
+        trusted: Samples to be learned anew, or whose labels count.
+        units: Layer, unit, class and score of every unit that was reset.
+        unconfident: Classes without a confident sample, whose threshold was replaced.
+        no_room: Whether nothing was treated because no epoch was left.
+        rechecked: Removed samples of earlier events, if all that was done is to measure them at the end of training.
+        accuracies: Share of the samples in training that get their label, in ``[0, 1]``: before the treatment, then
+            after each of its steps.
+        flagged_label_rates: The same of the flagged samples; ``None`` where there is none.
+        undone_steps: For every step whether the weights went back.
+        reassigned: Whether the removed samples came back, because the model gives them their label without having
+            trained on them.
+        at_end: Both shares at the end of training, if it went on after the treatment.
+        feature_epochs: Epochs of the contrastive stage.
+        losses: Mean loss of every epoch of the two stages.
+        agreement: Epoch, and share of the neighbors of trusted samples that have their label.
+        became_trusted: Uncertain samples that became trusted between the stages.
+        became_suspect: Uncertain samples that became suspect then.
+        ended_early: Whether training ended before the second stage.
+    """
+
+    epochs: int
+    removed: int
+    num_flagged_before_cap: int
+    subpopulations: tuple[tuple[int, float], ...] = ()
+    response: str = "report"
+    run: int = 1
+    all_to_all: bool = False
+    restarts: bool = False
+    suspects: int = 0
+    trusted: int = 0
+    units: tuple[tuple[str, int, int, float], ...] = ()
+    unconfident: tuple[int, ...] = ()
+    no_room: bool = False
+    rechecked: int = 0
+    accuracies: tuple[float, ...] = ()
+    flagged_label_rates: tuple[float | None, ...] = ()
+    undone_steps: tuple[bool, ...] = ()
+    reassigned: bool = False
+    at_end: tuple[float, float | None] | None = None
+    feature_epochs: int = 0
+    losses: tuple[float, ...] = ()
+    agreement: tuple[tuple[int, float], ...] = ()
+    became_trusted: int = 0
+    became_suspect: int = 0
+    ended_early: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that load with ``weights_only=True``."""
+        return asdict(self)
+
+    @property
+    def when(self) -> str:
+        """When it took place, for a reader: ``epoch 5``, ``epoch 5 of run 2``."""
+        return f"epoch {self.epochs}" if self.run == 1 else f"epoch {self.epochs} of run {self.run}"
+
+    @property
+    def treated(self) -> bool:
+        """Whether a treatment of the model is over."""
+        return bool(self.undone_steps)
+
+    @property
+    def undone(self) -> bool:
+        """Whether the last step of the treatment was undone."""
+        return self.treated and self.undone_steps[-1]
+
+    @property
+    def outcome(self) -> tuple[float, float | None]:
+        """Accuracy and flagged label rate of the weights that stayed: those after the last step that was not undone."""
+        last = max((i + 1 for i, undone in enumerate(self.undone_steps) if not undone), default=0)
+        return self.accuracies[last], self.flagged_label_rates[last]
+
+    @property
+    def remaining(self) -> float | None:
+        """Share of the flagged samples that get their label, as measured last; ``None`` if that is not known.
+
+        Samples that came back are not flagged any more.
+        """
+        if self.reassigned:
+            return None
+        if self.at_end is not None:
+            return self.at_end[1]
+        return self.outcome[1] if self.flagged_label_rates else None
+
+    @property
+    def remains(self) -> bool:
+        """Whether over a tenth of the flagged samples get their label, as measured last."""
+        return self.remaining is not None and self.remaining > STILL_LABELED

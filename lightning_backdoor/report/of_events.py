@@ -1,0 +1,334 @@
+"""The events of a fit in words and numbers: one sentence for the console, and the facts of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from lightning_backdoor.events import OWN_LABEL, Event
+from lightning_backdoor.report.evidence import Evidence, Table
+from lightning_backdoor.verdict import Verdict
+
+__all__ = ["evidence", "last_word", "reset_units", "sentence", "unsolved"]
+
+LITTLE = 0.5  # of the training images get their label
+
+
+def sentence(history: Sequence[Event], total: int) -> str:
+    """Say what the latest detection found, or what came of it.
+
+    Args:
+        history: All events so far, at least one.
+        total: Samples of the training set.
+    """
+    latest = history[-1]
+    sentences = {
+        "reset": _of_reset,
+        "unlearn": _of_unlearning,
+        "finetune": _of_fine_tuning,
+        "two_stage": _of_two_stages,
+    }
+    if latest.response in sentences:
+        return sentences[latest.response](latest, total)
+    return _of_filter(history, total)
+
+
+def unsolved(event: Event) -> bool:
+    """Whether the latest sentence is a warning: something was found and could not be treated."""
+    if event.response == "reset":
+        undone = event.undone and not event.reassigned
+        return bool(undone or (event.removed and not event.units) or event.no_room)
+    return event.no_room
+
+
+def last_word(event: Event, verdict: Verdict) -> str:
+    """Say that a fit ends with a model that still gives removed images their label; else nothing.
+
+    What was said of the latest round already, that it was undone or had no epochs, is not said again.
+
+    Args:
+        event: The latest one.
+        verdict: The verdict at the end.
+    """
+    if not event.remains or event.undone or event.no_room:
+        return ""
+    return (
+        f"ends with a model that gives {event.flagged_label_rates[-1] or 0.0:.1%} of the {len(verdict.removed):,} "
+        f"removed images their label{_outcome(event)}. To be sure, train anew without them."
+    )
+
+
+def reset_units(history: Sequence[Event]) -> set[tuple[str, int]]:
+    """Layer and number of every unit that was reset, in one round or in several."""
+    return {(layer, unit) for event in history for layer, unit, *_ in event.units}
+
+
+def _of_filter(history: Sequence[Event], total: int) -> str:
+    """Of the responses that change the samples alone, and of a report."""
+    *earlier, latest = history
+    before = sum(event.removed for event in earlier)
+    if latest.response == "report":
+        return f'looked at {total:,} training images: {latest.removed:,} stand out; response="report" changes nothing.'
+    then = "; training starts again on the rest" if latest.restarts else ""
+    if not before:
+        little = "" if latest.removed else _little_learned(latest.accuracies)
+        return f"looked at {total:,} training images: {latest.removed:,} removed{then}.{little}"
+    if not latest.removed:
+        return f"looked again at {total:,} training images: nothing new was found; {before:,} stay removed."
+    return (
+        f"looked again at {total:,} training images: {latest.removed:,} more removed, {before + latest.removed:,} in "
+        f"all{then}."
+    )
+
+
+def _of_reset(event: Event, total: int) -> str:  # noqa: PLR0911  (one sentence per case)
+    rates = event.flagged_label_rates
+    before = rates[0] if rates else None
+    if event.rechecked:
+        return (
+            f"at the end of training: accuracy on training images {event.accuracies[0]:.1%}; of {event.rechecked:,} "
+            f"removed images {before or 0.0:.1%} are given their label{_outcome(event)}."
+        )
+    if not event.units and event.no_room:
+        given = "" if before is None else f", {before:.1%} of all that are removed given their label"
+        return (
+            f"looked at {total:,} training images: {event.removed:,} removed{given}, no unit reset, since no epoch is "
+            "left for fine-tuning: the backdoor may still be there. Allow some (`extra_epochs`), or train anew without "
+            "the removed images."
+        )
+    if not event.units and not event.removed and before is not None:
+        return (
+            f"looked again at {total:,} training images: nothing new was found; of the images removed before "
+            f"{before:.1%} are given their label{_outcome(event)}."
+        )
+    if not event.units and event.removed:
+        return (
+            f"looked at {total:,} training images: {event.removed:,} removed, but none of the units that they drive "
+            "can be reset: the backdoor may still be there."
+        )
+    if not event.units:
+        little = _little_learned(event.accuracies)
+        return f"looked at {total:,} training images: {event.removed:,} removed, no unit reset.{little}"
+    layers = len({layer for layer, *_ in event.units})
+    units = f"{len(event.units):,} units of {layers} layers reset"
+    if not event.treated:
+        return f"looked at {total:,} training images: {event.removed:,} removed, {units}; fine-tuning follows."
+    accuracy = f"accuracy on training images {event.accuracies[0]:.1%} -> {event.accuracies[-1]:.1%}"
+    given = ""
+    if before is not None and rates[-1] is not None:
+        given = f", of removed images given their label {before:.1%} -> {rates[-1]:.1%}"
+    return f"after fine-tuning: {accuracy}{given}{_outcome(event)}."
+
+
+def _outcome(event: Event) -> str:
+    """What followed from a round that is over, for the end of a sentence."""
+    if event.reassigned:
+        return "; the model gives the removed images their label without having seen them, so all of this was undone"
+    if event.undone:
+        return "; the rounds cost too much accuracy, so the weights went back: the backdoor may still be there"
+    if not event.remains:
+        return ""
+    if (event.flagged_label_rates[-1] or 0.0) > OWN_LABEL:
+        return (
+            "; the backdoor may still be there, or these may be clean images of one kind or have true labels "
+            "(clean-label attack): look at the report"
+        )
+    return "; part of the backdoor may still be there"
+
+
+def _of_unlearning(event: Event, total: int) -> str:
+    if event.no_room:
+        found = f"{event.suspects:,} are suspect" if event.suspects else f"{event.trusted:,} are trusted"
+        return (
+            f"looked at {total:,} training images: {found}, and no epoch is left for a repair: a backdoor may still be "
+            "there. Allow some epochs (`extra_epochs`), or train anew without the suspect images."
+        )
+    if not event.suspects and not event.treated:
+        return f"looked at {total:,} training images: nothing stands out, nothing to repair."
+    if event.at_end is not None:
+        accuracy, given = event.at_end
+        return (
+            f"at the end of training: accuracy on training images {accuracy:.1%}, of suspects given their label "
+            f"{given or 0.0:.1%}."
+        )
+    if not event.treated:
+        return (
+            f"looked at {total:,} training images: {event.suspects:,} will be unlearned, {event.trusted:,} learned "
+            "anew."
+        )
+    accuracy, rate = event.outcome
+    steps, undone = len(event.undone_steps), sum(event.undone_steps)
+    epochs = f"{steps} epoch{'s' if steps > 1 else ''}"
+    back = f"; {undone} of them cost too much accuracy and were undone" if undone else ""
+    first = event.flagged_label_rates[0] or 0.0
+    suspects = f", of suspects given their label {first:.1%} -> {rate or 0.0:.1%}" if event.suspects else ""
+    return (
+        f"after {epochs} of repair: accuracy on training images {event.accuracies[0]:.1%} -> {accuracy:.1%}{suspects}"
+        f"{back}."
+    )
+
+
+def _of_fine_tuning(event: Event, total: int) -> str:
+    if event.treated or event.no_room:
+        return _of_unlearning(event, total)
+    return f"on {event.trusted:,} of {total:,} images follows."
+
+
+def _of_two_stages(event: Event, total: int) -> str:
+    if not event.suspects:
+        return f"looked at {total:,} training images: nothing stands out, nothing to do."
+    groups = f"{event.trusted:,} trusted, {event.suspects:,} suspect"
+    if event.losses and event.accuracies:
+        ended = (
+            " It ended before the second stage: the classifier is the one learned beside the first." * event.ended_early
+        )
+        return (
+            f"trained {len(event.losses)} epochs on {total:,} images ({groups}): {event.accuracies[-1]:.1%} of the "
+            f"trusted ones get their label.{ended}"
+        )
+    if event.agreement and event.agreement[-1][0] == event.feature_epochs:
+        return (
+            f"learned features; of the neighbours of trusted images {event.agreement[-1][1]:.1%} have their label. "
+            f"{event.became_trusted:,} uncertain images became trusted, {event.became_suspect:,} suspect: {groups}. "
+            "The classifier comes next."
+        )
+    if not event.feature_epochs:
+        return f"looked at {total:,} training images: {groups}. Ordinary training goes on without the suspect ones."
+    return f"looked at {total:,} training images: {groups}. Features are learned first, the classifier next."
+
+
+def _little_learned(accuracies: Sequence[float]) -> str:
+    """A sentence, after a space, for a model that gives under half of the training images their label; else nothing."""
+    if not accuracies or accuracies[0] >= LITTLE:
+        return ""
+    return (
+        f" The model gives only {accuracies[0]:.0%} of the training images their label: it may not have learned a "
+        "backdoor yet. Look again after more training."
+    )
+
+
+def evidence(
+    history: Sequence[Event],
+    total: int,
+    *,
+    images: Callable[[Sequence[int]], Tensor],
+    denoised: Callable[[Sequence[int]], Sequence[Tensor]] | None,
+    read_with: str,
+    classes: Sequence[str] | None,
+    meaning: str,
+    by_subpopulations: bool,
+    seconds: float,
+    max_removed: float,
+) -> Evidence:
+    """What the report shows beside the verdict that all events together led to.
+
+    Args:
+        history: All events so far, at least one.
+        total: Samples of the training set.
+        images: From dataset positions to pixels, see :class:`Evidence`.
+        denoised: From dataset positions to denoised pixels.
+        read_with: The transform by which the images were read, in words.
+        classes: Class names, if there are any.
+        meaning: One sentence that says what the score measures.
+        by_subpopulations: Whether subpopulations were looked for.
+        seconds: Duration of the last scan.
+        max_removed: The user's ``max_removed``.
+    """
+    latest = history[-1]
+    found = [
+        f"{label} (separation {gap:.1f}, found after {event.when})"
+        for event in history
+        for label, gap in event.subpopulations
+    ]
+    facts: dict[str, str | int | float] = {
+        "scans after": ", ".join(event.when for event in history),
+        "seconds of the last scan": round(seconds, 1),
+        "images read with": read_with,
+    }
+    if by_subpopulations:
+        facts["classes with a second mode"] = ", ".join(found) or "none"
+    if latest.unconfident:
+        facts["classes without a confident image"] = ", ".join(map(str, latest.unconfident))
+    rewound = {event.restarts for event in history if event.removed and event.response in ("restart", "continue")}
+    tables: dict[str, Table] = {}
+    treatment = ""
+    if latest.response == "reset":
+        facts["units reset"] = len(reset_units(history))
+        for number, event in enumerate(history, 1):
+            if event.treated:
+                facts[f"round {number}"] = sentence([event], total).rstrip(".")
+        rows = [
+            (number, layer, unit, _class_name(classes, label), round(score, 2))
+            for number, event in enumerate(history, 1)
+            for layer, unit, label, score in event.units
+        ]
+        if rows:
+            tables["Units that were reset"] = ("round", "layer", "unit", "class", "score"), rows
+        treatment = _treatment(history)
+    if latest.response in ("unlearn", "finetune"):
+        facts["images to unlearn"], facts["images to learn anew"] = latest.suspects, latest.trusted
+        if latest.treated:
+            facts["repair"] = sentence([latest], total).rstrip(".")
+            head = ("epoch of repair", "accuracy on watched images", "suspects given their label", "undone")
+            steps = zip(latest.accuracies, latest.flagged_label_rates, strict=True)
+            tables["Repair, epoch by epoch"] = (
+                head,
+                [
+                    (i, f"{accuracy:.1%}", f"{rate or 0.0:.1%}", "yes" if i and latest.undone_steps[i - 1] else "")
+                    for i, (accuracy, rate) in enumerate(steps)
+                ],
+            )
+            treatment = f"The model was repaired: {sentence([latest], total)}"
+    if latest.response == "two_stage":
+        facts |= {
+            "images trusted": latest.trusted,
+            "images suspect": latest.suspects,
+            "became trusted, by their neighbours": latest.became_trusted,
+            "became suspect, by their neighbours": latest.became_suspect,
+        }
+        if latest.losses:
+            agreement = dict(latest.agreement)
+            head = ("epoch", "stage", "loss", "neighbours of trusted images with their label")
+            tables["Training, epoch by epoch"] = (
+                head,
+                [
+                    (
+                        epoch,
+                        "features" if epoch <= latest.feature_epochs else "classifier",
+                        f"{loss:.4f}",
+                        f"{agreement[epoch]:.1%}" if epoch in agreement else "",
+                    )
+                    for epoch, loss in enumerate(latest.losses, start=1)
+                ],
+            )
+            treatment = f"The model was trained in two stages: {sentence([latest], total)}"
+    return Evidence(
+        classes=classes,
+        images=images,
+        denoised=denoised,
+        facts=facts,
+        score_meaning=meaning,
+        num_flagged_before_cap=max(0 if event.reassigned else event.num_flagged_before_cap for event in history),
+        max_removed=max_removed,
+        rewound=rewound.pop() if len(rewound) == 1 else None,  # some of the times is neither yes nor no
+        treatment=treatment,
+        tables=tables,
+    )
+
+
+def _class_name(classes: Sequence[str] | None, label: int) -> str | int:
+    return str(classes[label]) if classes is not None and label < len(classes) else label
+
+
+def _treatment(history: Sequence[Event]) -> str:
+    """What rounds of resets did to the model, for a reader of the report."""
+    treated = [event for event in history if event.units]
+    if not treated:
+        return ""
+    units = reset_units(treated)
+    layers = len({layer for layer, _ in units})
+    text = f"{len(units):,} units of {layers} layers were reset, and the model was fine-tuned."
+    if treated[-1].reassigned:
+        return f"{text} This was undone: the model gave the removed images their label without having seen them."
+    return f"{text} The last of this cost too much accuracy and was undone." if treated[-1].undone else text

@@ -1,0 +1,266 @@
+"""What a response is, and what it works with during a fit."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.events import Event
+from lightning_backdoor.loading.loader_filter import LoaderFilter
+from lightning_backdoor.scanning.scanner import DatasetScanner
+from lightning_backdoor.verdict import Verdict
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+    from lightning_backdoor.scanning.measure_units import Measured
+
+__all__ = ["Case", "Continue", "Detection", "Report", "Response", "Session", "labels_of"]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a detector says of N samples.
+
+    Attributes:
+        verdict: With labels.
+        num_flagged_before_cap: Samples that the rule flagged before ``max_removed`` limited it.
+        subpopulations: Label and standardized gap of every subpopulation that was found.
+        all_to_all: Whether most labels share one subpopulation.
+        correct: Samples that the model gives their label, bool ``(N,)``; ``None`` if that was not measured.
+        units: What was measured of the units of the model; ``None`` if nothing was.
+        kept_before: Samples that the verdict before kept, bool ``(N,)``; known once the verdict is in force.
+    """
+
+    verdict: Verdict
+    num_flagged_before_cap: int
+    subpopulations: tuple[tuple[int, float], ...] = ()
+    all_to_all: bool = False
+    correct: Tensor | None = None
+    units: Measured | None = None
+    kept_before: Tensor | None = None
+
+
+class Case(Protocol):
+    """What outlasts a fit: the defense, as a response sees it."""
+
+    title: ClassVar[str]
+    verdict: Verdict | None
+    history: list[Event]
+
+    def adopt(self, verdict: Verdict) -> int:
+        """Put a verdict in force; returns how many samples it removes that the one before had kept."""
+
+    def tell(self) -> None:
+        """Log, print and report the events so far."""
+
+    def detect(self) -> None:
+        """Run the detector, and the response to what it finds."""
+
+    def count_from_zero(self) -> None:
+        """Count the epochs before the next detection from the present one, since training has started anew."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What is there during a fit alone, from ``on_train_start`` on.
+
+    Attributes:
+        trainer: The running Trainer.
+        module: The LightningModule under training.
+        scanner: Reads and measures the training set.
+        loader_filter: Says which samples the training loader draws.
+        case: Verdict and events so far.
+        began: When the fit began, in seconds since the epoch.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    scanner: DatasetScanner
+    loader_filter: LoaderFilter
+    case: Case
+    began: float
+
+    @property
+    def in_training(self) -> Tensor | None:
+        """Samples that all defenses keep, bool ``(N,)``; ``None`` while nothing is removed."""
+        return self.loader_filter.keep
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that the fit has had, with the one that ends; call in ``on_train_epoch_end``."""
+        return int(self.trainer.current_epoch) + 1
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict in force."""
+        if self.case.verdict is None:
+            raise RuntimeError("a response is at work before there is a verdict")
+        return self.case.verdict
+
+    def label_rates(self, correct: Tensor) -> tuple[float, float | None]:
+        """Share of the samples in training, and of the removed ones, that the model gives their label.
+
+        Args:
+            correct: Samples that get their label, bool ``(N,)``.
+
+        Returns:
+            Both in ``[0, 1]``; the second is ``None`` if nothing is removed.
+        """
+        verdict, training = self.verdict, self.in_training
+        removed, known = ~verdict.keep, labels_of(verdict) >= 0
+        kept = correct[(verdict.keep if training is None else training) & known].float().mean()
+        return float(kept), float(correct[removed].float().mean()) if bool(removed.any()) else None
+
+
+def labels_of(verdict: Verdict) -> Tensor:
+    """The labels of a verdict, long ``(N,)``; a defense's own verdict has them."""
+    if verdict.labels is None:
+        raise ArgumentError("`verdict` must have labels: verdicts of this library do. Pass one with `labels`.")
+    return verdict.labels
+
+
+class Response:
+    """What is done about a verdict. It has Lightning's hooks, with the session in the place of Trainer and module.
+
+    A response does nothing in all of them by default. :meth:`respond` is called in ``on_train_epoch_end`` (or
+    ``on_train_start``), after a detection whose verdict is in force.
+
+    Attributes:
+        name: What users pass as ``response``.
+        changed_at: When it last changed weights, in seconds since the epoch; 0 if it has not.
+        drops: Whether flagged samples leave the training set.
+        alone: Whether no other defense may be on the same Trainer.
+        at_once: Whether the first detection comes before the first epoch.
+        starts_over: Whether another defense's restart makes everything begin anew, the first detection included.
+        repeats: Whether it may be due again when training is about to end, after a detection that led to nothing.
+    """
+
+    name: ClassVar[str]
+    changed_at: float = 0.0
+    drops: bool = True
+    alone: ClassVar[bool] = False
+    at_once: bool = False
+    starts_over: ClassVar[bool] = False
+    repeats: bool = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, title: str) -> None:
+        """Forget an earlier fit, and raise where a setting of the Trainer rules the response out."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue what was interrupted; the state of a checkpoint is loaded."""
+
+    def on_other_restart(self, session: Session) -> None:
+        """Forget what was done, since another defense went back to the start of the fit."""
+
+    def on_train_start(self, session: Session) -> None:
+        """Check what it needs of model and data."""
+
+    def after_first_detection(self, session: Session) -> None:
+        """Called last in ``on_train_start``, after a detection that comes before the first epoch."""
+
+    def on_train_epoch_start(self, session: Session) -> None:
+        """Change weights, counters or loaders for the epoch that begins."""
+
+    def on_train_batch_start(self, session: Session, batch_idx: int) -> None:
+        """Prepare a step."""
+
+    def on_before_backward(self, session: Session, loss: Tensor) -> None:
+        """Change the loss in place."""
+
+    def on_after_backward(self, session: Session) -> None:
+        """Change gradients."""
+
+    def on_before_optimizer_step(self, session: Session, optimizer: torch.optim.Optimizer) -> None:
+        """Change gradients before a step."""
+
+    def on_train_batch_end(self, session: Session) -> bool:
+        """Judge a treatment with the last batch of an epoch, before validation; returns whether it did."""
+        return False
+
+    def on_train_epoch_end(self, session: Session) -> bool:
+        """Count and end epochs of a treatment; returns whether one was going on, so that no detection is due."""
+        return False
+
+    def on_train_end(self, session: Session) -> None:
+        """Say what the fit ends with."""
+
+    def why_not(self, session: Session) -> str:
+        """Why a fit ended without a verdict, and what to do; empty if that is no fault."""
+        return "training ended before the scan. Train longer, or with a smaller `warmup_epochs`."
+
+    def metrics(self, session: Session) -> dict[str, float]:
+        """What is logged after every event."""
+        return {"removed": float(len(session.verdict.removed))}
+
+    def revise(self, session: Session, detection: Detection) -> Detection:
+        """Change a detection by what earlier treatments have shown, before it is in force."""
+        return detection
+
+    def respond(self, session: Session, detection: Detection, event: Event) -> Event:
+        """Act on a detection, and return its event with what was done."""
+        return event
+
+    def awaits_detection(self, session: Session) -> bool:
+        """Whether a detection may come now: no treatment is going on or has been done."""
+        return True
+
+    def ready(self, session: Session) -> bool:
+        """Whether a detection that is due can lead to anything; if not, it is due again after the next epoch."""
+        return True
+
+    def latest_detection(self, trainer: Trainer) -> int:
+        """Epochs after which the first detection has to come, so that the treatment fits into the plan."""
+        return sys.maxsize
+
+    def release(self) -> None:
+        """Give back what belongs to the user, at the end of a fit and after an error."""
+
+    @property
+    def weights_before(self) -> dict[str, Any] | None:
+        """While a treatment lasts, the weights that it began with."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that load with ``weights_only=True``."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint was written."""
+
+
+class Continue(Response):
+    """Train on without the removed samples, from the weights as they are.
+
+    Args:
+        at_once: Detect before the first epoch.
+    """
+
+    name = "continue"
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.at_once = at_once
+
+    def after_first_detection(self, session: Session) -> None:
+        """Draw the first epoch without the samples that a detection before it has removed."""
+        if self.at_once:
+            session.loader_filter.restart_iterator()
+
+
+class Report(Response):
+    """Change nothing: the scan, the verdict and the report are all.
+
+    Args:
+        at_once: Detect before the first epoch.
+    """
+
+    name = "report"
+    drops = False
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.at_once = at_once

@@ -1,0 +1,69 @@
+"""Which of every sample's neighbors had its label early in training, for UltraClean."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.data.pixels import check_finite
+from lightning_backdoor.detection.neighbors import neighbor_agreement
+from lightning_backdoor.errors import DataError
+from lightning_backdoor.scanning.distributed import raise_on_all_ranks
+from lightning_backdoor.scanning.scanner import DatasetScanner
+
+__all__ = ["REFERENCES", "EarlyNeighbors", "early_neighbors"]
+
+REFERENCES = 2**13  # samples among which the neighbors of all are looked for
+_HALF = torch.finfo(torch.half).max
+
+
+@dataclass(frozen=True)
+class EarlyNeighbors:
+    """What neighbours said of N samples early in training, in tensors that a checkpoint can hold.
+
+    Attributes:
+        agreement: Share of every sample's neighbours that had its label, half ``(N,)``.
+        probe: Labels of a few samples, to know the dataset again.
+    """
+
+    agreement: Tensor
+    probe: Tensor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors alone."""
+        return asdict(self)
+
+    def require_same_data(self, data: DatasetScanner) -> None:
+        """Raise a DataError if it was taken of other samples than those that are about to be trained on."""
+        if len(self.agreement) != len(data) or not torch.equal(self.probe, data.probe[1]):
+            raise DataError(
+                f"The early neighbors are of {len(self.agreement)} samples of another dataset; the training dataset has "
+                f"{len(data)}. Resume with the dataset of the interrupted run, or use no `ckpt_path`."
+            )
+
+
+def early_neighbors(trainer: Any, pl_module: Any, data: DatasetScanner) -> EarlyNeighbors:
+    """Ask which of every sample's neighbours have its label, by the features as they are now.
+
+    Neighbours are looked for in a random sample of the training set, by the first process, on the CPU. Every process
+    must call it and gets the same answer.
+    """
+
+    def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+        check_finite(data.layout.images(batch), indices)
+        labels = data.labels(batch).clone()  # transfer hooks may change a batch in place
+        features = data.outputs(trainer, pl_module, batch)[1]
+        return {"labels": labels, "features": features.clamp(-_HALF, _HALF).half()}
+
+    found = data.scan(trainer, pl_module, step, description="UltraClean early look")
+    agreement = torch.empty(0)
+    with raise_on_all_ranks(trainer, "UltraClean early look"):
+        if trainer.is_global_zero:
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(data.options.seed))
+            references = torch.zeros(len(data), dtype=torch.bool)
+            references[order[:REFERENCES]] = True
+            agreement = neighbor_agreement(found["features"], found["labels"], references, gpu=False).half()
+    return EarlyNeighbors(trainer.strategy.broadcast(agreement, src=0), data.probe[1])
