@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import timm
 import torch
 import torch.nn.functional as F
-from evidence.data import unpacked  # beside this script, which Python puts first on its path
+from benchmarks.data import unpacked
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from examples.evidence import data, rows
-from examples.evidence.cache import checkpoint
-from examples.evidence.cells import ATTACKS
-from examples.evidence.data import cifar10, unpacked
-from examples.evidence.protocols import Cell, Setting
+from benchmarks import data, rows
+from benchmarks.cache import checkpoint
+from benchmarks.cells import ATTACKS
+from benchmarks.data import cifar10, unpacked
+from benchmarks.protocols import Cell, Setting
 
 ROOT = Path(__file__).parents[1]
 

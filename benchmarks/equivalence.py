@@ -1,0 +1,139 @@
+"""What small trainings with each defence lead to, to the last bit: for changes that must not change behavior.
+
+``python -m benchmarks.equivalence --write before.json`` trains every cell and writes digests of the verdict and of the
+final weights; ``--compare before.json`` trains again and names the cells that differ. Results depend on the machine and
+on the number of threads, so both runs belong on one machine; each cell runs on one thread. Cells that a file holds
+already are skipped, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import subprocess
+import warnings
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_backdoor import DBRCallback, DSTCallback, NONECallback, UltraCleanCallback, attacks
+
+DEFENCES = {"ultraclean": UltraCleanCallback, "none": NONECallback, "dbr": DBRCallback, "dst": DSTCallback}
+EPOCHS = {"digits": 12, "cifar10": 8}
+CIFAR_IMAGES = 2000
+
+
+class Classifier(pl.LightningModule):
+    """Three convolutions with batch norms on uint8 images; Adam."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in ((3, 16), (16, 32), (32, 64)):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, 10)."""
+        return self.layers(images.float() / 255)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of a batch."""
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam on all parameters."""
+        return torch.optim.Adam(self.parameters(), lr=2e-3)
+
+
+def digits() -> TensorDataset:
+    """1,400 digits of scikit-learn, uint8 (3, 32, 32)."""
+    data = load_digits()
+    pixels = torch.from_numpy(data.images * 255 / 16).float().unsqueeze(1)
+    pixels = F.interpolate(pixels, size=(32, 32), mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
+    return TensorDataset(pixels[:1400], torch.from_numpy(data.target).long()[:1400])
+
+
+def cifar10(folder: Path) -> TensorDataset:
+    """The first 2,000 training images of ``cifar10_train.npz``, uint8 (3, 32, 32)."""
+    packed = np.load(folder / "cifar10_train.npz")
+    jpeg, offsets = packed["jpeg"], packed["offsets"][: CIFAR_IMAGES + 1]
+    images = np.stack([np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes()))) for a, b in pairwise(offsets)])
+    labels = torch.from_numpy(packed["labels"].astype(np.int64))[:CIFAR_IMAGES]
+    return TensorDataset(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels)
+
+
+def run(name: str, data: Dataset[Any], epochs: int) -> dict[str, Any]:
+    """Train with a defence and return digests of verdict and weights, with a few readable figures."""
+    pl.seed_everything(0, verbose=False)
+    defence, model = DEFENCES[name](), Classifier()
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", callbacks=[defence], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, DataLoader(data, batch_size=64, shuffle=True))
+    verdict = defence.verdict
+    assert verdict is not None, f"{name} has passed no verdict"
+    masks = [verdict.keep, verdict.labels, verdict.trusted, verdict.suspect]
+    return {
+        "removed": len(verdict.removed),
+        "rule": verdict.rule,
+        "steps": trainer.global_step,
+        "verdict": digest([verdict.scores, torch.tensor(verdict.threshold), *(m for m in masks if m is not None)]),
+        "weights": digest(list(model.state_dict().values())),
+    }
+
+
+def digest(tensors: list[Tensor]) -> str:
+    """SHA-256 of the values, the first 16 digits."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of cifar10_train.npz")
+    parser.add_argument("--write", type=Path, help="file for the digests")
+    parser.add_argument("--compare", type=Path, help="file of an earlier run")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    done: dict[str, Any] = {}
+    if arguments.write is not None and arguments.write.exists():
+        done = json.loads(arguments.write.read_text())["cells"]
+    before = {} if arguments.compare is None else json.loads(arguments.compare.read_text())["cells"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    sources = {"digits": digits(), "cifar10": cifar10(arguments.data)}
+    differing = []
+    for source, name, poisoned in product(sources, DEFENCES, (True, False)):
+        cell = f"{source} {name} {'poisoned' if poisoned else 'clean'}"
+        if cell not in done:
+            clean = sources[source]
+            data = attacks.poison(clean, attacks.BadNets(), target=0, rate=0.05) if poisoned else clean
+            done[cell] = run(name, data, EPOCHS[source])
+        same = "" if cell not in before else "same" if before[cell] == done[cell] else "DIFFERS"
+        differing += [cell] if same == "DIFFERS" else []
+        print(cell, done[cell], same, flush=True)
+        if arguments.write is not None:
+            arguments.write.write_text(json.dumps({"commit": commit, "cells": done}, indent=1))
+    if before:
+        print(f"{len(differing)} of {len(before)} cells differ: {differing}")
+
+
+if __name__ == "__main__":
+    main()
