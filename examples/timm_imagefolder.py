@@ -18,12 +18,12 @@ import pytorch_lightning as pl
 import timm
 import torch
 import torch.nn.functional as F
-from benchmarks.data import unpacked
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
+from benchmarks.data import unpacked
 from lightning_backdoor import (
     BackdoorMonitor,
     DBRCallback,

@@ -26,7 +26,7 @@ from tests.test_verdict import Evil
 pytestmark = WARNS
 
 PACKAGE = Path(lightning_backdoor.__file__).parent
-EXAMPLES = PACKAGE.parent / "examples"
+EXAMPLES, BENCHMARKS = PACKAGE.parent / "examples", PACKAGE.parent / "benchmarks"
 UNSAFE = {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal", "yaml"}
 """Modules that run what a file says."""
 NETWORK = {"socket", "urllib", "http", "requests", "httpx", "aiohttp", "huggingface_hub", "ftplib", "webbrowser"}
@@ -52,7 +52,7 @@ def imported(path: Path) -> set[str]:
 
 def test_files_are_read_by_safe_loaders_alone() -> None:
     loads = 0
-    for path in [*PACKAGE.rglob("*.py"), *EXAMPLES.rglob("*.py")]:
+    for path in [*PACKAGE.rglob("*.py"), *EXAMPLES.rglob("*.py"), *BENCHMARKS.rglob("*.py")]:
         assert not imported(path) & UNSAFE, path
         for name, call in calls(path):
             assert name not in ("eval", "exec", "__import__", "torch.jit.load", "torch.hub.load"), path
