@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_backdoor._lightning import (
+    CallbackBase,
     callbacks_of,
     is_fast_dev_run,
     rank_zero_info,
@@ -22,7 +23,7 @@ from lightning_backdoor._lightning import (
     validation_loaders,
 )
 from lightning_backdoor.callbacks.arguments import flat_signature, require_fraction, require_positive
-from lightning_backdoor.callbacks.hooks import TrainerCallback
+from lightning_backdoor.callbacks.hooks import guard_hooks, guard_inherited_hooks
 from lightning_backdoor.callbacks.majorities import warn_of_majorities
 from lightning_backdoor.callbacks.options import DEFAULTS, ScanArguments, ScanOptions
 from lightning_backdoor.callbacks.schedule import is_due
@@ -102,7 +103,8 @@ class Detector:
         """Continue where the checkpoint was written."""
 
 
-class Defense(TrainerCallback):
+@guard_inherited_hooks
+class Defense(CallbackBase):
     """A detector, a response, and when the first is due. Lightning's hooks are forwarded to the response.
 
     Args:
@@ -128,6 +130,7 @@ class Defense(TrainerCallback):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the arguments that are taken as ``**`` in signature, help and representation."""
         super().__init_subclass__(**kwargs)
+        guard_hooks(cls)
         cls.__signature__ = flat_signature(cls, cls.shared, cls.shared_defaults)  # type: ignore[attr-defined]
 
     def __init__(

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["ConsistencyDetector", "from_verdict", "judge"]
 
 MEANINGS = {
-    "subpopulations": "It says how suspicious the image looks to a detector that was trained to rely on triggers; above "
-    "0.5 it belongs to a second population inside its class.",
+    "subpopulations": "It says how suspicious the image looks to a detector that was trained to rely on triggers; "
+    "above 0.5 it belongs to a second population inside its class.",
     "fct": "It measures how far the features of a detector move when the image is turned and shifted.",
     "given": "It is the score of the verdict that was handed in.",
 }

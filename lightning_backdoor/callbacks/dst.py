@@ -49,17 +49,18 @@ class DSTCallback(Defense):
         temperature: Of the contrastive loss, positive; small values weigh the nearest images most.
         suspect_weight: Weight of the suspects in the second stage, at least 0 (the paper's lambda_p).
         reference_mask: Positives of the authors' code: all images with the label of a trusted one.
-        supervised_features: Features learn from the cross-entropy of trusted images, too. ``False``: by contrast alone (the paper).
-        reassign_uncertain: Reassign uncertain images to trusted or suspect before the second stage, by the labels of their
-            neighbors.
+        supervised_features: Features learn from the cross-entropy of trusted images, too. ``False``: by contrast alone
+            (the paper).
+        reassign_uncertain: Reassign uncertain images to trusted or suspect before the second stage, by the labels of
+            their neighbors.
         neighbors: Trusted images that are looked up for that, and for the log.
         views: Replaces the strong augmentation: from a batch, uint8 ``(B, C, H, W)``, to another, drawn for each image.
         max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``. With ``suspect="auto"`` 15 %
             of each label are not suspect in any case (of the median label, where a label is larger).
         response: ``"two_stage"``; ``"continue"`` trains without the suspect images, ``"report"`` changes nothing. Or a
             :class:`~lightning_backdoor.responses.Response` with settings of its own.
-        **scan: See :class:`~lightning_backdoor.callbacks.options.DetectorArguments`; ``trusted`` is 0.8 and ``detector``
-            is ``"fresh"`` if they are not given.
+        **scan: See :class:`~lightning_backdoor.callbacks.options.DetectorArguments`; ``trusted`` is 0.8 and
+            ``detector`` is ``"fresh"`` if they are not given.
 
     Raises:
         ArgumentError: If an argument is out of range.

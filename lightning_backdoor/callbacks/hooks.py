@@ -4,38 +4,40 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from lightning_backdoor._lightning import CallbackBase
 from lightning_backdoor.errors import TrainerError
 
-__all__ = ["TrainerCallback"]
+__all__ = ["guard_hooks", "guard_inherited_hooks"]
+
+Class = TypeVar("Class", bound=type)
+
+HOOKS = {name for name in dir(CallbackBase) if name.startswith("on_") or name in ("setup", "teardown")}
+HOOKS -= {"on_after_setup"}
 
 
-class TrainerCallback(CallbackBase):
-    """Base of all callbacks of this library: every hook raises unless its first argument is a Trainer.
+def guard_hooks(cls: Class) -> Class:
+    """Let every hook that a class defines raise unless its first argument is a Trainer.
 
     Fabric takes any object as a callback and calls any method of it, with any arguments. It has no fit loop, in which
     samples could be left out or epochs repeated.
     """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Guard the hooks of a class, whoever derives it."""
-        super().__init_subclass__(**kwargs)
-        for name in HOOKS & vars(cls).keys():
-            setattr(cls, name, _guarded(vars(cls)[name]))
-
-    def on_after_setup(self, **kwargs: Any) -> NoReturn:
-        """Refuse Fabric, which calls this hook of its own in ``Fabric.setup``.
-
-        Raises:
-            TrainerError: Always.
-        """
-        _refuse(self, "on_after_setup", "Fabric")
+    for name in HOOKS & vars(cls).keys():
+        setattr(cls, name, _guarded(vars(cls)[name]))
+    return cls
 
 
-HOOKS = {name for name in dir(CallbackBase) if name.startswith("on_") or name in ("setup", "teardown")}
-HOOKS -= {"on_after_setup"}
+def guard_inherited_hooks(cls: Class) -> Class:
+    """The same for a class that derives from Lightning's callbacks, with the hooks that it inherits.
+
+    Fabric calls ``on_after_setup``, a hook of its own, in ``Fabric.setup``; it raises, too.
+    """
+    guard_hooks(cls)
+    for name in HOOKS - vars(cls).keys():
+        setattr(cls, name, _guarded(getattr(cls, name)))
+    cls.on_after_setup = lambda self, **_: _refuse(self, "on_after_setup", "Fabric")  # type: ignore[attr-defined]
+    return cls
 
 
 def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +58,3 @@ def _refuse(callback: Any, hook: str, got: str) -> NoReturn:
         f"Trainer(callbacks=[{name}(...)]).fit(...), or leave it out of Fabric(callbacks=...) and use the functions of "
         "`lightning_backdoor.functional` in a loop of your own."
     )
-
-
-for _name in HOOKS:
-    setattr(TrainerCallback, _name, _guarded(getattr(CallbackBase, _name)))

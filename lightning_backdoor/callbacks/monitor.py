@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_backdoor._lightning import callbacks_of
+from lightning_backdoor._lightning import CallbackBase, callbacks_of
 from lightning_backdoor.attacks import poisoned_mask
 from lightning_backdoor.attacks import triggered as make_triggered
-from lightning_backdoor.callbacks.hooks import TrainerCallback
+from lightning_backdoor.callbacks.hooks import guard_inherited_hooks
 from lightning_backdoor.callbacks.validation_set import batch_size, first_loader, loaders_in, positions_used
 from lightning_backdoor.data.batches import BatchLayout, find_layout
 from lightning_backdoor.data.nesting import positions_in
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["BackdoorMonitor"]
 
 
-class BackdoorMonitor(TrainerCallback):
+@guard_inherited_hooks
+class BackdoorMonitor(CallbackBase):
     """Log how well the model resists a known attack, at every validation.
 
     At the end of each validation epoch (not of the sanity check) it logs

@@ -265,8 +265,8 @@ class UltraCleanCallback(Defense):
     def from_paper(cls, **overrides: Any) -> UltraCleanCallback:
         """Use the paper's score (L1 on softmax outputs) and cut (a fraction of 0.2), which always removes images.
 
-        The network that is measured is trained to the end, and so is the one that starts again on the rest: the fit takes
-        twice its epochs. ``warmup_epochs`` sets an earlier scan. With another response than
+        The network that is measured is trained to the end, and so is the one that starts again on the rest: the fit
+        takes twice its epochs. ``warmup_epochs`` sets an earlier scan. With another response than
         ``"restart"`` nothing would be trained after the end, so that the scan comes after half of the epochs.
         """
         return cls(**{"score": "paper", "output": "softmax", "rule": "fraction", **overrides})

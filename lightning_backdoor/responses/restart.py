@@ -22,8 +22,8 @@ MAX_RESTARTS = 2
 
 _NOT_REWINDABLE = {
     "Timer": (
-        '`Trainer(max_time=...)` must be left out when response="restart": the warm-up would use up the time of the run '
-        "that follows it.",
+        '`Trainer(max_time=...)` must be left out when response="restart": the warm-up would use up the time of the '
+        "run that follows it.",
         "Limit the run by `max_epochs` or `max_steps`",
     ),
     "BaseFinetuning": (

@@ -40,8 +40,8 @@ class EarlyNeighbors:
         """Raise a DataError if it was taken of other samples than those that are about to be trained on."""
         if len(self.agreement) != len(data) or not torch.equal(self.probe, data.probe[1]):
             raise DataError(
-                f"The early neighbors are of {len(self.agreement)} samples of another dataset; the training dataset has "
-                f"{len(data)}. Resume with the dataset of the interrupted run, or use no `ckpt_path`."
+                f"The early neighbors are of {len(self.agreement)} samples of another dataset; the training dataset "
+                f"has {len(data)}. Resume with the dataset of the interrupted run, or use no `ckpt_path`."
             )
 
 
