@@ -1,4 +1,4 @@
-"""What can go wrong, split by what the user can do about it."""
+"""Errors, one class for each kind of remedy."""
 
 __all__ = ["ArgumentError", "BackdoorDefenseError", "DataError", "ModelError", "TrainerError"]
 
@@ -12,7 +12,7 @@ class ArgumentError(BackdoorDefenseError, ValueError):
 
 
 class DataError(BackdoorDefenseError, ValueError):
-    """The training data cannot be scanned or curated: change the dataset or its loader."""
+    """The training data cannot be scanned or filtered: change the dataset or its loader."""
 
 
 class TrainerError(BackdoorDefenseError, RuntimeError):

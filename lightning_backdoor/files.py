@@ -17,7 +17,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     The bytes go to a hidden neighbour first, which then takes the name in one step. After an exception the neighbour
     is gone and an older file of that name is still there, unchanged. The neighbour's name cannot be guessed and nothing
-    of that name is opened, so that in a folder of many users nobody can put a link there first.
+    of that name is opened, so that in a folder of many users no other user can put a link there first.
     """
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     file = unfinished.open("xb")  # unlike those of `tempfile`, with the permissions that the user's umask leaves

@@ -196,13 +196,13 @@ class Verdict:
         return cls(**{**record, "findings": findings})
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the record to ``path``; interrupted, it leaves whatever was there."""
+        """Write the record to ``path``; if it is interrupted, an earlier file stays as it was."""
         with atomic_file(Path(path)) as file:
             torch.save(self.state_dict(), file)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Verdict:
-        """Read a record written by :meth:`save`. A file from a stranger cannot run code (``weights_only=True``).
+        """Read a record written by :meth:`save`. A file of unknown origin cannot run code (``weights_only=True``).
 
         Raises:
             ArgumentError: The file holds something else.

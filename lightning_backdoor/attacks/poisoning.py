@@ -1,4 +1,4 @@
-"""Poisoned training sets and triggered test sets, made from somebody's dataset."""
+"""Poisoned training sets and triggered test sets, made from the user's dataset."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PoisonedDataset(Dataset[Any]):
     """The user's dataset with a trigger and a label in some of its items; made by :func:`poison` and :func:`triggered`.
 
     The trigger is painted on the raw image, then the transform runs. Clean images take the same way (through 8-bit
-    pixels and back), so nothing but the trigger tells them apart. Items keep their container, image kind and dtype.
+    pixels and back), so that only the trigger distinguishes them. Items keep their container, image kind and dtype.
 
     Attributes:
         poisoned: Which items teach the backdoor: trigger and attack label, bool, shape ``(N,)``. Ground truth: for
@@ -34,7 +34,7 @@ class PoisonedDataset(Dataset[Any]):
         covers: Which items are cover samples: trigger and their own label, bool, shape ``(N,)``; none is ``poisoned``.
         targets: Labels as a victim receives them, ``N`` ints, in the container of the user's dataset (tensor if none).
         true_labels: Labels before the attack, long, shape ``(N,)``.
-        classes: Names of the classes, ``None`` if the user's dataset does not say.
+        classes: Names of the classes, ``None`` if the user's dataset has none.
         transform: The user's transform of the image; may be replaced at any time.
         trigger: The trigger.
     """
@@ -96,7 +96,7 @@ def poison(  # noqa: PLR0917  (the order is promised to users)
     covers: float = 0.0,
     sources: Sequence[int] | None = None,
 ) -> PoisonedDataset:
-    """Return ``dataset`` as an attacker would hand it over.
+    """Return ``dataset`` with a trigger and the attack's labels in some of its items.
 
     Args:
         dataset: Map-style dataset of (image, label): torchvision datasets, ``TensorDataset``, your own, or a ``Subset``
@@ -112,8 +112,8 @@ def poison(  # noqa: PLR0917  (the order is promised to users)
             class keep their label; ``"all_to_all"``: any image, label ``(y + 1) mod K``.
         seed: Seed of the choice. With the same seed, a higher rate poisons a superset.
         covers: Fraction, of the same images as ``rate``, of cover samples: images outside the target class that get the
-            trigger (in its form for covers, see :class:`WaNet`) and keep their label, so that a model learns to obey
-            the trigger only as the attacker shows it. Adaptive attacks and WaNet's noise mode need them.
+            trigger (in its form for covers, see :class:`WaNet`) and keep their label, so that a backdoor
+            responds only to the trigger in the form of the poisons. Adaptive attacks and WaNet's noise mode need them.
         sources: Classes to poison images of, ``None`` for all. Covers come from the other classes: with covers this is
             TaCT (`Tang et al., 2021 <https://arxiv.org/abs/1908.00686>`_), a trigger that works on the sources alone.
             Not for ``labels="clean"``, whose poisons are of the target class.

@@ -1,4 +1,4 @@
-"""Reading the images of somebody's dataset before its transform, and writing them back in their own kind."""
+"""Read the images of the user's dataset before its transform, and write them back in their own kind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RawSource:
     Attributes:
         transform: The user's transform, ``None`` if the dataset has none.
         labels: Label of each item, long, shape ``(N,)``.
-        classes: Names of the classes, ``None`` if the dataset does not say.
+        classes: Names of the classes, ``None`` if the dataset has none.
 
     Raises:
         DataError: If the dataset is empty, iterable, or its items cannot be understood.
@@ -105,7 +105,7 @@ class RawSource:
                 f"Items of {name} must hold one image and one label, a whole number, got {kinds} with images at "
                 f"{images} and labels at {labels}. Wrap the dataset so that it returns (image, label)."
             )
-        to_pixels(item[images[0]])  # a wrong kind of image speaks now, not inside a worker
+        to_pixels(item[images[0]])  # a wrong kind of image fails here, not in a worker process
         return images[0], labels[0]
 
     def _without_positions(self, keys: list[Any]) -> list[Any]:
@@ -194,7 +194,7 @@ def label_like(value: int, like: Any) -> Any:
 
 
 def _without_transform(dataset: Any) -> Any:
-    """Return a shallow copy whose transform hands the image through."""
+    """Return a shallow copy whose transform returns the image unchanged."""
     clone = copy.copy(dataset)
     if getattr(dataset, "transform", None) is not None:
         clone.transform = _unchanged

@@ -27,7 +27,7 @@ class Recorder:
         self.transform, self.path = copy.deepcopy(transform), path
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        """Note the arguments in the file, and hand them on."""
+        """Write the arguments to the file and return them."""
         if not self.path.exists():
             torch.save(
                 ([_written(value) for value in args], {name: _written(v) for name, v in named.items()}), self.path
@@ -58,14 +58,14 @@ def _read(value: Any) -> Any:
 def without_random_steps(
     transform: Any, args: tuple[Any, ...], named: Mapping[str, Any]
 ) -> tuple[Callable[..., Any] | None, list[str]]:
-    """Leave out the steps that are random and change nothing else than the look of an image.
+    """Leave out the steps that are random and change only the pixels of an image.
 
     Each step is tried under several seeds. One of a known library whose outputs differ, and have the type and the shape
-    of what went in, is augmentation. What crops to another size or makes tensors stays, and so do steps of the user's
-    own: they may do more than one thing.
+    of the input, is augmentation. Steps that crop to another size or make tensors stay, and so do steps of the user's
+    own, which may do more than one thing.
 
     Args:
-        transform: The transform; compositions are looked into.
+        transform: The transform; compositions are searched.
         args: An image, if the transform is called with it.
         named: What the transform is called with by name, if it is (as albumentations is).
 

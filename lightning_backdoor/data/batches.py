@@ -1,4 +1,4 @@
-"""Where the images and the labels are in somebody else's batch."""
+"""Where the images and the labels are in the user's batch."""
 
 from __future__ import annotations
 

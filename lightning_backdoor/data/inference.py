@@ -1,4 +1,4 @@
-"""Finding out how the images that a model sees were made from 8-bit pixels."""
+"""Infer how a model's input images were computed from 8-bit pixels."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def infer_pixel_space(
         images: Images ``(B, C, H, W)`` or ``(B, H, W)`` as the dataset gives them; a whole batch is better than one.
         transform: The dataset's transform, or the list of its transforms in the order of application.
         model: The user's module.
-        beside: The dataset, its ``collate_fn``, or whatever else may name a normalisation.
+        beside: The dataset, its ``collate_fn``, or another object that may name a normalisation.
         mean: Per channel or one for all, in 0..1 units; together with ``std``. ``"per_image"``: every image is
             stretched from its smallest to its largest value.
         std: The same; positive.

@@ -28,7 +28,7 @@ __all__ = ["BY_POSITION", "Key", "deep_twin", "find_key", "is_ordinary", "key_of
 BY_POSITION = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 """Torch's own samplers, of these types exactly, which yield positions alone."""
 
-_DRAWN = 100_000  # keys, at most, by which the position is told from the rest
+_DRAWN = 100_000  # keys, at most, by which the position is found among the rest
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def key_of(loader: Any) -> Key | None:
 
 
 def find_key(batch_sampler: Any, dataset: Any) -> Key | None:
-    """Look at what a copy of a batch sampler draws; ``None`` if these are positions alone.
+    """Determine the keys that a batch sampler draws, from a copy of it; ``None`` if these are positions alone.
 
     Args:
         batch_sampler: Yields batches of positions, or of tuples that hold one.

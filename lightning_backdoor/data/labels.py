@@ -116,7 +116,7 @@ def class_indices(labels: Any, known: tuple[str, str] | None = None) -> Tensor:
         known: How images and labels are spelled in terms of ``batch``; ``None``: they come from ``batch_fn``.
 
     Raises:
-        DataError: They are something else; the message says what they look like and what helps.
+        DataError: They are something else; the message describes them and gives a remedy.
     """
     if isinstance(labels, Tensor):
         values = plain(labels)
@@ -137,7 +137,7 @@ def class_indices(labels: Any, known: tuple[str, str] | None = None) -> Tensor:
 
 
 def _remedy(labels: Any, known: tuple[str, str] | None) -> str:
-    """What the labels look like, and what helps."""
+    """What kind of labels these are, and the remedy."""
     integers = "Let the dataset return the number of the class as an integer"
     if not isinstance(labels, Tensor) or labels.ndim == 0 or labels.is_complex():
         return f"{integers}."

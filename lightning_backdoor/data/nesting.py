@@ -63,7 +63,7 @@ def random_streams_in(node: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[A
 
 
 def image_transform(node: Any) -> Callable[..., Any] | None:
-    """Return what turns the node's raw image into its item, or None when it hands images on as they are."""
+    """Return what turns the node's raw image into its item, or None if it returns images unchanged."""
     transform = attributes_of(node).get("transform")
     joint = attributes_of(node).get("transforms")
     if callable(transform):
@@ -101,7 +101,7 @@ def chains_of(node: Any, above: tuple[Any, ...] = (), path: tuple[int, ...] = ()
 def transforms_of(dataset: Any) -> list[Callable[..., Any]]:
     """Return the image transforms of a dataset as they stand, in the order in which they are applied to an image.
 
-    Wrappers (``Subset``, ``ConcatDataset``, the user's own) are looked through; of several leaves the first counts. The
+    Wrappers (``Subset``, ``ConcatDataset``, the user's own) are followed; of several leaves the first counts. The
     function that a Hugging Face dataset was given by ``set_transform`` or ``with_transform`` comes first.
     """
     chain = next(chains_of(dataset))

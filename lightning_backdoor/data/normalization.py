@@ -22,7 +22,7 @@ Affine = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one number
 _NAMES = (("mean", "std"), ("image_mean", "image_std"), ("subtrahend", "divisor"))  # the last: MONAI
 _INNER = ("transform", "normalizer")  # what wrappers and MONAI's dictionary transforms hold
 _MOST = 64  # items of a list or dictionary that is searched for normalisations
-_MOST_OBJECTS = 2000  # that are looked at
+_MOST_OBJECTS = 2000  # that are searched
 _DEEPEST = 8  # functions that mention functions that mention ...
 _PLAIN = (type(None), int, float, complex, str, bytes, type, ModuleType, Tensor, np.ndarray, np.generic)
 _INSTALLED = ("/site-packages/", "/dist-packages/", "/lib/python3")  # packages name more than a user's code
@@ -31,7 +31,7 @@ _INSTALLED = ("/site-packages/", "/dist-packages/", "/lib/python3")  # packages 
 def normalize_of(transform: Any) -> Affine | None:
     """Return mean and std of all ``Normalize`` steps in ``transform`` taken together; None when there is none.
 
-    Looks into lists, ``Compose`` and other holders of ``transforms``, ``nn.Module`` containers (kornia, v2) and
+    Searches lists, ``Compose`` and other holders of ``transforms``, ``nn.Module`` containers (kornia, v2) and
     wrappers with a ``transform``. A step in 0..255 units (a number above 10) is brought to 0..1.
     """
     total: Affine | None = None

@@ -1,4 +1,4 @@
-"""From the images that a model sees to 8-bit pixels and back."""
+"""From a model's input images to 8-bit pixels and back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PixelSpace:
         identity: The dataset gives uint8: the images are the pixels, and mean and std are not used.
         per_image: Pixels 0 and 255 are the smallest and the largest value of each image, over all its channels; mean
             and std are not used.
-        note: What the user is told of a range that follows from the data.
+        note: Message for the user about a range that follows from the data.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -39,7 +39,7 @@ class PixelSpace:
         """Return the nearest 8-bit images.
 
         Args:
-            images: ``(B, C, H, W)`` or ``(B, H, W)``, as the model sees them: floats or integers.
+            images: ``(B, C, H, W)`` or ``(B, H, W)``, as the model receives them: floats or integers.
 
         Returns:
             uint8 ``(B, C, H, W)``, values outside the pixel range clamped; grey images have one channel.
@@ -57,7 +57,7 @@ class PixelSpace:
         return values.mul(std).add_(mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
     def to_model(self, pixels: Tensor, like: Tensor) -> Tensor:
-        """Return 8-bit images as the model sees them; in float32 with the arithmetic of torchvision, step by step.
+        """Return 8-bit images as the model receives them; in float32 with the arithmetic of torchvision, step by step.
 
         Args:
             pixels: uint8 ``(B, C, H, W)``; B need not be that of ``like``, except with ``per_image``.

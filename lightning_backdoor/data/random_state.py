@@ -1,4 +1,4 @@
-"""Random streams that somebody else counts on: seeded for a while and given back as they were."""
+"""Global random streams: seeded for a while and then restored."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
 def seed_all(seed: int) -> None:
     """Seed the streams of torch's CPU generator, numpy and ``random``; call it inside of :func:`isolated_rng`.
 
-    ``torch.manual_seed`` would seed CUDA as well, also later, when CUDA starts: nobody could put that back.
+    ``torch.manual_seed`` would seed CUDA as well, also later, when CUDA starts, which could not be undone.
 
     Args:
         seed: Below 2**64; numpy takes its lower 32 bits.

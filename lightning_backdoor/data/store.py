@@ -17,7 +17,7 @@ from lightning_backdoor.errors import DataError
 
 __all__ = ["RowStore"]
 
-_CANNOT_RESERVE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # the file system does not know how
+_CANNOT_RESERVE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # the file system does not support it
 
 
 class RowStore:
@@ -78,7 +78,7 @@ class RowStore:
         return torch.from_numpy(self._values[positions.numpy()])
 
     def close(self) -> None:
-        """Forget all rows and delete the file."""
+        """Drop all rows and delete the file."""
         self._values = None
         self.written.zero_()
         if self._folder is not None:

@@ -61,13 +61,13 @@ def as_kind_of(tensor: Tensor, like: Tensor) -> Tensor:
     try:
         typed = tensor.as_subclass(type(like))
         vars(typed).update(vars(like))
-    except Exception:  # whatever somebody's class objects to
+    except Exception:  # a class of the user's may refuse either
         return tensor
     return typed
 
 
 def copied(batch: Any) -> Any:
-    """Return a deep copy of a batch; tensors of derived classes need not know how to be copied."""
+    """Return a deep copy of a batch; tensors of derived classes need no ``__deepcopy__``."""
     derived = [leaf.tensor for leaf in leaves_of(batch) if type(leaf.tensor) is not Tensor]
     return copy.deepcopy(batch, {id(tensor): as_kind_of(plain(tensor).clone(), tensor) for tensor in derived})
 
@@ -90,7 +90,7 @@ def get_at(batch: Any, path: tuple[Any, ...]) -> Any:
 
 
 def put_at(node: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """Return ``node`` with the leaf at ``path`` replaced; containers on the way are copied, never changed."""
+    """Return ``node`` with the leaf at ``path`` replaced; containers on the way are copied, not changed."""
     if not path:
         return value
     key, child = path[0], put_at(get_at(node, path[:1]), path[1:], value)

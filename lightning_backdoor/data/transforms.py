@@ -1,4 +1,4 @@
-"""Train-time augmentation off: choose a deterministic transform and lend it to the user's dataset."""
+"""Scans without augmentation: choose a deterministic transform and set it in the user's dataset for a while."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_backdoor.errors import ArgumentError
 __all__ = ["EvalTransform", "choose_transform", "transforms_swapped"]
 
 _SLOTS = ("transform", "transforms")
-_READ_TWICE = 8  # items, to see whether they are random
+_READ_TWICE = 8  # items, to find out whether they are random
 
 
 class _Joint:
@@ -42,7 +42,7 @@ class _Joint:
 class _Reseeded:
     """A copy of a transform with a random stream of its own, seeded from torch's at every call.
 
-    The scan seeds torch's stream by the position of the image. The user's transform draws nothing meanwhile.
+    The scan seeds torch's stream by the position of the image. The user's transform draws no numbers meanwhile.
     """
 
     def __init__(self, transform: Any) -> None:
@@ -54,7 +54,7 @@ class _Reseeded:
 
 
 def _identity(*args: Any, **named: Any) -> Any:
-    return args[0] if args else named  # what is called by name answers by name
+    return args[0] if args else named  # called by name, it returns a mapping of names
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class EvalTransform:
 
     Attributes:
         source: ``"argument"`` (the user's ``eval_transform``), ``"validation"`` (the validation dataset's),
-            ``"training"`` (nothing better is known: it stays without its random steps, or seeded per index),
+            ``"training"`` (the training transform without its random steps, or seeded per index),
             ``"dataset's own"`` (random, but no attribute: seeded per index), ``"dataset"`` (the user's
             ``eval_dataset`` is read) or ``"none"`` (there is none).
         description: One sentence for the user.
         given: The user's transform.
-        by_leaf: For each class of raw dataset the transforms that are lent, outermost first.
+        by_leaf: For each class of raw dataset the transforms that are set, outermost first.
     """
 
     source: Literal["argument", "validation", "training", "dataset's own", "dataset", "none"]
@@ -102,25 +102,25 @@ def _replacements(node: Any, new: Callable[..., Any]) -> Iterator[tuple[str, Any
 
 @contextmanager
 def transforms_swapped(dataset: Any, choice: EvalTransform | None) -> Iterator[None]:
-    """Lend ``choice`` to ``dataset`` and the datasets inside it; each attribute is put back at the end.
+    """Set ``choice`` in ``dataset`` and the datasets inside it; each attribute is restored at the end.
 
     Only instance attributes ``transform`` and ``transforms`` that hold a callable are replaced, and those that hold a
     callable with a random stream of its own (``set_random_seed``, as albumentations has it): by a copy that the seed
-    of the scan reaches. Worker processes that start inside see the new transform, those already running keep theirs.
+    of the scan reaches. Worker processes that start inside have the new transform, those already running keep theirs.
     """
     pairs = choice.plan(dataset) if choice is not None else []
     old = []
 
-    def lend(node: Any, name: str, value: Any) -> None:
+    def put(node: Any, name: str, value: Any) -> None:
         old.append((node, name, attributes_of(node)[name]))
         attributes_of(node)[name] = value
 
     try:
         for node, new in pairs or []:
             for name, value in list(_replacements(node, new)):
-                lend(node, name, value)
+                put(node, name, value)
         for node, name in list(random_streams_in(dataset)):
-            lend(node, name, _Reseeded(attributes_of(node)[name]))
+            put(node, name, _Reseeded(attributes_of(node)[name]))
         yield
     finally:
         for node, name, value in reversed(old):
@@ -176,7 +176,7 @@ def choose_transform(
         eval_transform: From what the training dataset gives to its transform to what the model takes.
 
     Returns:
-        The choice, for :func:`transforms_swapped`; ``description`` says it in words.
+        The choice, for :func:`transforms_swapped`; ``description`` states it in words.
 
     Raises:
         ArgumentError: ``eval_transform`` cannot be put in place, or fails on a training image.
@@ -212,9 +212,9 @@ def choose_transform(
 
 
 def _without_random_steps(train: Any, why: str) -> EvalTransform | None:
-    """Return the training transform without its random steps; None if there are none, or it cannot be looked into.
+    """Return the training transform without its random steps; None if there are none, or it cannot be searched.
 
-    Augmentation can hide what the model has learned: a trigger in a corner that is turned out of the image.
+    Augmentation can remove a trigger, such as one in a corner that is rotated out of the image.
     """
     dataset = _dataset_of(train)
     olds: dict[type, tuple[Any, ...]] = {}
@@ -243,7 +243,7 @@ def _without_random_steps(train: Any, why: str) -> EvalTransform | None:
         choice = EvalTransform("training", words, by_leaf=by_leaf)
         with transforms_swapped(dataset, choice):
             return choice if names and before == _probe(train) else None
-    except Exception:  # whatever cannot be called or compared in parts is read whole
+    except Exception:  # a transform whose parts cannot be called or compared is used whole
         return None
 
 

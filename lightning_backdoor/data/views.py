@@ -135,7 +135,7 @@ class _Collate:
         return indices, batch if plain is None else plain, plain is not None
 
     def _collated(self, items: list[Any], indices: Tensor) -> Any:
-        """What the user's function makes of a batch, in the same way each time; ``None`` if nothing is left."""
+        """The user's ``collate_fn`` applied to a batch, under a seed of the batch; ``None`` if no sample is left."""
         seed_all(_mix(self.seed, int(indices[0])))
         try:
             return self.collate_fn(items)
@@ -177,7 +177,7 @@ def _unmixed(batch: Any, items: list[Any]) -> Any | None:
 
 
 class _WorkerInit:
-    """Shows the user's ``worker_init_fn`` and dataset the dataset that they know as ``get_worker_info().dataset``."""
+    """Sets ``get_worker_info().dataset`` to the user's dataset, for ``worker_init_fn`` and for the dataset itself."""
 
     def __init__(self, worker_init_fn: Callable[[int], None] | None) -> None:
         self.worker_init_fn = worker_init_fn
@@ -233,12 +233,12 @@ class ScanLoader(DataLoader[Any]):
 
 
 def _is_of_dead_worker(error: Exception) -> bool:
-    """Whether an error is what torch says of a dead worker, or what asking it for a tensor leads to."""
+    """Whether torch raises an error for a dead worker, or for a tensor that is read from one."""
     return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader worker (pid")
 
 
 def batch_size_of(loader: Any) -> int:
-    """Samples per batch of a loader, by itself or its samplers; 128 where none of them says."""
+    """Samples per batch of a loader, by itself or its samplers; 128 where none of them has a batch size."""
     holders = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
     sizes = [getattr(holder, "batch_size", None) for holder in holders]
     return next((size for size in sizes if isinstance(size, int) and size > 0), _DEFAULT_BATCH_SIZE)

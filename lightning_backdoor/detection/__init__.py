@@ -1,1 +1,1 @@
-"""From measured values to a verdict: subpopulations, gates, cuts. Tensors alone; no trainer."""
+"""From measured values to a verdict: subpopulations, gates, cuts. Functions on tensors; no trainer."""

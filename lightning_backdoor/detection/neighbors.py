@@ -1,4 +1,4 @@
-"""What the nearest trusted samples say about a label: a measure of features, and a second look at uncertain samples."""
+"""Agreement of labels among nearest neighbours in feature space, and the use of it for uncertain samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["neighbor_agreement", "reconsider_uncertain"]
 
 MAJORITY = 0.5
 RARE = 0.01  # of the trusted samples of a label
-BLOCK = 2**13  # samples whose neighbours are looked for at once
+BLOCK = 2**13  # samples whose neighbours are searched at once
 
 
 def neighbor_agreement(features: Tensor, labels: Tensor, trusted: Tensor, k: int = 20, *, gpu: bool = True) -> Tensor:
@@ -25,7 +25,7 @@ def neighbor_agreement(features: Tensor, labels: Tensor, trusted: Tensor, k: int
     Args:
         features: Float ``(N, D)``.
         labels: Labels as given, long ``(N,)``.
-        trusted: Samples among which neighbours are looked for, bool ``(N,)``.
+        trusted: Samples among which neighbours are searched, bool ``(N,)``.
         k: At least 1; fewer where there are not so many trusted samples.
         gpu: Search on all GPUs, where faiss has any; it takes a share of their memory.
 
@@ -81,18 +81,18 @@ def _index(references: Tensor, gpu: bool) -> Any:
 def reconsider_uncertain(
     agreement: Tensor, labels: Tensor, trusted: Tensor, uncertain: Tensor, *, most: int
 ) -> tuple[Tensor, Tensor]:
-    """Tell which uncertain samples can be trusted after all, and which ones are suspect, by their neighbours.
+    """Select the uncertain samples that can be trusted, and those that are suspect, by the labels of their neighbours.
 
-    The trusted samples of a label say what is usual there. An uncertain one is trusted if at least half of its
-    neighbours have its label, provided that this is so for half of the trusted ones: with weaker features, neighbours
-    mean little. It is suspect if hardly any trusted sample of its label agrees as little (one in a hundred at most).
+    An uncertain sample is trusted if at least half of its neighbours have its label, provided that this is so for half
+    of the trusted samples of its label; with weaker features the measure is not used. It is suspect if at most one in a
+    hundred trusted samples of its label has so small an agreement.
 
     Args:
         agreement: From :func:`neighbor_agreement`, float ``(N,)``.
         labels: Labels as given, long ``(N,)``.
         trusted: Bool ``(N,)``.
-        uncertain: Samples that may change sides, bool ``(N,)``; none of them trusted.
-        most: How many may become suspect; those that agree least come first.
+        uncertain: Samples that may become trusted or suspect, bool ``(N,)``; none of them trusted.
+        most: How many may become suspect; those with the smallest agreement come first.
 
     Returns:
         Two masks, bool ``(N,)``: newly trusted and newly suspect samples.

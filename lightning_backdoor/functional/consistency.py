@@ -1,4 +1,4 @@
-"""Feature consistency towards transformations: how D-BR and D-ST tell poisoned samples from clean ones."""
+"""Feature consistency towards transformations: the score of D-BR and D-ST for poisoned samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["center_repulsion_loss", "fct_scores", "select_trusted", "split_by_ra
 
 
 def fct_scores(
-    features: Tensor, transformed: Tensor, metric: Literal["mse", "normalised_mse", "cosine"] = "mse"
+    features: Tensor, transformed: Tensor, metric: Literal["mse", "normalized_mse", "cosine"] = "mse"
 ) -> Tensor:
     """Feature consistency towards transformations (FCT, `Chen et al., 2022`_); larger is more suspicious.
 
@@ -28,7 +28,7 @@ def fct_scores(
         transformed: Features of the same images after the transformation, float ``(N, D)``.
         metric: ``"mse"``, the mean squared difference, as the authors compute it; ``"normalized_mse"``, the same of
             features of length one; ``"cosine"``, one minus the cosine of their angle. The first is for features that
-            are not negative; on signed ones lengths drift during centre repulsion, so that directions tell more.
+            are not negative; on signed ones lengths drift during centre repulsion, so that directions separate better.
 
     Returns:
         Scores, float ``(N,)``, at least 0.
@@ -48,10 +48,10 @@ def fct_scores(
         )
     if metric == "cosine":
         return (1 - F.cosine_similarity(features, transformed, dim=1)).clamp(min=0)
-    if metric == "normalised_mse":
+    if metric == "normalized_mse":
         features, transformed = F.normalize(features), F.normalize(transformed)
     elif metric != "mse":
-        raise ArgumentError(f'`metric` must be "mse", "normalised_mse" or "cosine", got {metric!r}.')
+        raise ArgumentError(f'`metric` must be "mse", "normalized_mse" or "cosine", got {metric!r}.')
     return (features - transformed).square().mean(dim=1)
 
 
@@ -118,7 +118,7 @@ def split_by_rank(scores: Tensor, trusted: float = 0.2, suspect: float = 0.05) -
 
 
 def select_trusted(scores: Tensor, labels: Tensor, considered: Tensor, share: float) -> Tensor:
-    """Select the least suspicious samples of every class, so that none is missing from what is learned anew.
+    """Select the least suspicious samples of every class, so that no class is missing when the model is trained again.
 
     Lengths of features differ between classes, so the smallest scores of all may come from a few classes alone.
 

@@ -70,8 +70,8 @@ def mixed_cross_entropy(
         weight: Weight of the suspect samples, at least 0.
 
     Returns:
-        Scalar. A group without samples in the batch adds nothing; nor do samples of neither group, whatever their
-        logits are: infinite ones, as half precision produces, would make it and all gradients NaN if multiplied by 0.
+        Scalar. A group without samples in the batch adds 0. Samples of neither group are left out: infinite logits, as
+        half precision produces, would make it and all gradients NaN if multiplied by 0.
 
     Raises:
         ArgumentError: The weight is negative.

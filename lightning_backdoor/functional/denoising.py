@@ -87,7 +87,7 @@ def local_median(images: Tensor, window: tuple[int, int, int] = COLOR_WINDOW) ->
 
 @torch.no_grad()
 def nl_means(images: Tensor, h: float = 5.0, h_color: float = 5.0, template: int = 7, search: int = 13) -> Tensor:
-    """Replace every pixel by the mean of pixels around it whose neighbourhood looks alike.
+    """Replace every pixel by the mean of the pixels around it that have a similar neighbourhood.
 
     Non-local means (`Buades et al., 2005 <https://doi.org/10.1109/CVPR.2005.38>`_) as UltraClean (`Zhao and Lao, 2023
     <https://arxiv.org/abs/2312.10657>`_) calls it: OpenCV's ``fastNlMeansDenoisingColored`` on RGB images, which that

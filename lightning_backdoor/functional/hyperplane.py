@@ -196,10 +196,10 @@ def bias_scores(activations: Tensor, mean: Tensor | None = None, std: Tensor | N
 
 
 def candidate_units(statistics: HyperplaneStatistics, limit: int) -> Tensor:
-    """The units worth a closer look: those that some class drives furthest out of their usual range.
+    """Select the units that some class drives furthest out of their usual range.
 
-    Every class brings its best unit, then its second best, and so on. The excess is measured in usual standard
-    deviations, so that layers of different scale compare.
+    Taken are the best unit of every class, then the second best ones, and so on. The excess is measured in usual
+    standard deviations, so that layers of different scale compare.
 
     Args:
         statistics: Of all U units.

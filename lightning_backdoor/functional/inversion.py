@@ -16,7 +16,7 @@ __all__ = ["InvertedTrigger", "PixelModel", "count_classes", "invert_trigger", "
 
 Classifier = Callable[[Tensor], Tensor]
 
-_PLACE = 0.7  # share of the steps that look for the place; the others paint in the place that was found
+_PLACE = 0.7  # share of the steps that search the place; the others optimize the pattern in the place that was found
 _LR, _BETAS = 0.1, (0.5, 0.9)  # Adam on the arguments of tanh: NONE's rate, Neural Cleanse's momenta
 _PENALTY, _PACE = 1e-3, 1.1  # first weight of the mask's size, and the factor by which it follows the budget
 _COVERED = 0.5  # mask value above which a pixel counts against the budget
@@ -33,7 +33,7 @@ class InvertedTrigger:
         pattern: Its colours, float in ``[0, 1]`` on the 8-bit grid, shape ``(1, C, H, W)``; 0 outside the mask.
         success: Share of the images of other classes that it sends to ``target``, in ``[0, 1]``; from
             :func:`rate_trigger`, which says on which images.
-        loss: Their mean cross-entropy towards ``target``, which tells apart triggers that all fail.
+        loss: Their mean cross-entropy towards ``target``, which ranks triggers that all fail.
     """
 
     target: int

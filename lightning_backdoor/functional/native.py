@@ -1,4 +1,4 @@
-"""The inner loop of non-local means in C, compiled at first use where a C compiler is at hand.
+"""The inner loop of non-local means in C, compiled at first use where there is a C compiler.
 
 PyTorch's single operations go through memory some twenty times per offset; this goes through it once. It does the same
 multiplications as ``nlm.smooth_tiles`` and sums whole numbers that float32 holds exactly, whatever their order, so the

@@ -90,7 +90,7 @@ def smooth_tiles(tiles: Tensor, h: float, template: int, reach: int) -> Tensor:
     total = torch.ones_like(weighted[0])  # a pixel has weight 1 for itself
     for dy, dx in product(range(reach + 1), range(-reach, reach + 1)):
         if (dy, dx) <= (0, 0):
-            continue  # the opposite offset brings it
+            continue  # computed with the opposite offset
         # The map covers the image and the image moved by the opposite offset; patches reach beyond it on all sides.
         left, half = max(dx, 0), template // 2
         more = (dy + template - 1, abs(dx) + template - 1)

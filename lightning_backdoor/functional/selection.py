@@ -1,4 +1,4 @@
-"""Selection networks: the minima and maxima that bring the k-th smallest of several values to a known place."""
+"""Selection networks: the minima and maxima that move the k-th smallest of several values to a known place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["select"]
 
 
 class Comparison(NamedTuple):
-    """Order two values; what nobody asks for later is not computed."""
+    """Order two values; a result that no later comparison uses is not computed."""
 
     first: int
     second: int

@@ -1,4 +1,4 @@
-"""The transformation that breaks a trigger: a turn and a shift, the same ones for an image in whatever batch it is."""
+"""The transformation that breaks a trigger: a rotation and a shift, fixed for each image whatever its batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def turn_and_shift(pixels: Tensor, indices: Tensor, *, seed: int) -> Tensor:
 
     Args:
         pixels: uint8 ``(B, C, H, W)``.
-        indices: Dataset positions, long ``(B,)``: an image meets the same transformation in whatever batch it is.
+        indices: Dataset positions, long ``(B,)``: an image gets the same transformation in any batch.
         seed: Any integer.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Bounded unlearning: a loss that forgets the label of an image and ends when it is forgotten."""
+"""Bounded unlearning: a loss that lowers the probability of an image's label and vanishes when it is low."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["forgetting_loss"]
 
 
 def forgetting_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean of ``-log (1 - p)``, with ``p`` the probability of a sample's label; descending on it forgets the labels.
+    """Mean of ``-log (1 - p)``, with ``p`` the probability of a sample's label; descent on it unlearns the labels.
 
-    Plain ascent on ``-log p`` stands still where a model is sure (its gradient vanishes with ``1 - p``) and never ends
-    where it is not. This is steep where the model is sure, and small when the label is forgotten. Samples that are not
-    given their label any more count as 0.
+    The gradient of plain ascent on ``-log p`` vanishes with ``1 - p``, where a model is confident, and has no bound
+    elsewhere. This one is large where the model is confident, and small when the label is unlearned. Samples
+    that are not given their label any more count as 0.
 
     Args:
         logits: Float ``(B, K)``, K at least 2.
-        labels: Labels to forget, long ``(B,)``.
+        labels: Labels to unlearn, long ``(B,)``.
 
     Returns:
         Float32 scalar, at least 0.

@@ -1,4 +1,4 @@
-"""torchmetrics classes that need the ground truth: for evidence, examples and the monitor, never for a defence."""
+"""torchmetrics classes that need the ground truth: for benchmarks, examples and the monitor, not for a defence."""
 
 from lightning_backdoor.metrics.attack import AttackSuccessRate, RecoveredAccuracy
 from lightning_backdoor.metrics.detection import DetectionRates

@@ -1,4 +1,4 @@
-"""How easily a classifier can be misled by a small trigger that nobody planted."""
+"""Success of small triggers that are optimized against a classifier, without any poisoned data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_backdoor.functional.inversion import (
 __all__ = ["REASR"]
 
 _NONE_BUDGETS = (0.02, 0.04, 0.06, 0.08, 0.10, 0.12)
-_ENOUGH = 0.99  # success from which a larger trigger is not looked for, as in NONE's evaluation
+_ENOUGH = 0.99  # success from which no larger trigger is searched, as in NONE's evaluation
 _FIRST_LOOK = 2  # a search that only serves the choice of the targets gets the steps divided by this
 
 
@@ -37,7 +37,7 @@ class REASR(Metric):
     an attacker can reach: compare models with the same settings and images.
 
     ``update`` collects labelled clean images. ``compute`` splits them by ``seed``: at most ``inversion_images`` of
-    them, and at most half, make the triggers; the others, which no trigger has seen, score them. For every budget the
+    them, and at most half, make the triggers; the others score them. For every budget the
     number is the highest success, over the targets, of a trigger of at most this size (one that was found for a smaller
     budget also counts, so the numbers never fall as the budget grows). Success is the share of the scoring images with
     a true class other than the target that are taken for the target; mistakes that the model makes anyway are in it.
@@ -54,7 +54,7 @@ class REASR(Metric):
     Args:
         model: Differentiable callable from images to logits ``(N, K)``.
         budgets: Sizes of the triggers as shares of the pixels of an image, in ``(0, 1]``.
-        num_classes: Number of classes; None asks the model.
+        num_classes: Number of classes; None reads it from the model's output.
         targets: Classes to try; None tries the ``candidates`` most promising ones, found by a short inversion of every
             class at the largest budget.
         candidates: See ``targets``.
@@ -171,7 +171,7 @@ class REASR(Metric):
         self.labels.append(labels.long())
 
     def reset(self) -> None:
-        """Forget the images and the triggers."""
+        """Drop the images and the triggers."""
         super().reset()
         self.triggers = {}
 

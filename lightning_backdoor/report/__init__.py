@@ -1,4 +1,4 @@
-"""What a person reads after a defence has acted."""
+"""The report of a verdict: table, pictures, and one page."""
 
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.triggers import trigger_sheet, write_trigger_sheet

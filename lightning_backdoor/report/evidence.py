@@ -16,7 +16,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[str | int | float]]]  # the head,
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Pictures, names and facts that turn a verdict into something to read. Everything is optional.
+    """Pictures, names and facts that the report shows beside a verdict. Everything is optional.
 
     Args:
         classes: Class names, indexed by label. Labels without a name appear as ``class 7``.

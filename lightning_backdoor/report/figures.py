@@ -29,7 +29,7 @@ _TILES_PER_ROW, _CELLS_PER_ROW = 9, 6
 
 @contextmanager
 def own_style() -> Iterator[None]:
-    """Draw with matplotlib's defaults, whatever style the user has set, and without the state of pyplot."""
+    """Draw with matplotlib's defaults, not with the user's style, and without the state of pyplot."""
     import matplotlib.style  # noqa: PLC0415  (an extra, loaded when used)
 
     ours: dict[str, Any] = {"font.size": 11, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": "#8a9099"}
@@ -39,7 +39,7 @@ def own_style() -> Iterator[None]:
 
 
 def blank_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, in inches, that pyplot does not know of."""
+    """Return an empty figure, in inches, that is not registered with pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (an extra, loaded when used)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -77,7 +77,7 @@ def _window(scores: NDArray[np.float64], threshold: float) -> tuple[float, float
 def histogram(verdict: Verdict) -> bytes:
     """Draw how the scores of kept and removed images are distributed, on a logarithmic scale of counts.
 
-    Scores far outside the bulk are counted in the outermost bins, and the picture says how many they are.
+    Scores far outside the bulk are counted in the outermost bins, and the picture gives their number.
 
     Args:
         verdict: The verdict, ``N`` samples.
@@ -116,7 +116,7 @@ def histogram(verdict: Verdict) -> bytes:
 
 
 def _mark_threshold(axes: Any, threshold: float, low: float, high: float) -> None:
-    """Draw the threshold, or say in the legend where it is if it is not on the axis."""
+    """Draw the threshold, or give its value in the legend if it is not on the axis."""
     if low <= threshold <= high:
         name = f"threshold {number(threshold)}"
         axes.axvline(threshold, color=_INK, linewidth=1.4, linestyle=(0, (4, 3)), label=name)
@@ -126,7 +126,7 @@ def _mark_threshold(axes: Any, threshold: float, low: float, high: float) -> Non
 
 
 def _mark_outside(axes: Any, scores: NDArray[np.float64], low: float, high: float) -> None:
-    """Say below the axis how many scores the outermost bars hold for lack of room, and how many are not numbers."""
+    """Write below the axis how many scores beyond it the outermost bars hold, and how many are not numbers."""
     above, below, missing = int((scores > high).sum()), int((scores < low).sum()), int(np.isnan(scores).sum())
     right = [f"{above:,} higher, in the last bar"] if above else []
     right += [f"{missing:,} not a number"] if missing else []
@@ -136,7 +136,7 @@ def _mark_outside(axes: Any, scores: NDArray[np.float64], low: float, high: floa
 
 
 def contact_sheet(exhibits: list[Exhibit], verdict: Verdict, evidence: Evidence) -> bytes:
-    """Draw images beside their amplified denoised differences, with position, class, score and fate.
+    """Draw images beside their amplified denoised differences, with position, class and score, kept or removed.
 
     Args:
         exhibits: The images, from :func:`~lightning_backdoor.report.tiles.collect`; at least one.
@@ -185,7 +185,7 @@ def contact_sheet(exhibits: list[Exhibit], verdict: Verdict, evidence: Evidence)
 def _caption(
     figure: Figure, box: tuple[float, float, float], position: int, verdict: Verdict, evidence: Evidence
 ) -> None:
-    """Write position, class, score and fate above a row of tiles; ``box`` is left, right and top in inches."""
+    """Write position, class, score, kept or removed above a row of tiles; ``box`` is left, right and top in inches."""
     width, height = figure.get_size_inches()
     left, right, top = box
     kept = bool(verdict.keep[position])

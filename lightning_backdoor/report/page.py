@@ -155,7 +155,7 @@ def _classes(rows: list[ClassRow], evidence: Evidence) -> str:
 
 
 def _given(evidence: Evidence) -> str:
-    """Build the sections that the evidence brings along: its tables, then its pictures."""
+    """Build the sections of the evidence: its tables, then its pictures."""
     return "".join(
         f"<section><h2>{escape(title)}</h2>{_given_table(head, rows)}</section>\n"
         for title, (head, rows) in evidence.tables.items()
@@ -200,16 +200,16 @@ def page(
     histogram: bytes | None,
     note: str = "",
 ) -> str:
-    """Build the page: plain sentences, facts, pictures, classes, what else the evidence brings, removed images.
+    """Build the page: plain sentences, facts, pictures, classes, tables and pictures of the evidence, removed images.
 
-    The page holds everything that it shows and loads nothing. Its size is bounded whatever ``N``: 24 images, 30
+    The page holds everything that it shows and loads nothing. Its size is bounded for any ``N``: 24 images, 30
     classes, 100 removed images, 100 rows of each further table.
 
     Args:
         verdict: The verdict, ``N`` samples.
         method: Name of the defence.
         evidence: Names and facts, further tables and pictures.
-        summary: The sentences, from :func:`~lightning_backdoor.report.sentences.summarise`.
+        summary: The sentences, from :func:`~lightning_backdoor.report.sentences.summarize`.
         rows: The table of classes.
         groups: Headings and positions of the images.
         exhibits: The images themselves, empty if there are none.

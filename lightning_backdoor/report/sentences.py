@@ -20,11 +20,11 @@ OF_ONE_LABEL = (
     "they look ordinary, they are a kind of image that no other label has: train without this check."
 )
 
-__all__ = ["Summary", "count", "number", "percent", "score", "summarise"]
+__all__ = ["Summary", "count", "number", "percent", "score", "summarize"]
 
 
 class Summary(NamedTuple):
-    """What a person needs to know, in the order in which they ask."""
+    """The five texts of the summary, in the order in which the page shows them."""
 
     headline: str
     looked: str
@@ -70,7 +70,7 @@ def _were(amount: int) -> str:
 
 
 def _where(rows: list[ClassRow], evidence: Evidence) -> str:
-    """Say whether the removed images share a label."""
+    """State whether the removed images have one label in common."""
     removed, total = sum(row.removed for row in rows), sum(row.images for row in rows)
     if len(rows) < 2 or removed < 2:
         return ""
@@ -139,8 +139,8 @@ def _capped(looked: str, where: str, rule: str, *, removed: int, total: int, evi
     )
 
 
-def summarise(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evidence) -> Summary:
-    """Say what was looked at, what was found, what was done and what to do next.
+def summarize(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evidence) -> Summary:
+    """State what was scanned, what was found, what was done and what to do next.
 
     Args:
         verdict: The verdict, ``N`` samples.

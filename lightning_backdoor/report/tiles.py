@@ -40,7 +40,7 @@ class Exhibit(NamedTuple):
 
 
 def choose(verdict: Verdict, limit: int = 24) -> list[Group]:
-    """Choose the images that let a reader judge the verdict.
+    """Choose the images by which a reader can check the verdict.
 
     If something was removed: the most suspicious images, the last ones that were removed and, across the line, the
     most suspicious ones that were kept. If nothing was removed: the most suspicious ones.
@@ -96,7 +96,7 @@ def collect(groups: list[Group], evidence: Evidence) -> list[Exhibit]:
         One exhibit per position, in the order of the groups; empty if the evidence has no ``images``.
 
     Raises:
-        ArgumentError: If ``images`` or ``denoised`` return something else than promised.
+        ArgumentError: If ``images`` or ``denoised`` return another type or shape.
     """
     positions = [position for group in groups for position in group.positions]
     if evidence.images is None or not positions:

@@ -11,7 +11,7 @@ from lightning_backdoor.files import atomic_file
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.figures import contact_sheet, histogram
 from lightning_backdoor.report.page import page
-from lightning_backdoor.report.sentences import summarise
+from lightning_backdoor.report.sentences import summarize
 from lightning_backdoor.report.table import class_rows, csv_chunks
 from lightning_backdoor.report.tiles import choose, collect
 from lightning_backdoor.verdict import Verdict
@@ -48,7 +48,7 @@ def write_report(
     ``folder`` receives ``verdict.csv``, ``histogram.png``, ``suspicious.png`` (if the evidence has images) and
     ``report.html``, which holds the pictures and loads nothing. The table is written first, so it is there even if
     a picture fails. Each file appears under its name when it is complete. Without matplotlib the two PNG files and
-    the histogram on the page are left out, and the page says so. Call it on one process only.
+    the histogram on the page are left out, and the page states it. Call it on one process only.
 
     Args:
         folder: Where to write; made if it is missing. Files of an earlier report are replaced.
@@ -79,7 +79,7 @@ def write_report(
     groups, rows, drawn = choose(verdict), class_rows(verdict), _matplotlib_is_here()
     exhibits = collect(groups, evidence)
     picture = histogram(verdict) if drawn else None
-    summary = summarise(verdict, method, rows, evidence)
+    summary = summarize(verdict, method, rows, evidence)
     note = "" if drawn else _WITHOUT_MATPLOTLIB
     text = page(
         verdict,

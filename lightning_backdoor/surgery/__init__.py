@@ -1,4 +1,4 @@
-"""Look into a model: its head, its features, its units."""
+"""Find the head, the features and the units of a model, and reset units."""
 
 from lightning_backdoor.surgery.heads import Head, find_head, head_features, unit_layers
 from lightning_backdoor.surgery.reset import reset_units

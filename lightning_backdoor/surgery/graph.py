@@ -28,7 +28,7 @@ _RULES: dict[str, Rule] = {}
 
 
 def register_rule(*names: str) -> Callable[[Rule], Rule]:
-    """Say how units pass an operation: a decorator for a function from a :class:`Call` to ``(output, strand)`` pairs.
+    """Register how units pass an operation: decorator of a function from a :class:`Call` to ``(output, strand)`` pairs.
 
     Args:
         names: Names of torch functions or tensor methods without underscores at their ends (``"add"`` also stands for
@@ -171,7 +171,7 @@ class Graph(TorchFunctionMode):
             strand.producer.lost = strand.producer.lost or why
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and see what it did."""
+        """Run the operation and record its effect."""
         kwargs = kwargs or {}
         inputs = list(tensors_in((args, kwargs)))
         flows = {id(x): strands for x in inputs if (strands := self.read(x)) is not None}

@@ -1,4 +1,4 @@
-"""Find the classifier head, its features, and the layers whose units can be looked at, by watching one forward pass."""
+"""Find the classifier head, its features, and the layers whose units can be measured, by tracing one forward pass."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def find_head(module: nn.Module, run: Run, feature_layer: str | None = None) -> 
     """Find what makes the class logits; what goes into it are the features.
 
     The head is the last layer with weights whose output is the logits (same storage or same values). Where none is,
-    it is what applies the last weights on the way to the logits: a layer with as many outputs as there are logits, of
-    which a warning tells (as when the outputs of two heads are averaged or a softmax follows), else an operation in the
+    it is what applies the last weights on the way to the logits: a layer with as many outputs as there are logits, with
+    a warning (as when the outputs of two heads are averaged or a softmax follows), else an operation in the
     forward pass of a larger module. Where that way cannot be followed, it is the last layer with as many outputs.
 
     Args:
@@ -81,7 +81,7 @@ def head_features(module_input: Tensor, head: nn.Module | None = None) -> Tensor
 
     Args:
         module_input: ``(B, D)``, tokens ``(B, T, D)``, or maps ``(B, D, H, W)`` (linear heads: ``(B, H, W, D)``).
-        head: Tells where the channels are; None: read from the number of dimensions.
+        head: Determines the axis of the channels; None: from the number of dimensions.
     """
     return pool(module_input, channel_axis(head or nn.Identity(), module_input))
 
@@ -140,7 +140,7 @@ class _Found:
 
 
 def _watch(module: nn.Module, run: Run) -> _Found:
-    """One forward pass; the outputs stay alive until its end, so that no storage is reused and taken for another."""
+    """One forward pass; the outputs are held until its end, so that no storage is reused and mistaken for another."""
     meetings: list[Meeting] = []
     watch = Meetings(module, meetings.append)
     calls: list[_Call] = []

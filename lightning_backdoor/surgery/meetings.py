@@ -19,7 +19,7 @@ __all__ = ["CREATION", "Meeting", "Meetings"]
 CREATION = {f"new_{kind}" for kind in ("empty", "full", "ones", "zeros", "tensor")} | {
     f"{kind}_like" for kind in ("empty", "full", "ones", "zeros", "rand", "randn")
 }
-"""Operations that take nothing of a tensor but its shape and type."""
+"""Operations that use only the shape and the type of a tensor."""
 _ALIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}  # take no values of what comes after the first
 
 
@@ -45,10 +45,10 @@ class Meeting:
 
 
 class Meetings(TorchFunctionMode):
-    """Sees all meetings of weights and activations while it is entered.
+    """Records all meetings of weights and activations while it is entered.
 
     Weights are parameters, buffers and other tensors that the modules hold, with two axes at least: biases, scales and
-    the like go by. What is computed from weights alone, as a normalised weight, counts as they do.
+    the like are ignored. What is computed from weights alone, as a normalised weight, counts as they do.
 
     Args:
         module: The model.
@@ -81,7 +81,7 @@ class Meetings(TorchFunctionMode):
         return found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and see what it did."""
+        """Run the operation and record its effect."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").strip("_")
         inputs = [] if name in CREATION else list(tensors_in((args, kwargs)))

@@ -38,7 +38,7 @@ class Taps:
         names: Names of layers as in ``module.named_modules()``; of weights as in ``module.named_parameters()`` where
             the place is ``"weight"``.
         place: Record what comes out of a layer, the first argument that goes in, or the activation that a weight is
-            applied to, by whatever operation.
+            applied to, by any operation.
         pooling: Over all positions of a sample, the largest value or the mean (see :func:`pool`).
         gradients: Leave the values in the graph, so that a loss on them can be differentiated.
         cut: What runs after a layer gets its values without their graph, and records one of its own even where
@@ -84,7 +84,7 @@ class Taps:
         self._stack.close()
 
     def read(self) -> dict[str, Tensor]:
-        """What the last forward pass left, float32 ``(B, C)`` per name in the order asked for, and forget it.
+        """What the last forward pass left, float32 ``(B, C)`` per name in the order of the request; it is then dropped.
 
         A layer that ran several times in that pass shows its last call.
 

@@ -20,9 +20,9 @@ class Slice:
 
     Attributes:
         module: The module that holds the tensor.
-        attribute: Its name there; it is looked up when needed, so that a replaced parameter is no problem.
+        attribute: Its name there; it is read when needed, so that a parameter may be replaced meanwhile.
         owner: Long, one number per entry of the tensor's leading dimensions (size 1 is broadcast): the unit to which
-            the entry belongs, -1 where it is nobody's.
+            the entry belongs, -1 where it belongs to none.
         role: ``weight`` and ``bias`` make the unit (its row, or its filter in a depthwise convolution), ``scale``,
             ``shift``, ``mean`` and ``variance`` normalise it, a ``column`` reads it.
     """

@@ -27,7 +27,7 @@ class UnitLayer:
         slices: The entries of parameters and buffers that belong to each unit: its row and bias; depthwise filters
             and norms that act on it alone; the columns that read it.
         switches: Entries that turn it off on its ways into sums: a norm's scale and shift, or the row and bias.
-        branch: Whether it enters a residual sum; cutting it leaves what the other summands bring.
+        branch: Whether it enters a residual sum; cutting it leaves the other summands.
         trainable: Whether a unit that is drawn anew can learn: False where its row, what reads it or its switch
             is frozen (``requires_grad=False``).
     """
@@ -47,15 +47,15 @@ def find_units(
     """Find the layers whose units can be reset, and the weights of each unit, by following one forward pass.
 
     A layer is offered where cutting one of its units is exact: everything that reads the unit is a column of a weight,
-    or a sum into which it brings nothing once it is off. So a hidden layer of a transformer's MLP is offered and its
+    or a sum to which it adds 0 once it is off. So a hidden layer of a transformer's MLP is offered and its
     queries and keys are not, a convolution before a batch norm is and one before a layer norm is not. Gates (the last
     layer of a squeeze-and-excitation) belong to the units that they scale and are not offered.
 
     Args:
         module: The model.
         run: Does one forward pass of a few images and returns its logits ``(B, K)``; called twice.
-        residual_mode: Which weights belong to a unit that enters a residual sum. ``"branch_only"``: what the branch
-            brings. ``"reference"``: also the columns of the layer that reads the sum first, as in NONE's code (which
+        residual_mode: Which weights belong to a unit that enters a residual sum. ``"branch_only"``: those of
+            the branch. ``"reference"``: also the columns of the layer that reads the sum first, as in NONE's code (it
             leaves out the columns behind projection shortcuts; here they are cut, too). ``"full_group"``: the channel
             in all summands of its stage and all that reads any of the sums; sums that a norm couples across channels
             (transformers, ConvNeXt) or that hold anything else than units offer none.

@@ -21,10 +21,10 @@ def test_cosine_and_normalized_fct_ignore_lengths() -> None:
     a, b = torch.randn(5, 7), torch.randn(5, 7)
     cosine = fct_scores(a, b, "cosine")
     torch.testing.assert_close(fct_scores(3 * a, 0.1 * b, "cosine"), cosine)
-    torch.testing.assert_close(fct_scores(3 * a, 0.1 * b, "normalised_mse"), 2 * cosine / 7)
+    torch.testing.assert_close(fct_scores(3 * a, 0.1 * b, "normalized_mse"), 2 * cosine / 7)
 
 
-@pytest.mark.parametrize("metric", ["mse", "normalised_mse", "cosine"])
+@pytest.mark.parametrize("metric", ["mse", "normalized_mse", "cosine"])
 def test_features_that_do_not_move_score_zero(metric: str) -> None:
     a = torch.randn(4, 6)
     torch.testing.assert_close(fct_scores(a, a, metric), torch.zeros(4), atol=1e-6, rtol=0)

@@ -6,14 +6,14 @@ import pytest
 
 from lightning_backdoor.detection.decision import OF_LABEL
 from lightning_backdoor.report import Evidence
-from lightning_backdoor.report.sentences import Summary, number, percent, score, summarise
+from lightning_backdoor.report.sentences import Summary, number, percent, score, summarize
 from lightning_backdoor.report.table import class_rows
 from lightning_backdoor.verdict import Verdict
 from tests.report.helpers import evidence, verdict
 
 
 def told(judged: Verdict, settings: Evidence) -> Summary:
-    return summarise(judged, "UltraClean", class_rows(judged), settings)
+    return summarize(judged, "UltraClean", class_rows(judged), settings)
 
 
 def test_nothing_found_has_its_own_sentence():
