@@ -56,7 +56,7 @@ __all__ = [
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
 LEDGER = {
-    "trainer.fit_loop.setup_data": "the training loader cannot be told from others: nothing is removed",
+    "trainer.fit_loop.setup_data": "the training loader cannot be distinguished from others: nothing is removed",
     "trainer.strategy.process_dataloader": "the training loader cannot be replaced by its filtering clone: the same",
     "trainer.fit_loop.max_batches": "epoch lengths stay as they were before pruning",
     "trainer.val_check_batch": "validation stops after pruning",
@@ -75,7 +75,7 @@ LEDGER = {
     "trainer._val_check_time_interval": "validation by the clock becomes validation by batches (Lightning 2.6 on)",
     "pl_module._trainer": "forward passes ignore the Trainer's precision",
     "pl_module._on_before_batch_transfer": "scans pass a datamodule's `on_before_batch_transfer` over",
-    "Timer._interval": "a repair within `Timer(interval='epoch')` may be judged before the last batch of its epoch",
+    "Timer._interval": "a repair within `Timer(interval='epoch')` may be evaluated before the last batch of its epoch",
     "EarlyStopping._run_early_stopping_check": "early stopping in the warm-up ends the run without a scan",
     "ModelCheckpoint._last_global_step_saved": "a step number that was saved before a rewind is not saved again",
     "DistributedSamplerWrapper.dataset._sampler": "a user's sampler is filtered after it is sharded, not before",
@@ -172,8 +172,8 @@ def load_again(trainer: Trainer) -> None:
 def validation_loaders(trainer: Trainer) -> Any:
     """The validation loaders in the user's nesting, ``None`` if there are none.
 
-    Lightning asks for them at the first validation, sooner in a new run than in a resumed one. Before that, this asks
-    the user's ``val_dataloader()``, too: an answer to be looked at, not the one that will be validated on.
+    Lightning calls the user's ``val_dataloader()`` at the first validation, sooner in a new run than in a resumed one.
+    Before that, this calls it, too; its loaders are then not those that Lightning validates on.
     """
     loaders = trainer.val_dataloaders
     if loaders is None and trainer.enable_validation:

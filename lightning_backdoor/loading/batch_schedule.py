@@ -16,7 +16,7 @@ __all__ = ["Phases", "require_batches"]
 
 
 class Phases:
-    """What the training loader draws while a defence unlearns some samples and learns others.
+    """Batches of the training loader while a defence unlearns some samples and learns others.
 
     Every epoch shuffles each phase by ``(seed, epoch)`` and cuts it into batches of nearly equal size. All processes
     draw equally many batches in each phase, so they change over at the same step; samples are repeated for that.
@@ -29,7 +29,7 @@ class Phases:
         seed: Seed of the shuffles.
         rank: This process.
         world: Number of processes.
-        epoch: Says which epoch the next one is.
+        epoch: Returns the number of the next epoch.
         most: Batches of all phases together, but one of each phase at least; where there are too many, each phase
             leaves samples out, in proportion, other ones in every epoch. ``None``: any number.
     """

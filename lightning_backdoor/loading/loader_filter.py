@@ -42,20 +42,20 @@ if TYPE_CHECKING:
 
 __all__ = ["LoaderFilter", "loader_filter_of"]
 
-_CONTROLLERS: WeakKeyDictionary[Any, LoaderFilter] = WeakKeyDictionary()
+_FILTERS: WeakKeyDictionary[Any, LoaderFilter] = WeakKeyDictionary()
 
 
 def loader_filter_of(trainer: Trainer) -> LoaderFilter:
-    """The one controller of a Trainer, shared by all defences on it."""
-    if trainer not in _CONTROLLERS:
-        _CONTROLLERS[trainer] = LoaderFilter(trainer)
-    return _CONTROLLERS[trainer]
+    """The one filter of a Trainer's training loader, shared by all defences on it."""
+    if trainer not in _FILTERS:
+        _FILTERS[trainer] = LoaderFilter(trainer)
+    return _FILTERS[trainer]
 
 
 class LoaderFilter:
-    """Decides which samples the training loader draws, without touching the user's loader.
+    """Which samples the training loader draws; the user's loader object stays unchanged.
 
-    While somebody has joined, Lightning prepares the training loader through a wrapper that hands it a shallow clone
+    While a defence has joined, Lightning prepares the training loader through a wrapper that hands it a shallow clone
     with filtering samplers. They pass everything through until a mask is set: until then training is bit-identical to a
     run without them. Masks of several defences are AND-ed.
 
@@ -86,7 +86,7 @@ class LoaderFilter:
         return self._loader
 
     def join(self, key: str) -> None:
-        """Begin to look after the training loader on behalf of ``key``; joining twice changes nothing.
+        """Filter the training loader for the defence ``key``; joining twice changes nothing.
 
         A mask that ``key`` left behind in an earlier fit of this Trainer is in force again.
         """
@@ -96,7 +96,7 @@ class LoaderFilter:
         self._apply(self._combined(self._masks))
 
     def leave(self, key: str) -> None:
-        """Stop looking after the loader on behalf of ``key``; the last one out leaves the Trainer as it was.
+        """Stop filtering for the defence ``key``; the last one to leave restores the Trainer.
 
         The masks stay for a second fit.
         """
@@ -138,7 +138,7 @@ class LoaderFilter:
         self._state.phases = phases
 
     def refresh(self) -> None:
-        """Tell Lightning the new number of batches, after :meth:`set_keep` during a fit."""
+        """Set the new number of batches in Lightning, after :meth:`set_keep` during a fit."""
         trainer, combined = self._trainer, combined_loader(self._trainer)
         if self._clone is None:
             return

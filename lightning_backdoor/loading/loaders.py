@@ -41,7 +41,7 @@ class RepeatingLoader(DataLoader[Any]):
     Attributes:
         iterator: Goes over the samples again and again; ``None`` before the first epoch.
         state: What the samplers read.
-        drawn_for: What it said when the iterator began.
+        drawn_for: The kept samples and phases when the iterator began.
     """
 
     iterator: Any
@@ -62,7 +62,7 @@ class RepeatingLoader(DataLoader[Any]):
 
 
 def start_afresh(loader: Any) -> None:
-    """Let a loader that keeps one iterator for all epochs make a new one for the next epoch."""
+    """Drop the iterator of a loader that keeps one for all epochs, so that the next epoch gets a new one."""
     inner = unwrapped(loader)
     if isinstance(inner, RepeatingLoader):
         inner.iterator = None
@@ -188,7 +188,7 @@ def origin(loader: Any) -> Any:
 
 
 def batch_count(loader: Any) -> int:
-    """Batches per epoch, by the samplers, whatever a subclass says its length is."""
+    """Batches per epoch, counted by the samplers: a subclass may define another ``__len__``."""
     inner = unwrapped(loader)
     return len(unrepeated(inner.sampler if inner.batch_sampler is None else inner.batch_sampler))
 

@@ -69,8 +69,8 @@ class KeepState:
 class KeptSampler(Sampler[Any]):
     """Draws what another sampler draws, without removed samples.
 
-    Batches from a sampler of an unknown kind get smaller, they are not packed again: their composition (balanced
-    classes, similar lengths) is the point of such a sampler. Empty batches are left out.
+    Batches from a sampler of an unknown kind get smaller, they are not packed again: such a sampler chooses their
+    composition (balanced classes, similar lengths). Empty batches are left out.
 
     Args:
         inner: The sampler of the loader.
@@ -209,7 +209,7 @@ def _require_length(sampler: Any) -> None:
 
 
 class Draws(Protocol):
-    """Something that yields one epoch and knows how long it is."""
+    """Yields the items of one epoch, as many as its length."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...

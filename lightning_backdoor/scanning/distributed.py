@@ -1,4 +1,4 @@
-"""What the processes of a fit do together: exchange tensors, and fail."""
+"""Tensors and errors exchanged between the processes of a fit."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def all_gather(trainer: Trainer, values: Tensor) -> Tensor:
 
 @contextmanager
 def raise_on_all_ranks(trainer: Trainer, what: str) -> Iterator[None]:
-    """Make an error in one process an error in every process, so that none waits for one that is gone.
+    """Raise in every process if one raises, so that no process waits for one that has stopped.
 
-    Every process must enter, and do its part without waiting for another one.
+    Every process must enter. Inside, no process may wait for another one.
 
     Args:
         trainer: The running Trainer.
         what: What is done inside, for example ``"UltraClean scan"``.
 
     Raises:
-        BackdoorDefenseError: Another process failed; its own error goes on there, and is told here.
+        BackdoorDefenseError: Another process failed; its own error is raised there, and quoted here.
     """
     failure: Exception | None = None
     try:
@@ -47,7 +47,7 @@ def raise_on_all_ranks(trainer: Trainer, what: str) -> Iterator[None]:
     failed = all_gather(trainer, torch.tensor([failure is not None])).flatten()
     if bool(failed.any()):
         first = int(failed.int().argmax())
-        told = trainer.strategy.broadcast(f"{type(failure).__name__}: {failure}", src=first)
+        quoted = trainer.strategy.broadcast(f"{type(failure).__name__}: {failure}", src=first)
         if failure is not None:
             raise failure
-        raise BackdoorDefenseError(f"{what} failed in the process of rank {first}: {told}")
+        raise BackdoorDefenseError(f"{what} failed in the process of rank {first}: {quoted}")

@@ -1,4 +1,4 @@
-"""Good manners of a guest: whatever happens inside these contexts, the user's training does not notice."""
+"""Contexts for forward passes that leave the state of the training around them as it was."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def isolated_eval(trainer: Trainer, pl_module: LightningModule) -> Iterator[None
             evaluation_mode(pl_module),
             _validation_stage(trainer),
             _muted(pl_module),
-            _borrowed_buffers(trainer, pl_module),
+            _buffers_of_rank_zero(trainer, pl_module),
             torch.no_grad(),
         ):
             stack.enter_context(context)
@@ -82,7 +82,7 @@ def forward_context(pl_module: nn.Module) -> AbstractContextManager[Any]:
 
 
 def require_automatic(pl_module: LightningModule, what: str) -> None:
-    """Raise when the module optimizes by hand: a defence cannot take part in its steps then.
+    """Raise when the module optimizes by hand: its steps then do not go through Lightning's hooks.
 
     Args:
         pl_module: The LightningModule under training.
@@ -156,8 +156,8 @@ def _silence(*args: Any, **kwargs: Any) -> None:
 
 
 @contextmanager
-def _borrowed_buffers(trainer: Trainer, pl_module: nn.Module) -> Iterator[None]:
-    """Show every rank the buffers of rank 0, and put each rank's own objects and values back."""
+def _buffers_of_rank_zero(trainer: Trainer, pl_module: nn.Module) -> Iterator[None]:
+    """Copy the buffers of rank 0 to all ranks; afterwards each rank has its own objects and values again."""
     own = [
         (module, name, buffer, buffer.detach().clone())
         for module in pl_module.modules()

@@ -26,7 +26,7 @@ _HALF = torch.finfo(torch.half).max
 
 
 class DenoisedScan:
-    """Scans a training set, and remembers the denoised images for the next scan.
+    """Scans a training set, and stores the denoised images for the next scan.
 
     Args:
         data: The training set.
@@ -83,14 +83,14 @@ class DenoisedScan:
         return found
 
     def close(self) -> None:
-        """Forget the denoised images."""
+        """Delete the stored images."""
         for store in self._stores:
             store.close()
 
     def _denoised(self, rows: Tensor, images: Tensor, device: torch.device) -> list[Tensor]:
         """The denoised versions of a batch, uint8 ``(B, C, H, W)`` each, computed on the device the first time.
 
-        Where batches differ in size, those of the size of the first one are remembered.
+        Where images differ in size, those of the size of the first batch are stored.
         """
         channels = () if images.ndim == 4 else (1,)
         fits = all(store.fits((*channels, *images.shape[1:])) for store in self._stores)

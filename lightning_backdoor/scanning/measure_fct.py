@@ -1,8 +1,9 @@
-"""The nested stage of D-BR and D-ST: a detector of its own, and how much its features follow a transformation."""
+"""D-BR's and D-ST's measurement: how far a transformation of an image moves the features of a separate detector."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,6 @@ from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores
 from lightning_backdoor.functional.turning import turn_and_shift
-from lightning_backdoor.scanning.class_batches import order_of_steps
 from lightning_backdoor.scanning.distributed import raise_on_all_ranks
 from lightning_backdoor.scanning.isolation import evaluation_mode, isolated_eval, quiet
 from lightning_backdoor.scanning.measure_units import Measured, UnitScan
@@ -27,17 +27,19 @@ from lightning_backdoor.surgery.units import find_units
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Detector", "Distinguished", "distinguish", "require_detector", "turn_and_shift"]
+__all__ = ["Detector", "Distinguished", "distinguish", "order_of_steps", "require_detector", "turn_and_shift"]
 
 LR, LR_OF_COPY = 1e-3, 1e-4  # of AdamW, which trains convolutional networks and transformers alike
 HOSTED = "backdoor_detector"  # name of the user's own detector within a copy of the model
+LEAST_OF_CLASS = 2  # samples of a class in a batch, on average, for its centre to be more than a sample of it
+DRAWN_OF_CLASS = 4  # of some classes, where there are too many for that
 
 Transform = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Detector:
-    """How the detector is trained and what is asked of it.
+    """How the detector is trained and how samples are scored by it.
 
     Attributes:
         start: ``"copy"`` starts from the weights under repair, ``"fresh"`` from ``initial``; a module of the user's own
@@ -68,12 +70,12 @@ class Detector:
 
 @dataclass(frozen=True)
 class Distinguished:
-    """What the detector says about N training samples.
+    """Scores of N training samples.
 
     Attributes:
         labels: Labels as given, long ``(N,)``.
         fct: Feature consistency towards transformations, float ``(N,)``; larger is more suspicious.
-        units: What the detector's units say; ``None`` if they were not asked.
+        units: Measurement of the detector's units; ``None`` if it was not wanted.
     """
 
     labels: Tensor
@@ -89,7 +91,7 @@ def require_detector(
     Raises:
         ArgumentError: The detector is the user's own and cannot take the place of the model; or it cannot be shown
             transformed images, because ``batch_fn`` computes them.
-        ModelError: It has no units, but they are to be asked; or only features are asked, and they cannot learn.
+        ModelError: It has no units, but they are to be measured; or they are not, and no feature can learn.
     """
     own = isinstance(detector.start, nn.Module)
     data.require_replaceable(trainer, pl_module, alone=True if own else None)
@@ -108,19 +110,19 @@ def require_detector(
 def distinguish(
     trainer: Trainer, pl_module: LightningModule, data: DatasetScanner, detector: Detector, *, units: bool
 ) -> Distinguished:
-    """Train a detector beside the model and look at every sample through it; the training does not notice.
+    """Train a detector on the training set and score every sample by it; the model and its training stay as they are.
 
     The detector is a deep copy of the module, or of one of the user's own. It learns the labels without augmentation,
     so that it relies on a trigger wherever there is one, then turns the centres of the classes away from each other.
-    Where no parameter before the head of the model can learn, all of the copy does: fixed features follow no trigger.
-    Every process trains the same detector on the same batches, so their number changes nothing.
+    Where no parameter before the head of the model can learn, all of the copy does: fixed features cannot respond
+    to a trigger. Every process trains the same detector on the same batches, so their number makes no difference.
 
     Args:
         trainer: The running Trainer.
         pl_module: The LightningModule under training; left as it is.
         data: The training set.
         detector: The settings.
-        units: Ask the units of the detector, too; two more passes.
+        units: Measure the units of the detector, too; two more passes.
 
     Raises:
         ModelError: The module cannot be copied, or nothing of it can be trained.
@@ -173,7 +175,7 @@ def _twin(
 def _host(
     trainer: Trainer, twin: LightningModule, data: DatasetScanner, own: nn.Module
 ) -> tuple[LightningModule, DatasetScanner]:
-    """Let a copy of the user's module, whose transfer hooks prepare the batches, answer through another network."""
+    """A copy of the user's module whose logits come from another network; its transfer hooks prepare the batches."""
     if not any(parameter.requires_grad for parameter in own.parameters()):
         raise ArgumentError("`detector` must have parameters that can learn (requires_grad=True), got none.")
     twin.requires_grad_(False)
@@ -225,6 +227,54 @@ def _train(trainer: Trainer, twin: LightningModule, data: DatasetScanner, detect
             scaler.update()
 
 
+def order_of_steps(
+    trainer: Trainer, pl_module: LightningModule, data: DatasetScanner, *, steps: int, all_steps: int, seed: int
+) -> Tensor:
+    """Positions of the samples of all steps: one shuffle after the other.
+
+    Where a batch holds fewer than two samples of a class on average, most centres would be single samples, and the loss
+    would turn every image away from every other. The batches of centre repulsion then are of some classes each. That
+    takes one more pass over the data, for the labels.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule under training.
+        data: The training set.
+        steps: Steps of ordinary training.
+        all_steps: These, and those of centre repulsion after them.
+        seed: Seed of the order.
+    """
+    with raise_on_all_ranks(trainer, "training of the detector"), data.read([]) as loader:
+        size = min(int(loader.batch_size or 1), len(data))
+    needed = all_steps * size
+    generator = torch.Generator().manual_seed(seed)
+    shuffles = [torch.randperm(len(data), generator=generator) for _ in range(math.ceil(needed / len(data)))]
+    order = torch.cat(shuffles)[:needed]
+    repelling = all_steps - steps
+    if size < 2 or not repelling or LEAST_OF_CLASS * data.num_classes <= size:
+        return order
+    labels = data.read_labels(trainer, pl_module)
+    if LEAST_OF_CLASS * len(torch.unique(labels)) <= size:  # a head may have more outputs than there are classes
+        return order
+    read = (~data.unread).nonzero().squeeze(1)
+    return torch.cat([order[: steps * size], read[_by_classes(labels[read], size, repelling, generator)]])
+
+
+def _by_classes(labels: Tensor, size: int, batches: int, generator: torch.Generator) -> Tensor:
+    """Positions of batches of some random classes each, with about four samples of each (repeated if it has fewer)."""
+    _, counts = torch.unique(labels, return_counts=True)
+    classes = torch.split(labels.argsort(stable=True), counts.tolist())
+    shares = [len(part) for part in torch.tensor_split(torch.arange(size), max(size // DRAWN_OF_CLASS, 2))]
+    drawn = []
+    for _ in range(batches):
+        chosen = torch.randperm(len(classes), generator=generator)[: len(shares)].tolist()
+        for place, share in zip(chosen, shares, strict=True):
+            members = classes[place]
+            shuffled = members[torch.randperm(len(members), generator=generator)]
+            drawn.append(shuffled.repeat(math.ceil(share / len(members)))[:share])
+    return torch.cat(drawn)
+
+
 def _features_learn(trainer: Trainer, module: LightningModule, data: DatasetScanner) -> bool:
     """Whether a loss on the features has a gradient."""
     with quiet(trainer, module), evaluation_mode(module), isolated_rng(), torch.enable_grad():
@@ -247,7 +297,7 @@ def _can_learn(trainer: Trainer, module: LightningModule, data: DatasetScanner) 
 
 
 def _thaw(module: LightningModule) -> list[nn.Parameter]:
-    """Let every parameter of a module learn, or of the user's own detector in it; return those that could not."""
+    """Unfreeze all parameters of a module, or of the user's own detector in it; return those that were frozen."""
     part = dict(module.named_children()).get(HOSTED, module)
     frozen = [p for p in part.parameters() if p.is_floating_point() and not (p.requires_grad or p.is_inference())]
     for parameter in frozen:
@@ -256,7 +306,7 @@ def _thaw(module: LightningModule) -> list[nn.Parameter]:
 
 
 def _agree(trainer: Trainer, twin: nn.Module) -> None:
-    """Give all processes the detector of the first one: rounding may differ between devices."""
+    """Load the detector of rank 0 in all processes: rounding may differ between devices."""
     if trainer.world_size > 1:
         state = {name: value.cpu() for name, value in twin.state_dict().items()}
         twin.load_state_dict(trainer.strategy.broadcast(state, src=0))

@@ -1,4 +1,4 @@
-"""NONE's measurement: which units are driven out of their range, and how every training sample drives them."""
+"""NONE's measurement: units whose activations leave their usual range, and the activations of every training sample."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _HALF = torch.finfo(torch.half).max
 
 @dataclass(frozen=True)
 class Measured:
-    """What the passes over N training samples and U units gave.
+    """Results of the passes over N training samples and U units.
 
     Attributes:
         labels: Labels as given, long ``(N,)``.
@@ -58,11 +58,11 @@ class Measured:
 
 
 class UnitScan:
-    """Passes over a training set that look at the units of a model.
+    """Passes over a training set that measure the activations of a model's units.
 
     Args:
         data: The training set.
-        layers: Layers whose units are looked at, U units in all; they are numbered in the order of the layers.
+        layers: Layers whose units are measured, U units in all; they are numbered in the order of the layers.
         strong: Probability above which a sample is confidently of a class.
         weak: Probability below which it is confidently not of a class.
     """

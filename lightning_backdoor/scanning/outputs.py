@@ -21,7 +21,7 @@ __all__ = ["call_model", "require_logits"]
 CHILDREN = ("model", "net", "backbone", "network", "classifier")
 REMEDY = "Pass `forward_fn(pl_module, batch)` that returns class logits of shape (B, K)."
 
-_looked_at: WeakSet[nn.Module] = WeakSet()
+_checked: WeakSet[nn.Module] = WeakSet()
 
 
 def call_model(
@@ -32,10 +32,10 @@ def call_model(
 ) -> Tensor:
     """Class logits of a batch of images, in the Trainer's precision.
 
-    Without ``forward_fn`` the module is called with the images alone; a module that has no ``forward`` of its own
-    answers through its only child named model, net, backbone, network or classifier. Outputs may be a tensor, an object
-    with ``.logits``, a mapping with ``"logits"`` or a tuple or list whose first item is one of these. Warns once per
-    module when the rows look like probabilities.
+    Without ``forward_fn`` the module is called with the images alone. If it has no ``forward`` of its own, its only
+    child named model, net, backbone, network or classifier is called instead. Outputs may be a tensor, an object with
+    ``.logits``, a mapping with ``"logits"`` or a tuple or list whose first item is one of these. Warns once per module
+    when rows are non-negative and sum to 1.
 
     Args:
         pl_module: The user's module (or any ``nn.Module``).
@@ -62,7 +62,7 @@ def call_model(
 
 
 def require_logits(pl_module: nn.Module, logits: Tensor, run: Callable[[], Any]) -> None:
-    """Raise if a binary model answers by a sigmoid: its number, taken for a logit, would always mean class 1.
+    """Raise if a binary model returns a sigmoid: taken for a logit, a number in (0, 1) would always mean class 1.
 
     Args:
         pl_module: The user's module.
@@ -70,15 +70,15 @@ def require_logits(pl_module: nn.Module, logits: Tensor, run: Callable[[], Any])
         run: Takes the same images through the model again.
 
     Raises:
-        ModelError: The answers are the sigmoid of what some layer puts out; the message names ``forward_fn``.
+        ModelError: The outputs are the sigmoid of some layer's output; the message names ``forward_fn``.
     """
-    answers = logits[:, 1]
-    if logits.shape[1] != 2 or bool(logits[:, 0].any()) or bool(((answers < 0) | (answers > 1)).any()):
+    values = logits[:, 1]
+    if logits.shape[1] != 2 or bool(logits[:, 0].any()) or bool(((values < 0) | (values > 1)).any()):
         return
     found: list[Tensor] = []
 
     def see(_layer: nn.Module, _arguments: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point() and output.numel() == len(answers):
+        if isinstance(output, Tensor) and output.is_floating_point() and output.numel() == len(values):
             found.append(plain(output).detach().flatten().float())
 
     with ExitStack() as stack:
@@ -86,7 +86,7 @@ def require_logits(pl_module: nn.Module, logits: Tensor, run: Callable[[], Any])
             stack.callback(module.register_forward_hook(see).remove)
         stack.enter_context(eager_forward())
         run()
-    if any(torch.allclose(output.sigmoid(), answers, atol=1e-2) for output in found):
+    if any(torch.allclose(output.sigmoid(), values, atol=1e-2) for output in found):
         raise ModelError(
             f"`{type(pl_module).__name__}` returns a probability (a sigmoid) where a logit is needed. Pass `forward_fn`"
             ", e.g. forward_fn=lambda module, batch: torch.logit(module(batch[0]), 1e-6), or let `forward` return the "
@@ -149,9 +149,9 @@ def _as_matrix(logits: Tensor, size: int) -> Tensor:
 
 
 def _warn_about_probabilities(pl_module: nn.Module, logits: Tensor) -> None:
-    if pl_module in _looked_at:
+    if pl_module in _checked:
         return
-    _looked_at.add(pl_module)
+    _checked.add(pl_module)
     sums = logits.detach().sum(dim=1)
     if bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
         warnings.warn(

@@ -1,4 +1,4 @@
-"""Tell the user how far a long pass is, in the manner of the progress bar that they chose."""
+"""Progress of a long pass over the data, in the form of the Trainer's progress bar."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def progress(trainer: Trainer, description: str, total: int) -> Iterator[Show]:
 
     Args:
         trainer: Its ``progress_bar_callback`` decides about the form.
-        description: What is going on, for example ``"UltraClean: scanning"``.
-        total: Number of samples this rank will look at.
+        description: What is computed, for example ``"UltraClean: scanning"``.
+        total: Number of samples of this rank.
     """
     started, done, show = time.monotonic(), 0, cast("Show | None", None)
     with ExitStack() as stack:
@@ -72,14 +72,14 @@ def _is_tqdm(bar: Any) -> bool:
 
 
 def _messages(description: str, total: int) -> Show:
-    done, told = 0, 0
+    done, shown = 0, 0
 
     def advance(count: int) -> None:
-        nonlocal done, told
+        nonlocal done, shown
         done += count
         tenth = 10 * done // max(total, 1)
-        if tenth > told:
-            told = tenth
+        if tenth > shown:
+            shown = tenth
             rank_zero_info(f"{description}: {10 * tenth} % ({done} of {total})")
 
     return advance

@@ -1,4 +1,4 @@
-"""One pass over training samples, identical on any number of processes and invisible to the training around it."""
+"""One pass over training samples, with the same results on any number of processes, isolated from the training."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def scan_read(
 def _scan(
     trainer: Trainer, pl_module: LightningModule, loader: DataLoader[Any], step: Step, description: str
 ) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Dataset positions in rising order, results, and the number of samples that were asked for."""
+    """Dataset positions in rising order, results, and the number of samples that were to be read."""
     with isolated_eval(trainer, pl_module):
         table = _Table(len(cast("Sized", loader.dataset)))
         with raise_on_all_ranks(trainer, description):
@@ -123,7 +123,7 @@ class _Table:
 
     @property
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Row shape and dtype of every column: what a process without samples must learn from another."""
+        """Row shape and dtype of every column: a process without samples gets it from another one."""
         return {key: (tuple(column.shape[1:]), column.dtype) for key, column in self.columns.items()}
 
 

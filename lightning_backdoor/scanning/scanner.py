@@ -1,4 +1,4 @@
-"""The user's training images as a defence reads them: indexed, deterministic, with known pixels, labels and logits."""
+"""The training images as a defence reads them: by position, without augmentation, as pixels, labels and logits."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ from lightning_backdoor.data.structure import copied
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
 from lightning_backdoor.data.views import Keyed, ScanLoader, batch_size_of, check_dataset, read_items, scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
+from lightning_backdoor.scanning.checks import require_replaceable, require_same_labels, require_varied_labels
 from lightning_backdoor.scanning.distributed import raise_on_all_ranks
 from lightning_backdoor.scanning.isolation import isolated_eval, prepare_batch
-from lightning_backdoor.scanning.label_check import require_varied_labels
 from lightning_backdoor.scanning.outputs import call_model, require_logits
-from lightning_backdoor.scanning.replacing import require_replaceable
 from lightning_backdoor.scanning.scan import scan_read, shard
 from lightning_backdoor.surgery.heads import Head, find_head
 from lightning_backdoor.surgery.taps import Taps
@@ -44,7 +43,7 @@ _PROBE_FORWARD = 4  # of them that go through the model, with all activations ke
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """How the user wants the training images to be read; every ``None`` is found out.
+    """The user's settings for reading the training images; ``None``: found from the data or the model.
 
     Attributes:
         forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``.
@@ -89,7 +88,7 @@ class ScanOptions:
 
 @dataclass(frozen=True)
 class DatasetScanner:
-    """Everything that is known about the training set after looking at a few images of it."""
+    """Reads all samples of a training set; made by :func:`open_scanner` from a few of its images."""
 
     loader: DataLoader[Any]
     size: int
@@ -101,9 +100,9 @@ class DatasetScanner:
     """Where penultimate features are; ``None`` where they are not needed."""
     num_classes: int
     probe: tuple[Tensor, Tensor]
-    """A few dataset positions and their labels, to know the dataset again."""
+    """A few dataset positions and their labels, by which a resumed run checks that the dataset is the same."""
     finish: Finish | None = None
-    """What a loader around this one does to its batches."""
+    """What timm's PrefetchLoader around this loader does to its batches."""
     unread: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     """Samples that the user's ``collate_fn`` was seen to drop, bool ``(N,)``; scans add to it."""
     source: DataLoader[Any] | None = None
@@ -154,7 +153,7 @@ class DatasetScanner:
             raise ArgumentError(f"`{name}` must be a class index below {self.num_classes}, got {label}.")
 
     def require_replaceable(self, trainer: Trainer, pl_module: LightningModule, *, alone: bool | None = None) -> None:
-        """Check that the model can be shown other images than those of a batch; for methods that do.
+        """Check that the model takes other images than those of a batch, for methods that change images.
 
         Args:
             trainer: The running Trainer.
@@ -187,7 +186,7 @@ class DatasetScanner:
     ) -> tuple[Tensor, Tensor]:
         """Logits ``(B, K)`` and penultimate features ``(B, D)`` of a batch as the loader gave it, float32.
 
-        With ``gradients`` features can be differentiated; with ``cut`` a loss on the logits does not go beyond them.
+        With ``gradients`` features can be differentiated; with ``cut`` no gradient of the logits passes through them.
         """
         with Taps(pl_module, [self.head.name], place=self.head.place, gradients=gradients, cut=cut) as taps:
             logits = _logits(trainer, pl_module, self.layout, self.options, batch)
@@ -209,7 +208,7 @@ class DatasetScanner:
     ) -> Tensor:
         """Classes that the model gives to all samples, long ``(N,)``, or to those at ``positions``, ``(M,)``.
 
-        -1 where logits are NaN: weights that have diverged must not pass for a model that prefers some class.
+        -1 where logits are NaN: after weights have diverged, ``argmax`` would give some class.
         """
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
@@ -242,7 +241,7 @@ class DatasetScanner:
         return lambda: _logits(trainer, pl_module, self.layout, self.options, copied(batch))
 
     def _few(self) -> Any:
-        """A batch of a few images, as the loader gives it."""
+        """A batch of a few images as the loader gives it."""
         with self.read(self.probe[0][:_PROBE_FORWARD], num_workers=min(self.loader.num_workers, 1)) as view:
             _, batch = next(iter(view))
         return batch
@@ -304,14 +303,14 @@ class DatasetScanner:
 def open_scanner(
     trainer: Trainer, pl_module: LightningModule, loader: Any, options: ScanOptions, val_dataset: Any = None
 ) -> DatasetScanner:
-    """Look at a few training images and find out how to read all of them, or say what is missing.
+    """Find out from a few training images how to read all of them.
 
-    Reads 64 images and takes a few of them through the model; the training does not notice.
+    Reads 64 images and takes four of them through the model; weights, buffers and random streams stay as they are.
 
     Args:
         trainer: The running Trainer.
         pl_module: The LightningModule under training.
-        loader: The training loader as Lightning prepared it; a PrefetchLoader of timm's is looked through.
+        loader: The training loader as Lightning prepared it, or timm's PrefetchLoader around one.
         options: The user's settings.
         val_dataset: Dataset of the first validation loader, whose transform is preferred for reading.
 
@@ -404,10 +403,12 @@ def _open(
         None if source is loader else source,
     )
     if head is not None:
-        training_set.outputs(trainer, pl_module, few)  # a feature layer that does not run is told now
+        training_set.outputs(trainer, pl_module, few)  # raises now if the feature layer does not run
     labels = training_set.labels(batch)
     if options.eval_dataset is not None:
-        _require_labels(scan_loader(by_position, indices, batch_size=len(indices), **settings), layout, indices, labels)
+        require_same_labels(
+            scan_loader(by_position, indices, batch_size=len(indices), **settings), layout, indices, labels
+        )
     training_set = replace(training_set, probe=(indices, labels))
     require_varied_labels(training_set, batch, positions)
     return training_set
@@ -422,30 +423,6 @@ def _readable(source: DataLoader[Any], key: Key | None) -> DataLoader[Any]:
     except Exception:
         return over_sibling(source, Keyed(source.dataset, key))
     return source
-
-
-def _require_labels(view: ScanLoader, layout: BatchLayout, indices: Tensor, labels: Tensor) -> None:
-    """Check that the samples of `eval_dataset` are those of the training dataset, as far as labels tell.
-
-    Raises:
-        ArgumentError: The labels at some positions differ, or are at another place of the batch.
-    """
-    for own, batch in view:
-        try:
-            theirs = layout.labels(batch)
-        except Exception as error:
-            raise ArgumentError(
-                "`eval_dataset` must give items built like those of the training dataset, but there are no labels in "
-                f"the latter where they are in the former: {type(error).__name__}: {error}"
-            ) from error
-        known = dict(zip(indices.tolist(), labels.tolist(), strict=True))
-        other = [place for place, label in zip(own.tolist(), theirs.tolist(), strict=True) if known[place] != label]
-        if other:
-            raise ArgumentError(
-                "`eval_dataset` must have the samples of the training dataset in its order, but the labels differ at "
-                f"{len(other)} of {len(own)} positions that were looked at ({other[:5]}…). Take the same files and the "
-                "same subset of them, without shuffling."
-            )
 
 
 def _logits(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_backdoor.scanning.class_batches import order_of_steps
+from lightning_backdoor.scanning.measure_fct import order_of_steps
 
 STEPS, REPULSION = 3, 40
 
