@@ -25,9 +25,9 @@ from lightning_backdoor.data.structure import leaves_of
 from lightning_backdoor.data.views import scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.metrics import AttackSuccessRate, DetectionRates, RecoveredAccuracy
+from lightning_backdoor.scanning.checks import require_replaceable
 from lightning_backdoor.scanning.isolation import prepare_batch, require_unsharded
 from lightning_backdoor.scanning.outputs import call_model
-from lightning_backdoor.scanning.checks import require_replaceable
 from lightning_backdoor.scanning.scan import scan_read, shard
 from lightning_backdoor.verdict import Verdict
 
