@@ -123,7 +123,7 @@ def poison(  # noqa: PLR0917  (the order is promised to users)
         and ``transform``. Poisoning a poisoned dataset adds to it: poisons and covers are not chosen again.
 
     Raises:
-        ArgumentError: If an argument is out of range, or a rate asks for no image or for more than there are, or the
+        ArgumentError: If an argument is out of range, or a rate gives no image or more than there are, or the
             trigger is crafted (:class:`CraftedTrigger`) and ``labels`` are not ``"clean"``.
         DataError: If the dataset is empty, iterable, or its items cannot be understood.
 

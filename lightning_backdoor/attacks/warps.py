@@ -49,7 +49,7 @@ class WaNet(Trigger):
     def paint(self, images: Tensor) -> Tensor:
         """Return the triggered copy of a uint8 batch ``(N, C, H, W)``."""
         height, width = images.shape[-2:]
-        sides = torch.tensor([width, height])  # grid_sample wants x before y
+        sides = torch.tensor([width, height])  # grid_sample takes x before y
         noise = torch.rand(1, 2, self.grid, self.grid, generator=torch.Generator().manual_seed(self.seed)) * 2 - 1
         noise = noise / noise.abs().mean()
         field = F.interpolate(noise, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)

@@ -84,8 +84,8 @@ def reconsider_uncertain(
     """Select the uncertain samples that can be trusted, and those that are suspect, by the labels of their neighbours.
 
     An uncertain sample is trusted if at least half of its neighbours have its label, provided that this is so for half
-    of the trusted samples of its label; with weaker features the measure is not used. It is suspect if at most one in a
-    hundred trusted samples of its label has so small an agreement.
+    of the trusted samples of its label; otherwise the features are too weak for it, and no sample of the label becomes
+    trusted. It is suspect if at most one in a hundred trusted samples of its label has so small an agreement.
 
     Args:
         agreement: From :func:`neighbor_agreement`, float ``(N,)``.

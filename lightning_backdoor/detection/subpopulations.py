@@ -245,7 +245,7 @@ def discriminant(members: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
 # The gates. A direction splits off a subpopulation if it passes one of three gates. For each of them the lower group
 # must be the class itself (`own_auroc`): where many labels are wrong, the class is the upper group.
 
-OWN_AUROC = 0.75  # by which the lower group is told from all other labels; a mixture of other classes has 0.5
+OWN_AUROC = 0.75  # of the lower group against all other labels, at least; a mixture of other classes has 0.5
 OWN_OTHERS = 2**14  # samples of other labels that it is compared with, drawn at random where there are more
 
 STRICT_GAP = 2.5  # a Gaussian cut at its mean has 1.32; classes of clean CIFAR-10 stay below 2.4
@@ -394,7 +394,7 @@ def early_neighbor_gate(
 
 
 def own_auroc(found: Subpopulation, values: Tensor, inside: Tensor, units: Tensor) -> float:
-    """How well the lower group is told from the samples of all other labels, as AUROC of a held-out discriminant.
+    """How well the lower group is separated from all other labels, as AUROC of a held-out discriminant.
 
     Args:
         found: The subpopulation.

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 SIGMAS = 3.0  # of the responses to inputs that are surely of another class: the usual range of a unit
-FALLBACK_SHARE = 0.01  # of a class's predictions that stand for the confident ones where none is confident
+FALLBACK_SHARE = 0.01  # of the predictions of a class, taken as the confident ones where none is confident
 FALLBACK_LEAST = 20
 _LARGEST = 1e38
 

@@ -247,7 +247,7 @@ def evidence(
         "images read with": read_with,
     }
     if by_subpopulations:
-        facts["classes with a second mode"] = ", ".join(found) or "none"
+        facts["classes with a subpopulation"] = ", ".join(found) or "none"
     if latest.unconfident:
         facts["classes without a confident image"] = ", ".join(map(str, latest.unconfident))
     rewound = {event.restarts for event in history if event.removed and event.response in ("restart", "continue")}

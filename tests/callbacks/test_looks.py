@@ -76,7 +76,7 @@ def test_a_quiet_last_look_leaves_what_was_found(tmp_path: Path, caplog: pytest.
 @pytest.mark.parametrize("score", ["auto", "paper"])
 def test_modes_are_facts_where_they_were_looked_for(tmp_path: Path, score: Any) -> None:
     fit([UltraCleanCallback(warmup_epochs=1, report_dir=tmp_path, score=score, rule="fraction")], epochs=1)
-    assert ("classes with a second mode" in (tmp_path / "report.html").read_text()) == (score == "auto")
+    assert ("classes with a subpopulation" in (tmp_path / "report.html").read_text()) == (score == "auto")
 
 
 def test_a_quiet_look_at_a_model_that_has_learned_little_says_so() -> None:
