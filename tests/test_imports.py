@@ -23,6 +23,7 @@ TRAINER = ("loading", "scanning", "responses", "callbacks", "baselines")
 ALLOWED = {
     "errors": set(),
     "files": set(),
+    "events": set(),
     "_lightning": set(),
     "verdict": {"errors", "files"},
     "functional": {"errors"},
@@ -31,12 +32,12 @@ ALLOWED = {
     "data": {"functional", "errors", "_lightning"},
     "attacks": {"functional", "errors"},
     "metrics": {"functional", "errors"},
-    "report": {*TENSORS, "verdict", "files", "errors"},
+    "report": {*TENSORS, "events", "verdict", "files", "errors"},
     "loading": {"data", "errors", "_lightning"},
     "scanning": {*MODELS_AND_DATA, "files", "errors", "_lightning"},
-    "responses": {*MODELS_AND_DATA, "loading", "scanning", "verdict", "files", "errors", "_lightning"},
-    "callbacks": {*MODELS_AND_DATA, *TRAINER[:3], "report", "verdict", "files", "errors", "_lightning"},
-    "baselines": {*MODELS_AND_DATA, *TRAINER[:4], "report", "verdict", "files", "errors", "_lightning"},
+    "responses": {*MODELS_AND_DATA, *TRAINER[:2], "report", "events", "verdict", "files", "errors", "_lightning"},
+    "callbacks": {*MODELS_AND_DATA, *TRAINER[:3], "report", "events", "verdict", "files", "errors", "_lightning"},
+    "baselines": {*MODELS_AND_DATA, *TRAINER[:4], "report", "events", "verdict", "files", "errors", "_lightning"},
 }
 """Which rooms the modules of a room may use, besides their own."""
 ALSO = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from lightning_backdoor.functional.kinds import plain
 from lightning_backdoor.functional.unlearning import forgetting_loss
 from lightning_backdoor.loading.batch_schedule import Phases
 from lightning_backdoor.surgery.taps import eager_forward
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 __all__ = ["Ascent", "loss_scale"]
 
@@ -47,7 +50,7 @@ class Ascent:
         """Begin a pass over the phases."""
         self._drawn = 0
 
-    def prepare_batch(self, trainer: Any, phases: Phases, labels: Tensor, batch_idx: int) -> None:
+    def prepare_batch(self, trainer: Trainer, phases: Phases, labels: Tensor, batch_idx: int) -> None:
         """Note which phase a batch is of; call in ``on_train_batch_start``.
 
         Counted by itself: after a resume in the middle of an epoch the loader begins anew, ``batch_idx`` does not.
@@ -69,7 +72,7 @@ class Ascent:
             self._watch.callback(self._head.register_forward_hook(self._see).remove)
             self._watch.enter_context(eager_forward())
 
-    def turn_loss(self, trainer: Any, loss: Tensor) -> None:
+    def turn_loss(self, trainer: Trainer, loss: Tensor) -> None:
         """Turn the loss around where its batch is one of suspects; call in ``on_before_backward``."""
         seen, self._logits = self._logits, []
         if not self._climbs:
@@ -80,7 +83,7 @@ class Ascent:
         forgetting = torch.stack([forgetting_loss(logits, self._labels.to(logits.device)) for logits in seen]).mean()
         loss.copy_((forgetting * loss_scale(trainer)).to(loss))  # recorded, too; a loss without end is forgotten
 
-    def limit_step(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
+    def limit_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Limit the gradient; call in ``on_before_optimizer_step``."""
         if self._climbed and self._bounded:
             unscales = unscales_by_itself(optimizer)  # by itself, later: a fused one
@@ -104,11 +107,11 @@ class Ascent:
         return {**self.__dict__, "_head": None, "_logits": [], "_watch": ExitStack()}
 
 
-def loss_scale(trainer: Any) -> float:
+def loss_scale(trainer: Trainer) -> float:
     """What Lightning multiplied the user's loss with when it comes to ``on_before_backward``."""
     return _precision_scale(trainer) / float(trainer.accumulate_grad_batches)
 
 
-def _precision_scale(trainer: Any) -> float:
+def _precision_scale(trainer: Trainer) -> float:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())

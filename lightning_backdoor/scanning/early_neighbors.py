@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,19 +14,22 @@ from lightning_backdoor.errors import DataError
 from lightning_backdoor.scanning.distributed import raise_on_all_ranks
 from lightning_backdoor.scanning.scanner import DatasetScanner
 
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
 __all__ = ["REFERENCES", "EarlyNeighbors", "early_neighbors"]
 
-REFERENCES = 2**13  # samples among which the neighbors of all are looked for
+REFERENCES = 2**13  # samples among which the neighbors of all are searched
 _HALF = torch.finfo(torch.half).max
 
 
 @dataclass(frozen=True)
 class EarlyNeighbors:
-    """What neighbours said of N samples early in training, in tensors that a checkpoint can hold.
+    """How far the labels of N samples agreed with those of their neighbors early in training; tensors for a checkpoint.
 
     Attributes:
-        agreement: Share of every sample's neighbours that had its label, half ``(N,)``.
-        probe: Labels of a few samples, to know the dataset again.
+        agreement: Share of every sample's neighbors that had its label, half ``(N,)``.
+        probe: Labels of a few samples, by which a resumed run checks that the dataset is the same.
     """
 
     agreement: Tensor
@@ -45,10 +48,10 @@ class EarlyNeighbors:
             )
 
 
-def early_neighbors(trainer: Any, pl_module: Any, data: DatasetScanner) -> EarlyNeighbors:
-    """Ask which of every sample's neighbours have its label, by the features as they are now.
+def early_neighbors(trainer: Trainer, pl_module: LightningModule, data: DatasetScanner) -> EarlyNeighbors:
+    """Share of every sample's neighbors that have its label, by the features as they are now.
 
-    Neighbours are looked for in a random sample of the training set, by the first process, on the CPU. Every process
+    Neighbors are searched in a random sample of the training set, by the first process, on the CPU. Every process
     must call it and gets the same answer.
     """
 

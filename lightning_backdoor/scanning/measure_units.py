@@ -148,9 +148,9 @@ class UnitScan:
 
 
 def find_layers(
-    trainer: Any, module: Any, scanner: DatasetScanner, residual_mode: ResidualMode = "branch_only"
+    trainer: Trainer, module: LightningModule, scanner: DatasetScanner, residual_mode: ResidualMode = "branch_only"
 ) -> list[UnitLayer]:
-    """All layers whose units can be looked at.
+    """All layers whose units can be measured.
 
     Those are ``trainable`` whose units can be reset now: nothing that they need is frozen, and an optimizer has their
     weights. What the others show counts for the samples all the same.
