@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,18 +13,23 @@ from typing_extensions import Unpack
 from lightning_backdoor.baselines.repair import REPAIR_DEFAULTS, RepairArguments
 from lightning_backdoor.baselines.scored import decision_of
 from lightning_backdoor.callbacks.arguments import require_count, require_fraction, require_positive, require_rate
-from lightning_backdoor.callbacks.base import Defense, Detector
+from lightning_backdoor.callbacks.base import Defense, Detector, chosen_response
 from lightning_backdoor.detection.decision import add_removed, select_fraction
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.events import Event
 from lightning_backdoor.responses.ascent import loss_scale
-from lightning_backdoor.responses.base import Detection, Session
+from lightning_backdoor.responses.base import Continue, Detection, Report, Response, Session
 from lightning_backdoor.responses.limits import about_to_end, planned_max_epochs
+from lightning_backdoor.responses.restart import Restart
 from lightning_backdoor.responses.unlearn import Unlearn
 from lightning_backdoor.verdict import Verdict
 
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
 __all__ = ["ABL", "easiness_scores"]
 
+UNPLANNED = 10  # epochs before the isolation where `max_epochs` is not set
 ISOLATION = 0.2  # of the epochs, as in the paper: 20 of 100
 
 
@@ -95,14 +100,13 @@ class IsolateThenUnlearn(Unlearn):
     """Before the detection, climb where the loss is low already; after it train on the rest, and unlearn at the end.
 
     Args:
-        isolation: Epochs before the detection; ``None``: a fifth of ``max_epochs`` (10 if that is not set).
         gamma: Loss below which a batch is climbed on.
         **settings: Of :class:`~lightning_backdoor.responses.unlearn.Unlearn`.
     """
 
-    def __init__(self, *, isolation: int | None, gamma: float, **settings: Any) -> None:
+    def __init__(self, *, gamma: float, **settings: Any) -> None:
         super().__init__(**settings)
-        self._isolation, self._gamma = isolation, gamma
+        self._gamma = gamma
 
     def on_before_backward(self, session: Session, loss: Tensor) -> None:
         """Climb where the loss is low already, until samples are isolated; later, on these samples."""
@@ -126,13 +130,6 @@ class IsolateThenUnlearn(Unlearn):
         """Whether no sample is isolated yet."""
         return not self._detected
 
-    def latest_detection(self, trainer: Any) -> int:
-        """Epochs before the isolation."""
-        planned = planned_max_epochs(trainer)
-        if self._isolation is not None:
-            return self._isolation
-        return 10 if planned is None or planned < 1 else math.ceil(ISOLATION * planned)
-
     def respond(self, session: Session, detection: Detection, event: Event) -> Event:
         """Isolate the samples; unlearn them at once if it is time for that already."""
         self._detected = True
@@ -141,7 +138,7 @@ class IsolateThenUnlearn(Unlearn):
         return self.begin(session, event) if self._begins(session) else event
 
     def _begins(self, session: Session) -> bool:
-        return about_to_end(session.trainer) or session.epochs_done >= super().latest_detection(session.trainer)
+        return about_to_end(session.trainer) or session.epochs_done >= self.latest_detection(session.trainer)
 
 
 class ABL(Defense):
@@ -162,6 +159,8 @@ class ABL(Defense):
         isolate: Share of the training set that is isolated, in ``(0, 1)``.
         gamma: Loss below which a batch is climbed on, at least 0; 0 never climbs.
         lr: Learning rate of the repair; the default is the authors' for SGD.
+        response: ``"unlearn"``; ``"restart"`` trains anew without the isolated images, ``"continue"`` trains on without
+            them, ``"report"`` changes nothing.
         **common: See :class:`~lightning_backdoor.baselines.RepairArguments`.
 
     Example:
@@ -180,16 +179,16 @@ class ABL(Defense):
         warmup_epochs: int | None = None,
         isolate: float = 0.01,
         gamma: float = 0.5,
+        response: Literal["unlearn", "restart", "continue", "report"] | Response = "unlearn",
         **common: Unpack[RepairArguments],
     ) -> None:
         self.isolate = require_fraction("isolate", isolate)
         if gamma < 0:
             raise ArgumentError(f"`gamma` must be a loss of at least 0, got {gamma}. Pass 0 to never climb.")
-        self.gamma = gamma
+        self.gamma, self.response = gamma, response
         self.arguments: dict[str, Any] = {**self.shared_defaults, **common}
         given = dict(self.arguments)
-        response = IsolateThenUnlearn(
-            isolation=require_positive("warmup_epochs", warmup_epochs),
+        unlearn = IsolateThenUnlearn(
             gamma=gamma,
             epochs=require_positive("epochs", given.pop("epochs")) or 1,
             extra_epochs=require_count("extra_epochs", given.pop("extra_epochs")),
@@ -198,4 +197,16 @@ class ABL(Defense):
             seed=given["seed"],
         )
         detector = LowestLoss(isolate, require_fraction("max_removed", given["max_removed"]))
-        super().__init__(detector=detector, response=response, warmup_epochs=warmup_epochs, **given)
+        own = {"unlearn": unlearn, "restart": Restart(last_detection=False), "continue": Continue(), "report": Report()}
+        super().__init__(
+            detector=detector,
+            response=chosen_response(response, own, others=False),
+            warmup_epochs=require_positive("warmup_epochs", warmup_epochs),
+            **given,
+        )
+
+    def _first_detection(self, trainer: Trainer) -> int:
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs
+        planned = planned_max_epochs(trainer)
+        return UNPLANNED if planned is None or planned < 1 else math.ceil(ISOLATION * planned)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from typing_extensions import Unpack
@@ -11,11 +11,12 @@ from typing_extensions import Unpack
 from lightning_backdoor._lightning import rank_zero_warn
 from lightning_backdoor.baselines.repair import REPAIR_DEFAULTS, RepairArguments
 from lightning_backdoor.callbacks.arguments import require_count, require_fraction, require_positive, require_rate
-from lightning_backdoor.callbacks.base import Defense, Detector, require_same_data
+from lightning_backdoor.callbacks.base import Defense, Detector, chosen_response, require_same_data
 from lightning_backdoor.callbacks.consistency import from_verdict
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.events import Event
-from lightning_backdoor.responses.base import Detection, Session, labels_of
+from lightning_backdoor.responses.base import Continue, Detection, Report, Response, Session, labels_of
+from lightning_backdoor.responses.restart import Restart
 from lightning_backdoor.responses.unlearn import Unlearn, masks_of
 from lightning_backdoor.verdict import Verdict
 
@@ -83,6 +84,8 @@ class FineTuneTrusted(Defense):
         trusted: Share of the images of every class that counts as least suspicious, in ``(0, 1)``.
         warmup_epochs: 0 fine-tunes the weights as they are (loaded, or of the ``ckpt_path`` given to ``fit``) and ends
             the fit. ``None``: as late as the plan leaves time for it.
+        response: ``"finetune"``; ``"restart"`` trains anew without the removed images, ``"continue"`` trains on without
+            them, ``"report"`` changes nothing.
         **common: See :class:`~lightning_backdoor.baselines.RepairArguments`.
 
     Example:
@@ -102,6 +105,7 @@ class FineTuneTrusted(Defense):
         verdict: Verdict,
         trusted: float = 0.2,
         warmup_epochs: int | None = None,
+        response: Literal["finetune", "restart", "continue", "report"] | Response = "finetune",
         **common: Unpack[RepairArguments],
     ) -> None:
         if verdict.trusted is not None and not bool(verdict.trusted.any()):
@@ -111,7 +115,8 @@ class FineTuneTrusted(Defense):
         self.trusted = require_fraction("trusted", trusted)
         self.arguments: dict[str, Any] = {**self.shared_defaults, **common, "verdict": verdict}
         given = {**self.shared_defaults, **common}
-        response = LearnTrusted(
+        self.response = response
+        learn = LearnTrusted(
             epochs=require_positive("epochs", given.pop("epochs")) or 1,
             extra_epochs=require_count("extra_epochs", given.pop("extra_epochs")),
             lr=require_rate("lr", given.pop("lr")),
@@ -120,4 +125,12 @@ class FineTuneTrusted(Defense):
             seed=given["seed"],
         )
         detector = TrustedByVerdict(verdict, trusted)
-        super().__init__(detector=detector, response=response, warmup_epochs=warmup_epochs, **given)
+        at_once = warmup_epochs == 0
+        own = {
+            "finetune": learn,
+            "restart": Restart(last_detection=False),
+            "continue": Continue(at_once=at_once),
+            "report": Report(at_once=at_once),
+        }
+        chosen = chosen_response(response, own, others=False)
+        super().__init__(detector=detector, response=chosen, warmup_epochs=warmup_epochs, **given)

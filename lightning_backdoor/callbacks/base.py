@@ -150,7 +150,7 @@ class Defense(CallbackBase):
         given: dict[str, Any] = {**DEFAULTS, **scan}
         report_dir, self.name = given.pop("report_dir"), given.pop("name")
         self.report_dir = None if report_dir is None else str(report_dir)
-        self.options = ScanOptions(**given, features=detector.features)
+        self.options = ScanOptions(**given, features=detector.features or response.features)
         self.verdict: Verdict | None = None
         self.history: list[Event] = []
         self._last_detection: int | None = None  # epochs before it, counted from the last restart

@@ -113,7 +113,8 @@ class NONECallback(Defense):
         samples: ``"drop"`` takes the samples out, ``"keep"`` leaves the data as they are and always resets the most
             compromised units, against backdoors that nobody planted (natural backdoors). ``"auto"`` is ``"drop"``.
         residual_mode: What belongs to a unit that enters a sum; see :func:`~lightning_backdoor.surgery.find_units`.
-        paper_loop: Fine-tune as the authors: at a constant rate, with the optimizer state of the reset weights, and without going back where it costs accuracy.
+        paper_loop: Fine-tune as the authors: at a constant rate, with the optimizer state of the reset weights, and
+            without going back where it costs accuracy.
         max_removed: Largest share of the training set that may be removed, in ``(0, 1)``.
         response: ``"reset"``; ``"restart"`` trains anew on the rest, ``"continue"`` trains on without the removed
             images, ``"unlearn"`` unlearns them, ``"report"`` changes nothing. Or a

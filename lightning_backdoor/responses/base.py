@@ -137,6 +137,7 @@ class Response:
         drops: Whether flagged samples leave the training set.
         alone: Whether no other defense may be on the same Trainer.
         at_once: Whether the first detection comes before the first epoch.
+        features: Whether the classifier head has to be found.
         starts_over: Whether another defense's restart makes everything begin anew, the first detection included.
         repeats: Whether it may be due again when training is about to end, after a detection that led to nothing.
     """
@@ -146,6 +147,7 @@ class Response:
     drops: bool = True
     alone: ClassVar[bool] = False
     at_once: bool = False
+    features: ClassVar[bool] = False
     starts_over: ClassVar[bool] = False
     repeats: bool = False
 

@@ -414,8 +414,8 @@ def choose_units(
         layers: The layers, with U units in all.
         activation_excess: How far each class drives each unit out of its usual range, float ``(U, K)``.
         unit_shift: How far the suspicious samples drive each unit, float ``(U,)``: those are chosen that they drive
-            more than one spread away or, where none is, the ones that they drive furthest. ``None``: the most compromised
-            units of each layer, whatever their score.
+            more than one spread away or, where none is, the ones that they drive furthest. ``None``: the most
+            compromised units of each layer, whatever their score.
         reset_fraction: Largest share of the units of a layer.
     """
     strongest, of_class = activation_excess.max(dim=1)

@@ -108,7 +108,7 @@ class TwoStage(Response):
     """
 
     name = "two_stage"
-    alone = starts_over = at_once = True
+    alone = starts_over = at_once = features = True
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe

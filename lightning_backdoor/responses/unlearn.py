@@ -74,7 +74,7 @@ class Unlearn(Response):
     """
 
     name = "unlearn"
-    starts_over = True
+    starts_over = features = True
 
     def __init__(
         self,

@@ -1,0 +1,76 @@
+"""Every defense with every response that it offers; a report alone changes no bit of the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_backdoor.errors import ArgumentError
+from tests.callbacks.helpers import same_state, state_of
+from tests.contract.problem import WARNS, assert_settled, fit, net_of, seed_everything, streams
+from tests.contract.registry import Entry, every_defense, of
+
+pytestmark = [*WARNS, pytest.mark.filterwarnings("ignore:.* (after fine-tuning|ends with a model|looked at)")]
+OTHERS = ["restart", "continue", "reset", "unlearn"]
+
+
+def run(callbacks: list[Any]) -> tuple[Any, ...]:
+    """A training on planted data: weights, what was drawn, rates, random streams."""
+    module = net_of(noisy=True)
+    seed_everything()
+    found = fit(callbacks, module=module, shuffle=True)
+    assert_settled(found.trainer, module, found.loader, found.before)
+    return state_of(module), module.drawn, module.rates, streams()
+
+
+@pytest.fixture(scope="module")
+def undefended() -> tuple[Any, ...]:
+    return run([])
+
+
+@every_defense
+def test_a_report_alone_changes_no_bit_of_the_training(entry: Entry, undefended: Any, tmp_path: Path) -> None:
+    arguments = {name: value for name, value in entry.acting.items() if name != "warmup_epochs"}
+    callback = entry.cls(**arguments, response="report", report_dir=tmp_path)
+    found = run([callback])
+    assert same_state(undefended[0], found[0])
+    assert undefended[1:] == found[1:]
+    assert not callback.verdict.keep.all(), "it has found something"
+    assert callback.history[-1].response == "report"
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("response", OTHERS)
+@pytest.mark.parametrize("name", ["UltraCleanCallback", "NONECallback", "DBRCallback"])
+def test_every_response_goes_with_every_detector(name: str, response: str) -> None:
+    entry = of(name)
+    callback = entry.make(response=response)
+    found = fit([callback])
+    assert callback.history[0].response == response
+    assert callback.history[0].removed
+    assert_settled(found.trainer, found.module, found.loader, found.before)
+    assert all(
+        bool(value.isfinite().all()) for value in found.module.state_dict().values() if value.is_floating_point()
+    )
+    drawn = torch.tensor(found.module.epochs()[-1][1])
+    if response in ("restart", "continue", "reset") and found.trainer.current_epoch > callback.history[0].epochs:
+        assert bool(callback.verdict.keep[drawn].all())
+
+
+def test_two_stages_or_the_samples_alone() -> None:
+    for response in ("continue", "report"):
+        callback = of("DSTCallback").make(response=response)
+        module = fit([callback]).module
+        removed = set(callback.verdict.removed.tolist())
+        drawn = {position for _, positions in module.epochs() for position in positions}
+        assert removed
+        assert (removed & drawn == set()) is (response == "continue"), "from the first epoch on"
+
+
+@pytest.mark.parametrize("name", ["UltraCleanCallback", "DSTCallback", "SpectralSignatures"])
+def test_a_response_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(ArgumentError, match=r"`response` must be one of .*'report'.*, got 'forget'"):
+        of(name).make(response="forget")
