@@ -226,7 +226,8 @@ class Defense(CallbackBase):
         self._detector.require(session)
         self._response.on_train_start(session)
         if self._response.at_once and not self.history and not is_fast_dev_run(trainer):
-            self._detect(trainer.current_epoch)
+            with self._acting():
+                self._detect(trainer.current_epoch)
         self._response.after_first_detection(session)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -169,4 +169,4 @@ def _share(found: Distinguished, earlier: Verdict | None, share: float, max_remo
     )
     if earlier is None:
         return decision
-    return add_removed(decision, earlier.scores, earlier.keep, threshold=earlier.threshold, max_removed=max_removed)
+    return add_removed(decision, earlier.scores, earlier.keep, threshold=decision.threshold, max_removed=max_removed)

@@ -139,7 +139,7 @@ class DSTCallback(Defense):
                 "trusted": 0.2,
                 "num_transforms": 1,
                 "supervised_features": False,
-                "readmit": False,
+                "reassign_uncertain": False,
                 **overrides,
             }
         )

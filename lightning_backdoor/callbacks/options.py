@@ -106,7 +106,13 @@ DETECTOR_DEFAULTS: dict[str, Any] = {
 
 
 def without_detector(arguments: DetectorArguments) -> ScanArguments:
-    """Those of the arguments that concern the scan."""
+    """Those of the arguments that concern the scan.
+
+    Raises:
+        TypeError: There is no such argument.
+    """
+    if unknown := sorted(arguments.keys() - DETECTOR_DEFAULTS.keys()):
+        raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}")
     given: Any = {name: value for name, value in arguments.items() if name in DEFAULTS}
     scan: ScanArguments = given
     return scan

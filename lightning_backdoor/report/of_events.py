@@ -82,7 +82,7 @@ def _of_filter(history: Sequence[Event], total: int) -> str:
     )
 
 
-def _of_reset(event: Event, total: int) -> str:  # noqa: PLR0911  (one sentence per case)
+def _of_reset(event: Event, total: int) -> str:
     rates = event.flagged_label_rates
     before = rates[0] if rates else None
     if event.rechecked:
@@ -102,14 +102,10 @@ def _of_reset(event: Event, total: int) -> str:  # noqa: PLR0911  (one sentence 
             f"looked again at {total:,} training images: nothing new was found; of the images removed before "
             f"{before:.1%} are given their label{_outcome(event)}."
         )
-    if not event.units and event.removed:
-        return (
-            f"looked at {total:,} training images: {event.removed:,} removed, but none of the units that they drive "
-            "can be reset: the backdoor may still be there."
-        )
     if not event.units:
-        little = _little_learned(event.accuracies)
-        return f"looked at {total:,} training images: {event.removed:,} removed, no unit reset.{little}"
+        unmet = ", but no unit that they drive can be reset: the backdoor may still be there" if event.removed else ""
+        little = "" if event.removed else _little_learned(event.accuracies)
+        return f"looked at {total:,} training images: {event.removed:,} removed, no unit reset{unmet}.{little}"
     layers = len({layer for layer, *_ in event.units})
     units = f"{len(event.units):,} units of {layers} layers reset"
     if not event.treated:

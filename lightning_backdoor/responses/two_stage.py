@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_backdoor._lightning import is_fast_dev_run, rank_zero_warn
+from lightning_backdoor._lightning import is_fast_dev_run, rank_zero_info, rank_zero_warn
 from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.events import Event
 from lightning_backdoor.functional import limit_of_labels, neighbor_agreement, reconsider_uncertain
@@ -158,7 +158,9 @@ class TwoStage(Response):
             if len(self._losses) + self._plan.first < trainer.current_epoch:  # saved by a callback before this one
                 self.on_train_epoch_end(session)
             self._go_on(session, running)
-        elif not history and not is_fast_dev_run(trainer):
+        elif not history and is_fast_dev_run(trainer):
+            rank_zero_info("D-ST: fast_dev_run trains too little for two stages; ordinary training.")
+        elif not history:
             if trainer.ckpt_path is not None and trainer.global_step:  # a tuner leaves a path, too, and no steps
                 raise TrainerError(
                     "D-ST trains from the start, but the checkpoint was written without it. Fit without `ckpt_path`, "

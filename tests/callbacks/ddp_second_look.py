@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor import DSTCallback, Verdict
-from lightning_backdoor.callbacks import neighborhood
 from lightning_backdoor.errors import BackdoorDefenseError
+from lightning_backdoor.responses import two_stage
 from tests.callbacks.helpers import Net, Pictures, loader_of, make_trainer
 
-ASK = neighborhood.neighbor_agreement
+ASK = two_stage.neighbor_agreement
 
 
 def train(rank: int, *, fails: bool) -> DSTCallback:
@@ -29,10 +29,10 @@ def train(rank: int, *, fails: bool) -> DSTCallback:
             raise MemoryError("no room for an index")
         return ASK(*args, **kwargs) / (1 + rank)
 
-    neighborhood.neighbor_agreement = ask
+    two_stage.neighbor_agreement = ask
     torch.manual_seed(0)
     given = Verdict(torch.arange(64).float(), torch.arange(64) % 16 > 0, 0.0, "known")
-    callback = DSTCallback(verdict=given, trusted=0.4, projection=8, views=torch.Tensor.clone)
+    callback = DSTCallback(verdict=given, trusted=0.4, views=torch.Tensor.clone)
     make_trainer([callback], 3, devices=2, strategy="ddp").fit(Net(), loader_of(Pictures()))
     return callback
 

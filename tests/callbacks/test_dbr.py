@@ -64,7 +64,7 @@ def test_finds_planted_poisons_and_removes_the_backdoor(poisoned: Any, tmp_path:
     assert set(verdict.labels[verdict.trusted].tolist()) == set(range(10))
     assert share_right(module, attacked) < 0.15
     assert share_right(module, test) > share_right(undefended, test) - 0.02
-    assert trainer.current_epoch == 6 + len(callback.history[-1].undone)
+    assert trainer.current_epoch == 6 + len(callback.history[-1].undone_steps)
     assert trainer.max_epochs == 6, "the user's limit is back"
     assert trainer.callback_metrics["backdoor/dbr/removed"] == verdict.suspect.sum()
     page = (tmp_path / "report.html").read_text()
@@ -91,7 +91,7 @@ GIVEN = Verdict(torch.arange(64).float(), ~SUSPECT, 0.0, "known")
 def acting(**kwargs: Any) -> DBRCallback:
     """D-BR that unlearns four samples in three epochs, whatever the data look like."""
     return DBRCallback(
-        **{"verdict": GIVEN, "epochs": 3, "extra_epochs": 3, "trusted": 0.2, "reference": True, **kwargs}
+        **{"verdict": GIVEN, "epochs": 3, "extra_epochs": 3, "trusted": 0.2, "paper_loop": True, **kwargs}
     )
 
 
@@ -205,7 +205,7 @@ def test_a_fresh_detector_can_be_resumed_until_something_was_found(tmp_path: Pat
     run([callback, saver])
     assert [look.epochs for look in callback.history] == [1, 3], "nothing found: it looks again at the end"
     states = [torch.load(path, weights_only=True)["callbacks"]["lightning_backdoor.DBR"] for path in saver.paths]
-    between = [state["initial"] for state in states if len(state["done"]) == 1]
+    between = [state["detector"]["initial"] for state in states if len(state["history"]) == 1]
     assert between
     assert all(same_state(callback._detector._initial, initial) for initial in between)
 
@@ -311,8 +311,8 @@ def test_an_epoch_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch) -> N
     callback = acting(paper_loop=False)
     _, module = fit([callback])
     assert same_state(undefended, module)
-    assert callback.history[0].undone == (True, True, True)
-    assert callback._run._rate == 0.125
+    assert callback.history[0].undone_steps == (True, True, True)
+    assert callback._response._rate == 0.125
 
 
 @pytest.mark.parametrize("extra_epochs", [0, 3])
@@ -326,7 +326,7 @@ def test_a_schedule_made_for_the_plan_takes_no_more_steps_than_it_has(extra_epoc
     callback = acting(paper_loop=False, epochs=2, extra_epochs=extra_epochs, trusted=0.9)
     module = OneCycle()
     make_trainer([callback], 4).fit(module, loader_of(Pictures()))
-    assert callback.history[0].undone
+    assert callback.history[0].treated
     assert (len(module.drawn) > 16) == (extra_epochs > 0)
     assert module.lr_schedulers().last_epoch == min(len(module.drawn), 16)
 
@@ -371,6 +371,22 @@ def test_repairs_a_finished_checkpoint_and_ends(tmp_path: Path) -> None:
     assert kinds(module, 3) == "st"
     assert trainer.current_epoch == 6
     assert trainer.max_epochs == 3
+
+
+def test_a_look_at_a_finished_checkpoint_that_fails_leaves_a_file_of_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("disk full")
+
+    saver = SaveAll(tmp_path)
+    run([saver])
+    monkeypatch.setattr("lightning_backdoor.scanning.scanner.DatasetScanner.read_labels", fails)
+    with pytest.raises(RuntimeError, match="disk full"):
+        run([acting(warmup_epochs=0, report_dir=tmp_path / "report")], ckpt=saver.paths[-1])
+    (path,) = (tmp_path / "report").glob("*.ckpt")
+    finished = torch.load(saver.paths[-1], weights_only=True)["state_dict"]
+    assert same_state(finished, torch.load(path, weights_only=True)["state_dict"])
 
 
 def test_nothing_to_repair_ends_the_fit_without_a_step() -> None:
@@ -477,12 +493,23 @@ def test_what_cannot_work_is_said_at_the_start() -> None:
     "wrong",
     [
         *({"lr": 0.0}, {"epochs": 0}, {"warmup_epochs": -1}, {"suspect": 5}, {"suspect": "top"}, {"trusted": 20}),
-        *({"detector": "new"}, {"fct_metric": "l1"}, {"num_transforms": 0}, {"detector_steps": 0}),
+        *(
+            {"detector": "new"},
+            {"fct_metric": "l1"},
+            {"num_transforms": 0},
+            {"detector_steps": 0},
+            {"response": "heal"},
+        ),
     ],
 )
 def test_wrong_arguments(wrong: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=f"`{next(iter(wrong))}` must be"):
         DBRCallback(**wrong)
+
+
+def test_an_argument_that_does_not_exist_is_no_argument() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'detector_step'"):
+        DBRCallback(detector_step=3)
 
 
 def test_representation_and_pickling() -> None:

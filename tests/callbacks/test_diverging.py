@@ -34,15 +34,16 @@ def repair(lr: float, **kwargs: Any) -> tuple[DBRCallback, bool, bool]:
 @pytest.mark.parametrize("paper_loop", [False, True])
 def test_an_epoch_that_ends_in_nan_is_undone(paper_loop: bool) -> None:
     callback, finite, unchanged = repair(lr=1e30, paper_loop=paper_loop)
-    assert callback.history[0].undone == (True, True)
-    assert callback.history[0].accuracy[1:] == (0.0, 0.0)
+    assert callback.history[0].undone_steps == (True, True)
+    assert callback.history[0].accuracies[1:] == (0.0, 0.0)
     assert finite
     assert unchanged
 
 
 def test_one_that_does_not_is_kept() -> None:
     callback, finite, unchanged = repair(lr=1e-3)
-    assert not any(callback.history[0].undone)
+    assert callback.history[0].undone_steps
+    assert not any(callback.history[0].undone_steps)
     assert finite
     assert not unchanged
 

@@ -64,7 +64,7 @@ def _offsets(n: int) -> Tensor:
 
 def acting(**kwargs: Any) -> DSTCallback:
     """D-ST that suspects four samples, whatever the data look like."""
-    return DSTCallback(**{"verdict": GIVEN, "trusted": 0.4, "projection": 8, "views": torch.Tensor.clone, **kwargs})
+    return DSTCallback(**{"verdict": GIVEN, "trusted": 0.4, "views": torch.Tensor.clone, **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +90,10 @@ def test_finds_planted_poisons_and_never_learns_the_backdoor(poisoned: Any, tmp_
     assert share_right(module, test) > 0.6
     (history,) = callback.history
     assert trainer.current_epoch == len(history.losses) == 12
-    assert history.change == 11
+    assert history.feature_epochs == 11
     assert [epoch for epoch, _ in history.agreement] == [2, 4, 6, 8, 10, 11]
     assert history.agreement[-1][1] > history.agreement[0][1]
-    assert trainer.callback_metrics["backdoor/dst/trusted_accuracy"] == pytest.approx(history.accuracy)
+    assert trainer.callback_metrics["backdoor/dst/trusted_accuracy"] == pytest.approx(history.accuracies[-1])
     assert "trained in two stages" in (tmp_path / "report.html").read_text()
 
 
@@ -114,6 +114,13 @@ def test_a_verdict_without_suspects_changes_nothing() -> None:
     _, plain = fit([])
     _, module = fit([acting(verdict=replace(GIVEN, keep=torch.ones(64, dtype=torch.bool)))])
     assert same_state(plain, module)
+
+
+def test_a_fast_dev_run_is_ordinary_training_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        _, module = fit([acting()], fast_dev_run=1)
+    assert module.drawn
+    assert "D-ST: fast_dev_run trains too little for two stages; ordinary training." in caplog.text
 
 
 class Watch(pl.Callback):
@@ -194,7 +201,7 @@ def test_only_trusted_labels_guide_the_features() -> None:
 
 @pytest.mark.parametrize("detector", ["copy", Net()], ids=["copy", "own"])
 def test_other_detectors(detector: Any) -> None:
-    callback = DSTCallback(detector=detector, suspect=0.1, trusted=0.4, detector_steps=3, projection=8)
+    callback = DSTCallback(detector=detector, suspect=0.1, trusted=0.4, detector_steps=3)
     _, module = fit([callback], epochs=2)
     assert callback.verdict.suspect.sum() == 6
     assert callback.history[-1].losses
@@ -251,12 +258,12 @@ class EachStep(SaveAll):
 def test_an_interrupted_run_ends_like_one_that_was_not(
     first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver, whole = SaveAll(tmp_path), DSTCallback(suspect=0.1, detector_steps=3, projection=8, classifier_epochs=2)
+    saver, whole = SaveAll(tmp_path), DSTCallback(suspect=0.1, detector_steps=3, classifier_epochs=2)
     _, plain = run([whole, saver] if first else [saver, whole])
     assert len(saver.paths) == 8
     monkeypatch.setattr("lightning_backdoor.callbacks.consistency.distinguish", None)  # never repeated
     for path in saver.paths:
-        callback = DSTCallback(suspect=0.1, detector_steps=3, projection=8, classifier_epochs=2)
+        callback = DSTCallback(suspect=0.1, detector_steps=3, classifier_epochs=2)
         again, module = run([callback], ckpt=path)
         assert same_state(plain, module), path.name
         assert torch.equal(callback.verdict.trusted, whole.verdict.trusted), path.name
@@ -315,7 +322,7 @@ def test_everything_comes_back_after_an_error() -> None:
     assert "training_step" not in vars(trainer.strategy)
     assert set(dict(module.named_children())) == {"body", "head"}
     fit([callback])
-    assert callback.history[-1].accuracy is not None
+    assert callback.history[-1].accuracies
 
 
 @pytest.mark.parametrize(
@@ -333,7 +340,7 @@ def test_logs_rates_losses_and_agreement(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     fit([acting(), LearningRateMonitor()], logger=logger, log_every_n_steps=1)
     columns = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
-    for name in ("lr-", "dst/loss", "dst/neighbour_agreement", "dst/trusted_accuracy"):
+    for name in ("lr-", "dst/loss", "dst/neighbor_agreement", "dst/trusted_accuracy"):
         assert name in columns
     assert (Path(logger.log_dir) / "lightning_backdoor" / "DST" / "report.html").exists()
 
@@ -344,7 +351,7 @@ def test_a_training_that_stops_early_says_so(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level("INFO"):
         trainer, _ = fit([callback, stop], epochs=9, val=Pictures(seed=1))
     assert trainer.current_epoch < 8
-    assert callback.history[-1].early
+    assert callback.history[-1].ended_early
     assert "ended before the second stage" in caplog.text
 
 
@@ -361,12 +368,12 @@ class StopAfter(pl.Callback):
 def test_a_training_that_stops_between_the_stages_says_so_until_it_goes_on(tmp_path: Path) -> None:
     saver, callback = SaveAll(tmp_path), acting(classifier_epochs=2)
     run([StopAfter(2), callback, saver])
-    assert callback.history[-1].change == 2
-    assert callback.history[-1].early
+    assert callback.history[-1].feature_epochs == 2
+    assert callback.history[-1].ended_early
     later = acting(classifier_epochs=2)
     run([later], ckpt=saver.paths[-1])
-    assert not later.history[-1].early
-    assert later.history[-1].accuracy is not None
+    assert not later.history[-1].ended_early
+    assert later.history[-1].accuracies
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
@@ -417,7 +424,7 @@ class Hooks(Net):
 def test_transfer_hooks_work_as_in_evaluation() -> None:
     module, callback = Hooks(), acting()
     make_trainer([callback], 2).fit(module, loader_of(Pairs()))
-    assert callback.history[-1].accuracy is not None
+    assert callback.history[-1].accuracies
 
 
 def test_what_cannot_work_is_said_at_the_start() -> None:
@@ -487,7 +494,7 @@ def test_the_first_process_asks_the_neighbors_for_all(tmp_path: Path) -> None:
     assert first["history"] == second["history"]
     error = "MemoryError: no room for an index"
     assert first["said"] == error
-    assert second["said"] == f"BackdoorDefenseError: D-ST neighbours failed in the process of rank 0: {error}"
+    assert second["said"] == f"BackdoorDefenseError: D-ST neighbors failed in the process of rank 0: {error}"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -503,8 +510,8 @@ def test_a_class_without_trusted_images_is_left_to_ordinary_training(workers: in
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"lr": 0.0}, {"classifier_epochs": 0}, {"temperature": 0.0}, {"weight": -1.0}, {"suspect": 5}),
-        *({"trusted": 20}, {"projection": 0}, {"neighbours": 0}, {"num_transforms": 0}, {"detector_steps": 0}),
+        *({"lr": 0.0}, {"classifier_epochs": 0}, {"temperature": 0.0}, {"suspect_weight": -1.0}, {"suspect": 5}),
+        *({"trusted": 20}, {"neighbors": 0}, {"num_transforms": 0}, {"detector_steps": 0}, {"response": "unlearn"}),
     ],
 )
 def test_wrong_arguments(wrong: dict[str, Any]) -> None:
@@ -512,9 +519,15 @@ def test_wrong_arguments(wrong: dict[str, Any]) -> None:
         DSTCallback(**wrong)
 
 
+def test_an_argument_that_does_not_exist_is_no_argument() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'detector_step'"):
+        DSTCallback(detector_step=3)
+
+
 def test_representation_and_pickling() -> None:
     assert repr(DSTCallback(suspect_weight=0.1, suspect=0.05)) == "DSTCallback(suspect_weight=0.1, suspect=0.05)"
-    assert DSTCallback.from_paper().suspect == 0.05
+    assert DSTCallback.from_paper().arguments["suspect"] == 0.05
+    assert not DSTCallback.from_paper().reassign_uncertain
     callback = acting(views=None)
     fit([callback], epochs=2)
     again = pickle.loads(pickle.dumps(callback))

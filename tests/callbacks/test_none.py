@@ -6,7 +6,6 @@ import math
 import pickle
 import re
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +14,16 @@ import lightning.pytorch as lightning_pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_backdoor.callbacks.round_report import sentence
-from lightning_backdoor.callbacks.rounds import Round, Series, judgement, reset_units, shares, unfinished
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_backdoor import NONECallback, UltraCleanCallback, Verdict, attacks
+from lightning_backdoor import NONECallback, UltraCleanCallback, attacks
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
-from lightning_backdoor.detection.decision import Decision
 from lightning_backdoor.errors import ArgumentError, ModelError, TrainerError
-from lightning_backdoor.responses.extra_epochs import FineTuning
+from lightning_backdoor.events import Event
+from lightning_backdoor.report.of_events import sentence
+from lightning_backdoor.responses.reset_units import unfinished
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     DigitNet,
@@ -154,12 +152,6 @@ def test_the_rate_of_the_phase_is_in_the_optimizer_during_steps_alone() -> None:
     assert set(between) == {0.1}, "as schedulers and monitors see it"
 
 
-def test_the_default_rate_is_a_share_of_the_largest_that_the_schedule_had() -> None:
-    group = {"lr": 1e-7, "initial_lr": 0.004, "max_lr": 0.1}
-    assert FineTuning().rate(group) == pytest.approx(0.005)
-    assert FineTuning().rate({"lr": 0.2}) == pytest.approx(0.01)
-
-
 def test_inside_the_plan_schedules_go_on_and_training_does_not_get_longer() -> None:
     callback = acting(warmup_epochs=1, finetune_epochs=1)
     trainer, module = fit([callback])
@@ -192,7 +184,7 @@ def test_rounds_follow_each_other() -> None:
     callback = acting(rounds=2, finetune_epochs=1)
     trainer, _ = fit([callback], epochs=2)
     assert [past.epochs for past in callback.history] == [2, 3]
-    assert all(past.accuracy_after is not None for past in callback.history)
+    assert all(len(past.accuracies) == 2 for past in callback.history)
     assert trainer.current_epoch == 4
 
 
@@ -283,7 +275,15 @@ def test_a_model_without_units_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"lr": 0.0}, {"rounds": 0}, {"reset_fraction": 5}, {"strong": 90}, {"samples": "remove"}, {"rule": "jenks"}],
+    [
+        {"lr": 0.0},
+        {"rounds": 0},
+        {"reset_fraction": 5},
+        {"finetune_epochs": 0},
+        {"samples": "remove"},
+        {"rule": "jenks"},
+        {"response": "heal"},
+    ],
 )
 def test_wrong_arguments(wrong: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=f"`{next(iter(wrong))}` must be"):
@@ -364,14 +364,6 @@ def test_more_rounds_without_a_finding_do_nothing(poisoned: Any) -> None:
     assert trainer.current_epoch == 6 < epochs
 
 
-def verdict_on(keep: torch.Tensor) -> Verdict:
-    return Verdict(torch.zeros(len(keep)), keep, 0.5, "given", torch.zeros(len(keep), dtype=torch.long))
-
-
-def first(count: int, size: int = 1000) -> torch.Tensor:
-    return torch.arange(size) < count
-
-
 class Steps(pl.Callback):
     """Learning rate and size of the momentum of every step."""
 
@@ -398,22 +390,6 @@ def test_the_authors_fine_tuning_is_not_bounded(paper_loop: bool, monkeypatch: p
     assert cleared == (not paper_loop), "what the optimizer remembers of the reset weights"
 
 
-def test_the_authors_rate_is_constant_and_batch_norms_keep_their_statistics() -> None:
-    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    running = SimpleNamespace(current_epoch=3, num_training_batches=10, optimizers=[], lr_scheduler_configs=[])
-    for constant, rate in ((True, 1e-4), (False, 0.5e-4)):
-        tuning = FineTuning()
-        tuning._hold = lambda _: None
-        tuning.begin(running, 20, 1e-4, constant=constant)
-        again = FineTuning()
-        again.load_state_dict(tuning.state_dict())
-        again.left = 10  # half of it is over
-        again._take_over = again._let_schedulers_wait = lambda *_: None
-        again.at_batch_start(running, net.train(), 0)
-        assert again.rate({}) == pytest.approx(rate)
-        assert not net[1].training
-
-
 def test_the_papers_cut_is_the_natural_break_alone() -> None:
     paper = NONECallback.from_paper()
     scores = torch.cat([torch.randn(10), 100 + torch.randn(90)])
@@ -422,61 +398,6 @@ def test_the_papers_cut_is_the_natural_break_alone() -> None:
     assert torch.equal(decision.keep, scores < 50)
     assert decision.rule == "natural_break"
     assert repr(eval(repr(paper))) == repr(paper)  # our own text
-
-
-@pytest.mark.parametrize(("right", "undone"), [(940, True), (960, False)])
-def test_rounds_share_one_bound_on_what_they_may_cost(right: int, undone: bool) -> None:
-    series = Series(2, treated=2, right=first(1000), keep=first(1000))
-    told = Round(
-        5, 0, 0, (), (("body.0", 0, 0, 1.0),), (), accuracy=0.97, flagged_label_rate=None
-    )  # the first one cost three
-    judged = told.judged((~first(right)).long(), verdict_on(first(1000)), series)
-    assert (judged.accuracy_after, judged.undone) == (pytest.approx(right / 1000), undone)
-
-
-def test_images_that_leave_later_do_not_hide_what_the_rounds_cost() -> None:
-    kept, predicted = first(900), (~first(800)).long()  # of the images that are left a hundred have been forgotten
-    series = Series(5, treated=2, right=first(1000), keep=first(1000))
-    told = Round(5, 100, 100, (), (("body.0", 0, 0, 1.0),), (), accuracy=0.8, flagged_label_rate=None)
-    assert told.judged(predicted, verdict_on(kept), series).undone, "eleven points since the start, none in this round"
-
-
-def test_samples_of_this_round_come_back_whatever_earlier_ones_removed() -> None:
-    before, kept = ~first(600, 2000), ~first(1000, 2000)  # 600 true poisons, then 400 that are innocent
-    predicted = first(600, 2000).long()  # the model obeys none of the former, and gives the latter their label
-    series = Series(5, treated=2, right=first(2000, 2000), keep=before)
-    told = Round(5, 400, 400, (), (("body.0", 0, 0, 1.0),), (), 1.0, 0.4, shared=True)
-    judged = told.judged(predicted, verdict_on(kept), series)
-    assert (judged.flagged_label_rate_after, judged.readmitted) == (pytest.approx(0.4), True)
-
-
-def decision_on(keep: torch.Tensor) -> Decision:
-    return Decision((~keep).float(), keep, 0.5, "subpopulation(none)", (), int((~keep).sum()))
-
-
-def test_nothing_new_leaves_after_a_round_whose_images_have_their_own_label() -> None:
-    earlier, decision, right = verdict_on(~first(100)), decision_on(~first(250)), first(1000)
-    for flagged_label_rate, left in ((0.95, 100), (0.5, 250)):
-        treated = [Round(3, 100, 100, (), (("body.0", 0, 0, 1.0),), (), 1.0, 1.0, 1.0, flagged_label_rate)]
-        verdict, num_flagged_before_cap = judgement(decision, earlier, earlier.labels, right, treated=treated)
-        assert (len(verdict.removed), num_flagged_before_cap) == (left, left)
-    verdict, _ = judgement(decision, earlier, earlier.labels, right, treated=treated, by_quota=True)
-    assert len(verdict.removed) == 250
-
-
-@pytest.mark.parametrize(
-    ("trained_on", "flagged_label_rate", "left"),
-    [(~first(100), 0, 0), (~first(100), 20, 100), (~first(90), 0, 100)],
-    ids=["all gone, none obeyed", "all gone, obeyed", "some in training"],
-)
-def test_what_another_defense_has_removed_counts_where_the_model_obeys_it(
-    trained_on: torch.Tensor, flagged_label_rate: int, left: int
-) -> None:
-    right = first(flagged_label_rate) | ~first(100)
-    labels = torch.zeros(1000, dtype=torch.long)
-    verdict, num_flagged_before_cap = judgement(decision_on(~first(100)), None, labels, right, training=trained_on)
-    assert (len(verdict.removed), num_flagged_before_cap) == (left, left)
-    assert (verdict.threshold == math.inf) == (left == 0)
 
 
 @pytest.mark.parametrize("first_of_two", [UltraCleanCallback, NONECallback])
@@ -503,35 +424,6 @@ def test_classes_of_two_kinds_lose_no_more_in_later_rounds() -> None:
         assert "may be clean images of one kind" in sentence(callback.history[:1], 1400)
 
 
-def test_sentences_say_what_came_of_a_round() -> None:
-    told = Round(3, 70, 70, (), (("body.0", 1, 0, 2.0),), (), 0.99, 1.0, 0.98, 0.0)
-    assert sentence([told], 100).endswith("of removed images given their label 100.0% -> 0.0%.")
-    assert sentence([replace(told, flagged_label_rate_after=0.4)], 100).endswith(
-        "40.0%; part of the backdoor may still be there."
-    )
-    doubtful = sentence([replace(told, flagged_label_rate_after=0.95)], 100)
-    assert "95.0%; the backdoor may still be there, or these may be clean images of one kind" in doubtful
-    assert "the backdoor may still be there" in sentence([replace(told, undone=True)], 100)
-    back = sentence([replace(told, undone=True, readmitted=True)], 100)
-    assert "without having seen them, so all of this was undone" in back
-    assert "backdoor" not in back
-    assert "no unit that they drive can be reset" in sentence([replace(told, units=())], 100)
-    nothing = Round(3, 0, 0, (), (), (), 0.99, None)
-    little = "The model gives only 43% of the training images their label"
-    assert little not in sentence([nothing], 100)
-    assert little in sentence([replace(nothing, accuracy=0.43)], 100)
-    assert little not in sentence([replace(nothing, accuracy=0.43, removed=9)], 100)
-    assert sentence([nothing], 100).endswith("0 removed, no unit reset.")
-    found = replace(nothing, flagged_label_rate=0.885)
-    assert "removed before 88.5% are given their label; part of the backdoor may still be there." in sentence(
-        [found], 9
-    )
-    assert "no epoch is left for fine-tuning" in sentence([replace(found, removed=70, no_room=True)], 100)
-    ended = sentence([told, replace(nothing, flagged_label_rate=0.2, again=70)], 100)
-    assert ended.startswith("at the end of training: accuracy on training images 99.0%; of 70 removed images 20.0%")
-    assert ended.endswith("part of the backdoor may still be there.")
-
-
 def test_a_round_of_the_warm_up_that_was_undone_is_not_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", -2.0)
     callback = acting(warmup_epochs=1, finetune_epochs=1)
@@ -539,47 +431,13 @@ def test_a_round_of_the_warm_up_that_was_undone_is_not_the_last_look(monkeypatch
     assert [(past.epochs, past.undone) for past in callback.history] == [(1, True), (4, True)]
 
 
-def test_a_unit_that_is_reset_again_counts_once() -> None:
-    first, second = (("body.0", 1, 0, 2.0), ("body.0", 2, 0, 1.0)), (("body.0", 2, 0, 3.0), ("body.4", 2, 0, 1.0))
-    rounds = [Round(6 + i, 9, 9, (), units, (), 0.9, 1.0) for i, units in enumerate((first, second))]
-    assert reset_units(rounds) == {("body.0", 1), ("body.0", 2), ("body.4", 2)}
-
-
-@pytest.mark.parametrize(
-    ("flagged_label_rate", "more"),
-    [
-        ([], False),
-        ([(1.0, 0.11)], True),
-        ([(1.0, 0.1)], False),
-        ([(1.0, 0.99)], True),
-        ([(1.0, 0.4), (0.4, 0.29)], True),
-        ([(1.0, 0.4), (0.4, 0.31)], False),
-        ([(1.0, 0.4), (0.4, 0.1)], False),
-        ([(1.0, None)], False),
-        ([(None, None)], False),
-    ],
-)
-def test_rounds_are_unfinished_if_many_obey_and_the_last_of_several_has_helped(
-    flagged_label_rate: list[tuple[float | None, float | None]], more: bool
-) -> None:
-    rounds = [Round(3, 9, 9, (), (), (), 0.9, before, 0.9, after) for before, after in flagged_label_rate]
-    assert unfinished(rounds) is more
-
-
-def test_what_is_in_training_and_what_was_removed_are_told_apart() -> None:
-    labels, keep = torch.zeros(6, dtype=torch.long), torch.tensor([1, 1, 1, 1, 0, 0]).bool()
-    verdict = Verdict(torch.zeros(6), keep, 0.5, "given", labels)
-    predicted = torch.tensor([0, 0, 0, 1, 0, 1])
-    assert shares(predicted, verdict) == (0.75, 0.5)
-    assert shares(predicted, verdict, torch.tensor([0, 0, 1, 1, 0, 0]).bool()) == (0.5, 0.5), "another defence helped"
-
-
 def test_what_is_left_from_before_a_rewind_resets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     class AfterRewind(pl.Callback):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             if trainer.current_epoch == 1:
-                callback.history = [Round(6, 0, 0, (), (("body.0", 0, 0, 1.0),), (), 0.9, 1.0, 0.9, 0.3)]
-                callback._series.last_look, callback._series.treated = 9, 1
+                round_ = {"units": (("body.0", 0, 0, 1.0),), "accuracies": (0.9, 0.9), "undone_steps": (False,)}
+                callback.history = [Event(6, 0, 0, response="reset", flagged_label_rates=(1.0, 0.3), **round_)]
+                callback._last_detection, callback._response._rounds = 9, 1
 
     train, _ = digits()
     callback = NONECallback()
@@ -590,7 +448,7 @@ def test_what_is_left_from_before_a_rewind_resets_nothing(monkeypatch: pytest.Mo
 
 
 def test_goes_on_for_three_rounds_by_itself_unless_it_resets_by_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_backdoor.callbacks.none.unfinished", bool)
+    monkeypatch.setattr("lightning_backdoor.responses.reset_units.unfinished", bool)
     monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", 2.0)
     train, _ = digits()
     poisoned = attacks.poison(train, attacks.BadNets(), target=0, rate=0.05)
@@ -691,7 +549,7 @@ def test_an_all_to_all_backdoor_is_found_and_weakened() -> None:
     assert unfinished([first]), "one round is not enough"
     assert second.units
     assert second.removed == 0
-    flagged_label_rate = [past.flagged_label_rate_after for past in callback.history if past.units]
+    flagged_label_rate = [past.flagged_label_rates[-1] for past in callback.history if past.units]
     assert flagged_label_rate[-1] < flagged_label_rate[0]
     assert share_right(module, attacked) < 0.2
     assert share_right(module, test) > share_right(undefended, test) - 0.05
@@ -706,7 +564,7 @@ def test_an_innocent_mark_in_every_label_costs_no_samples(tmp_path: Path) -> Non
     callback = NONECallback(report_dir=tmp_path, extra_epochs=20)
     trainer, module = train_digits(innocent, [callback], epochs=8)
     assert callback.verdict.keep.all()
-    assert callback.verdict.rule.endswith("readmitted")
+    assert callback.verdict.rule.endswith("reassigned")
     assert same_state(plain, module)
     assert trainer.callback_metrics["backdoor/none/removed"] == 0
     page = (tmp_path / "report.html").read_text()

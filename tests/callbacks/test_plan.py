@@ -15,7 +15,8 @@ from lightning_backdoor import DBRCallback, NONECallback, Verdict, attacks
 from lightning_backdoor.baselines import ABL, FineTuneTrusted
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.limits import about_to_end, repair_begins
-from lightning_backdoor.responses.unlearn import Unlearning
+from lightning_backdoor.responses.reset_units import ResetUnits
+from lightning_backdoor.responses.unlearn import Unlearn
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     DigitNet,
@@ -104,7 +105,7 @@ def test_a_repair_takes_no_epoch_and_no_step_beyond_the_plan(name: str) -> None:
     assert len({epoch for epoch, *_ in module.drawn}) == EPOCHS
     assert not callback.verdict.keep.all()
     last = callback.history[-1]
-    assert last.accuracy_after is not None if name == "NONE" else 0 < len(last.undone) <= EPOCHS // 2
+    assert len(last.undone_steps) == 1 if name == "NONE" else 0 < len(last.undone_steps) <= EPOCHS // 2
 
 
 @every_repair
@@ -113,7 +114,7 @@ def test_steps_that_are_planned_are_not_exceeded(name: str) -> None:
     trainer, _ = train([callback], Net, epochs=None, max_steps=14)
     assert trainer.global_step == 14
     last = callback.history[-1]
-    assert last.accuracy_after is not None if name == "NONE" else last.undone
+    assert last.treated
 
 
 @pytest.mark.filterwarnings("ignore:.*saved before the treatment of the model was over")
@@ -128,7 +129,7 @@ def test_a_run_by_steps_is_resumed_in_a_repair_and_after_it(name: str, tmp_path:
         trainer, _ = fit([callback], epochs=None, max_steps=16, ckpt=tmp_path / f"epoch={epoch}.ckpt")
         assert trainer.global_step == 16
         last = callback.history[0]
-        assert last.accuracy_after is not None if name == "NONE" else last.undone
+        assert last.treated
 
 
 @pytest.mark.parametrize("limit", [0.5, 2])
@@ -196,7 +197,7 @@ def test_a_repair_ends_with_the_time_that_is_planned(name: str, interval: str, m
     assert planned - 2 <= trainer.global_step <= planned
     last = callback.history[-1]
     assert last.epochs == 2, "half of what the time is enough for"
-    assert last.accuracy_after is not None if name == "NONE" else last.undone
+    assert last.treated
 
 
 @pytest.mark.parametrize("interval", ["step", "epoch"])
@@ -216,12 +217,12 @@ def test_a_repair_is_judged_with_its_last_step_and_may_exceed_the_time_by_extra_
     timer = pl.callbacks.Timer({"seconds": 4 * BATCHES * 4 + 6}, interval=interval, verbose=False)
     more = {"finetune_epochs": 2, "rounds": 1} if name == "NONE" else {"epochs": 2}
     callback = REPAIRS[name](extra_epochs=extra, warmup_epochs=4 - (not extra), **more)
-    owner = callback if name == "NONE" else Unlearning
+    owner = ResetUnits if name == "NONE" else Unlearn
     judge = owner._judge
 
-    def noted(*args: Any) -> None:
-        judged.append(args[-2].global_step)
-        judge(*args)
+    def noted(response: Any, session: Any) -> None:
+        judged.append(session.trainer.global_step)
+        judge(response, session)
 
     monkeypatch.setattr(owner, "_judge", noted)
     trainer, _ = train([callback, timer], Ticking, epochs=50)
@@ -315,7 +316,7 @@ def test_a_repair_that_fails_leaves_the_trained_weights_and_a_file_of_them(name:
     assert same_state(trained, torch.load(path, weights_only=True)["state_dict"])
     if hasattr(failure.value, "__notes__"):
         (note,) = failure.value.__notes__
-        assert f"{callback.title or 'NONE'} failed after epoch {EPOCHS}" in note
+        assert f"{callback.title} failed after epoch {EPOCHS}" in note
         assert str(path) in note
 
 
@@ -330,7 +331,7 @@ def test_a_look_that_fails_leaves_the_trained_weights_and_a_file_of_them(
         callback.report_dir = str(folder)
         with monkeypatch.context() as patch:
             for method in ("scan", "predict", "read_labels"):
-                patch.setattr(f"lightning_backdoor.scanning.scanner.TrainingSet.{method}", fails)
+                patch.setattr(f"lightning_backdoor.scanning.scanner.DatasetScanner.{method}", fails)
             with pytest.raises(RuntimeError, match="disk full"):
                 train([callback], lambda module=module: module)
         (path,) = folder.glob("*.ckpt")
@@ -380,7 +381,7 @@ def test_after_a_round_that_was_undone_the_last_word_is_about_the_model_at_the_e
     assert [bool(past.units) for past in callback.history] == [True, False]
     last = callback.history[-1]
     assert last.removed == 0
-    assert last.flagged_label_rate > 0.9, "the images are out already, and the model still gives them their label"
+    assert last.flagged_label_rates[-1] > 0.9, "the images are out already, and the model still gives them their label"
     assert last.no_room
     messages = [str(one.message) for one in told]
     assert any("no epoch is left for fine-tuning: the backdoor may still be there" in message for message in messages)
@@ -390,13 +391,14 @@ def test_images_that_are_out_and_still_get_their_label_are_reason_for_a_round(mo
     judged = iter([-2.0, 2.0])
     poisoned = poisoned_digits()
     callback = NONECallback(warmup_epochs=4, finetune_epochs=1, extra_epochs=1)
-    begin = callback._judge
+    response = callback._response
+    begin = response._judge
 
     def judge(*args: Any) -> None:
         monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", next(judged))
         begin(*args)
 
-    monkeypatch.setattr(callback, "_judge", judge)
+    monkeypatch.setattr(response, "_judge", judge)
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=r"the weights went back|NONE ends with a model"):
         make_trainer([callback], 6).fit(DigitNet(), DataLoader(poisoned, batch_size=32, shuffle=True))
@@ -413,9 +415,9 @@ def test_training_that_goes_on_after_a_repair_ends_with_a_look_at_the_removed_im
     make_trainer([callback], 8).fit(DigitNet(), DataLoader(poisoned, batch_size=32, shuffle=True))
     assert [past.epochs for past in callback.history] == [4, 8]
     last = callback.history[-1]
-    assert last.again == len(callback.verdict.removed) > 0
-    assert last.flagged_label_rate < 0.1
-    assert callback.history[0].accuracy_after is not None
+    assert last.rechecked == len(callback.verdict.removed) > 0
+    assert last.flagged_label_rates[-1] < 0.1
+    assert callback.history[0].treated
 
 
 def test_the_last_epoch_is_the_last_also_for_callbacks_whose_turn_comes_before_that_of_a_repair() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_backdoor import DBRCallback, NONECallback
+from lightning_backdoor.responses.reset_units import ResetUnits
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     Net,
@@ -159,7 +160,8 @@ def test_the_model_that_was_judged_is_the_one_that_the_user_gets(
     _, plain = fit([make()])
     callback = make()
     _, module = fit([callback, ema(decay)])
-    assert not any(callback.history[-1].undone if isinstance(callback, DBRCallback) else [callback.history[-1].undone])
+    assert not any(callback.history[-1].undone_steps)
+    assert callback.history[-1].treated
     assert same_state(plain, module)
 
 
