@@ -59,7 +59,7 @@ def main() -> None:
         rates = metrics.DetectionRates()
         rates.update(defence.verdict.scores, defence.verdict.keep, poisoned.poisoned)
         found = {name: 100 * float(rate) for name, rate in rates.compute().items()}
-        standardized_gap = max((apart for past in defence.history for _, apart in past.modes), default=0.0)
+        standardized_gap = max((apart for past in defence.history for _, apart in past.subpopulations), default=0.0)
         pairs = [f"{right(model, test):.1f} / {right(model, attacked):.1f}" for model in (undefended, defended)]
         print(
             f"| {activation.__name__} | {' | '.join(pairs)} | {standardized_gap:.1f} | {found['tpr']:.1f} "

@@ -18,9 +18,9 @@ from torch.utils.data import TensorDataset
 from benchmarks import command
 from benchmarks.cache import clean_model
 from benchmarks.cells import ATTACKS, SOURCE, TARGET, Attack
+from benchmarks.figures import blank_figure, own_style
 from benchmarks.plot import DPI, SOFT, kind_of
 from lightning_backdoor.attacks import CraftedTrigger
-from lightning_backdoor.report.figures import blank_figure, own_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,6 @@ from benchmarks import model
 from benchmarks.protocols import Setting
 from benchmarks.training import Snapshot, train_network
 from lightning_backdoor import functional
-from lightning_backdoor.files import atomic_file
 
 T = TypeVar("T")
 EARLY = 3  # epochs: strong backdoors are learned, most of the classes are not
@@ -71,7 +70,8 @@ def kept(path: Path, make: Callable[[], T]) -> T:
     """What a file holds; it is made now if the file is not there."""
     if not path.exists():
         made = make()
-        with atomic_file(path) as file:
-            torch.save(made, file)
+        unfinished = path.with_name(f".{path.name}.tmp")
+        torch.save(made, unfinished)
+        unfinished.replace(path)  # an interrupted write leaves no file of this name
     found: T = torch.load(path, weights_only=True)
     return found

@@ -18,10 +18,10 @@ from benchmarks import command, rows
 from benchmarks.candidates import NAMES, SINGLES, judged, rates
 from benchmarks.cases import Case, opened
 from benchmarks.cells import ATTACKS, STANDARD
+from benchmarks.figures import own_style
 from benchmarks.plot import DPI, histograms
 from benchmarks.scores import path_of, scores_of
 from benchmarks.table import TOOK, number, percent, table
-from lightning_backdoor.report.figures import own_style
 
 RESULTS = Path(__file__).with_name("combined.jsonl")
 SEEDS = 10  # from 0 on, those that there are

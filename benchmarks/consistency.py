@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from benchmarks import command, networks, rows
 from benchmarks.cache import kept
 from benchmarks.cases import Case, opened
 from benchmarks.cells import STANDARD
+from benchmarks.figures import own_style
 from benchmarks.looking import look
 from benchmarks.plot import DPI, histograms
 from benchmarks.protocols import Setting
@@ -27,9 +27,6 @@ from benchmarks.scores import auroc
 from benchmarks.table import consistency_table
 from benchmarks.training import labels_of
 from lightning_backdoor import functional
-from lightning_backdoor.report.figures import own_style
-from lightning_backdoor.scanning.measure_fct import Detector, distinguish
-from lightning_backdoor.scanning.scanner import DatasetScanner
 
 RESULTS = Path(__file__).with_name("consistency.jsonl")
 OTHERS = ("preact-gelu", "vit")  # on Blended alone
@@ -38,13 +35,12 @@ STEPS = 200  # of the labels, and as many of centre repulsion
 
 def fct_of(case: Case, start: str, *, steps: int = STEPS, repulsion: int) -> Tensor:
     """FCT of all training images, (N,), kept in the cache."""
-    detector = Detector(start, None, steps, 2, None, 0, repulsion)
-
-    def ask(trainer: pl.Trainer, module: pl.LightningModule, data: DatasetScanner) -> Tensor:
-        return distinguish(trainer, module, data, detector, units=False).fct
 
     def make() -> Tensor:
-        return look(case, ask, start_from=case.undefended() if start == "copy" else None)
+        return look(
+            case, start_from=case.undefended() if start == "copy" else None, what=("fct",), detector=start,
+            detector_steps=steps, repulsion_steps=repulsion,
+        )["fct"]  # fmt: skip
 
     return kept(case.shared.with_suffix(f".fct-{start}-{steps}-{repulsion}.pt"), make)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.cells import ADAPTIVE, ATTACKS, BASELINES, FURTHER, STANDARD
+from benchmarks.figures import blank_figure, own_style
 from benchmarks.protocols import Setting
 from benchmarks.rows import Row
 from benchmarks.table import TOOK, by_setting, grouped, is_void, marked, void_trainings
-from lightning_backdoor.report.figures import blank_figure, own_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,6 @@ line per finished row in ``repair.jsonl``; a run that was interrupted goes on wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ from benchmarks.cells import BEYOND
 from benchmarks.consistency import fct_of
 from benchmarks.table import repair_table
 from benchmarks.training import images_of, labels_of, logits_of
+from benchmarks.variants import UnlearnOnly
 from lightning_backdoor import DBRCallback, Verdict, baselines, functional
-from lightning_backdoor.responses.unlearn import split_of
 
 RESULTS = Path(__file__).with_name("repair.jsonl")
 BY_DEFAULT = ("badnets-5%", "sig-80%")
@@ -37,15 +36,6 @@ ROWS = (
     "true poisons: unlearn only", "true poisons: relearn only", "true poisons: both",
     "FCT", "loss", "confidence", "susceptibility", "split units",
 )  # fmt: skip
-
-
-class UnlearnOnly(DBRCallback):
-    """D-BR that learns nothing anew."""
-
-    def _attach(self) -> None:
-        split = split_of(self.verdict, self.options.seed)
-        split = replace(split, trusted=torch.zeros_like(split.trusted))
-        self._run.attach(self._training_set, self._loader_filter, split)
 
 
 def verdict_by(scores: Tensor, labels: Tensor, suspect: Tensor | None = None) -> Verdict:
@@ -98,7 +88,7 @@ def repaired(case: Case, make: Callable[[], Any], test: TensorDataset) -> rows.R
         "suspects": int(suspect.sum()),
         "poisons_among_suspects": int((suspect & case.poisoned).sum()),
         "poisons_among_trusted": int((trusted & case.poisoned).sum()),
-        "epochs_undone": sum(callback.history[-1].undone),
+        "epochs_undone": sum(callback.history[-1].undone_steps),
     }
 
 

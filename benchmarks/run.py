@@ -17,10 +17,9 @@ from benchmarks.cases import opened
 from benchmarks.cells import AT_THE_END, BEYOND, CALLBACKS, CLEAN_MODEL, clean_share, filtered
 from benchmarks.cost import measured
 from benchmarks.protocols import Cell
-from benchmarks.random_reset import RandomReset
 from benchmarks.training import Snapshot, accuracy, labels_of, train_network
+from benchmarks.variants import RandomReset
 from lightning_backdoor import NONECallback, baselines, metrics
-from lightning_backdoor.report.of_events import reset_units
 
 
 def run_cell(
@@ -103,6 +102,7 @@ def _judgement(callbacks: list[Any], poisoned: torch.Tensor) -> rows.Row:
         row["removed_by"] = [len(verdict.removed) for verdict in verdicts]
     for callback in callbacks:
         if isinstance(callback, NONECallback):
-            row["units"] = dict(Counter(layer for layer, _ in reset_units(callback.history)))
+            units = {(layer, unit) for done in callback.history for layer, unit, *_ in done.units}
+            row["units"] = dict(Counter(layer for layer, _ in units))
             row["undone"] = any(done.undone for done in callback.history)
     return row

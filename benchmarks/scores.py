@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-from functools import partial
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from benchmarks import model
 from benchmarks.cache import EARLY, kept
 from benchmarks.cases import Case
 from benchmarks.looking import look
 from lightning_backdoor import functional, metrics
-from lightning_backdoor.scanning.isolation import isolated_eval
-from lightning_backdoor.scanning.measure_denoised import DenoisedScan
-from lightning_backdoor.scanning.measure_fct import Detector, distinguish
-from lightning_backdoor.scanning.measure_units import UnitScan
-from lightning_backdoor.scanning.scanner import DatasetScanner
-from lightning_backdoor.surgery import find_units
 
 Scores = dict[str, Tensor]
 STEPS = 200  # of the detector, and as many of centre repulsion
@@ -39,9 +29,10 @@ def scores_of(case: Case) -> Scores:
     """
 
     def make() -> Scores:
-        weights = torch.load(case.undefended(at_first=True), weights_only=True)["state_dict"]
-        found: Scores = look(case, partial(_measure, weights), start_from=case.undefended())
-        return found
+        every = ("denoised", "units", "fct", "detector_units")
+        late = look(case, start_from=case.undefended(), what=every, detector_steps=STEPS)
+        first = look(case, start_from=case.undefended(at_first=True), what=("denoised",))
+        return _named(late, first)
 
     return kept(path_of(case), make)
 
@@ -58,30 +49,18 @@ def auroc(scores: Tensor, poisoned: Tensor) -> float:
     return float(metric.compute()["auroc"])
 
 
-def _measure(
-    early_weights: dict[str, Tensor], trainer: pl.Trainer, module: model.Classifier, data: DatasetScanner
-) -> Scores:
-    with closing(DenoisedScan(data, world_size=1, cache_bytes=2**31, softmax=False)) as denoised:
-        late = denoised.run(trainer, module)
-        with isolated_eval(trainer, module):
-            layers = find_units(module, data.few(trainer, module))
-        units = UnitScan(data, layers, strong=0.9, weak=0.1).measure(trainer, module)
-        detector = distinguish(trainer, module, data, Detector("copy", None, STEPS, 2, None, 0), units=True)
-        module.load_state_dict(early_weights)
-        first = denoised.run(trainer, module)
-    assert detector.units is not None
+def _named(late: Scores, first: Scores) -> Scores:
     found = {
         "labels": late["labels"],
-        "fct": detector.fct,
-        "bias": units.bias,
-        "raw bias": units.raw_bias,
-        "units": units.activations,
-        "detector units": detector.units.activations,
+        "fct": late["fct"],
+        "bias": late["bias"],
+        "raw bias": late["raw_bias"],
+        "units": late["units"],
+        "detector units": late["detector_units"],
     }
     for prefix, part in {"": late, "early ": first}.items():
-        found[f"{prefix}susceptibility"], found[f"{prefix}movement"] = part["susceptibility"], part["movement"]
-        found[f"{prefix}denoised"] = part["responses"]
-        found[f"{prefix}disagreement"] = disagreement(part["responses"], part["labels"])
+        found |= {f"{prefix}{name}": part[name] for name in ("susceptibility", "movement", "denoised")}
+        found[f"{prefix}disagreement"] = disagreement(part["denoised"], part["labels"])
     return found
 
 

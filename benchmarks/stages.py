@@ -9,36 +9,20 @@ finished row in ``stages.jsonl``; a run that was interrupted goes on with the fi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch.utils.data import TensorDataset
 
 from benchmarks import rows
 from benchmarks.ablation import Variants, ablation, expected
 from benchmarks.cases import Case
 from benchmarks.table import stages_table
+from benchmarks.variants import OtherLabels
 from lightning_backdoor import DSTCallback
-from lightning_backdoor.responses.two_stage import flags_of
 
 RESULTS = Path(__file__).with_name("stages.jsonl")
 BY_DEFAULT = ("badnets-5%", "sig-80%")
-
-
-class OtherLabels(DSTCallback):
-    """D-ST whose first stage believes all labels, or none; the second stage is as ever."""
-
-    def __init__(self, *, believed: bool, **arguments: Any) -> None:
-        super().__init__(supervised_features=False, reassign_uncertain=False, **arguments)
-        self.believed = believed
-
-    def _attach(self) -> None:
-        loader_filter, data, verdict = self._known()
-        flags = flags_of(verdict)
-        self._run.attach(data, loader_filter, replace(flags, trusted=torch.full_like(flags.trusted, self.believed)))
 
 
 VARIANTS: dict[str, Callable[[], DSTCallback]] = {

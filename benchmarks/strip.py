@@ -22,7 +22,6 @@ from benchmarks.scores import auroc
 from benchmarks.table import strip_table
 from benchmarks.training import images_of, labels_of, logits_of
 from lightning_backdoor import baselines
-from lightning_backdoor.baselines.strip import blend
 
 RESULTS = Path(__file__).with_name("strip.jsonl")
 DRAWS = 20
@@ -36,7 +35,7 @@ def separated(case: Case) -> rows.Row:
     images, labels = images_of(case.dataset), labels_of(case.dataset)
     network, of_target = restored(case.undefended(), case.setting), labels == TARGET
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:DRAWS]
-    mixed = [logits_of(network, blend(images[of_target], overlay)) for overlay in images[order]]
+    mixed = [logits_of(network, baselines.blend(images[of_target], overlay)) for overlay in images[order]]
     scores, poisoned = baselines.strip_scores(torch.stack(mixed, dim=1)), case.poisoned[of_target]
     threshold = scores[~poisoned].quantile(1 - REJECTED)
     return {

@@ -37,7 +37,7 @@ def features(case: Case) -> Path:
 
 def classified(case: Case, weight: float, test: TensorDataset) -> rows.Row:
     """What the rest of the training comes to; its cost would be that of the rest alone."""
-    callback = DSTCallback(classifier_epochs=CLASSIFIER, weight=weight)
+    callback = DSTCallback(classifier_epochs=CLASSIFIER, suspect_weight=weight)
     found = case.trained([callback], test, start=features(case))
     return {"weight": weight, "clean_accuracy": found["clean_accuracy"], "asr": found["asr"]}
 

@@ -10,20 +10,23 @@ Trains from random weights without ``--pretrained``; it shows the defence at wor
 from __future__ import annotations
 
 import argparse
+import io
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from benchmarks.data import unpacked
 from lightning_backdoor import (
     BackdoorMonitor,
     DBRCallback,
@@ -105,8 +108,10 @@ def load(source: str, images: int | None) -> tuple[Any, Any]:
 
 def packed(folder: Path, split: str) -> Images:
     """All images of a file of packed JPEG images."""
-    images, labels, classes = unpacked(folder, split)
-    return Images(images, labels.tolist(), classes)
+    file = np.load(folder / f"cifar10_{split}.npz")
+    jpeg, offsets = file["jpeg"], file["offsets"]
+    images = np.stack([np.asarray(Image.open(io.BytesIO(jpeg[a:b].tobytes()))) for a, b in pairwise(offsets)])
+    return Images(images, file["labels"].tolist(), file["classes"].tolist())
 
 
 def _some(dataset: Any, images: int) -> Images:

@@ -16,7 +16,7 @@ from lightning_backdoor.baselines.spectral_signatures import (
     select_per_class,
     spectral_signature_scores,
 )
-from lightning_backdoor.baselines.strip import STRIP, select_by_rejection, strip_scores
+from lightning_backdoor.baselines.strip import STRIP, blend, select_by_rejection, strip_scores
 
 __all__ = [
     "ABL",
@@ -29,6 +29,7 @@ __all__ = [
     "RepairArguments",
     "SpectralSignatures",
     "activation_clusters",
+    "blend",
     "deep_knn_scores",
     "easiness_scores",
     "select_by_rejection",

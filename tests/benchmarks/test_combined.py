@@ -203,7 +203,7 @@ def test_weights_share_one_first_stage(data: Path, monkeypatch: pytest.MonkeyPat
     callback = weights.DSTCallback
 
     def quick(**arguments: Any) -> Any:
-        given.append(arguments.get("weight"))
+        given.append(arguments.get("suspect_weight"))
         return callback(suspect=0.1, detector_steps=2, num_transforms=1, **arguments)
 
     monkeypatch.setattr(weights, "DSTCallback", quick)

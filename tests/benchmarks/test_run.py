@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from benchmarks import ablation, cases, repair, rows, run, stages
+from benchmarks import ablation, cases, repair, rows, run, stages, variants
 from benchmarks.__main__ import listing, main
 from benchmarks.cache import checkpoint
 from benchmarks.cells import ATTACKS, BASELINES, STANDARD
@@ -24,6 +24,7 @@ from benchmarks.networks import NAME, NETWORKS
 from benchmarks.protocols import PROTOCOLS, SECONDS_PER_EPOCH, Cell, Setting, hours
 from benchmarks.table import DEFENCES, repair_table, stages_table
 from lightning_backdoor import DSTCallback, NONECallback, UltraCleanCallback, Verdict
+from lightning_backdoor.events import Event
 from tests.benchmarks.helpers import pack, row
 
 EVIDENCE = Path(rows.__file__).parent
@@ -188,7 +189,7 @@ def test_two_callbacks_are_judged_by_what_they_removed_together(
     for i, (callback, removed) in enumerate(zip(given, (first, second), strict=True)):
         callback.verdict = Verdict(removed.float(), ~removed, 0.5, f"by {i}")
     unit = ("layer", 3, 0, 1.0)
-    given[1].history = [Round(1, 5, 5, (), (unit,), (), 0.9, 1.0), Round(2, 0, 5, (), (unit,), (), 0.9, 0.3)]
+    given[1].history = [Event(1, 5, 5, units=(unit,)), Event(2, 0, 5, units=(unit,))]
     monkeypatch.setattr(run, "_callbacks", lambda *_: given)
     monkeypatch.setattr(run, "train_network", lambda *_, **__: Classifier(steps=1).eval())
     found = run.run_cell(Cell(setting, "badnets-5%", "ultraclean+NONE"), train, train, reference={}, cache=tmp_path)
@@ -302,21 +303,22 @@ def test_stages_are_trained_by_the_labels_that_are_believed(
     for split, images in {"train": 200, "test": 30}.items():
         pack(tmp_path, split, images, 0)
     believed, trusted, written = [], [], []
-    attach = stages.OtherLabels._attach
+    attach = variants._OtherFeatures._attach
 
-    def spied(callback: Any) -> None:
-        attach(callback)
-        believed.append(int(callback._run._flags.trusted.sum()))
-        trusted.append(int(callback.verdict.trusted.sum()))
+    def spied(response: Any, session: Any) -> Any:
+        running = attach(response, session)
+        believed.append(int(running.flags.trusted.sum()))
+        trusted.append(int(session.verdict.trusted.sum()))
+        return running
 
-    monkeypatch.setattr(stages.OtherLabels, "_attach", spied)
+    monkeypatch.setattr(variants._OtherFeatures, "_attach", spied)
     quick = {"suspect": 0.1, "detector_steps": 2, "num_transforms": 1, "classifier_epochs": 1}
-    variants = {
+    made = {
         "none": lambda: stages.OtherLabels(believed=False, **quick),
         "all": lambda: stages.OtherLabels(believed=True, **quick),
         "nothing suspect": lambda: DSTCallback(**quick, max_removed=0.001),
     }
-    monkeypatch.setattr(stages, "VARIANTS", variants)
+    monkeypatch.setattr(stages, "VARIANTS", made)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     results = tmp_path / "stages.jsonl"
     words = f"stages --data {tmp_path} --results {results} --attacks badnets-5% --images 200 --epochs 2"
@@ -328,7 +330,7 @@ def test_stages_are_trained_by_the_labels_that_are_believed(
     assert believed == [0, 200]
     assert all(0 < count < 200 for count in trusted)
     found = rows.read(results)
-    assert [line["row"] for line in found] == list(variants)
+    assert [line["row"] for line in found] == list(made)
     assert [line["neighbour_agreement"] is None for line in found] == [False, False, True]
     assert {"clean_accuracy", "asr", "epoch_equivalents", "poisons", "hardware", "command"} <= set(found[0])
     assert stages_table(found) in capsys.readouterr().out
