@@ -64,6 +64,7 @@ class RandomReset(NONECallback):
 
     def __init__(self, units: dict[str, int], labels: Tensor, keep: Tensor, seed: int = 0) -> None:
         super().__init__(rounds=1, extra_epochs=BEYOND, seed=seed, response=RandomUnits(units, seed))
+        self.units, self.labels, self.keep = units, labels, keep
         self._detector = GivenVerdict(Verdict((~keep).float(), keep, 0.5, "random reset", labels))
 
 
@@ -101,5 +102,6 @@ class OtherLabels(DSTCallback):
 
     def __init__(self, *, believed: bool, **arguments: Any) -> None:
         super().__init__(supervised_features=False, reassign_uncertain=False, **arguments)
+        self.believed = believed
         assert isinstance(self._response, TwoStage)
         self._response = _OtherFeatures(self._response._recipe, believed=believed)
