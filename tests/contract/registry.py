@@ -6,7 +6,7 @@ A callback that is added to the package joins the whole suite with one entry her
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,10 +148,32 @@ ENTRIES = [
     Entry(FineTuneTrusted, {"verdict": GIVEN, "epochs": 2, "extra_epochs": 2}, None, "repair", 3),
 ]
 
-every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-every_defense = pytest.mark.parametrize(
-    "entry", [entry for entry in ENTRIES if entry.kind != "watch"], ids=lambda entry: entry.name
+
+def name_of(value: Any) -> str | None:
+    """What a parametrized test is called by: the class, or what pytest takes."""
+    return value.name if isinstance(value, Entry) else value.__name__ if inspect.ismodule(value) else None
+
+
+every = pytest.mark.parametrize("entry", ENTRIES, ids=name_of)
+every_defense = pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry.kind != "watch"], ids=name_of)
+
+KINDS = ["UltraCleanCallback", "NONECallback", "DBRCallback", "DSTCallback", "BackdoorMonitor"]
+"""One callback of each kind, two of the repairs: they have one loop that resets units, and one that unlearns."""
+every_kind = pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry.name in KINDS], ids=name_of)
+every_kind_of_defense = pytest.mark.parametrize(
+    "entry", [entry for entry in ENTRIES if entry.name in KINDS and entry.kind != "watch"], ids=name_of
 )
+
+
+def in_turn(argument: str, values: Iterable[Any], entries: Sequence[Entry] = ENTRIES) -> pytest.MarkDecorator:
+    """Pairs of a callback and a value in which every callback and every value is at least once.
+
+    For what does not depend on the callback: which loader, logger or command line it works with.
+    """
+    values = list(values)
+    count = max(len(values), len(entries))
+    pairs = [(entries[i % len(entries)], values[i % len(values)]) for i in range(count)]
+    return pytest.mark.parametrize(("entry", argument), pairs, ids=name_of)
 
 
 def public_callbacks() -> dict[str, type]:

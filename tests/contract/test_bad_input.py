@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_backdoor.errors import BackdoorDefenseError, DataError
 from tests.callbacks.helpers import Pictures, loader_of, make_trainer
 from tests.contract.problem import BATCH, EPOCHS, WARNS, Loading, Net, assert_settled, fit, net_of, planted
-from tests.contract.registry import Entry, every_defense
+from tests.contract.registry import Entry, every_defense, every_kind_of_defense
 
 pytestmark = WARNS
 
@@ -71,7 +71,7 @@ class Shrinking(Loading, Net):
 
 
 @pytest.mark.case("27")
-@every_defense
+@every_kind_of_defense
 def test_a_dataset_that_changes_its_size_is_refused_once_positions_count(entry: Entry) -> None:
     torch.manual_seed(0)
     callback, module = entry.make(), Shrinking()
@@ -89,7 +89,7 @@ class Fractions(Pictures):
         return {**item, "label": item["label"] + 0.5}
 
 
-@every_defense
+@every_kind_of_defense
 def test_labels_that_are_no_class_indices_are_refused_before_the_first_step(entry: Entry) -> None:
     callback, module = entry.make(), net_of()
     trainer = make_trainer([callback], EPOCHS)

@@ -15,7 +15,7 @@ from lightning_backdoor.errors import DataError
 from lightning_backdoor.report.table import class_rows
 from tests.callbacks.helpers import Pictures, loader_of, make_trainer, same_state
 from tests.contract.problem import BATCH, EPOCHS, WARNS, assert_settled, net_of, planted
-from tests.contract.registry import GIVEN, Entry, every_defense, of
+from tests.contract.registry import GIVEN, Entry, every_kind_of_defense, of
 
 pytestmark = [*WARNS, pytest.mark.filterwarnings("ignore:.*`collate_fn` drops 5 of 96")]
 
@@ -44,7 +44,7 @@ def train(callback: Any, trainer: Any = None, **settings: Any) -> tuple[Any, Any
 
 
 @pytest.mark.case("52")
-@every_defense
+@every_kind_of_defense
 def test_samples_that_the_collate_drops_are_kept_and_counted(
     entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

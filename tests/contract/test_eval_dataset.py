@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from lightning_backdoor.errors import ArgumentError
 from tests.callbacks.helpers import Pictures, make_trainer
 from tests.contract.problem import BATCH, EPOCHS, WARNS, assert_settled, net_of, planted
-from tests.contract.registry import Entry, every_defense, of
+from tests.contract.registry import Entry, every_defense, every_kind_of_defense, of
 from tests.contract.sources import Columns
 
 pytestmark = WARNS
@@ -44,7 +44,7 @@ def train(callback: Any, data: Any = None) -> Any:
     return trainer
 
 
-@every_defense
+@every_kind_of_defense
 def test_it_is_read_in_the_place_of_the_training_dataset(entry: Entry) -> None:
     sibling = Inside(augments=False)
     callback = entry.make(eval_dataset=sibling)

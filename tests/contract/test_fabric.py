@@ -13,7 +13,7 @@ from torch import nn
 from lightning_backdoor.errors import TrainerError
 from tests.callbacks.helpers import make_trainer
 from tests.contract.problem import net_of
-from tests.contract.registry import Entry, every
+from tests.contract.registry import Entry, every, every_kind
 
 WORDS = r"{0} needs Lightning's Trainer.*Trainer\(callbacks=\[{0}.*`lightning_backdoor.functional`"
 HOOKS = [name for name in dir(pl.Callback) if name.startswith("on_") or name in ("setup", "teardown")]
@@ -32,7 +32,7 @@ def test_fabric_is_refused_before_the_first_step(entry: Entry) -> None:
         fabric.setup(nn.Linear(2, 2))
 
 
-@every
+@every_kind
 def test_every_hook_that_a_loop_of_ones_own_calls_is_refused(entry: Entry) -> None:
     fabric = lightning.fabric.Fabric(accelerator="cpu", devices=1, callbacks=[entry.make()])
     module = net_of()

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from lightning_backdoor.errors import DataError, ModelError
 from tests.callbacks.helpers import Pictures, loader_of, make_trainer
 from tests.contract.problem import BATCH, EPOCHS, WARNS, Net, assert_settled, fit, net_of, planted
-from tests.contract.registry import Entry, every_defense
+from tests.contract.registry import Entry, every_defense, every_kind_of_defense
 
 pytestmark = WARNS
 
@@ -53,7 +53,7 @@ class Answers(Net):
 
 
 @pytest.mark.case("53")
-@every_defense
+@every_kind_of_defense
 @pytest.mark.parametrize("kind", ["tuple", "dict"])
 def test_answers_that_hold_logits_are_understood(entry: Entry, kind: str) -> None:
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def test_answers_that_hold_logits_are_understood(entry: Entry, kind: str) -> Non
     assert_settled(run.trainer, run.module, run.loader, run.before)
 
 
-@every_defense
+@every_kind_of_defense
 @pytest.mark.filterwarnings("ignore:No layer's output")
 def test_probabilities_are_warned_of_and_understood(entry: Entry) -> None:
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ class Fatal(Pictures):
         return super().__getitem__(i)
 
 
-@every_defense
+@every_kind_of_defense
 def test_a_worker_that_is_killed_ends_the_fit_and_nothing_else(entry: Entry) -> None:
     callback, module = entry.make(num_workers=1), net_of()
     trainer = make_trainer([callback], EPOCHS)
@@ -115,7 +115,7 @@ def mixing(items: list[Any]) -> dict[str, Tensor]:
     return {**batch, "image": images, "label": labels}
 
 
-@every_defense
+@every_kind_of_defense
 def test_batches_with_mixed_labels_are_read_without_mixing_or_refused(entry: Entry) -> None:
     callback, module = entry.make(), net_of()
     trainer = make_trainer([callback], EPOCHS)
@@ -141,7 +141,7 @@ class Growing(pl.Callback):
         self.data.targets = torch.cat([self.data.targets, more.targets])
 
 
-@every_defense
+@every_kind_of_defense
 def test_a_dataset_that_grows_under_way_is_refused(entry: Entry) -> None:
     data, callback, module = planted(), entry.make(), net_of()
     trainer = make_trainer([Growing(data), callback], EPOCHS)
@@ -160,7 +160,7 @@ def full_disk(path: Path) -> Iterator[Any]:
     yield
 
 
-@every_defense
+@every_kind_of_defense
 def test_a_full_disk_costs_the_report_and_nothing_else(
     entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +177,7 @@ def test_a_full_disk_costs_the_report_and_nothing_else(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before, "the old report is whole"
 
 
-@every_defense
+@every_kind_of_defense
 def test_names_of_classes_cannot_run_in_the_report(entry: Entry, tmp_path: Path) -> None:
     data, evil = planted(), "<script>alert('x')</script>"
     data.classes = [f"{evil}{label}" for label in range(4)]

@@ -13,7 +13,7 @@ from lightning_backdoor import BackdoorMonitor, NONECallback, UltraCleanCallback
 from lightning_backdoor.errors import ArgumentError, ModelError
 from tests.callbacks.helpers import Net, Pairs, make_trainer, same_state
 from tests.contract.problem import BATCH, IMAGES, WARNS
-from tests.contract.registry import Entry, every_defense
+from tests.contract.registry import Entry, every_kind_of_defense
 
 pytestmark = WARNS
 
@@ -77,7 +77,7 @@ def fitted(callback: Any, module: type[Net], data: Dataset[Any], epochs: int = 2
     return net
 
 
-@every_defense
+@every_kind_of_defense
 def test_one_logit_and_a_column_of_floats_are_two_classes(entry: Entry) -> None:
     one, two = entry.make(), entry.make()
     answers = fitted(one, Binary, Pictures(lambda image, label, i: (image, label.float()[None], i)))

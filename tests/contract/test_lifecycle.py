@@ -12,7 +12,7 @@ import torch
 
 from tests.callbacks.helpers import make_trainer, same_state
 from tests.contract.problem import EPOCHS, PACKAGES, WARNS, assert_settled, clean, fit, net_of
-from tests.contract.registry import ENTRIES, Entry, every, every_defense, public_callbacks
+from tests.contract.registry import ENTRIES, Entry, every, every_defense, in_turn, public_callbacks
 
 pytestmark = WARNS
 
@@ -44,8 +44,7 @@ def test_fit(entry: Entry, package: str) -> None:
 
 
 @pytest.mark.case("67")
-@every
-@pytest.mark.parametrize("package", PACKAGES)
+@in_turn("package", PACKAGES)
 def test_a_callback_that_is_not_in_a_list(entry: Entry, package: str) -> None:
     callback = entry.make()
     run = fit(callback, package=PACKAGES[package])
@@ -115,8 +114,7 @@ def test_after_an_error_in_the_middle_everything_is_back_and_the_next_fit_works(
     assert_settled(run.trainer, run.module, run.loader, run.before)
 
 
-@every
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
+@in_turn("twin_of", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
 def test_copies_before_and_after_a_fit(entry: Entry, twin_of: Any) -> None:
     original = entry.make(name="mine")
     callback = twin_of(original)

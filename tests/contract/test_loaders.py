@@ -1,6 +1,6 @@
 """Every callback that curates, on datasets of every library, behind every kind of loader.
 
-A case is a callback and a loader; the dataset behind it changes from case to case so that every callback meets each.
+A case is a callback and a loader; the dataset behind it changes from case to case so that each is met.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_backdoor.callbacks.base import Defense
 from tests.callbacks.helpers import Pictures, make_trainer
 from tests.contract.problem import BATCH, EPOCHS, IMAGES, WARNS, Net, assert_settled
-from tests.contract.registry import ENTRIES, Entry
+from tests.contract.registry import ENTRIES, Entry, name_of
 from tests.contract.sources import DATASETS, LOADERS, NOT_EACH_ONCE, find_batch
 
 # timm leaves closing its image files to the garbage collector
@@ -27,7 +27,8 @@ pytestmark = [
 ]
 
 CURATING = [entry for entry in ENTRIES if entry.kind in ("filter", "repair")]
-every_curating = pytest.mark.parametrize("entry", CURATING, ids=lambda entry: entry.name)
+CASES = [(which, CURATING[(2 * i + j) % len(CURATING)]) for i, which in enumerate(LOADERS) for j in range(2)]
+"""Two callbacks behind each loader; the loader does not know them."""
 
 
 def dataset_of(entry: Entry, which: str) -> str:
@@ -95,8 +96,7 @@ def _no_traces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.case("1", "2", "3", "4", "5", "7", "8", "9", "10", "16", "60")
-@every_curating
-@pytest.mark.parametrize("which", LOADERS)
+@pytest.mark.parametrize(("which", "entry"), CASES, ids=name_of)
 def test_removed_samples_are_never_drawn_again(entry: Entry, which: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     data = DATASETS[dataset_of(entry, which)](tmp_path)
@@ -105,6 +105,7 @@ def test_removed_samples_are_never_drawn_again(entry: Entry, which: str, tmp_pat
     assert_curates(entry, callback, module, trainer, each_once=which not in NOT_EACH_ONCE)
 
 
-def test_every_callback_meets_every_dataset() -> None:
-    for entry in CURATING:
-        assert {dataset_of(entry, which) for which in LOADERS} == DATASETS.keys()
+def test_every_loader_every_dataset_and_every_callback_is_met() -> None:
+    assert {which for which, _ in CASES} == LOADERS.keys()
+    assert {dataset_of(entry, which) for which, entry in CASES} == DATASETS.keys()
+    assert {entry.name for _, entry in CASES} == {entry.name for entry in CURATING}

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 from lightning_backdoor import UltraCleanCallback, Verdict
-from tests.contract.registry import Entry, every_defense
+from tests.contract.registry import Entry, every_kind_of_defense
 
 SIZE = 20  # samples of each of ten labels
 
@@ -25,7 +25,7 @@ def verdict(**removed: int) -> Verdict:
     return Verdict((~keep).float(), keep, 0.5, "known", labels, trusted=keep, suspect=~keep)
 
 
-@every_defense
+@every_kind_of_defense
 def test_a_majority_of_a_label_is_told_with_a_remedy_that_works(entry: Entry) -> None:
     callback = entry.make()
     with pytest.warns(UserWarning, match=r"most images of a label .* 16 of the 20 with label 3\. Either") as told:
@@ -38,7 +38,7 @@ def test_a_majority_of_a_label_is_told_with_a_remedy_that_works(entry: Entry) ->
         callback.adopt(verdict(k3=18, k4=10))
 
 
-@every_defense
+@every_kind_of_defense
 def test_half_of_a_label_or_what_was_told_before_is_not(entry: Entry) -> None:
     callback = entry.make()
     with warnings.catch_warnings():

@@ -21,7 +21,7 @@ import lightning_backdoor
 from lightning_backdoor.errors import ModelError
 from tests.callbacks.helpers import make_trainer
 from tests.contract.problem import EPOCHS, WARNS, Net, assert_settled, fit
-from tests.contract.registry import Entry, every, every_defense
+from tests.contract.registry import Entry, every, every_kind_of_defense
 
 pytestmark = WARNS
 
@@ -165,7 +165,7 @@ class HiddenHead(Deep):
         return Hidden.apply(self.body(images.float() / 255).flatten(1), self.head.weight)
 
 
-@every_defense
+@every_kind_of_defense
 def test_the_remedy_for_a_head_that_cannot_be_found_works(entry: Entry) -> None:
     torch.manual_seed(0)
     callback = entry.make()
@@ -191,7 +191,7 @@ class Cosine(Deep):
         return 16 * F.linear(F.normalize(features), F.normalize(self.head.weight))
 
 
-@every_defense
+@every_kind_of_defense
 def test_a_head_that_is_no_layer_is_found(entry: Entry) -> None:
     torch.manual_seed(0)
     callback = entry.make()

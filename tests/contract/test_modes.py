@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 
 from tests.callbacks.helpers import make_trainer
 from tests.contract.problem import EPOCHS, WARNS, Net, fit, net_of
-from tests.contract.registry import Entry, every_defense, of
+from tests.contract.registry import Entry, every_kind_of_defense, of
 
 pytestmark = [*WARNS, pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start")]  # Lightning says so, too
 
@@ -29,7 +29,7 @@ def start(entry: Entry, module: Net) -> None:
         fit([], module=module, trainer=trainer)
 
 
-@every_defense
+@every_kind_of_defense
 def test_a_module_in_evaluation_mode_is_told_and_the_remedy_works(entry: Entry) -> None:
     module = net_of().eval()
     with pytest.warns(UserWarning, match=r"all layers of `Net` that learn are in evaluation mode.* `model.train\(\)`"):
@@ -38,7 +38,7 @@ def test_a_module_in_evaluation_mode_is_told_and_the_remedy_works(entry: Entry) 
     start(entry, module.train())
 
 
-@every_defense
+@every_kind_of_defense
 def test_a_part_in_evaluation_mode_is_the_users_choice(entry: Entry) -> None:
     module = net_of()
     module.body.eval()

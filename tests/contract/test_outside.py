@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from tests.contract.problem import EPOCHS, WARNS, LoadingNet, UnifiedLoadingNet, assert_settled, fit, planted
-from tests.contract.registry import Entry, every
+from tests.contract.registry import Entry, every_kind, in_turn
 
 pytest.importorskip("jsonargparse")
 pytestmark = [*WARNS, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -77,12 +78,9 @@ def yaml_of(entry: Entry) -> str:
 
 
 @pytest.mark.case("69")
-@every
-@pytest.mark.parametrize("package", NETS, ids=["pytorch_lightning", "lightning.pytorch"])
-@pytest.mark.parametrize("way", ["flag", "yaml"])
-def test_by_command_line(
-    entry: Entry, package: Any, way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@in_turn("by", product(NETS, ["flag", "yaml"]))
+def test_by_command_line(entry: Entry, by: tuple[Any, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package, way = by
     (tmp_path / "config.yaml").write_text(yaml_of(entry))
     arguments = flags_of(entry) if way == "flag" else [f"--config={tmp_path / 'config.yaml'}"]
 
@@ -109,8 +107,7 @@ BARS = {"csv": TQDMProgressBar, "tensorboard": RichProgressBar, "none": None}
 
 
 @pytest.mark.case("70", "71")
-@every
-@pytest.mark.parametrize("which", LOGGERS)
+@in_turn("which", LOGGERS)
 def test_loggers_and_progress_bars(entry: Entry, which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     logger_cls, bar_cls = LOGGERS[which], BARS[which]
@@ -130,7 +127,7 @@ def test_loggers_and_progress_bars(entry: Entry, which: str, tmp_path: Path, mon
 
 
 @pytest.mark.case("40")
-@every
+@every_kind
 def test_two_instances_of_one_class_are_told_apart_by_name(entry: Entry, tmp_path: Path) -> None:
     one, two = entry.make(name="one"), entry.make(name="two")
     assert one.state_key != two.state_key

@@ -21,7 +21,7 @@ from pytorch_lightning.loggers import CSVLogger
 from lightning_backdoor.errors import TrainerError
 from tests.callbacks.helpers import make_trainer, same_state
 from tests.contract.problem import BATCHES, EPOCHS, WARNS, LoadingNet, assert_settled, fit, net_of, planted
-from tests.contract.registry import Entry, every
+from tests.contract.registry import Entry, every_kind, in_turn
 
 pytestmark = [
     *WARNS,
@@ -58,8 +58,7 @@ def attempt(entry: Entry, cell: str, work: Callable[[], Any]) -> Any:
     return None
 
 
-@every
-@pytest.mark.parametrize("cell", SETTINGS)
+@in_turn("cell", SETTINGS)
 def test_settings_of_the_trainer(entry: Entry, cell: str) -> None:
     callback = entry.make()
     run = fit([callback], **SETTINGS[cell])
@@ -69,8 +68,7 @@ def test_settings_of_the_trainer(entry: Entry, cell: str) -> None:
     assert run.trainer.accumulate_grad_batches == SETTINGS[cell].get("accumulate_grad_batches", 1)
 
 
-@every
-@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+@in_turn("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
 def test_strategies_that_shard_the_model_are_refused(entry: Entry, name: str) -> None:
     if not hasattr(pl.strategies, name):
         pytest.skip(f"this Lightning has no {name}")
@@ -82,14 +80,14 @@ def test_strategies_that_shard_the_model_are_refused(entry: Entry, name: str) ->
 
 
 @pytest.mark.case("25")
-@every
+@every_kind
 def test_stochastic_weight_averaging(entry: Entry) -> None:
     averaging, callback = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1), entry.make()
     run = attempt(entry, "StochasticWeightAveraging", lambda: fit([callback, averaging]))
     assert run is None or entry.acted(callback, run.trainer)
 
 
-@every
+@every_kind
 def test_a_time_limit(entry: Entry) -> None:
     callback = entry.make()
     run = attempt(entry, "max_time", lambda: fit([callback], max_time="00:01:00:00"))
@@ -98,7 +96,7 @@ def test_a_time_limit(entry: Entry) -> None:
         assert_settled(run.trainer, run.module, run.loader, run.before)
 
 
-@every
+@every_kind
 def test_a_plan_by_steps(entry: Entry) -> None:
     callback = entry.make()
     run = attempt(entry, "max_steps", lambda: fit([callback], epochs=-1, max_steps=2 * BATCHES))
@@ -108,7 +106,7 @@ def test_a_plan_by_steps(entry: Entry) -> None:
         assert_settled(run.trainer, run.module, run.loader, run.before, epochs=-1)
 
 
-@every
+@every_kind
 def test_averaged_weights_are_those_of_the_treated_model(entry: Entry) -> None:
     averaging = pytest.importorskip("pytorch_lightning.callbacks.weight_averaging")
     average, callback = averaging.EMAWeightAveraging(decay=0.5), entry.make()
@@ -125,7 +123,7 @@ def test_averaged_weights_are_those_of_the_treated_model(entry: Entry) -> None:
         assert 0 < steps <= run.trainer.global_step
 
 
-@every
+@every_kind
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_a_training_that_stops_early_is_looked_at_all_the_same(entry: Entry, first: bool) -> None:
     stopping = EarlyStopping("val_loss", patience=1, min_delta=1e9)
@@ -137,7 +135,7 @@ def test_a_training_that_stops_early_is_looked_at_all_the_same(entry: Entry, fir
 
 
 @pytest.mark.case("26")
-@every
+@every_kind
 def test_a_one_cycle_schedule_is_not_asked_to_go_beyond_its_end(entry: Entry) -> None:
     callback = entry.make()
     run = fit([callback], module=net_of(cycle=True))
@@ -146,7 +144,7 @@ def test_a_one_cycle_schedule_is_not_asked_to_go_beyond_its_end(entry: Entry) ->
     assert_settled(run.trainer, run.module, run.loader, run.before)
 
 
-@every
+@every_kind
 def test_rates_are_logged_and_metrics_are_in_the_file(entry: Entry, tmp_path: Path) -> None:
     logger, callback = CSVLogger(tmp_path), entry.make()
     run = fit([callback, LearningRateMonitor()], logger=logger, log_every_n_steps=1)
@@ -170,13 +168,13 @@ def tuned(entry: Entry, finder: pl.Callback, folder: Path) -> Any:
 
 
 @pytest.mark.case("25")
-@every
+@every_kind
 def test_the_learning_rate_finder(entry: Entry, tmp_path: Path) -> None:
     tuned(entry, LearningRateFinder(num_training_steps=6, update_attr=True), tmp_path)
 
 
 @pytest.mark.case("25")
-@every
+@every_kind
 def test_the_batch_size_finder(entry: Entry, tmp_path: Path) -> None:
     module = tuned(entry, BatchSizeFinder(max_trials=2, steps_per_trial=1, init_val=8), tmp_path)
     assert module.batch_size == 16

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from tests.callbacks.helpers import Pictures, loader_of, make_trainer
 from tests.contract.problem import BATCH, EPOCHS, WARNS, Net, assert_settled, net_of, planted
-from tests.contract.registry import Entry, every_defense, of
+from tests.contract.registry import Entry, every_kind_of_defense, of
 from tests.contract.sources import write_folder
 
 pytestmark = WARNS
@@ -46,7 +46,7 @@ def padded(items: list[Any]) -> dict[str, Tensor]:
     )
 
 
-@every_defense
+@every_kind_of_defense
 def test_a_collate_that_pads_to_the_largest_image_of_a_batch(
     entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +109,7 @@ class Sized(Pictures):
         return {**item, "image": F.interpolate(item["image"][None], size)[0]}
 
 
-@every_defense
+@every_kind_of_defense
 def test_a_sampler_that_says_in_which_size_to_read(entry: Entry) -> None:
     callback, module = entry.make(), net_of()
     trainer = make_trainer([callback], EPOCHS)

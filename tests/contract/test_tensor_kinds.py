@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_backdoor import BackdoorMonitor, NONECallback, UltraCleanCallback, attacks
 from tests.callbacks.helpers import loader_of, make_trainer, same_state
 from tests.contract.problem import BATCH, EPOCHS, WARNS, Learner, planted
-from tests.contract.registry import Entry, every_defense
+from tests.contract.registry import Entry, every_kind_of_defense
 from tests.data.tensor_kinds import CLASSES, KINDS, Wrapped
 
 pytestmark = WARNS
@@ -53,7 +53,7 @@ def assert_own(net: Net, kind: str) -> None:
     assert net.seen["forward"] == {CLASSES[kind]}
 
 
-@every_defense
+@every_kind_of_defense
 def test_batches_of_monai(entry: Entry) -> None:
     callback = entry.make()
     net = fitted(callback, "MetaTensor")

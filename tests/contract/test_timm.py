@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from tests.callbacks.helpers import make_trainer
 from tests.contract.problem import BATCH, EPOCHS, WARNS, assert_settled, planted
-from tests.contract.registry import Entry, every_defense
+from tests.contract.registry import Entry, every_kind_of_defense
 from tests.contract.test_loaders import Reader, assert_curates
 
 pytestmark = WARNS
@@ -25,7 +25,7 @@ class Normalized(Reader):
         return Reader.key(image if image.dtype == torch.uint8 else (255 * image).round().byte())
 
 
-@every_defense
+@every_kind_of_defense
 def test_removed_samples_are_never_drawn_again(entry: Entry) -> None:
     torch.manual_seed(0)
     data: Any = TensorDataset(planted().images, planted().targets)

@@ -18,7 +18,7 @@ from lightning_backdoor.errors import ArgumentError
 from tests.callbacks.helpers import loader_of, make_trainer
 from tests.callbacks.test_ultraclean_resume import SaveAll
 from tests.contract.problem import BATCH, EPOCHS, WARNS, assert_settled, fit, net_of
-from tests.contract.registry import Entry, every_defense, of
+from tests.contract.registry import Entry, every_defense, every_kind_of_defense, of
 from tests.contract.sources import TO_TENSOR, write_folder
 from tests.contract.test_loaders import Reader
 from tests.test_verdict import Evil
@@ -127,7 +127,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket, name, refuse)
 
 
-@every_defense
+@every_kind_of_defense
 @pytest.mark.usefixtures("no_network")
 def test_a_fit_with_its_report_asks_nothing_of_the_network(entry: Entry, tmp_path: Path) -> None:
     with socket.socket() as sentinel, pytest.raises(AssertionError, match="the network was asked"):
