@@ -90,7 +90,7 @@ class FineTuneTrusted(Defense):
 
     Example:
         >>> found = Verdict(torch.tensor([0.1, 3.0]), torch.tensor([True, False]), 1.0, "mine")
-        >>> FineTuneTrusted(verdict=found, epochs=10).epochs
+        >>> FineTuneTrusted(verdict=found, epochs=10).arguments["epochs"]
         10
     """
 

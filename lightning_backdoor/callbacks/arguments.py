@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, get_type_hints
 
+from lightning_backdoor.callbacks.options import ScanArguments
 from lightning_backdoor.errors import ArgumentError
 
 __all__ = [
@@ -62,7 +63,9 @@ def require_one_of(name: str, value: Any, options: tuple[str, ...]) -> Any:
 
 
 def flat_signature(cls: type, shared: type, defaults: dict[str, Any]) -> inspect.Signature:
-    """The keyword arguments that a constructor declares, and those of a TypedDict that it takes as ``**``.
+    """The keyword arguments that a constructor declares, then those of a TypedDict that it takes as ``**``.
+
+    The arguments of the scan come last.
 
     Args:
         cls: The class.
@@ -79,4 +82,5 @@ def flat_signature(cls: type, shared: type, defaults: dict[str, Any]) -> inspect
         for name, hint in hints.items()
         if name not in names
     ]
+    more.sort(key=lambda parameter: parameter.name in ScanArguments.__annotations__)
     return inspect.Signature([*own, *more])

@@ -71,7 +71,7 @@ def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> 
     assert trainer.callback_metrics["backdoor/ultraclean/removed"] == 0
 
 
-def test_a_second_look_does_not_take_the_clean_rest_of_a_class_for_poisons() -> None:
+def test_a_second_scan_does_not_take_the_clean_rest_of_a_class_for_poisons() -> None:
     train, _ = digits(1400)
     poisoned = attacks.poison(train, attacks.BadNets(), target=0, rate=0.05)
     callback = UltraCleanCallback(warmup_epochs=3, rescore_every=2)
@@ -132,11 +132,11 @@ def test_the_paper_removes_its_fraction() -> None:
     assert bool(((verdict.scores >= 0) & (verdict.scores <= 4)).all()), "L1 between probability vectors, twice"
 
 
-def test_the_paper_asks_the_trained_network_and_trains_as_long_again() -> None:
+def test_the_paper_scans_the_trained_network_and_trains_as_long_again() -> None:
     callback = UltraCleanCallback.from_paper()
     _, module = fit([callback], epochs=3)
-    (look,) = callback.history
-    assert (look.epochs, look.rewinds) == (3, True)
+    (event,) = callback.history
+    assert (event.epochs, event.restarts) == (3, True)
     assert [len(positions) for _, positions in module.epochs()] == [64] * 3 + [64 - int(0.2 * 64)] * 3
 
 
@@ -151,12 +151,12 @@ def test_the_paper_asks_the_trained_network_and_trains_as_long_again() -> None:
     ],
     ids=str,
 )
-def test_others_look_half_way_or_when_they_are_told(callback: UltraCleanCallback, first: int) -> None:
+def test_others_scan_half_way_or_when_they_are_told(callback: UltraCleanCallback, first: int) -> None:
     trainer = make_trainer([callback], epochs=4)
     assert callback._first_detection(trainer) == first
 
 
-def test_target_class_looks_at_one_label_only() -> None:
+def test_target_class_scans_one_label_only() -> None:
     callback = always(target_class=2, fraction=0.5, warmup_epochs=1)
     fit([callback], epochs=2)
     labels = Pictures().targets
@@ -173,7 +173,7 @@ def test_max_removed_is_a_cap_on_all_scans_together() -> None:
 
 
 @pytest.mark.parametrize(("settings", "removed"), [({}, 8), ({"target_class": 2}, 2)], ids=["all", "one class"])
-def test_a_fraction_is_removed_once_however_often_it_looks(settings: dict[str, Any], removed: int) -> None:
+def test_a_fraction_is_removed_once_however_often_it_scans(settings: dict[str, Any], removed: int) -> None:
     callback = always(
         warmup_epochs=1, fraction=0.125, max_removed=0.9, response="continue", rescore_every=1, **settings
     )
@@ -183,15 +183,9 @@ def test_a_fraction_is_removed_once_however_often_it_looks(settings: dict[str, A
 
 
 def test_rescores_every_so_many_epochs() -> None:
-    class Counting(UltraCleanCallback):
-        def _scan(self, trainer: Any, pl_module: Any) -> Any:
-            self.scans.append(trainer.current_epoch)
-            return super()._scan(trainer, pl_module)
-
-    callback = Counting(warmup_epochs=2, rule="fraction", fraction=1e-3, rescore_every=2)
-    callback.scans = []
+    callback = UltraCleanCallback(warmup_epochs=2, rule="fraction", fraction=1e-3, rescore_every=2)
     fit([callback], epochs=7)
-    assert callback.scans[:3] == [1, 3, 5]
+    assert [event.epochs for event in callback.history][:3] == [2, 4, 6]
 
 
 def test_logs_where_early_stopping_and_loggers_see_it_and_writes_the_report_beside_the_logs(tmp_path: Path) -> None:
@@ -229,25 +223,25 @@ def test_two_instances_share_a_folder_by_their_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("others", [[], [HeldOpen(8, shown=20)], [HeldOpen(8)]], ids=["alone", "longer", "no end"])
 def test_half_of_the_planned_epochs_whoever_needs_more(others: list[Any]) -> None:
-    callback = Asking(response="continue")
-    callback.asked = []
+    callback = Measuring(response="continue")
+    callback.measured = []
     fit([*others, callback], epochs=6)
-    assert callback.asked == [2]
-    assert [look.epochs for look in callback.history] == [3]
+    assert callback.measured == [2]
+    assert [event.epochs for event in callback.history] == [3]
 
 
-class Asking(UltraCleanCallback):
-    """Notes after which epochs neighbours are asked."""
+class Measuring(UltraCleanCallback):
+    """Notes after which epochs early neighbors are measured."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        before = self._early
+        before = self._detector._early
         super().on_train_epoch_end(trainer, pl_module)
-        if self._early is not before:
-            self.asked.append(trainer.current_epoch + 1)
+        if self._detector._early is not before:
+            self.measured.append(trainer.current_epoch + 1)
 
 
 @pytest.mark.parametrize(
-    ("settings", "asked"),
+    ("settings", "measured"),
     [
         ({}, [2]),
         ({"warmup_epochs": 1}, []),
@@ -259,14 +253,14 @@ class Asking(UltraCleanCallback):
     ],
     ids=str,
 )
-def test_asks_the_neighbors_once_half_way_to_the_first_scan(settings: dict[str, Any], asked: list[int]) -> None:
-    callback = Asking(**settings)
-    callback.asked = []
+def test_measures_the_neighbors_once_half_way_to_the_first_scan(settings: dict[str, Any], measured: list[int]) -> None:
+    callback = Measuring(**settings)
+    callback.measured = []
     fit([callback], epochs=8)
-    assert callback.asked == asked
-    assert (callback.state_dict()["early"] is not None) == bool(asked)
-    if asked:
-        shares = callback.state_dict()["early"]["agreement"]
+    assert callback.measured == measured
+    assert (callback.state_dict()["detector"]["early"] is not None) == bool(measured)
+    if measured:
+        shares = callback.state_dict()["detector"]["early"]["agreement"]
         assert shares.shape == (64,)
         assert shares.dtype == torch.half
         assert bool(((shares >= 0) & (shares <= 1)).all())
@@ -280,15 +274,17 @@ class StopAfterOne(pl.Callback):
 
 
 @pytest.mark.parametrize(
-    ("epochs", "others", "asked"), [(1, [], []), (2, [], []), (3, [], [1]), (4, [StopAfterOne()], [])]
+    ("epochs", "others", "measured"), [(1, [], []), (2, [], []), (3, [], [1]), (4, [StopAfterOne()], [])]
 )
-def test_neighbors_of_the_judged_model_are_not_asked(epochs: int, others: list[Any], asked: list[int]) -> None:
+def test_neighbors_are_not_measured_in_the_model_that_is_scanned(
+    epochs: int, others: list[Any], measured: list[int]
+) -> None:
     """They would deny labels by what the model has learned, not by what it had not learned yet."""
-    callback = Asking()
-    callback.asked = []
+    callback = Measuring()
+    callback.measured = []
     fit([*others, callback], epochs=epochs)
     assert callback.verdict is not None
-    assert callback.asked == asked
+    assert callback.measured == measured
 
 
 def test_removes_what_the_early_neighbors_deny() -> None:
@@ -299,14 +295,14 @@ def test_removes_what_the_early_neighbors_deny() -> None:
     values[:, 5] += 9 * (marked & ((labels == 0) | (torch.rand(2000, generator=generator) < 0.3)))
     callback = UltraCleanCallback()
     found = {"labels": labels, "responses": values, "movement": values[:, 5], "susceptibility": values[:, 5]}
-    assert bool(callback._decide(found).keep.all())
+    assert bool(callback._detector.decide(found, callback.verdict).keep.all())
     callback._detector._early = EarlyNeighbors(torch.where(marked & (labels == 0), 0.2, 0.7).half(), labels[:4])
-    decision = callback._decide(found)
+    decision = callback._detector.decide(found, callback.verdict)
     assert torch.equal(~decision.keep, marked & (labels == 0))
     callback.verdict = Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, labels)
-    again = callback._decide(found)
+    again = callback._detector.decide(found, callback.verdict)
     assert (again.rule, again.num_flagged_before_cap) == (decision.rule, decision.num_flagged_before_cap), (
-        "a look that finds nothing says nothing new"
+        "a scan that finds nothing says nothing new"
     )
     assert torch.equal(again.keep, decision.keep)
 

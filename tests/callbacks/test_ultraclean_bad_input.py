@@ -168,7 +168,7 @@ def test_a_mask_that_is_refused_leaves_no_verdict_and_no_report(tmp_path: Path) 
     refused(callback, train, "less than one batch", DataError)
     assert callback.verdict is None
     assert [path.suffix for path in (tmp_path / "report").iterdir()] == [".ckpt"], "of the trained weights, no report"
-    assert callback.state_dict()["looks"] == []
+    assert callback.history == []
     assert len(train) == 1
 
 

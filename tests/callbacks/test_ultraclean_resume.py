@@ -82,7 +82,7 @@ def test_resumed_anywhere_it_ends_the_same(tmp_path: Path, settings: dict[str, A
         again, module = run([resumed], path, val=val)
         assert torch.equal(resumed.verdict.keep, whole.verdict.keep), path.name
         assert torch.equal(resumed.verdict.scores, whole.verdict.scores), path.name
-        assert resumed.state_dict()["looks"] == whole.state_dict()["looks"], path.name
+        assert resumed.history == whole.history, path.name
         assert same_state(module, expected), path.name
         assert again.current_epoch == trainer.current_epoch, path.name
         assert again.global_step == trainer.global_step, path.name
@@ -126,8 +126,7 @@ def test_a_resumed_run_reads_the_images_through_the_same_transform(tmp_path: Pat
     class Telling(UltraCleanCallback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             super().on_train_start(trainer, pl_module)
-            assert self._training_set is not None
-            self.source = self._training_set.transform.source
+            self.source = self.session.scanner.transform.source
 
     def train(callbacks: list[Any], ckpt: Path | None = None, **kwargs: Any) -> Any:
         torch.manual_seed(0)
@@ -144,7 +143,7 @@ def test_a_resumed_run_reads_the_images_through_the_same_transform(tmp_path: Pat
     assert torch.equal(whole.verdict.keep, resumed.verdict.keep)
 
 
-def test_a_look_at_the_validation_set_draws_no_random_numbers() -> None:
+def test_reading_the_validation_set_draws_no_random_numbers() -> None:
     def train(callbacks: list[Any]) -> Any:
         torch.manual_seed(0)
         module = OwnLoaders()
@@ -257,48 +256,57 @@ def test_state_is_tensors_and_plain_values(tmp_path: Path) -> None:
         assert "lightning_backdoor.UltraClean.mine" in state
     last = state["lightning_backdoor.UltraClean.mine"]
     assert torch.equal(last["verdict"]["keep"], callback.verdict.keep)
-    assert last["rewind"]["start"] is None, "nothing to go back to: the checkpoint is small again"
+    assert last["response"]["start"] is None, "nothing to go back to: the checkpoint is small again"
 
 
-def test_the_early_look_survives_an_interruption_and_not_a_second_fit(tmp_path: Path) -> None:
+def early_of(callback: UltraCleanCallback) -> Any:
+    return callback.state_dict()["detector"]["early"]
+
+
+def test_early_neighbors_survive_an_interruption_and_not_a_second_fit(tmp_path: Path) -> None:
     whole, saver = UltraCleanCallback(warmup_epochs=3), SaveAll(tmp_path)
     run([whole, saver], epochs=4)
-    expected = whole.state_dict()["early"]
-    states = [torch.load(path, weights_only=True)["callbacks"][whole.state_key]["early"] for path in saver.paths]
-    known = [state is not None for state in states]
-    assert known == sorted(known), "before the look, after it"
+    expected = early_of(whole)
+    states = [torch.load(path, weights_only=True)["callbacks"][whole.state_key] for path in saver.paths]
+    known = [state["detector"]["early"] is not None for state in states]
+    assert known == sorted(known), "before they are measured, after it"
     assert not known[0]
     for path in saver.paths:
         resumed = UltraCleanCallback(warmup_epochs=3)
         run([resumed], path, epochs=4)
-        again = resumed.state_dict()["early"]
+        again = early_of(resumed)
         assert all(torch.equal(again[name], expected[name]) for name in expected), path.name
-    resumed.verdict = None
+    cut = UltraCleanCallback(warmup_epochs=3)
+    cut.load_state_dict(states[known.index(True)])
+    assert cut.verdict is None
     trainer, module = make_trainer([]), Net()
     trainer.strategy.connect(module)
-    resumed.setup(trainer, module, "fit")
-    assert resumed.state_dict()["early"] is None
+    for callback in (cut, resumed):
+        assert early_of(callback) is not None
+        callback.setup(trainer, module, "fit")
+    assert early_of(cut) is None, "of a fit that ended before its scan"
+    assert early_of(resumed) is not None, "the verdict of the earlier fit stays, and so does what led to it"
 
 
-@pytest.mark.parametrize(("after", "looks"), [(1, True), (2, False)], ids=["before the scan", "at the scan"])
-def test_a_callback_that_is_added_on_resume_asks_neighbors_before_the_scan_alone(
-    tmp_path: Path, after: int, looks: bool
+@pytest.mark.parametrize(("after", "measures"), [(1, True), (2, False)], ids=["before the scan", "at the scan"])
+def test_a_callback_that_is_added_on_resume_measures_neighbors_before_the_scan_alone(
+    tmp_path: Path, after: int, measures: bool
 ) -> None:
     saver = SaveAll(tmp_path)
     run([saver], val=False, epochs=3)
     added = UltraCleanCallback(warmup_epochs=3, response="continue")
     run([added], saver.paths[after - 1], val=False, epochs=3)
     assert added.verdict is not None
-    assert (added.state_dict()["early"] is not None) == looks
+    assert (early_of(added) is not None) == measures
 
 
-def test_an_early_look_at_another_dataset_is_refused(tmp_path: Path) -> None:
+def test_early_neighbors_of_another_dataset_are_refused(tmp_path: Path) -> None:
     saver = SaveAll(tmp_path)
     run([UltraCleanCallback(warmup_epochs=4), saver], epochs=3)
     other = Pictures()
     other.targets = other.targets.flip(0)
     for dataset in (Pictures(60), other):
-        with pytest.raises(DataError, match=r"early look was at 64 samples of another dataset"):
+        with pytest.raises(DataError, match=r"early neighbors are of 64 samples of another dataset"):
             run([UltraCleanCallback(warmup_epochs=4)], saver.paths[-2], epochs=5, dataset=dataset)
 
 

@@ -1,4 +1,4 @@
-"""A rewind is a fresh start: counters, optimizer, schedule, other callbacks; on the kept images alone."""
+"""A restart of the fit: counters, optimizer, schedule, other callbacks; on the kept images alone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_backdoor import UltraCleanCallback
+from lightning_backdoor.callbacks.ultraclean import DenoisedFeatures
 from lightning_backdoor.errors import TrainerError
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
@@ -201,7 +202,7 @@ def test_one_cycle_does_not_run_over() -> None:
     assert module.rates[16:] == pytest.approx(module.rates[:12])
 
 
-def test_without_rewind_training_goes_on() -> None:
+def test_without_restart_training_goes_on() -> None:
     digest, callback = FirstBatches(), always(response="continue")
     trainer, module = fit([callback, digest], epochs=4)
     kept = callback.verdict.keep.nonzero().flatten().tolist()
@@ -211,7 +212,7 @@ def test_without_rewind_training_goes_on() -> None:
     assert trainer.global_step == 2 * 4 + 2 * 3
 
 
-def test_validation_goes_on_after_a_rewind() -> None:
+def test_validation_goes_on_after_a_restart() -> None:
     class Counts(Net):
         validated: list[int]
 
@@ -296,17 +297,18 @@ def test_a_step_number_that_was_saved_in_the_warmup_is_saved_again(tmp_path: Pat
     assert same_state(torch.load(tmp_path / "epoch=3-step=12.ckpt", weights_only=True)["state_dict"], module)
 
 
-def test_a_second_rewind_goes_back_to_the_same_start(tmp_path: Path) -> None:
+def test_a_second_restart_goes_back_to_the_same_start(tmp_path: Path) -> None:
     keeper, digest = ModelCheckpoint(tmp_path, monitor="loss", save_top_k=-1), FirstBatches()
 
-    class Growing(UltraCleanCallback):
-        """Wants a little more at the second look."""
+    class Growing(DenoisedFeatures):
+        """Flags a little more at the second scan."""
 
-        def _decide(self, found: Any) -> Any:
-            self.fraction = 0.125 if self.verdict is None else 0.25
-            return super()._decide(found)
+        def decide(self, found: Any, old: Any) -> Any:
+            self._fraction = 0.125 if old is None else 0.25
+            return super().decide(found, old)
 
-    callback = Growing(warmup_epochs=2, rule="fraction", rescore_every=1)
+    callback = always(rescore_every=1)
+    callback._detector = Growing()
     fit([callback, keeper, digest], epochs=3, enable_checkpointing=True)
     assert len(callback.verdict.removed) == 16
     assert len(digest.seen) == 3
