@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_backdoor.callbacks.options import DEFAULTS, ScanArguments
+from lightning_backdoor.callbacks.options import DEFAULTS, ScanArguments, document_scan
 
 __all__ = ["REPAIR_DEFAULTS", "RepairArguments"]
 
@@ -29,4 +29,5 @@ class RepairArguments(ScanArguments, total=False):
     max_removed: float
 
 
+document_scan(RepairArguments)
 REPAIR_DEFAULTS: dict[str, Any] = {**DEFAULTS, "epochs": 20, "extra_epochs": 0, "lr": None, "max_removed": 0.5}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_backdoor.callbacks.arguments import require_fraction, require_positive
 from lightning_backdoor.callbacks.base import Detector, ResponseName, chosen_response
-from lightning_backdoor.callbacks.options import DEFAULTS, ScanArguments
+from lightning_backdoor.callbacks.options import DEFAULTS, ScanArguments, document_scan
 from lightning_backdoor.detection.decision import Decision, limit_removed, verdict_of
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.base import Detection, Response, Session
@@ -53,6 +53,7 @@ class BaselineArguments(ScanArguments, total=False):
     response: ResponseName | Response
 
 
+document_scan(BaselineArguments)
 BASELINE_DEFAULTS: dict[str, Any] = {**DEFAULTS, "warmup_epochs": None, "max_removed": 0.5, "response": "restart"}
 
 

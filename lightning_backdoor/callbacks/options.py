@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -18,6 +19,7 @@ __all__ = [
     "DetectorArguments",
     "ScanArguments",
     "ScanOptions",
+    "document_scan",
     "without_detector",
 ]
 
@@ -62,6 +64,15 @@ class ScanArguments(TypedDict, total=False):
 DEFAULTS: dict[str, Any] = {**dict.fromkeys(ScanArguments.__annotations__), "seed": 0}
 
 
+def document_scan(extended: type) -> None:
+    """Append the arguments of :class:`ScanArguments` to the docstring of a TypedDict that extends it.
+
+    Command lines take the help of an argument from there. The docstring must end with its own arguments.
+    """
+    arguments = inspect.cleandoc(ScanArguments.__doc__ or "").partition("Args:\n")[2]
+    extended.__doc__ = f"{inspect.cleandoc(extended.__doc__ or '')}\n{arguments}"
+
+
 class DetectorArguments(ScanArguments, total=False):
     """How D-BR and D-ST tell suspects and trusted samples; and all of :class:`ScanArguments`.
 
@@ -92,6 +103,7 @@ class DetectorArguments(ScanArguments, total=False):
     transform: Callable[[Tensor], Tensor] | None
 
 
+document_scan(DetectorArguments)
 DETECTOR_DEFAULTS: dict[str, Any] = {
     **DEFAULTS,
     "verdict": None,

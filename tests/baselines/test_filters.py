@@ -10,18 +10,23 @@ from typing import Any
 import lightning.pytorch as lightning_pytorch
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_backdoor import baselines
 from lightning_backdoor.baselines import (
     STRIP,
     ActivationClustering,
-    Baseline,
+    BaselineArguments,
     DeepKNN,
     RandomFilter,
     SpectralSignatures,
+    strip,
 )
+from lightning_backdoor.baselines.strip import Blends
+from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.responses import Session
 from tests.baselines.helpers import POISONS, Rigged, clean_as_well, red_corners
 from tests.callbacks.helpers import LIGHTNING_WARNS, Pictures, fit, loader_of, make_trainer
 from tests.callbacks.test_none import lightning_net
@@ -31,9 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
 ]
 
-ACTING: dict[
-    type[Baseline], dict[str, Any]
-] = {  # settings with which something is removed, whatever the data look like
+ACTING: dict[type[Defense], dict[str, Any]] = {  # settings with which something is removed, whatever the data look like
     ActivationClustering: {"size": 0.6, "silhouette": 0.01},
     SpectralSignatures: {"eps": 0.1},
     DeepKNN: {"k": 3},
@@ -42,7 +45,7 @@ ACTING: dict[
 }
 
 
-def acting(cls: type[Baseline], **kwargs: Any) -> Baseline:
+def acting(cls: type[Defense], **kwargs: Any) -> Defense:
     return cls(**{**ACTING[cls], **kwargs})
 
 
@@ -57,11 +60,11 @@ every_filter = pytest.mark.parametrize("cls", ACTING, ids=lambda cls: cls.__name
 
 def test_every_public_filter_is_tested() -> None:
     public = {getattr(baselines, name) for name in baselines.__all__}
-    assert set(ACTING) == {x for x in public if isinstance(x, type) and issubclass(x, Baseline)} - {Baseline}
+    assert set(ACTING) == {x for x in public if isinstance(x, type) and getattr(x, "shared", None) is BaselineArguments}
 
 
-def look(callback: Baseline, poisoned: bool = True, **kwargs: Any) -> Baseline:
-    """Let a filter look at the rigged network, without shuffling out of habit: batches of 16, the last one partial."""
+def scanned(callback: Defense, poisoned: bool = True, **kwargs: Any) -> Defense:
+    """Let a filter scan the rigged network: shuffled batches of 24, the last one partial."""
     data, _ = red_corners(poisoned)
     loader = DataLoader(data, **{"batch_size": 24, "shuffle": True, **kwargs})
     make_trainer([callback], 1).fit(Rigged(), loader)
@@ -76,24 +79,25 @@ def look(callback: Baseline, poisoned: bool = True, **kwargs: Any) -> Baseline:
         (DeepKNN(response="continue"), 0, 0),
         (STRIP(draws=10, response="continue"), 5, 8),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Baseline) else None,
+    ids=lambda value: type(value).__name__ if isinstance(value, Defense) else None,
 )
-def test_finds_planted_poisons_and_not_much_more(callback: Baseline, clean: int, twin: int) -> None:
+def test_finds_planted_poisons_and_not_much_more(callback: Defense, clean: int, twin: int) -> None:
     _, truth = red_corners()
-    look(callback)
+    scanned(callback)
     assert not (callback.verdict.keep & truth).any()
     assert clean_as_well(callback) <= clean
-    again = look(type(callback)(**settings_of(callback)), poisoned=False)
+    again = scanned(type(callback)(**settings_of(callback)), poisoned=False)
     assert (~again.verdict.keep).sum() <= twin
 
 
-def settings_of(callback: Baseline) -> dict[str, Any]:
+def settings_of(callback: Defense) -> dict[str, Any]:
     names = type(callback).__signature__.parameters
-    return {name: getattr(callback, name, getattr(callback.options, name, None)) for name in names}
+    known = {**vars(callback.options), **vars(callback), **callback.arguments}
+    return {name: known[name] for name in names}
 
 
 def test_the_random_filter_finds_poisons_as_often_as_anything_else() -> None:
-    found = [look(RandomFilter(fraction=0.5, seed=seed, response="continue")).verdict for seed in range(3)]
+    found = [scanned(RandomFilter(fraction=0.5, seed=seed, response="continue")).verdict for seed in range(3)]
     truth = red_corners()[1]
     assert all((~verdict.keep).sum() == 80 for verdict in found)
     assert 6 < sum(int((~verdict.keep & truth).sum()) for verdict in found) < 3 * POISONS - 6
@@ -101,11 +105,11 @@ def test_the_random_filter_finds_poisons_as_often_as_anything_else() -> None:
 
 
 @every_filter
-def test_scores_do_not_depend_on_how_the_data_are_loaded(cls: type[Baseline]) -> None:
-    one = look(acting(cls, response="continue")).verdict
+def test_scores_do_not_depend_on_how_the_data_are_loaded(cls: type[Defense]) -> None:
+    one = scanned(acting(cls, response="continue")).verdict
     for other in (
-        look(acting(cls, response="continue", batch_size=7), shuffle=False, batch_size=160),
-        look(acting(cls, response="continue", num_workers=1), batch_size=9, drop_last=True),
+        scanned(acting(cls, response="continue", batch_size=7), shuffle=False, batch_size=160),
+        scanned(acting(cls, response="continue", num_workers=1), batch_size=9, drop_last=True),
     ):
         torch.testing.assert_close(other.verdict.scores, one.scores, rtol=1e-4, atol=1e-4)
         assert torch.equal(other.verdict.keep, one.keep)
@@ -113,7 +117,7 @@ def test_scores_do_not_depend_on_how_the_data_are_loaded(cls: type[Baseline]) ->
 
 
 @every_filter
-def test_looks_when_training_ends_goes_back_and_trains_on_what_is_left(cls: type[Baseline], tmp_path: Path) -> None:
+def test_scans_when_training_ends_goes_back_and_trains_on_what_is_left(cls: type[Defense], tmp_path: Path) -> None:
     callback = acting(cls, report_dir=tmp_path)
     trainer, module = fit([callback], mislabelled(), epochs=2)
     verdict, kept = callback.verdict, callback.verdict.keep.nonzero().squeeze(1).tolist()
@@ -127,7 +131,7 @@ def test_looks_when_training_ends_goes_back_and_trains_on_what_is_left(cls: type
 
 
 @every_filter
-def test_works_with_the_other_package_and_says_how_to_make_it_again(cls: type[Baseline]) -> None:
+def test_works_with_the_other_package_and_says_how_to_make_it_again(cls: type[Defense]) -> None:
     callback = acting(cls, warmup_epochs=1, name="mine", mean=[0.5], std=[0.2])
     text = repr(callback)
     assert all(f"{key}={value!r}" in text for key, value in ACTING[cls].items())
@@ -145,18 +149,21 @@ def test_max_removed_limits_what_the_rule_wants() -> None:
     assert callback.verdict.rule == "random(0.5), max_removed(0.25)"
 
 
-def test_an_image_is_not_blended_with_itself() -> None:
-    class Recording(STRIP):
-        def _measure(self, trainer: Any, pl_module: Any, data: Any, indices: Any, batch: Any) -> Any:
-            assert self._bank is not None
-            self.bank = self._bank[0]
-            return super()._measure(trainer, pl_module, data, indices, batch)
+def test_an_image_is_not_blended_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    blended: list[Tensor] = []
 
-    callback = look(Recording(draws=5, response="continue"))
+    class Recording(Blends):
+        def prepare(self, session: Session) -> None:
+            super().prepare(session)
+            blended.append(self._positions)
+
+    monkeypatch.setattr(strip, "Blends", Recording)
+    callback = scanned(STRIP(draws=5, response="continue"))
+    (positions,) = blended
     data, _ = red_corners()
     network = Rigged()
-    for i in [*callback.bank.tolist(), 1]:
-        others = [j for j in callback.bank.tolist() if j != i][:5]
+    for i in [*positions.tolist(), 1]:
+        others = [j for j in positions.tolist() if j != i][:5]
         blends = torch.stack([((data.images[i].int() + data.images[j]) / 2).round().byte() for j in others])
         shares = network(blends).detach().double().softmax(dim=1)
         expected = float((shares * shares.log2()).nan_to_num().sum(dim=1).mean())

@@ -63,14 +63,9 @@ def test_isolates_planted_poisons(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("others", [[], [HeldOpen(3, shown=30)]], ids=["alone", "beside a defence that needs more"])
 def test_isolates_after_a_fifth_of_the_planned_epochs(others: list[Any]) -> None:
-    class Telling(ABL):
-        def _look(self, trainer: Any, pl_module: Any, done: int) -> None:
-            self.looked = done
-            super()._look(trainer, pl_module, done)
-
-    callback = Telling(isolate=0.1, epochs=1)
+    callback = ABL(isolate=0.1, epochs=1)
     fit([*others, callback], epochs=4)
-    assert callback.looked == 1
+    assert [event.epochs for event in callback.history] == [1]
 
 
 def test_isolates_as_many_of_clean_data() -> None:
@@ -149,7 +144,7 @@ def test_fine_tunes_on_trusted_samples_alone(tmp_path: Path) -> None:
     assert all(loss > 0 for _, loss in losses.seen)
     assert (trainer.current_epoch, trainer.max_epochs) == (5, 2)
     assert not same_state(plain, module)
-    assert len(callback.history[0].undone) == 3
+    assert callback.history[0].undone_steps == (False,) * 3
     assert trainer.callback_metrics["backdoor/finetunetrusted/epochs"] == 3
     assert "The model was repaired: after 3 epochs" in (tmp_path / "report.html").read_text()
 

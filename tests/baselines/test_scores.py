@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from lightning_backdoor.baselines.baseline import decision_of
 from torch import Tensor
 
 from lightning_backdoor.baselines import (
@@ -21,6 +20,7 @@ from lightning_backdoor.baselines import (
 )
 from lightning_backdoor.baselines.activation_clustering import silhouette_score
 from lightning_backdoor.baselines.components import principal_components
+from lightning_backdoor.baselines.scored import decision_of
 from lightning_backdoor.baselines.strip import blend
 from lightning_backdoor.errors import ArgumentError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_backdoor import UltraCleanCallback
+from lightning_backdoor.baselines import BaselineArguments, RepairArguments
+from lightning_backdoor.callbacks.options import DetectorArguments, ScanArguments
 from lightning_backdoor.functional import local_median
 from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pictures
 
@@ -117,6 +120,7 @@ def test_help_explains_and_bad_values_are_refused(capsys: pytest.CaptureFixture[
         cli_of(pytorch_lightning.cli, ["fit", "--trainer.callbacks.help=lightning_backdoor.UltraCleanCallback"])
     said = capsys.readouterr().out
     assert "Epochs of ordinary training before the scan" in said
+    assert re.search(r"--trainer\.callbacks\.batch_size BATCH_SIZE\s+Images per forward pass of a scan", said)
     with pytest.raises(SystemExit):
         cli_of(
             pytorch_lightning.cli,
@@ -128,6 +132,16 @@ def test_help_explains_and_bad_values_are_refused(capsys: pytest.CaptureFixture[
             ],
         )
     assert "rule" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shared", [ScanArguments, DetectorArguments, BaselineArguments, RepairArguments])
+def test_every_shared_argument_is_explained(shared: type) -> None:
+    """Command lines take the help of an argument from the docstring of the TypedDict alone."""
+    parsed = pytest.importorskip("docstring_parser").parse(shared.__doc__)
+    explained = {parameter.arg_name: parameter.description for parameter in parsed.params}
+    assert explained.keys() == shared.__annotations__.keys()
+    assert all(explained.values())
+    assert explained["batch_size"] == "Images per forward pass of a scan; ``None`` takes the loader's."
 
 
 @pytest.mark.parametrize(
