@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
 from lightning_backdoor.files import atomic_file
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["save_weights", "tell_earlier_files", "warn_of_treated_files"]
 
@@ -17,7 +20,7 @@ SHOWN = 20
 CLOCK = 0.01  # seconds that the time of a file may lie behind the clock
 
 
-def warn_of_treated_files(trainer: Any, method: str, since: float, until: float) -> None:
+def warn_of_treated_files(trainer: Trainer, method: str, since: float, until: float) -> None:
     """Name the checkpoints that were saved in this fit before the last treatment was over, up to 20 of them.
 
     Args:
@@ -34,13 +37,13 @@ def warn_of_treated_files(trainer: Any, method: str, since: float, until: float)
         )
 
 
-def tell_earlier_files(trainer: Any, method: str, since: float) -> None:
+def tell_earlier_files(trainer: Trainer, method: str, since: float) -> None:
     """Name those that were saved before training starts again: checkpoint callbacks forget them and record anew."""
     if files := _files(trainer, since, math.inf):
         rank_zero_info(f"{method}: saved before training starts again, and maybe with the backdoor: {files}.")
 
 
-def _files(trainer: Any, since: float, until: float) -> str:
+def _files(trainer: Trainer, since: float, until: float) -> str:
     """Names of the files, or nothing; on the first process alone."""
     if not trainer.is_global_zero:
         return ""
@@ -69,7 +72,7 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def save_weights(trainer: Any, pl_module: Any, path: Path) -> None:
+def save_weights(trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
     """Write the module's state where ``load_state_dict(torch.load(path)["state_dict"])`` finds it.
 
     No process waits for another: one of them has failed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from lightning_backdoor.responses.limits import (
     stops_within_epoch,
 )
 from lightning_backdoor.responses.weight_copies import put_weights, restart_averages
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["FineTuning", "conclude", "enough_epochs", "is_finite"]
 
@@ -62,7 +65,7 @@ class FineTuning:
 
     def begin(
         self,
-        trainer: Any,
+        trainer: Trainer,
         epochs: int,
         lr: float | None,
         *,
@@ -97,7 +100,7 @@ class FineTuning:
         fresh, self._fresh = self._fresh, False
         return fresh and self.left > 0
 
-    def keep_open(self, trainer: Any) -> None:
+    def keep_open(self, trainer: Trainer) -> None:
         """Continue a phase that was interrupted; a checkpoint from beyond the plan is none too many."""
         if self._until:
             self._hold(trainer)
@@ -107,7 +110,7 @@ class FineTuning:
         if not self.left:
             self.release()
 
-    def prepare_step(self, trainer: Any, pl_module: nn.Module, batch_idx: int) -> None:
+    def prepare_step(self, trainer: Trainer, pl_module: nn.Module, batch_idx: int) -> None:
         """Take the learning rate over, freeze batch-norm statistics; call in ``on_train_batch_start``.
 
         Not earlier: a run that is resumed within an epoch does not begin one.
@@ -127,7 +130,7 @@ class FineTuning:
         done = self._epochs - self.left + batch_idx / max(trainer.num_training_batches, 1)
         self._factor = max(1 - done / self._epochs, 0.0)
 
-    def ends_now(self, trainer: Any) -> bool:
+    def ends_now(self, trainer: Trainer) -> bool:
         """Whether the phase ends with this batch, by its length or with the plan; call in ``on_train_batch_end``.
 
         What changes the weights then is done before validation, and before anything is saved or monitored.
@@ -148,7 +151,7 @@ class FineTuning:
         self.release()
         return True
 
-    def allowed_batches(self, trainer: Any, wanted: int) -> int:
+    def allowed_batches(self, trainer: Trainer, wanted: int) -> int:
         """Batches that the next epoch may have, where so many are ``num_flagged_before_cap``.
 
         Within the user's plan as many as an ordinary epoch has; beyond it what ``limit_train_batches`` leaves of them.
@@ -180,11 +183,11 @@ class FineTuning:
         largest = max(float(group.get(key, 0.0)) for key in ("max_lr", "initial_lr", "lr"))
         return self.share * self._factor * (LR_SHARE * max(largest, default) if self._lr is None else self._lr)
 
-    def _hold(self, trainer: Any) -> None:
+    def _hold(self, trainer: Trainer) -> None:
         hold_open(trainer, self, self._until, beyond=self._beyond)
         self._held = trainer
 
-    def _take_over(self, trainer: Any) -> None:
+    def _take_over(self, trainer: Trainer) -> None:
         for optimizer in () if self._took_over else trainer.optimizers:
             rates = _Rates(self)
             self._given_back.callback(rates.give_all_back, optimizer)
@@ -192,7 +195,7 @@ class FineTuning:
             self._given_back.callback(optimizer.register_step_post_hook(rates.give_back).remove)
         self._took_over = True
 
-    def _let_schedulers_wait(self, trainer: Any, batch_idx: int) -> None:
+    def _let_schedulers_wait(self, trainer: Trainer, batch_idx: int) -> None:
         if batch_idx == 0:
             self._waiting.close()
         longer, beyond = batch_idx >= self._batches, beyond_plan(trainer)
@@ -258,7 +261,7 @@ def _set_rate(group: dict[str, Any], value: float) -> None:
         group["lr"] = value
 
 
-def enough_epochs(trainer: Any) -> int:
+def enough_epochs(trainer: Trainer) -> int:
     """Epochs for a fine-tuning: a tenth of the planned ones, more of them where they are very short."""
     planned = planned_epochs(trainer)
     least: int = math.ceil(LEAST_STEPS / max(trainer.num_training_batches, 1))
@@ -270,7 +273,7 @@ def is_finite(module: nn.Module) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
-def conclude(trainer: Any, pl_module: Any, before: dict[str, Any] | None) -> None:
+def conclude(trainer: Trainer, pl_module: LightningModule, before: dict[str, Any] | None) -> None:
     """Go back to the weights ``before`` a phase; without any, stand by what has come of it.
 
     Then averages start again: what was judged is what the user gets, and not a mean with what was only on the way.

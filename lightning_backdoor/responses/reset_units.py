@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
+from lightning_backdoor._lightning import callbacks_of, rank_zero_info, rank_zero_warn
 from lightning_backdoor.errors import ModelError
 from lightning_backdoor.events import OWN_LABEL, STILL_LABELED, Event
 from lightning_backdoor.functional.hyperplane import select_units
@@ -34,6 +34,9 @@ from lightning_backdoor.scanning.measure_units import Measured, UnitScan, find_l
 from lightning_backdoor.surgery.graph import ResidualMode
 from lightning_backdoor.surgery.reset import reset_units
 from lightning_backdoor.surgery.units import UnitLayer
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["Chosen", "ResetUnits", "choose_units", "frozen_layers"]
 
@@ -103,7 +106,7 @@ class ResetUnits(Response):
         self._tuning = FineTuning()
         self._layers: list[UnitLayer] = []
 
-    def setup(self, trainer: Any, pl_module: Any, title: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, title: str) -> None:
         """Forget an earlier fit.
 
         Raises:
@@ -113,7 +116,7 @@ class ResetUnits(Response):
         require_extendable(trainer, title)
         self._forget()
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue a fine-tuning that was interrupted."""
         self._tuning.keep_open(trainer)
 
@@ -201,7 +204,7 @@ class ResetUnits(Response):
         self._layers = find_layers(session.trainer, session.module, session.scanner, self._residual_mode)
         return not (self._by_quota and not any(layer.trainable for layer in self._layers))
 
-    def latest_detection(self, trainer: Any) -> int:
+    def latest_detection(self, trainer: Trainer) -> int:
         """Epochs after which the first round has to begin, so that all of them fit into the plan."""
         needed = self._most_rounds * (self._finetune_epochs or enough_epochs(trainer))
         return repair_begins(planned_end(trainer), needed, self._extra_epochs)
@@ -454,7 +457,7 @@ def _rows(layers: Sequence[UnitLayer]) -> list[tuple[UnitLayer, slice]]:
     return [(layer, slice(end - layer.size, end)) for layer, end in zip(layers, ends, strict=True)]
 
 
-def check_resettable(trainer: Any, layers: Sequence[UnitLayer], *, needed: bool) -> None:
+def check_resettable(trainer: Trainer, layers: Sequence[UnitLayer], *, needed: bool) -> None:
     """Say at the start of a fit how many of the layers can be reset.
 
     There may be none as long as a callback is there that thaws layers later.
@@ -468,7 +471,8 @@ def check_resettable(trainer: Any, layers: Sequence[UnitLayer], *, needed: bool)
         ModelError: There is none, no callback thaws layers later, and resets are needed.
     """
     able = sum(layer.trainable for layer in layers)
-    thaws = any(cls.__name__ == "BaseFinetuning" for callback in trainer.callbacks for cls in type(callback).__mro__)
+    classes = {cls.__name__ for callback in callbacks_of(trainer) for cls in type(callback).__mro__}
+    thaws = "BaseFinetuning" in classes
     why = "all weights that they need are frozen (requires_grad=False) or in no optimizer"
     if not able and not thaws and needed:
         raise ModelError(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_backdoor._lightning import forget_saved_step, load_again
+from lightning_backdoor._lightning import callbacks_of, forget_saved_step, load_again
 from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.events import Event
 from lightning_backdoor.responses.base import Detection, Response, Session
@@ -15,6 +15,9 @@ from lightning_backdoor.responses.checkpointing import tell_earlier_files
 from lightning_backdoor.responses.counters import counters, defines, put_counters, reset_metrics
 from lightning_backdoor.responses.limits import hold_open, release
 from lightning_backdoor.responses.weight_copies import averages, foreign, on_cpu, put_weights, weights
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["Restart", "require_rewindable", "restore", "snapshot"]
 
@@ -37,7 +40,7 @@ _NOT_REWINDABLE = {
 }
 
 
-def snapshot(trainer: Any, pl_module: Any) -> dict[str, Any]:
+def snapshot(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Copy everything that training changes, as tensors and plain values that load with ``weights_only=True``.
 
     Holds the module's state, optimizers, averages, schedulers, the precision plugin, the state of every other
@@ -56,7 +59,7 @@ def snapshot(trainer: Any, pl_module: Any) -> dict[str, Any]:
     }
 
 
-def restore(trainer: Any, pl_module: Any, state: dict[str, Any]) -> None:
+def restore(trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
     """Put a :func:`snapshot` back and let the Trainer count epochs and steps from zero again.
 
     Call in ``on_train_epoch_start``. The logger's step axis goes on, so that curves do not overlap. Random streams go
@@ -114,7 +117,7 @@ class Restart(Response):
         self._start: dict[str, Any] | None = None
         self._before_checkpoint: dict[str, Any] | None = None
 
-    def setup(self, trainer: Any, pl_module: Any, title: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, title: str) -> None:
         """Keep weights and callbacks as the user made them: a checkpoint may replace them next.
 
         Lightning does not say yet whether there is one.
@@ -129,7 +132,7 @@ class Restart(Response):
             **_of_owners(trainer, pl_module),
         }
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue a run that was interrupted between decision and restart.
 
         If the checkpoint was written without this defense, the start is put together here, where optimizers and
@@ -226,21 +229,21 @@ class Restart(Response):
         return {**self.__dict__, "_held": None}
 
 
-def require_rewindable(trainer: Any) -> None:
+def require_rewindable(trainer: Trainer) -> None:
     """Raise if a callback rules a return to the start out.
 
     Raises:
         TrainerError: ``max_time`` is set, or a callback changes parameter groups or schedulers on its way.
     """
-    classes = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}
+    classes = {cls.__name__ for callback in callbacks_of(trainer) for cls in type(callback).__mro__}
     for name, (what, remedy) in _NOT_REWINDABLE.items():
         if name in classes:
             raise TrainerError(f'{what} {remedy}, or pass response="continue".')
 
 
-def _count_from_zero(trainer: Any) -> None:
+def _count_from_zero(trainer: Trainer) -> None:
     """Reset the Trainer's progress to that of a first epoch that has just been announced."""
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     for tracker in (loop.epoch_progress.current, loop.epoch_progress.total):
         done = tracker.processed
         for field in dataclasses.fields(tracker):
@@ -264,23 +267,24 @@ def _zero(progress: Any) -> None:
             setattr(progress, field.name, type(value)(0))
 
 
-def _announce_again(trainer: Any, defense: object) -> None:
+def _announce_again(trainer: Trainer, defense: object) -> None:
     """Call ``on_train_epoch_start`` again on the callbacks before the defense: the epoch has another number now."""
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if callback is defense:
             return
         callback.on_train_epoch_start(trainer, trainer.lightning_module)
 
 
-def _call_restart_hooks(trainer: Any, pl_module: Any) -> None:
+def _call_restart_hooks(trainer: Trainer, pl_module: LightningModule) -> None:
     for _, callback in foreign(trainer):
         if hasattr(callback, "on_backdoor_restart"):
             callback.on_backdoor_restart(trainer, pl_module)
-    if hasattr(pl_module, "on_backdoor_restart"):
-        pl_module.on_backdoor_restart()
+    restart: Any = getattr(pl_module, "on_backdoor_restart", None)
+    if restart is not None:
+        restart()
 
 
-def _of_owners(trainer: Any, pl_module: Any) -> dict[str, Any]:
+def _of_owners(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """State of all callbacks, and counters of them and of the module."""
     callbacks = foreign(trainer)
     return {
@@ -292,7 +296,9 @@ def _of_owners(trainer: Any, pl_module: Any) -> dict[str, Any]:
     }
 
 
-def _of_setup(trainer: Any, pl_module: Any, now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+def _of_setup(
+    trainer: Trainer, pl_module: LightningModule, now: dict[str, Any], before: dict[str, Any]
+) -> dict[str, Any]:
     """Counters as ``setup`` left them: those of now, but where ``on_load_checkpoint`` may have changed them since."""
     return {
         "module": before["module"] if defines(pl_module, "on_load_checkpoint") else now["module"],

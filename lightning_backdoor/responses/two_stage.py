@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from lightning_backdoor.responses.unlearn import masks_of
 from lightning_backdoor.scanning.distributed import raise_on_all_ranks
 from lightning_backdoor.scanning.isolation import evaluation_mode, quiet, require_automatic
 from lightning_backdoor.verdict import Verdict
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["Plan", "Recipe", "TwoStage", "flags_of"]
 
@@ -124,7 +127,7 @@ class TwoStage(Response):
         self._total, self._steps = torch.zeros(()), 0  # of the losses of the present epoch
         self._running: _Running | None = None
 
-    def setup(self, trainer: Any, pl_module: Any, title: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, title: str) -> None:
         """Forget an earlier fit.
 
         Raises:
@@ -134,13 +137,9 @@ class TwoStage(Response):
         require_planned(trainer, title)
         self._forget()
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue a training that was interrupted: put its optimizer into the Trainer before that is restored."""
-        if self._parts is None:
-            return
-        if self._projection is not None:
-            self._projection.to(pl_module.device)
-        self._optimizer.put(trainer, pl_module, self._parts, self._projection, lr=self._recipe.lr)
+        self._put_optimizer(trainer, pl_module)
 
     def on_train_start(self, session: Session) -> None:
         """Check that the stages can be trained, or go on with them."""
@@ -156,7 +155,7 @@ class TwoStage(Response):
             history[-1] = replace(history[-1], accuracies=(), ended_early=False)  # it goes on
             running = self._attach(session)
             if len(self._losses) + self._plan.first < trainer.current_epoch:  # saved by a callback before this one
-                self.on_train_epoch_end(session)
+                self._end_epoch(session, self._plan)
             self._go_on(session, running)
         elif not history and is_fast_dev_run(trainer):
             rank_zero_info("D-ST: fast_dev_run trains too little for two stages; ordinary training.")
@@ -196,7 +195,7 @@ class TwoStage(Response):
             self._plan, self._stage = self._planned(trainer), "contrastive"
             self._parts = parts_of(trainer, session.module, session.scanner)
             self._projection = projection_head(self._parts.width, recipe.projection, recipe.seed)
-            self.on_fit_start(trainer, session.module)
+            self._put_optimizer(trainer, session.module)
             self._go_on(session, running)
             event = replace(event, feature_epochs=self._plan.change - self._plan.first)
         return event
@@ -227,9 +226,13 @@ class TwoStage(Response):
 
     def on_train_epoch_end(self, session: Session) -> bool:
         """Note the loss, measure the neighbors when it is time, change to the classifier, and judge the end."""
-        plan, trainer, history = self._plan, session.trainer, session.case.history
-        if plan is None or self._stage == "done":
+        if self._plan is None or self._stage == "done":
             return False
+        self._end_epoch(session, self._plan)
+        return True
+
+    def _end_epoch(self, session: Session, plan: Plan) -> None:
+        trainer, history = session.trainer, session.case.history
         mean = trainer.strategy.reduce(self._total / max(self._steps, 1), reduce_op="mean")
         self._losses.append(float(mean))
         self._total, self._steps = torch.zeros(()), 0
@@ -249,7 +252,6 @@ class TwoStage(Response):
                 self._stop()
         if ends or done == plan.change:
             session.case.tell()
-        return True
 
     def release(self) -> None:
         """Give everything back that belongs to the user; a training that is not over can be resumed."""
@@ -285,13 +287,21 @@ class TwoStage(Response):
         """Leave out what belongs to a running Trainer."""
         return {**self.__dict__, "_running": None, "_optimizer": OwnOptimizer()}
 
-    def _planned(self, trainer: Any) -> Plan:
+    def _put_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the optimizer of the present stage into the Trainer, if the stages are trained."""
+        if self._parts is None:
+            return
+        if self._projection is not None:
+            self._projection.to(pl_module.device)
+        self._optimizer.put(trainer, pl_module, self._parts, self._projection, lr=self._recipe.lr)
+
+    def _planned(self, trainer: Trainer) -> Plan:
         """The plan from the present epoch on.
 
         Raises:
             TrainerError: The epochs left are not enough for both stages.
         """
-        first, until = trainer.current_epoch, trainer.max_epochs
+        first, until = trainer.current_epoch, _last_epoch(trainer)
         classifier = self._recipe.classifier_epochs or max(1, round(CLASSIFIER_SHARE * (until - first)))
         if until - first <= classifier:
             raise TrainerError(
@@ -301,9 +311,9 @@ class TwoStage(Response):
         return Plan(first, until - classifier, until)
 
     @staticmethod
-    def _require_plan(trainer: Any, plan: Plan) -> None:
+    def _require_plan(trainer: Trainer, plan: Plan) -> None:
         """Raise a TrainerError if a run that is resumed would train on after the last epoch of the plan."""
-        if trainer.max_epochs > plan.until:
+        if _last_epoch(trainer) > plan.until:
             raise TrainerError(
                 f"D-ST has planned {plan.until} epochs and cannot go on to `max_epochs={trainer.max_epochs}`. "
                 f"Resume with `max_epochs={plan.until}`, or fit anew."
@@ -348,7 +358,7 @@ class TwoStage(Response):
         if change and self._running is not None:
             session.case.adopt(verdict)
             self._stage, self._projection, self._running.flags = "classifier", None, flags_of(session.verdict)
-            self.on_fit_start(session.trainer, session.module)
+            self._put_optimizer(session.trainer, session.module)
             self._draw(session, self._running)
 
     def _step(self, session: Session, running: _Running) -> Tensor:
@@ -395,6 +405,13 @@ class TwoStage(Response):
             self._running.override.release()
         self._running.batches.release()
         self._running.override = self._running.batch = None
+
+
+def _last_epoch(trainer: Trainer) -> int:
+    """The user's ``max_epochs``, which is checked in ``setup``."""
+    if trainer.max_epochs is None:
+        raise TrainerError("D-ST plans its stages by epochs. Pass Trainer(max_epochs=...).")
+    return trainer.max_epochs
 
 
 def flags_of(verdict: Verdict) -> Flags:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from lightning_backdoor.responses.limits import (
 from lightning_backdoor.responses.weight_copies import restart_averages, weights
 from lightning_backdoor.scanning.isolation import require_automatic
 from lightning_backdoor.verdict import Verdict
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["Split", "Unlearn", "masks_of", "split_of"]
 
@@ -106,7 +109,7 @@ class Unlearn(Response):
         self._ascent = Ascent(None, bounded=False)
         self.changed_at = 0.0
 
-    def setup(self, trainer: Any, pl_module: Any, title: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, title: str) -> None:
         """Forget an earlier fit.
 
         Raises:
@@ -116,7 +119,7 @@ class Unlearn(Response):
         require_extendable(trainer, title)
         self._forget()
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the fit open for a treatment that was interrupted, or that begins at once."""
         self._tuning.keep_open(trainer)
         if self.at_once and not self._detected:
@@ -231,7 +234,7 @@ class Unlearn(Response):
         """Whether no treatment is going on or has been done."""
         return not self._tuning.left and not self._acted(session.case.history)
 
-    def latest_detection(self, trainer: Any) -> int:
+    def latest_detection(self, trainer: Trainer) -> int:
         """Epochs after which the treatment has to begin, so that it fits into the plan."""
         return repair_begins(planned_end(trainer), self._most_epochs, self._extra_epochs)
 
