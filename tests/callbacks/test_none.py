@@ -125,6 +125,7 @@ def test_fine_tunes_beyond_the_plan_on_what_is_kept_and_gives_everything_back() 
     assert trainer.max_epochs == 4
 
 
+@pytest.mark.case("64")
 def test_the_rate_of_the_phase_is_in_the_optimizer_during_steps_alone() -> None:
     seen: list[float] = []
     torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # from now on hooks run within the base's step as well
@@ -493,6 +494,7 @@ def test_what_cannot_be_extended_is_refused() -> None:
         fit([acting(), pl.callbacks.StochasticWeightAveraging(0.1)])
 
 
+@pytest.mark.case("64")
 def test_a_step_that_fails_leaves_the_users_rate() -> None:
     class Failing(Net):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:

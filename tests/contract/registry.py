@@ -111,7 +111,7 @@ ENTRIES = [
     ),
     Entry(NONECallback, {"rule": "paper", "finetune_epochs": 1, "extra_epochs": 1}, {}, "repair", 2),
     Entry(DBRCallback, {**DETECTOR, "epochs": 2, "extra_epochs": 2}, {"detector_steps": 3}, "repair", 3),
-    Entry(DSTCallback, {**DETECTOR, "projection": 8}, {"detector_steps": 3}, "own", 0),
+    Entry(DSTCallback, {**DETECTOR}, {"detector_steps": 3}, "own", 0),
     Entry(
         BackdoorMonitor,
         {"trigger": attacks.BadNets()},
