@@ -121,7 +121,7 @@ class IsolateThenUnlearn(Unlearn):
             return super().on_train_epoch_end(session)
         history = session.case.history
         if self._detected and not self._accuracies and self._begins(session):
-            history[-1] = self.begin(session, history[-1])
+            history[-1] = self.begin(session, history[-1], session.epochs_done)
             if history[-1].no_room:
                 session.case.tell()
         return self._detected
@@ -135,7 +135,7 @@ class IsolateThenUnlearn(Unlearn):
         self._detected = True
         keep = session.verdict.keep
         event = replace(event, suspects=int((~keep).sum()), trusted=int(keep.sum()))
-        return self.begin(session, event) if self._begins(session) else event
+        return self.begin(session, event, session.epochs_done) if self._begins(session) else event
 
     def _begins(self, session: Session) -> bool:
         return about_to_end(session.trainer) or session.epochs_done >= self.latest_detection(session.trainer)

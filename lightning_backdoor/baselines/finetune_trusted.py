@@ -68,7 +68,7 @@ class LearnTrusted(Unlearn):
         lacking = sorted(set(torch.unique(labels_of(session.verdict)).tolist()) - set(labels[trusted].tolist()) - {-1})
         if lacking:
             rank_zero_warn(f"Fine-tuning: no image of the classes {lacking} is trusted; the model may forget them.")
-        return self.begin(session, replace(event, trusted=int(trusted.sum())))
+        return self.begin(session, replace(event, trusted=int(trusted.sum())), event.epochs)
 
 
 class FineTuneTrusted(Defense):

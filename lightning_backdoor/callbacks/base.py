@@ -170,8 +170,9 @@ class Defense(CallbackBase):
     def __repr__(self) -> str:
         """Return a call that makes an equal callback."""
         values = {}
+        given = {**vars(self.options), **vars(self), **getattr(self, "arguments", {}), "report_dir": self.report_dir}
         for argument, parameter in inspect.signature(type(self)).parameters.items():
-            value = {**vars(self.options), **getattr(self, "arguments", {}), **vars(self)}[argument]
+            value = given[argument]
             if value is not parameter.default and value != parameter.default:
                 values[argument] = value
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in values.items())})"

@@ -251,10 +251,10 @@ class Unlearn(Response):
                 "`trusted`."
             )
             return event
-        return self.begin(session, event) if event.suspects else event
+        return self.begin(session, event, event.epochs) if event.suspects else event
 
-    def begin(self, session: Session, event: Event) -> Event:
-        """Start with the next epoch, if one is left."""
+    def begin(self, session: Session, event: Event, done: int) -> Event:
+        """Start with the next epoch, if one is left; ``done`` epochs are over."""
         trainer, end = session.trainer, planned_end(session.trainer)
         left = epochs_left(trainer, end, self._extra_epochs)
         most = self._most_epochs
@@ -264,8 +264,8 @@ class Unlearn(Response):
         self._split = split_of(session.verdict, self._seed)
         self._measure(session)
         self._before = weights(trainer, session.module)
-        beyond = end is not None and event.epochs + epochs > end
-        self._tuning.begin(trainer, epochs, self._lr, steady=self._paper_loop, beyond=beyond, done=event.epochs)
+        beyond = end is not None and done + epochs > end
+        self._tuning.begin(trainer, epochs, self._lr, steady=self._paper_loop, beyond=beyond, done=done)
         self._draw(session)
         return event
 

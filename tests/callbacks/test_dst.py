@@ -377,7 +377,9 @@ def test_a_training_that_stops_between_the_stages_says_so_until_it_goes_on(tmp_p
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-def test_transformers_and_convnext(name: str) -> None:
+def test_transformers_and_convnext(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_backdoor.callbacks.dst.PROJECTION", 8)  # as wide as 64 images fill in two epochs
+
     class Timm(Net):
         def __init__(self) -> None:
             super().__init__()
