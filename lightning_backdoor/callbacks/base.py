@@ -27,7 +27,7 @@ from lightning_backdoor.callbacks.hooks import guard_hooks, guard_inherited_hook
 from lightning_backdoor.callbacks.majorities import warn_of_majorities
 from lightning_backdoor.callbacks.options import DEFAULTS, ScanArguments, ScanOptions
 from lightning_backdoor.callbacks.schedule import is_due
-from lightning_backdoor.data.prefetching import unwrapped
+from lightning_backdoor.data.keys import unwrapped
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ArgumentError, DataError, TrainerError
 from lightning_backdoor.events import Event

@@ -17,11 +17,10 @@ from lightning_backdoor.attacks import triggered as make_triggered
 from lightning_backdoor.callbacks.hooks import guard_inherited_hooks
 from lightning_backdoor.callbacks.validation_set import batch_size, first_loader, loaders_in, positions_used
 from lightning_backdoor.data.batches import BatchLayout, find_layout
-from lightning_backdoor.data.nesting import positions_in
+from lightning_backdoor.data.keys import finish_of, unwrapped
+from lightning_backdoor.data.nesting import leaves_of, positions_in
 from lightning_backdoor.data.pixels import space_of
-from lightning_backdoor.data.prefetching import finish_of, unwrapped
 from lightning_backdoor.data.random_state import isolated_rng
-from lightning_backdoor.data.structure import leaves_of
 from lightning_backdoor.data.views import scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.metrics import AttackSuccessRate, DetectionRates, RecoveredAccuracy

@@ -1,9 +1,8 @@
 """The user's data: repeatable views, augmentation off, batches of any structure, pixel space."""
 
 from lightning_backdoor.data.batches import BatchFn, BatchLayout, find_layout
-from lightning_backdoor.data.inference import infer_pixel_space
 from lightning_backdoor.data.nesting import transforms_of
-from lightning_backdoor.data.pixels import PixelSpace, check_finite
+from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
 from lightning_backdoor.data.views import IndexedView, check_dataset, scan_loader
 

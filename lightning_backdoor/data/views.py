@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from lightning_backdoor.data.batches import holds_images
+from lightning_backdoor.data.nesting import leaves_of
 from lightning_backdoor.data.random_state import isolated_rng, seed_all
-from lightning_backdoor.data.structure import leaves_of
 from lightning_backdoor.errors import DataError
 
 __all__ = ["IndexedView", "Keyed", "ScanLoader", "batch_size_of", "check_dataset", "read_items", "scan_loader"]
@@ -266,7 +266,7 @@ def scan_loader(
         seed: Seed of random transforms, see :class:`IndexedView`.
         batch_size: Images per batch; the loader's, or its batch sampler's, or 128 by default.
         num_workers: Worker processes; the loader's by default.
-        finish: What is done to each batch in this process, see :func:`~lightning_backdoor.data.prefetching.finish_of`.
+        finish: What is done to each batch in this process, see :func:`~lightning_backdoor.data.keys.finish_of`.
 
     Raises:
         DataError: The dataset is empty or not map-style; while iterating: it cannot be told which samples the

@@ -18,7 +18,7 @@ from lightning_backdoor.detection.subpopulations import (
 )
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores, select_trusted, split_by_rank
 from lightning_backdoor.functional.contrastive import mixed_cross_entropy, ss_contrastive_loss
-from lightning_backdoor.functional.denoising import local_median, nl_means
+from lightning_backdoor.functional.denoising import local_median, nl_means, susceptibility_scores
 from lightning_backdoor.functional.hyperplane import (
     HyperplaneStatistics,
     bias_scores,
@@ -26,7 +26,6 @@ from lightning_backdoor.functional.hyperplane import (
     strong_thresholds,
 )
 from lightning_backdoor.functional.inversion import InvertedTrigger, PixelModel, invert_trigger
-from lightning_backdoor.functional.susceptibility import susceptibility_scores
 from lightning_backdoor.functional.unlearning import forgetting_loss
 
 __all__ = [

@@ -1,23 +1,23 @@
-"""Gentle denoising of 8-bit images: the two filters of UltraClean, in batches and on any device."""
+"""Gentle denoising of 8-bit images: the two filters of UltraClean, and the score of what they change in the outputs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.functional.blocks import map_blocks
-from lightning_backdoor.functional.lab import lab_to_rgb, rgb_to_lab
 from lightning_backdoor.functional.native import native_kernel
-from lightning_backdoor.functional.nlm import images_per_block, smooth_planes
-from lightning_backdoor.functional.selection import select
+from lightning_backdoor.functional.nlm import images_per_block, lab_to_rgb, rgb_to_lab, smooth_planes
 
-__all__ = ["local_median", "nl_means"]
+__all__ = ["local_median", "map_blocks", "nl_means", "select", "susceptibility_scores"]
 
 COLOR_WINDOW = (2, 2, 3)
 NATIVE_FROM = 2**16  # pixels from which compiling a kernel, half a second once, repays itself over a scan
@@ -165,3 +165,135 @@ def _check_images(images: Tensor) -> None:
             f"`images` must be uint8 pixels of shape (N, C, H, W), got {got}. "
             "Turn images in [0, 1] into pixels with `(images * 255).round().to(torch.uint8)`."
         )
+
+
+class Comparison(NamedTuple):
+    """Order two values; a result that no later comparison uses is not computed."""
+
+    first: int
+    second: int
+    lower: bool
+    upper: bool
+
+
+def select(values: Sequence[Tensor], ranks: Sequence[int], presorted: int = 1) -> list[Tensor]:
+    """Return the elementwise order statistics ``ranks`` (0 is the smallest) of tensors of one shape.
+
+    Args:
+        values: Tensors to be ordered against each other, element by element.
+        ranks: Which of the sorted values are wanted.
+        presorted: Length of the runs, from the start of ``values``, that are known to be sorted. Divides their number.
+    """
+    network, places = _network(len(values), tuple(ranks), presorted)
+    slots = list(values)
+    for first, second, lower, upper in network:
+        a, b = slots[first], slots[second]
+        if lower:
+            slots[first] = torch.minimum(a, b)
+        if upper:
+            slots[second] = torch.maximum(a, b)
+    return [slots[place] for place in places]
+
+
+@cache
+def _network(count: int, ranks: tuple[int, ...], run: int) -> tuple[tuple[Comparison, ...], tuple[int, ...]]:
+    """Return the comparisons and the slots in which the wanted ranks end up.
+
+    Batcher's odd-even merge sort on a power of two of wires. Runs start at multiples of a power of two, so the merges
+    that would sort them are left out; wires without a value stand for infinity and cost nothing.
+    """
+    room = 1 << (run - 1).bit_length()
+    size = 1 << (count // run * room - 1).bit_length()
+    wires: list[int | None] = [None] * size
+    for value in range(count):
+        wires[value // run * room + value % run] = value
+    pairs = []
+    for i, j in _odd_even_merges(room, size):
+        first, second = wires[i], wires[j]
+        if first is None:
+            wires[i], wires[j] = second, None
+        elif second is not None:
+            pairs.append((first, second))
+    places = tuple(place for rank in ranks if (place := wires[rank]) is not None)
+    wanted, kept = set(places), []
+    for first, second in reversed(pairs):
+        if wanted & {first, second}:
+            kept.append(Comparison(first, second, first in wanted, second in wanted))
+            wanted |= {first, second}
+    return tuple(reversed(kept)), places
+
+
+def _odd_even_merges(sorted_already: int, size: int) -> list[tuple[int, int]]:
+    """Return Batcher's comparisons for ``size`` wires (a power of two) of which runs of a power of two are sorted."""
+    pairs = []
+    half = sorted_already
+    while half < size:
+        step = half
+        while step >= 1:
+            for start in range(step % half, size - step, 2 * step):
+                for i in range(start, min(start + step, size - step)):
+                    if i // (2 * half) == (i + step) // (2 * half):
+                        pairs.append((i, i + step))
+            step //= 2
+        half *= 2
+    return pairs
+
+
+def map_blocks(function: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> Tensor:
+    """Apply ``function`` to ``size`` images at a time; the result has the shape, dtype and device of ``batch``.
+
+    On a CPU, blocks run side by side in as many threads as torch may use, each block on one of them. Single operations
+    on maps of a few hundred kilobytes gain little from several cores and wait for all of them after every step.
+    """
+    result = torch.empty_like(batch, memory_format=torch.contiguous_format)
+    threads = torch.get_num_threads() if batch.device.type == "cpu" else 1
+
+    def work(source: Tensor, target: Tensor) -> None:
+        with torch.inference_mode():  # grad and inference mode belong to a thread
+            target.copy_(function(source))
+
+    if threads == 1:
+        for source, target in zip(torch.split(batch, size), torch.split(result, size), strict=True):
+            work(source, target)
+        return result
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(work, torch.split(batch, size), torch.split(result, size)):
+                pass  # raises what a block raised
+    finally:
+        torch.set_num_threads(threads)
+    return result
+
+
+def susceptibility_scores(original: Tensor, denoised: Sequence[Tensor]) -> Tensor:
+    r"""Sum of L1 distances between the output on an image and on its denoised versions; larger is more suspicious.
+
+    .. math:: s_i = \sum_v \lVert F(x_i) - F(v(x_i)) \rVert_1
+
+    Susceptibility of UltraClean (`Zhao and Lao, 2023 <https://arxiv.org/abs/2312.10657>`_), with local median and
+    non-local means as the two versions. Logits rank poisons better than softmax outputs, which saturate.
+
+    Args:
+        original: Outputs on the images as they are, float, shape ``(N, K)``.
+        denoised: Outputs on each denoised version, each of shape ``(N, K)``.
+
+    Returns:
+        One score per image, float, shape ``(N,)``, at least zero.
+
+    Raises:
+        ArgumentError: If the shapes disagree or no denoised output is given.
+
+    Example:
+        >>> import torch
+        >>> susceptibility_scores(torch.tensor([[2.0, 0.0]]), [torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 3.0]])])
+        tensor([4.])
+    """
+    if not denoised:
+        raise ArgumentError("`denoised` must hold at least one output of shape (N, K), got an empty sequence.")
+    for output in denoised:
+        if output.shape != original.shape or original.ndim != 2:
+            raise ArgumentError(
+                f"`original` and every entry of `denoised` must share one shape (N, K), "
+                f"got {tuple(original.shape)} and {tuple(output.shape)}."
+            )
+    return torch.stack([(original - output).abs().sum(dim=1) for output in denoised]).sum(dim=0)

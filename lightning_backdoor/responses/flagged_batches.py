@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_backdoor._lightning import epochs_processed
-from lightning_backdoor.data.prefetching import unwrapped
+from lightning_backdoor.data.keys import unwrapped
 from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.data.strong import strong_view
 from lightning_backdoor.data.views import batch_size_of

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.data.batches import BatchLayout, find_layout
+from lightning_backdoor.data.nesting import copied, spelled
 from lightning_backdoor.data.origins import Replaced, close
-from lightning_backdoor.data.structure import copied, spelled
 from lightning_backdoor.data.views import ScanLoader
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.scanning.isolation import prepare_batch

@@ -12,8 +12,7 @@ from torch import Tensor
 from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.data.store import RowStore
 from lightning_backdoor.errors import DataError
-from lightning_backdoor.functional.denoising import local_median, nl_means
-from lightning_backdoor.functional.susceptibility import susceptibility_scores
+from lightning_backdoor.functional.denoising import local_median, nl_means, susceptibility_scores
 from lightning_backdoor.scanning.scanner import DatasetScanner
 
 if TYPE_CHECKING:

@@ -14,13 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
 from lightning_backdoor.data.batches import BatchLayout, find_layout
-from lightning_backdoor.data.inference import infer_pixel_space
-from lightning_backdoor.data.keys import Key, key_of
-from lightning_backdoor.data.nesting import positions_in, transforms_of
-from lightning_backdoor.data.pixels import PixelSpace, check_finite
-from lightning_backdoor.data.prefetching import Finish, finish_of, unwrapped
+from lightning_backdoor.data.keys import Finish, Key, finish_of, key_of, unwrapped
+from lightning_backdoor.data.nesting import copied, positions_in, transforms_of
+from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
 from lightning_backdoor.data.siblings import is_dataset, over_sibling
-from lightning_backdoor.data.structure import copied
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
 from lightning_backdoor.data.views import Keyed, ScanLoader, batch_size_of, check_dataset, read_items, scan_loader
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError

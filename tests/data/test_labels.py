@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from lightning_backdoor.data import find_layout
-from lightning_backdoor.data.labels import class_indices
+from lightning_backdoor.data.batches import class_indices
 from lightning_backdoor.data.nesting import positions_in
 from lightning_backdoor.errors import ArgumentError, DataError
 

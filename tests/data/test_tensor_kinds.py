@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.data import find_layout
-from lightning_backdoor.data.structure import copied
+from lightning_backdoor.data.nesting import copied
 from lightning_backdoor.functional.kinds import plain
 from tests.data.tensor_kinds import CLASSES, KINDS, Meta
 

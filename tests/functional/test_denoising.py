@@ -20,10 +20,9 @@ from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import denoising
-from lightning_backdoor.functional.denoising import local_median, nl_means
-from lightning_backdoor.functional.lab import rgb_to_lab
+from lightning_backdoor.functional.denoising import local_median, nl_means, select
 from lightning_backdoor.functional.native import LARGEST_TEMPLATE, native_kernel
-from lightning_backdoor.functional.selection import select
+from lightning_backdoor.functional.nlm import rgb_to_lab
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
