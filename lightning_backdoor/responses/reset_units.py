@@ -222,7 +222,8 @@ class ResetUnits(Response):
         own_labels = bool(treated) and (treated[-1].flagged_label_rates[-1] or 0.0) > OWN_LABEL
         gone = training is not None and bool(new.any()) and not bool((new & training).any())
         unlearned = gone and correct is not None and float(correct[new].float().mean()) <= STILL_LABELED
-        if self.drops and (self._by_quota or not (own_labels or unlearned)):
+        withdrawn = not self._by_quota and (own_labels or unlearned)
+        if self.drops and not withdrawn:
             if earlier is None or bool(new.any()):
                 return detection
             return replace(detection, verdict=replace(verdict, rule=earlier.rule))
@@ -230,7 +231,7 @@ class ResetUnits(Response):
         if not torch.equal(before, verdict.keep):
             threshold = math.inf if bool(before.all()) else float(verdict.scores[before].max())
         rule = verdict.rule if earlier is None else earlier.rule
-        findings = verdict.findings if not (own_labels or unlearned) else () if earlier is None else earlier.findings
+        findings = verdict.findings if not withdrawn else () if earlier is None else earlier.findings
         kept = replace(verdict, keep=before, threshold=threshold, rule=rule, findings=findings)
         return replace(detection, verdict=kept, num_flagged_before_cap=int((~before).sum()))
 

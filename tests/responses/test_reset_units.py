@@ -15,6 +15,7 @@ from lightning_backdoor import Verdict
 from lightning_backdoor.events import Event
 from lightning_backdoor.responses.base import Detection, Session
 from lightning_backdoor.responses.reset_units import ResetUnits, unfinished
+from lightning_backdoor.verdict import Finding
 
 
 def first(count: int, size: int = 1000) -> Tensor:
@@ -89,11 +90,15 @@ def test_nothing_new_leaves_after_a_round_whose_images_have_their_own_label() ->
 
 
 def test_samples_that_stay_in_the_data_are_never_removed() -> None:
-    detection = Detection(verdict_on(~first(100)), 100, correct=first(1000))
-    revised = ResetUnits(by_quota=True, drop=False).revise(session_of(None), detection)
-    assert revised.verdict.keep.all()
-    assert revised.verdict.threshold == math.inf
-    assert revised.num_flagged_before_cap == 0
+    unit = torch.zeros(1, dtype=torch.long)
+    finding = Finding(0, first(100).nonzero().squeeze(1), "strict", (), unit, torch.ones(1), 0.5)
+    detection = Detection(replace(verdict_on(~first(100)), findings=(finding,)), 100, correct=~first(100))
+    for training in (None, ~first(100)):  # another defense has removed them already, and they are not learned
+        revised = ResetUnits(by_quota=True, drop=False).revise(session_of(None, training=training), detection)
+        assert revised.verdict.keep.all()
+        assert revised.verdict.threshold == math.inf
+        assert revised.verdict.findings[0] is finding
+        assert revised.num_flagged_before_cap == 0
 
 
 @pytest.mark.parametrize(
