@@ -152,7 +152,7 @@ class FineTuning:
         return True
 
     def allowed_batches(self, trainer: Trainer, wanted: int) -> int:
-        """Batches that the next epoch may have, where so many are ``num_flagged_before_cap``.
+        """Batches that the next epoch may have, where ``wanted`` would be drawn.
 
         Within the user's plan as many as an ordinary epoch has; beyond it what ``limit_train_batches`` leaves of them.
         """

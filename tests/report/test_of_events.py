@@ -1,15 +1,28 @@
-"""Events in words: one sentence for the console, and a last one at the end of a fit."""
+"""Events in words: one sentence for the console, a last one at the end of a fit, and facts of the report."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from lightning_backdoor import Verdict
+from lightning_backdoor import UltraCleanCallback, Verdict
+from lightning_backdoor.callbacks.ultraclean import DenoisedFeatures
+from lightning_backdoor.detection.decision import Decision, add_removed
+from lightning_backdoor.detection.subpopulations import Subpopulation
 from lightning_backdoor.events import Event
 from lightning_backdoor.report.of_events import last_word, reset_units, sentence
+from tests.callbacks.helpers import LIGHTNING_WARNS, fit
 
+pytestmark = LIGHTNING_WARNS
+
+FOUND = Event(2, 8, 9, ((1, 3.25),), response="restart", restarts=True)
+MORE = Event(4, 1_000, 1_008, ((3, 2.6),), response="restart", run=2)
+QUIET = Event(5, 0, 8, response="restart", run=2)
 ROUND = Event(
     3,
     70,
@@ -69,3 +82,72 @@ def test_a_unit_that_is_reset_again_counts_once() -> None:
     first, second = (("body.0", 1, 0, 2.0), ("body.0", 2, 0, 1.0)), (("body.0", 2, 0, 3.0), ("body.4", 2, 0, 1.0))
     rounds = [replace(ROUND, units=units) for units in (first, second)]
     assert reset_units(rounds) == {("body.0", 1), ("body.0", 2), ("body.4", 2)}
+
+
+@pytest.mark.parametrize(
+    ("history", "words"),
+    [
+        ([QUIET], "looked at 2,000 training images: 0 removed."),
+        ([QUIET, QUIET], "looked at 2,000 training images: 0 removed."),
+        ([FOUND], "looked at 2,000 training images: 8 removed; training starts again on the rest."),
+        ([FOUND, QUIET], "looked again at 2,000 training images: nothing new was found; 8 stay removed."),
+        ([FOUND, MORE], "looked again at 2,000 training images: 1,000 more removed, 1,008 in all."),
+        (
+            [replace(FOUND, response="report", restarts=False)],
+            'looked at 2,000 training images: 8 stand out; response="report" changes nothing.',
+        ),
+    ],
+)
+def test_the_sentence_of_a_filter_is_about_the_latest_scan(history: list[Event], words: str) -> None:
+    assert sentence(history, 2000) == words
+
+
+@pytest.mark.parametrize("event", [FOUND, ROUND])
+def test_an_event_survives_a_checkpoint(event: Event, tmp_path: Path) -> None:
+    torch.save(event.state_dict(), tmp_path / "event")
+    assert Event(**torch.load(tmp_path / "event", weights_only=True)) == event
+
+
+class Once(DenoisedFeatures):
+    """Finds a subpopulation in the first scan and nothing in any later one."""
+
+    def decide(self, found: Any, old: Verdict | None) -> Decision:
+        scores, keep = torch.linspace(0, 0.4, 64), torch.ones(64, dtype=torch.bool)
+        if old is None:
+            scores[:8], keep[:8] = 0.9, False
+            one = Subpopulation(1, torch.tensor([0]), torch.ones(1), 0.0, -1.0, 1.0, 3.25, 99.0, 8)
+            return Decision(scores, keep, 0.5, "subpopulation(none)", (one,), 8)
+        quiet = Decision(scores, keep, float("inf"), "subpopulation(none)", (), 0)
+        return add_removed(quiet, old.scores, old.keep, threshold=0.5, max_removed=0.3)
+
+
+def test_a_quiet_last_scan_leaves_what_was_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callback = UltraCleanCallback(warmup_epochs=2, report_dir=tmp_path)
+    callback._detector = Once()
+    with caplog.at_level(logging.INFO):
+        trainer, _ = fit([callback], epochs=3)
+    said = [record.getMessage() for record in caplog.records if "UltraClean" in record.getMessage()]
+    assert said == [
+        "UltraClean looked at 64 training images: 8 removed; training starts again on the rest.",
+        "UltraClean looked again at 64 training images: nothing new was found; 8 stay removed.",
+    ]
+    assert trainer.callback_metrics["backdoor/ultraclean/separation"] == 3.25
+    assert trainer.callback_metrics["backdoor/ultraclean/removed"] == 8
+    page = (tmp_path / "report.html").read_text()
+    assert "1 (separation 3.2, found after epoch 2)" in page
+    assert "epoch 2, epoch 3 of run 2" in page
+    assert "8 of 64 training images were removed" in page
+    assert "started again from its first weights" in page
+
+
+@pytest.mark.parametrize("score", ["auto", "paper"])
+def test_subpopulations_are_facts_where_they_were_looked_for(tmp_path: Path, score: Any) -> None:
+    fit([UltraCleanCallback(warmup_epochs=1, report_dir=tmp_path, score=score, rule="fraction")], epochs=1)
+    assert ("classes with a subpopulation" in (tmp_path / "report.html").read_text()) == (score == "auto")
+
+
+def test_a_quiet_scan_of_a_model_that_has_learned_little_says_so() -> None:
+    words = "gives only 43% of the training images their label: it may not have learned a backdoor yet"
+    assert words in sentence([replace(QUIET, accuracies=(0.43,))], 100)
+    assert sentence([replace(QUIET, accuracies=(0.5,))], 100) == sentence([QUIET], 100)
+    assert words not in sentence([replace(FOUND, accuracies=(0.43,))], 100)
