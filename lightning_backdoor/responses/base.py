@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
     from lightning_backdoor.scanning.measure_units import Measured
 
-__all__ = ["Case", "Continue", "Detection", "Report", "Response", "Session", "labels_of"]
+__all__ = ["WARMUP", "Case", "Continue", "Detection", "Report", "Response", "Session", "labels_of"]
+
+WARMUP = "warmup_epochs"  # argument of the defenses that do not detect before the first epoch
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,10 @@ class Session:
             raise RuntimeError("a response is at work before there is a verdict")
         return self.case.verdict
 
+    def takes(self, argument: str) -> bool:
+        """Whether the constructor of the defense has an argument of this name, which a message may advise."""
+        return argument in inspect.signature(type(self.case)).parameters
+
     def label_rates(self, correct: Tensor) -> tuple[float, float | None]:
         """Share of the samples in training, and of the removed ones, that the model gives their label.
 
@@ -121,7 +128,7 @@ class Session:
 def labels_of(verdict: Verdict) -> Tensor:
     """The labels of a verdict, long ``(N,)``; a defense's own verdict has them."""
     if verdict.labels is None:
-        raise ArgumentError("`verdict` must have labels: verdicts of this library do. Pass one with `labels`.")
+        raise ArgumentError("`verdict` must have labels, got none. Pass a `verdict` of a defense of this library.")
     return verdict.labels
 
 
@@ -194,7 +201,8 @@ class Response:
 
     def why_not(self, session: Session) -> str:
         """Why a fit ended without a verdict, and what to do; empty if that is no fault."""
-        return "training ended before the scan. Train longer, or with a smaller `warmup_epochs`."
+        smaller = f", or with a smaller `{WARMUP}`" if session.takes(WARMUP) else ""
+        return f"training ended before the scan. Train longer{smaller}."
 
     def metrics(self, session: Session) -> dict[str, float]:
         """What is logged after every event."""

@@ -18,7 +18,7 @@ from lightning_backdoor.events import OWN_LABEL, STILL_LABELED, Event
 from lightning_backdoor.functional.hyperplane import select_units
 from lightning_backdoor.report.of_events import last_word
 from lightning_backdoor.report.of_events import reset_units as reset_units_of
-from lightning_backdoor.responses.base import Detection, Response, Session, labels_of
+from lightning_backdoor.responses.base import WARMUP, Detection, Response, Session, labels_of
 from lightning_backdoor.responses.checkpointing import warn_of_treated_files
 from lightning_backdoor.responses.extra_epochs import FineTuning, conclude, enough_epochs, is_finite
 from lightning_backdoor.responses.limits import (
@@ -188,7 +188,8 @@ class ResetUnits(Response):
             return (
                 "no layer could learn when it was time to look. Thaw layers before the end, or use UltraCleanCallback."
             )
-        return "training ended before it could look. Pass `warmup_epochs`, a number of epochs."
+        remedy = f"Pass `{WARMUP}`, a number of epochs." if session.takes(WARMUP) else "Train longer."
+        return f"training ended before it could look. {remedy}"
 
     def metrics(self, session: Session) -> dict[str, float]:
         """Removed samples and reset units so far."""

@@ -246,9 +246,10 @@ class Unlearn(Response):
         present = torch.unique(labels[labels >= 0]).tolist()
         lacking = sorted(set(present) - set(labels[trusted].tolist()))
         if lacking:
+            change, argument = ("Raise", "trusted") if session.takes("trusted") else ("Lower", "max_removed")
             rank_zero_warn(
-                f"{session.case.title}: no repair, since no image of the classes {lacking} can be trusted. Raise "
-                "`trusted`."
+                f"{session.case.title}: no repair, since no image of the classes {lacking} can be trusted. {change} "
+                f"`{argument}`."
             )
             return event
         return self.begin(session, event, event.epochs) if event.suspects else event

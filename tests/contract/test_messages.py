@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_backdoor
+from lightning_backdoor import DBRCallback, DSTCallback, NONECallback, UltraCleanCallback, Verdict
+from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.errors import ModelError
+from lightning_backdoor.events import Event
+from lightning_backdoor.responses import Detection, ResetUnits, Response, Restart, Session, Unlearn
 from tests.callbacks.helpers import make_trainer
 from tests.contract.problem import EPOCHS, WARNS, Net, assert_settled, fit
 from tests.contract.registry import Entry, every, every_kind_of_defense
@@ -133,6 +137,26 @@ def test_what_a_message_advises_can_be_passed(entry: Entry) -> None:
         if wrong:
             unknown[place] = wrong
     assert not unknown
+
+
+@pytest.mark.parametrize("cls", [UltraCleanCallback, NONECallback, DBRCallback, DSTCallback])
+@pytest.mark.parametrize("response", [Restart(last_detection=True), ResetUnits(), Unlearn()], ids=lambda r: r.name)
+def test_what_a_response_advises_can_be_passed_to_the_defense(cls: type[Defense], response: Response) -> None:
+    """The name of the argument is chosen where the message is made, since a response serves several defenses."""
+    callback: Any = cls()
+    keep = torch.arange(8) % 2 > 0
+    callback.verdict = Verdict((~keep).float(), keep, 0.5, "known", labels=torch.arange(8) % 2)
+    session = Session(*([None] * 4), callback, 0.0)  # type: ignore[arg-type]
+    told = [response.why_not(session)]
+    if isinstance(response, Unlearn):
+        with pytest.warns(
+            UserWarning, match=r"no image of the classes \[0\] can be trusted\. (Raise|Lower) `"
+        ) as record:
+            response.respond(session, Detection(callback.verdict, 4), Event(1, 4, 4))
+        told += [str(warning.message) for warning in record]
+    names = {name for text in told for name in NAMED.findall(text)}
+    assert names <= set(inspect.signature(cls).parameters)
+    assert names or cls is DSTCallback
 
 
 class Hidden(torch.autograd.Function):
