@@ -1,4 +1,4 @@
-"""What each of two processes does in the DDP tests of the curation; run by ``torch.multiprocessing.spawn``."""
+"""What each of two processes does in the DDP tests of the loader filter; run by ``torch.multiprocessing.spawn``."""
 
 from __future__ import annotations
 

@@ -116,10 +116,10 @@ def gradients(
     """Gradient of the loss at the logits of a batch."""
     head, running = ascent._head or torch.nn.Identity(), running or trainer()
     for i in range(batches):
-        ascent.at_batch_start(running, phases(), ALL_LABELS, i)
+        ascent.prepare_batch(running, phases(), ALL_LABELS, i)
     logits = logits.clone().requires_grad_()
     value = loss(head(logits).float(), LABELS)
-    ascent.at_backward(running, value)
+    ascent.turn_loss(running, value)
     assert bool(value.isfinite())
     value.backward()
     ascent.release()
@@ -224,11 +224,11 @@ def test_a_compiled_model_is_seen_and_nothing_stays_in_its_code() -> None:
     compiled(LOGITS)
     ascent, running, found = Ascent(network[0], bounded=True), trainer(), []
     for i in range(4):  # suspects, suspects, trusted, trusted
-        ascent.at_batch_start(running, phases(), ALL_LABELS, i)
+        ascent.prepare_batch(running, phases(), ALL_LABELS, i)
         logits = LOGITS[: 2 if i == 1 else 3].clone().requires_grad_()
         loss = F.cross_entropy(compiled(logits), LABELS[: len(logits)])
         assert len(ascent._logits) == (i < 2)
-        ascent.at_backward(running, loss)
+        ascent.turn_loss(running, loss)
         loss.backward()
         found.append(logits.grad)
     torch.testing.assert_close(found[0], gradients(Ascent(torch.nn.Identity(), bounded=True)))
@@ -247,8 +247,8 @@ def test_only_steps_that_hold_suspects_are_clipped() -> None:
         ascent, weight = Ascent(None, bounded=bounded), torch.zeros(1, requires_grad=True)
         weight.grad = torch.tensor([50.0])
         for i in range(batches):
-            ascent.at_batch_start(trainer(accumulate), phases(), ALL_LABELS, i)
-        ascent.at_step(trainer(accumulate, scale), optimizer(weight))
+            ascent.prepare_batch(trainer(accumulate), phases(), ALL_LABELS, i)
+        ascent.limit_step(trainer(accumulate, scale), optimizer(weight))
         return float(weight.grad)
 
     assert norm(1, True) == pytest.approx(MAX_NORM, rel=1e-5)

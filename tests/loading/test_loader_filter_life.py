@@ -289,6 +289,6 @@ def test_weight_averaging_and_accumulation_schedules_and_early_stopping() -> Non
     assert set(module.drawn(1)) == KEPT
 
 
-def test_a_callback_list_can_be_copied_with_its_curation_unused() -> None:
+def test_a_callback_list_can_be_copied_before_the_filter_is_used() -> None:
     pruner = copy.deepcopy(Pruner())
     assert set(fit(pruner=pruner).drawn(3)) == KEPT

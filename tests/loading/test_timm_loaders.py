@@ -185,7 +185,7 @@ def test_it_trains_bit_by_bit_as_without_a_callback_until_samples_are_removed(ki
 
 @starts_at_once
 def test_it_begins_anew_when_told_to() -> None:
-    """After a rewind the epoch number is another one, and so is the shuffle."""
+    """After a restart the epoch number is another one, and so is the shuffle."""
 
     class Rewinding(Pruner):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
