@@ -17,7 +17,7 @@ from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.base import Session
-from lightning_backdoor.scanning.distributed import raise_on_all_ranks
+from lightning_backdoor.scanning.scan import raise_on_all_ranks
 
 __all__ = ["STRIP", "blend", "select_by_rejection", "strip_scores"]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +25,9 @@ from lightning_backdoor._lightning import (
     validation_loaders,
 )
 from lightning_backdoor.callbacks.arguments import flat_signature, require_fraction, require_positive
-from lightning_backdoor.callbacks.hooks import guard_hooks, guard_inherited_hooks
-from lightning_backdoor.callbacks.majorities import warn_of_majorities
 from lightning_backdoor.callbacks.options import DEFAULTS, ScanArguments, ScanOptions
-from lightning_backdoor.callbacks.schedule import is_due
-from lightning_backdoor.data.keys import unwrapped
 from lightning_backdoor.data.random_state import isolated_rng
+from lightning_backdoor.data.views import unwrapped
 from lightning_backdoor.errors import ArgumentError, DataError, TrainerError
 from lightning_backdoor.events import Event
 from lightning_backdoor.loading.loader_filter import LoaderFilter, loader_filter_of
@@ -51,11 +50,75 @@ if TYPE_CHECKING:
 
     from lightning_backdoor.responses.mirrors import Watch
 
-__all__ = ["Defense", "Detector", "ResponseName", "chosen_response", "require_same_data", "spared"]
+__all__ = [
+    "Defense",
+    "Detector",
+    "ResponseName",
+    "chosen_response",
+    "guard_hooks",
+    "guard_inherited_hooks",
+    "is_due",
+    "require_same_data",
+    "spared",
+    "warmup_or_half",
+    "warn_of_majorities",
+]
+
+Class = TypeVar("Class", bound=type)
+
+HOOKS = {name for name in dir(CallbackBase) if name.startswith("on_") or name in ("setup", "teardown")}
+HOOKS -= {"on_after_setup"}
 
 SCHEMA = 3  # of what checkpoints hold of any defense: a release that changes it counts up
 
 ResponseName = Literal["restart", "continue", "reset", "unlearn", "report"]
+
+DEFAULT_WARMUP = 10
+
+NAMED = 5  # labels in a warning, at most
+
+
+def guard_hooks(cls: Class) -> Class:
+    """Let every hook that a class defines raise unless its first argument is a Trainer.
+
+    Fabric takes any object as a callback and calls any method of it, with any arguments. It has no fit loop, in which
+    samples could be left out or epochs repeated.
+    """
+    for name in HOOKS & vars(cls).keys():
+        setattr(cls, name, _guarded(vars(cls)[name]))
+    return cls
+
+
+def guard_inherited_hooks(cls: Class) -> Class:
+    """The same for a class that derives from Lightning's callbacks, with the hooks that it inherits.
+
+    Fabric calls ``on_after_setup``, a hook of its own, in ``Fabric.setup``; it raises, too.
+    """
+    guard_hooks(cls)
+    for name in HOOKS - vars(cls).keys():
+        setattr(cls, name, _guarded(getattr(cls, name)))
+    cls.on_after_setup = lambda self, **_: _refuse(self, "on_after_setup", "Fabric")  # type: ignore[attr-defined]
+    return cls
+
+
+def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(hook)  # Fabric and Lightning look at the signature and the code of what is inside
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer = args[0] if args else kwargs.get("trainer")
+        if not hasattr(trainer, "fit_loop"):
+            _refuse(self, hook.__name__, type(trainer).__name__ if args or "trainer" in kwargs else "no argument")
+        return hook(self, *args, **kwargs)
+
+    return guarded
+
+
+def _refuse(callback: Any, hook: str, got: str) -> NoReturn:
+    name = type(callback).__name__
+    raise TrainerError(
+        f"{name} needs Lightning's Trainer, but `{hook}` was called with {got} in its place. Train by "
+        f"Trainer(callbacks=[{name}(...)]).fit(...), or leave it out of Fabric(callbacks=...) and use the functions of "
+        "`lightning_backdoor.functional` in a loop of your own."
+    )
 
 
 class Detector:
@@ -612,3 +675,54 @@ def _validation_dataset(trainer: Trainer) -> Any:
         loaders = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders[0]
     loader = unwrapped(loaders)
     return loader.dataset if isinstance(loader, torch.utils.data.DataLoader) else None
+
+
+def warmup_or_half(warmup_epochs: int | None, max_epochs: int | None) -> int:
+    """The user's warm-up, else half of the planned epochs, else 10 where their number is not known."""
+    if warmup_epochs is not None:
+        return warmup_epochs
+    return max(1, math.ceil(max_epochs / 2)) if max_epochs is not None and max_epochs > 0 else DEFAULT_WARMUP
+
+
+def is_due(epochs: int, *, last_scan: int | None, warmup: int, every: int | None, ends: bool) -> bool:
+    """Whether to scan now.
+
+    Args:
+        epochs: Epochs trained so far, counted from the last restart.
+        last_scan: The same count at the latest scan, 0 after a restart; ``None`` before the first scan.
+        warmup: Epochs before the first scan.
+        every: Epochs between later scans, ``None`` for no periodic scans.
+        ends: Whether training is about to end and a last scan is wanted.
+    """
+    if last_scan is None:
+        return ends or epochs >= warmup
+    return (ends and epochs > last_scan) or (every is not None and epochs - last_scan >= every)
+
+
+def warn_of_majorities(verdict: Verdict, before: Tensor | None, title: str) -> None:
+    """Warn if a verdict removes most samples of a label, and more of them than the one before.
+
+    Args:
+        verdict: The verdict.
+        before: Samples that the verdict before kept, bool ``(N,)``; ``None`` if there was none.
+        title: Name of the defence for readers.
+    """
+    if verdict.labels is None:
+        return
+    present, places, counts = torch.unique(verdict.labels, return_inverse=True, return_counts=True)
+    removed = torch.bincount(places[~verdict.keep], minlength=len(present))
+    earlier = removed.new_zeros(len(present))
+    if before is not None:
+        earlier = torch.bincount(places[~before], minlength=len(present))
+    most = ((2 * removed > counts) & (removed > earlier)).nonzero().squeeze(1).tolist()
+    if not most:
+        return
+    told = [f"{int(removed[i])} of the {int(counts[i])} with label {int(present[i])}" for i in most[:NAMED]]
+    further = f", and most of those with {len(most) - NAMED} more labels" if len(most) > NAMED else ""
+    rank_zero_warn(
+        f"{title} takes most images of a label for poisoned: {', '.join(told)}{further}. Either they carry a trigger, "
+        "or they are a kind of image that no other label has (of another camera, with a border), which the model will "
+        "then not know. Look at them in the report. To keep those of label k and leave out the others, train without "
+        "this callback on `torch.utils.data.Subset(dataset, positions)`, where `positions` are "
+        "`(callback.verdict.keep | (callback.verdict.labels == k)).nonzero().flatten().tolist()`."
+    )

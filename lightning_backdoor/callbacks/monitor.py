@@ -14,20 +14,19 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_backdoor._lightning import CallbackBase, callbacks_of
 from lightning_backdoor.attacks import poisoned_mask
 from lightning_backdoor.attacks import triggered as make_triggered
-from lightning_backdoor.callbacks.hooks import guard_inherited_hooks
+from lightning_backdoor.callbacks.base import guard_inherited_hooks
 from lightning_backdoor.callbacks.validation_set import batch_size, first_loader, loaders_in, positions_used
 from lightning_backdoor.data.batches import BatchLayout, find_layout
-from lightning_backdoor.data.keys import finish_of, unwrapped
 from lightning_backdoor.data.nesting import leaves_of, positions_in
 from lightning_backdoor.data.pixels import space_of
 from lightning_backdoor.data.random_state import isolated_rng
-from lightning_backdoor.data.views import scan_loader
+from lightning_backdoor.data.views import finish_of, scan_loader, unwrapped
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.metrics import AttackSuccessRate, DetectionRates, RecoveredAccuracy
-from lightning_backdoor.scanning.checks import require_replaceable
 from lightning_backdoor.scanning.isolation import prepare_batch, require_unsharded
 from lightning_backdoor.scanning.outputs import call_model
 from lightning_backdoor.scanning.scan import scan_read, shard
+from lightning_backdoor.scanning.scanner import require_replaceable
 from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:

@@ -12,9 +12,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_backdoor.callbacks.arguments import require_class, require_fraction, require_one_of, require_positive
-from lightning_backdoor.callbacks.base import Defense, Detector, ResponseName, chosen_response
+from lightning_backdoor.callbacks.base import Defense, Detector, ResponseName, chosen_response, warmup_or_half
 from lightning_backdoor.callbacks.options import ScanArguments
-from lightning_backdoor.callbacks.schedule import warmup_or_half
 from lightning_backdoor.detection.decision import Decision, add_removed, decide, verdict_of
 from lightning_backdoor.events import Event
 from lightning_backdoor.responses.base import Detection, Response, Session

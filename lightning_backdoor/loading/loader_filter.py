@@ -21,7 +21,7 @@ from lightning_backdoor._lightning import (
     set_limits,
     validates_by_time,
 )
-from lightning_backdoor.data.keys import key_of
+from lightning_backdoor.data.views import key_of
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.loading.batch_schedule import Phases
 from lightning_backdoor.loading.loaders import (

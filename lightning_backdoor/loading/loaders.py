@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_backdoor._lightning import forget_iterator, limited, running_iterators
-from lightning_backdoor.data.keys import unrepeated, unwrapped
+from lightning_backdoor.data.views import unrepeated, unwrapped
 from lightning_backdoor.errors import DataError, TrainerError
 from lightning_backdoor.loading.samplers import KeepState, PhasedBatches, filtered
 

@@ -24,8 +24,8 @@ from torch.utils.data import (
 )
 
 from lightning_backdoor._lightning import wrapped_sampler
-from lightning_backdoor.data.keys import Key, deep_twin, is_ordinary
 from lightning_backdoor.data.random_state import isolated_rng
+from lightning_backdoor.data.views import Key, deep_twin, is_ordinary
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.loading.batch_schedule import Phases
 

@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_backdoor._lightning import epochs_processed
-from lightning_backdoor.data.keys import unwrapped
 from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.data.strong import strong_view
-from lightning_backdoor.data.views import batch_size_of
+from lightning_backdoor.data.views import batch_size_of, unwrapped
 from lightning_backdoor.errors import DataError, TrainerError
 from lightning_backdoor.loading.batch_schedule import Phases
 from lightning_backdoor.loading.loader_filter import LoaderFilter
-from lightning_backdoor.scanning.distributed import raise_on_all_ranks
+from lightning_backdoor.scanning.scan import raise_on_all_ranks
 from lightning_backdoor.scanning.scanner import DatasetScanner
 
 if TYPE_CHECKING:

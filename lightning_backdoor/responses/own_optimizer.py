@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ModelError
-from lightning_backdoor.scanning.distributed import raise_on_all_ranks
 from lightning_backdoor.scanning.isolation import isolated_eval
+from lightning_backdoor.scanning.scan import raise_on_all_ranks
 from lightning_backdoor.scanning.scanner import DatasetScanner
 
 if TYPE_CHECKING:

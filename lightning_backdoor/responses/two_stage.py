@@ -22,8 +22,8 @@ from lightning_backdoor.responses.limits import about_to_end, require_planned
 from lightning_backdoor.responses.own_optimizer import OwnOptimizer, Parts, parts_of, projection_head
 from lightning_backdoor.responses.training_step_override import TrainingStepOverride
 from lightning_backdoor.responses.unlearn import masks_of
-from lightning_backdoor.scanning.distributed import raise_on_all_ranks
 from lightning_backdoor.scanning.isolation import evaluation_mode, quiet, require_automatic
+from lightning_backdoor.scanning.scan import raise_on_all_ranks
 from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.detection.neighbors import neighbor_agreement
 from lightning_backdoor.errors import DataError
-from lightning_backdoor.scanning.distributed import raise_on_all_ranks
+from lightning_backdoor.scanning.scan import raise_on_all_ranks
 from lightning_backdoor.scanning.scanner import DatasetScanner
 
 if TYPE_CHECKING:

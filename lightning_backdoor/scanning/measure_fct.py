@@ -17,9 +17,9 @@ from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores
 from lightning_backdoor.functional.turning import turn_and_shift
-from lightning_backdoor.scanning.distributed import raise_on_all_ranks
 from lightning_backdoor.scanning.isolation import evaluation_mode, isolated_eval, quiet
 from lightning_backdoor.scanning.measure_units import Measured, UnitScan
+from lightning_backdoor.scanning.scan import raise_on_all_ranks
 from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.surgery.heads import find_head
 from lightning_backdoor.surgery.units import find_units

@@ -16,8 +16,8 @@ from lightning_backdoor.functional.hyperplane import (
     strong_thresholds,
     unit_shifts,
 )
-from lightning_backdoor.scanning.distributed import all_gather, raise_on_all_ranks
 from lightning_backdoor.scanning.isolation import isolated_eval
+from lightning_backdoor.scanning.scan import all_gather, raise_on_all_ranks
 from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.surgery.graph import ResidualMode
 from lightning_backdoor.surgery.units import UnitLayer, find_units

@@ -3,26 +3,137 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sized
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lightning_backdoor.errors import DataError, ModelError
-from lightning_backdoor.scanning.distributed import all_gather, raise_on_all_ranks
+from lightning_backdoor.errors import BackdoorDefenseError, DataError, ModelError
 from lightning_backdoor.scanning.isolation import isolated_eval
-from lightning_backdoor.scanning.progress import progress
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["scan", "scan_read", "shard"]
+__all__ = ["all_gather", "progress", "raise_on_all_ranks", "scan", "scan_read", "shard"]
+
+PATIENCE_S = 2.0  # shorter passes show nothing
+
+Show = Callable[[int], Any]
 
 Step = Callable[[Tensor, Any], dict[str, Tensor]]
 
 GATHER_BYTES = 2**26  # at most this much per process travels through the device at once
+
+
+def all_gather(trainer: Trainer, values: Tensor) -> Tensor:
+    """Stack a tensor ``(B, ...)`` of every process to ``(world, B, ...)``, bit by bit and for every dtype."""
+    if trainer.world_size == 1:
+        return values[None]
+    parcel = values.reshape(len(values), -1).contiguous().view(torch.uint8).to(trainer.strategy.root_device)
+    parcels = trainer.strategy.all_gather(parcel).cpu().contiguous()
+    return parcels.view(values.dtype).reshape(-1, *values.shape)
+
+
+@contextmanager
+def raise_on_all_ranks(trainer: Trainer, what: str) -> Iterator[None]:
+    """Raise in every process if one raises, so that no process waits for one that has stopped.
+
+    Every process must enter. Inside, no process may wait for another one.
+
+    Args:
+        trainer: The running Trainer.
+        what: What is done inside, for example ``"UltraClean scan"``.
+
+    Raises:
+        BackdoorDefenseError: Another process failed; its own error is raised there, and quoted here.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failed = all_gather(trainer, torch.tensor([failure is not None])).flatten()
+    if bool(failed.any()):
+        first = int(failed.int().argmax())
+        quoted = trainer.strategy.broadcast(f"{type(failure).__name__}: {failure}", src=first)
+        if failure is not None:
+            raise failure
+        raise BackdoorDefenseError(f"{what} failed in the process of rank {first}: {quoted}")
+
+
+@contextmanager
+def progress(trainer: Trainer, description: str, total: int) -> Iterator[Show]:
+    """Yield ``advance(n)``, which shows progress once the pass has run for two seconds.
+
+    A tqdm bar gets a second line, a rich display gets one more task, any other bar a message every 10 %. Nothing is
+    shown on ranks other than 0 or when the Trainer's progress bar is off.
+
+    Args:
+        trainer: Its ``progress_bar_callback`` decides about the form.
+        description: What is computed, for example ``"UltraClean: scanning"``.
+        total: Number of samples of this rank.
+    """
+    started, done, show = time.monotonic(), 0, cast("Show | None", None)
+    with ExitStack() as stack:
+
+        def advance(count: int) -> None:
+            nonlocal done, show
+            done += count
+            if show is None:
+                if time.monotonic() - started < PATIENCE_S:
+                    return
+                show = stack.enter_context(_display(trainer, description, total))
+                count = done
+            show(count)
+
+        yield advance
+
+
+@contextmanager
+def _display(trainer: Trainer, description: str, total: int) -> Iterator[Show]:
+    bar: Any = trainer.progress_bar_callback
+    if bar is None or getattr(bar, "is_disabled", False) or not trainer.is_global_zero:
+        yield _nothing
+    elif getattr(bar, "progress", None) is not None:
+        # Lightning finds its tasks by their position, so a finished task is hidden and never removed.
+        task = bar.progress.add_task(description, total=total)
+        try:
+            yield lambda count: bar.progress.update(task, advance=count, refresh=True)
+        finally:
+            bar.progress.update(task, visible=False, refresh=True)
+    elif _is_tqdm(bar):
+        with tqdm(desc=description, total=total, leave=False, position=1, unit="img", dynamic_ncols=True) as line:
+            yield line.update
+    else:
+        yield _messages(description, total)
+
+
+def _is_tqdm(bar: Any) -> bool:
+    return any(cls.__name__ == "TQDMProgressBar" for cls in type(bar).__mro__)
+
+
+def _messages(description: str, total: int) -> Show:
+    done, shown = 0, 0
+
+    def advance(count: int) -> None:
+        nonlocal done, shown
+        done += count
+        tenth = 10 * done // max(total, 1)
+        if tenth > shown:
+            shown = tenth
+            rank_zero_info(f"{description}: {10 * tenth} % ({done} of {total})")
+
+    return advance
+
+
+def _nothing(count: int) -> None:
+    """Show nothing."""
 
 
 def shard(n: int, trainer: Trainer) -> list[int]:

@@ -14,9 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_backdoor._lightning import version_of
-from lightning_backdoor.surgery.meetings import CREATION
-from lightning_backdoor.surgery.nested import mapped, tensors_in
-from lightning_backdoor.surgery.taps import eager_forward
+from lightning_backdoor.surgery.taps import CREATION, eager_forward, mapped, tensors_in
 from lightning_backdoor.surgery.unit_trace import Producer, Role, Slice, Strand
 
 __all__ = ["Call", "Graph", "Pairs", "ResidualMode", "record", "register_rule"]

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_backdoor.errors import ModelError
-from lightning_backdoor.surgery.meetings import Meeting, Meetings
-from lightning_backdoor.surgery.taps import Place, channel_axis, eager_forward, first_tensor, module_named, pool
+from lightning_backdoor.surgery.taps import (
+    Meeting,
+    Meetings,
+    Place,
+    channel_axis,
+    eager_forward,
+    first_tensor,
+    module_named,
+    pool,
+)
 
 __all__ = ["Head", "find_head", "head_features", "unit_layers"]
 

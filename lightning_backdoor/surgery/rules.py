@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.surgery.graph import Call, Pairs, register_rule
-from lightning_backdoor.surgery.nested import tensors_in
+from lightning_backdoor.surgery.taps import tensors_in
 from lightning_backdoor.surgery.unit_trace import NOTHING, Slice, Strand
 
 __all__ = ["register_rule"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
-from lightning_backdoor.data.keys import Key, find_key
+from lightning_backdoor.data.views import Key, find_key
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.loading.samplers import Kept, dry_count
 

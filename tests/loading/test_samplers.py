@@ -25,7 +25,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_backdoor.data.keys import BY_POSITION
+from lightning_backdoor.data.views import BY_POSITION
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.loading.samplers import RULES, KeepState, Kept, dry_count, filtered
 

@@ -14,8 +14,7 @@ from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_backdoor.data.keys import finish_of, unwrapped
-from lightning_backdoor.data.views import scan_loader
+from lightning_backdoor.data.views import finish_of, scan_loader, unwrapped
 from lightning_backdoor.scanning.scanner import ScanOptions, open_scanner
 from tests.callbacks.helpers import Net, Pictures, always, make_trainer, same_state
 from tests.contract.sources import write_folder

@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader
 
 from lightning_backdoor.data.views import scan_loader
 from lightning_backdoor.errors import DataError, ModelError
-from lightning_backdoor.scanning import progress as progress_module
-from lightning_backdoor.scanning.progress import progress
-from lightning_backdoor.scanning.scan import scan, shard
+from lightning_backdoor.scanning import scan as scan_module
+from lightning_backdoor.scanning.scan import progress, scan, shard
 from tests.scanning.ddp_scan import free_port, work
 from tests.scanning.helpers import (
     LIGHTNING_WARNS,
@@ -199,7 +198,7 @@ def display(bar: Any, rank_zero: bool = True, total: int = 40, step: int = 4) ->
 
 
 def test_tqdm_gets_a_second_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(progress_module, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(scan_module, "PATIENCE_S", 0.0)
     display(pl.callbacks.TQDMProgressBar())
     err = capsys.readouterr().err
     assert "Looking" in err
@@ -207,7 +206,7 @@ def test_tqdm_gets_a_second_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_rich_display_gets_a_task_that_is_hidden_and_never_removed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_module, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(scan_module, "PATIENCE_S", 0.0)
     told = Told()
     display(SimpleNamespace(progress=told, is_disabled=False), total=8)
     assert told[0] == ("add", "Looking", 8)
@@ -218,7 +217,7 @@ def test_rich_display_gets_a_task_that_is_hidden_and_never_removed(monkeypatch: 
 @pytest.mark.case("71")
 def test_real_rich_display(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
-    monkeypatch.setattr(progress_module, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(scan_module, "PATIENCE_S", 0.0)
 
     class Scan(pl.Callback):
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -242,9 +241,9 @@ def test_real_rich_display(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_bars_get_a_message_every_tenth(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(progress_module, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(scan_module, "PATIENCE_S", 0.0)
     messages: list[str] = []
-    monkeypatch.setattr(progress_module, "rank_zero_info", messages.append)
+    monkeypatch.setattr(scan_module, "rank_zero_info", messages.append)
     display(SimpleNamespace(is_disabled=False), total=40, step=1)
     assert len(messages) == 10
     assert messages[0] == "Looking: 10 % (4 of 40)"
@@ -261,8 +260,8 @@ def test_other_bars_get_a_message_every_tenth(
     ids=["no bar", "disabled", "other rank", "short pass"],
 )
 def test_silence(monkeypatch: pytest.MonkeyPatch, bar: Any, rank_zero: bool, patience: float) -> None:
-    monkeypatch.setattr(progress_module, "PATIENCE_S", patience)
-    monkeypatch.setattr(progress_module, "rank_zero_info", pytest.fail)
+    monkeypatch.setattr(scan_module, "PATIENCE_S", patience)
+    monkeypatch.setattr(scan_module, "rank_zero_info", pytest.fail)
     display(bar, rank_zero)
 
 
