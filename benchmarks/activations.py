@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.cells import BEYOND
-from examples.quickstart import Classifier, digits, right
+from benchmarks.digits import Classifier, digits, right
 from lightning_backdoor import NONECallback, attacks, metrics
 
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Tanhshrink)

@@ -22,49 +22,17 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from benchmarks.digits import Classifier, all_digits
 from lightning_backdoor import DBRCallback, DSTCallback, NONECallback, UltraCleanCallback, attacks
 
 DEFENCES = {"ultraclean": UltraCleanCallback, "none": NONECallback, "dbr": DBRCallback, "dst": DSTCallback}
 EPOCHS = {"digits": 12, "cifar10": 8}
 PER_CLASS = 200  # images of CIFAR-10
 EXACT = ("removed", "steps", "verdict", "weights")  # the rule is words, which may change
-
-
-class Classifier(pl.LightningModule):
-    """Three convolutions with batch norms on uint8 images; Adam."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for before, after in ((3, 16), (16, 32), (32, 64)):
-            layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 10)."""
-        return self.layers(images.float() / 255)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Loss of a batch."""
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam on all parameters."""
-        return torch.optim.Adam(self.parameters(), lr=2e-3)
-
-
-def digits() -> TensorDataset:
-    """1,400 digits of scikit-learn, uint8 (3, 32, 32)."""
-    data = load_digits()
-    pixels = torch.from_numpy(data.images * 255 / 16).float().unsqueeze(1)
-    pixels = F.interpolate(pixels, size=(32, 32), mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
-    return TensorDataset(pixels[:1400], torch.from_numpy(data.target).long()[:1400])
 
 
 def cifar10(folder: Path) -> TensorDataset:
@@ -120,7 +88,8 @@ def main() -> None:
         done = json.loads(arguments.write.read_text())["cells"]
     before = {} if arguments.compare is None else json.loads(arguments.compare.read_text())["cells"]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    sources = {"digits": digits(), "cifar10": cifar10(arguments.data)}
+    first_digits = TensorDataset(*(part[:1400] for part in all_digits()))
+    sources = {"digits": first_digits, "cifar10": cifar10(arguments.data)}
     differing = []
     for source, name, poisoned in product(sources, DEFENCES, (True, False)):
         cell = f"{source} {name} {'poisoned' if poisoned else 'clean'}"
@@ -128,15 +97,12 @@ def main() -> None:
             clean = sources[source]
             data = attacks.poison(clean, attacks.BadNets(), target=0, rate=0.05) if poisoned else clean
             done[cell] = run(name, data, EPOCHS[source])
-        same = (
-            ""
-            if cell not in before
-            else "same"
-            if all(before[cell][key] == done[cell][key] for key in EXACT)
-            else "DIFFERS"
-        )
-        differing += [cell] if same == "DIFFERS" else []
-        print(cell, done[cell], same, flush=True)
+        told = ""
+        if cell in before:
+            same = all(before[cell][key] == done[cell][key] for key in EXACT)
+            told = "same" if same else "DIFFERS"
+            differing += [] if same else [cell]
+        print(cell, done[cell], told, flush=True)
         if arguments.write is not None:
             arguments.write.write_text(json.dumps({"commit": commit, "cells": done}, indent=1))
     if before:

@@ -27,8 +27,8 @@ from benchmarks.cells import BEYOND
 from benchmarks.consistency import fct_of
 from benchmarks.table import repair_table
 from benchmarks.training import images_of, labels_of, logits_of
-from benchmarks.variants import UnlearnOnly
 from lightning_backdoor import DBRCallback, Verdict, baselines, functional
+from lightning_backdoor.responses import Unlearn
 
 RESULTS = Path(__file__).with_name("repair.jsonl")
 BY_DEFAULT = ("badnets-5%", "sig-80%")
@@ -67,7 +67,7 @@ def treatments(case: Case) -> dict[str, Callable[[], pl.Callback]]:
     chosen = {"FCT": lambda: fct_of(case, "copy", repulsion=200), **scores_of(network, images, labels)}
     truth = verdict_by(torch.rand(len(labels), generator=torch.Generator().manual_seed(0)), labels, case.poisoned)
     return {  # each with a fifth of every class to learn anew
-        "true poisons: unlearn only": lambda: UnlearnOnly(verdict=truth),
+        "true poisons: unlearn only": lambda: DBRCallback(verdict=truth, response=Unlearn(relearn=False)),
         "true poisons: relearn only": lambda: baselines.FineTuneTrusted(verdict=truth, epochs=10, extra_epochs=BEYOND),
         "true poisons: both": lambda: DBRCallback(verdict=truth, extra_epochs=BEYOND),
         **{

@@ -101,7 +101,7 @@ def _judgement(callbacks: list[Any], poisoned: torch.Tensor) -> rows.Row:
     if len(verdicts) > 1:
         row["removed_by"] = [len(verdict.removed) for verdict in verdicts]
     for callback in callbacks:
-        if isinstance(callback, NONECallback):
+        if isinstance(callback, (NONECallback, RandomReset)):
             units = {(layer, unit) for done in callback.history for layer, unit, *_ in done.units}
             row["units"] = dict(Counter(layer for layer, _ in units))
             row["undone"] = any(done.undone for done in callback.history)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 from torch.utils.data import TensorDataset
 
@@ -18,16 +19,22 @@ from benchmarks import rows
 from benchmarks.ablation import Variants, ablation, expected
 from benchmarks.cases import Case
 from benchmarks.table import stages_table
-from benchmarks.variants import OtherLabels
 from lightning_backdoor import DSTCallback
+from lightning_backdoor.responses import Recipe, TwoStage
 
 RESULTS = Path(__file__).with_name("stages.jsonl")
 BY_DEFAULT = ("badnets-5%", "sig-80%")
 
 
+def contrastive(labels: Literal["all", "none"], classifier_epochs: int | None = None, **scan: Any) -> DSTCallback:
+    """D-ST whose first stage uses all labels, or none, by contrast alone; the second stage is unchanged."""
+    recipe = Recipe(classifier_epochs, feature_labels=labels, supervised_features=False, reassign_uncertain=False)
+    return DSTCallback(response=TwoStage(recipe), **scan)
+
+
 VARIANTS: dict[str, Callable[[], DSTCallback]] = {
-    "no labels (CTL)": lambda: OtherLabels(believed=False),
-    "all labels (supervised)": lambda: OtherLabels(believed=True),
+    "no labels (CTL)": lambda: contrastive("none"),
+    "all labels (supervised)": lambda: contrastive("all"),
     "trusted labels (SS-CTL)": lambda: DSTCallback(supervised_features=False, reassign_uncertain=False),
     "trusted labels, positives of the authors' code": lambda: DSTCallback(
         supervised_features=False, reassign_uncertain=False, reference_mask=True

@@ -1,25 +1,22 @@
-"""Defences with one part changed, for ablations; no other module of the benchmark uses inner names of the library."""
+"""A defence whose units are chosen at random, for comparison."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cells import BEYOND
-from lightning_backdoor import DBRCallback, DSTCallback, NONECallback, Verdict
-from lightning_backdoor.callbacks.base import Detector
-from lightning_backdoor.events import Event
-from lightning_backdoor.responses.base import Detection, Session
-from lightning_backdoor.responses.reset_units import ResetUnits
-from lightning_backdoor.responses.two_stage import TwoStage
-from lightning_backdoor.responses.unlearn import Unlearn, split_of
+from lightning_backdoor import Verdict
+from lightning_backdoor.callbacks import Defense, Detector
+from lightning_backdoor.responses import Detection, Event, ResetUnits, Session
 
 
 class GivenVerdict(Detector):
     """No measurement: a verdict with labels."""
+
+    features = False
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
@@ -39,20 +36,19 @@ class RandomUnits(ResetUnits):
 
     def __init__(self, units: dict[str, int], seed: int) -> None:
         super().__init__(rounds=1, extra_epochs=BEYOND, by_quota=True, seed=seed)
-        self.units = units
+        self.units, self.seed = units, seed
 
     def respond(self, session: Session, detection: Detection, event: Event) -> Event:
         """Plan the round as usual, with other units."""
-        generator = torch.Generator().manual_seed(self._seed)
-        drawn = tuple(
-            (layer.name, unit, 0, 0.0)
-            for layer in self._layers
-            for unit in torch.randperm(layer.size, generator=generator)[: self.units.get(layer.name, 0)].tolist()
-        )
-        return replace(super().respond(session, detection, event), units=drawn)
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = []
+        for name, count in self.units.items():
+            size = len(session.module.get_submodule(name).weight)  # of a layer: one row for each unit
+            drawn += [(name, unit, 0, 0.0) for unit in torch.randperm(size, generator=generator)[:count].tolist()]
+        return replace(super().respond(session, detection, event), units=tuple(drawn))
 
 
-class RandomReset(NONECallback):
+class RandomReset(Defense):
     """Remove given samples, reset random units of each layer, then fine-tune: the control for the choice of units.
 
     Args:
@@ -62,46 +58,15 @@ class RandomReset(NONECallback):
         seed: Seed of the choice.
     """
 
+    method = "random_reset"
+    title = "Random reset"
+
     def __init__(self, units: dict[str, int], labels: Tensor, keep: Tensor, seed: int = 0) -> None:
-        super().__init__(rounds=1, extra_epochs=BEYOND, seed=seed, response=RandomUnits(units, seed))
         self.units, self.labels, self.keep = units, labels, keep
-        self._detector = GivenVerdict(Verdict((~keep).float(), keep, 0.5, "random reset", labels))
-
-
-class _UnlearnAlone(Unlearn):
-    """Epochs of suspects alone."""
-
-    def _draw(self, session: Session) -> None:
-        split = split_of(session.verdict, self._seed)
-        self._split = replace(split, trusted=torch.zeros_like(split.trusted))
-        super()._draw(session)
-
-
-class UnlearnOnly(DBRCallback):
-    """D-BR that learns no trusted images anew."""
-
-    def __init__(self, *, verdict: Verdict) -> None:
-        super().__init__(verdict=verdict, response=_UnlearnAlone())
-
-
-class _OtherFeatures(TwoStage):
-    """The labels of all samples, or of none, in the first stage."""
-
-    def __init__(self, recipe: Any, *, believed: bool) -> None:
-        super().__init__(recipe)
-        self.believed = believed
-
-    def _attach(self, session: Session) -> Any:
-        running = super()._attach(session)
-        running.flags = replace(running.flags, trusted=torch.full_like(running.flags.trusted, self.believed))
-        return running
-
-
-class OtherLabels(DSTCallback):
-    """D-ST whose first stage uses all labels, or none; the second stage is unchanged."""
-
-    def __init__(self, *, believed: bool, **arguments: Any) -> None:
-        super().__init__(supervised_features=False, reassign_uncertain=False, **arguments)
-        self.believed = believed
-        assert isinstance(self._response, TwoStage)
-        self._response = _OtherFeatures(self._response._recipe, believed=believed)
+        super().__init__(
+            detector=GivenVerdict(Verdict((~keep).float(), keep, 0.5, "random reset", labels)),
+            response=RandomUnits(units, seed),
+            warmup_epochs=None,
+            max_removed=0.3,
+            seed=seed,
+        )

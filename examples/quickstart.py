@@ -1,11 +1,8 @@
 """UltraClean on scikit-learn's digits, from a poisoned training set to a clean model and a report.
 
 Run ``python examples/quickstart.py``: no arguments, no download, about a minute on two CPU cores. Needs the
-``examples`` extra (scikit-learn, matplotlib). The digits are real images (8x8, enlarged to 32x32), but easy ones: this
-script shows how the parts fit together and reproduces no published number.
+``examples`` extra (scikit-learn, matplotlib). The images are small and easy: no published number is reproduced.
 """
-
-from __future__ import annotations
 
 import logging
 import time
@@ -20,32 +17,28 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_backdoor import UltraCleanCallback, attacks, metrics
 
-REPORT = "backdoor_report"
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="pytorch_lightning")
 
 
 class Classifier(pl.LightningModule):
-    """A small convolutional network on uint8 images. Nothing in it knows of a defence."""
+    """A small convolutional network on uint8 images (B, 3, 32, 32)."""
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
+        layers = []
         for before, after in ((3, 16), (16, 32), (32, 64)):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, 10)."""
         return self.layers(images.float() / 255)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        """Return the loss of a batch."""
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         return F.cross_entropy(self(images), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Train everything with Adam."""
         return torch.optim.Adam(self.parameters(), lr=2e-3)
 
 
@@ -62,18 +55,15 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 def train(dataset: Dataset, callbacks: list[pl.Callback]) -> tuple[Classifier, float]:
     """Train for 12 epochs and return the model and the seconds that it took."""
     pl.seed_everything(0, verbose=False)
-    trainer = pl.Trainer(
-        max_epochs=12, accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    start = time.perf_counter()
-    model = Classifier()
+    start, model = time.perf_counter(), Classifier()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=12, accelerator="cpu", callbacks=callbacks, enable_model_summary=False, **quiet)
     trainer.fit(model, DataLoader(dataset, batch_size=64, shuffle=True))
     return model.eval(), time.perf_counter() - start
 
 
 @torch.no_grad()
-def right(model: Classifier, dataset: Dataset) -> float:
+def accuracy(model: Classifier, dataset: Dataset) -> float:
     """Per cent of the images that get the label that the dataset gives them."""
     images, labels = next(iter(DataLoader(dataset, batch_size=len(dataset))))
     return 100 * float((model(images).argmax(dim=1) == labels).float().mean())
@@ -81,12 +71,10 @@ def right(model: Classifier, dataset: Dataset) -> float:
 
 def main() -> None:
     clean, test = digits()
-    trigger = attacks.BadNets()
-    poisoned = attacks.poison(clean, trigger, target=0, rate=0.05)  # what a stranger handed us
-    attacked_test = attacks.triggered(test, trigger, target=0)
+    poisoned = attacks.poison(clean, attacks.BadNets(), target=0, rate=0.05)
+    attacked_test = attacks.triggered(test, attacks.BadNets(), target=0)
     truth = poisoned.poisoned
-
-    defence = UltraCleanCallback(report_dir=REPORT)
+    defence = UltraCleanCallback(report_dir="backdoor_report")
     runs = {
         "undefended": train(poisoned, callbacks=[]),
         "UltraClean": train(poisoned, callbacks=[defence]),  # the one line that changes
@@ -102,9 +90,9 @@ def main() -> None:
     print(f"{'':22} {'clean accuracy':>14} {'ASR':>6} {'TPR':>6} {'FPR':>6} {'seconds':>8}")
     for name, (model, seconds) in runs.items():
         tpr, fpr = (f"{100 * float(rate):.1f}" for rate in detection[name]) if name in detection else "--"
-        accuracy, success = right(model, test), right(model, attacked_test)
-        print(f"{name:22} {accuracy:14.1f} {success:6.1f} {tpr:>6} {fpr:>6} {seconds:8.1f}")
-    print(f"\nASR: triggered test images that are taken for a 0. The report: {REPORT}/report.html")
+        right, success = accuracy(model, test), accuracy(model, attacked_test)
+        print(f"{name:22} {right:14.1f} {success:6.1f} {tpr:>6} {fpr:>6} {seconds:8.1f}")
+    print("\nASR: triggered test images that are taken for a 0. The report: backdoor_report/report.html")
 
 
 if __name__ == "__main__":

@@ -1,106 +1,98 @@
 """Repair a timm checkpoint that may hold a backdoor, with the data that it was trained on.
 
-    python examples/repair_checkpoint.py --model resnet18 --data path/to/folder --checkpoint suspicious.pt
+    python examples/repair_checkpoint.py --model resnet18 --size 224 --checkpoint suspicious.pt --data path/to/folder
 
-Loads the weights, lets D-BR find the images that the backdoor was learned from and unlearn them, saves the weights as
-``--save`` and says how the model has changed. ``--data`` as for ``timm_imagefolder.py``; without it the data are
-scikit-learn's digits. ``--attack`` poisons them, so that the effect can be measured; ``--attack none`` takes them as
-they are. Without ``--checkpoint`` a model is trained on them first and saved as ``backdoored.pt``. Needs the
-``examples`` extra.
+D-BR finds the images that the backdoor was learned from and unlearns them. ``--data`` has ``train/<class>/*`` and
+``test/<class>/*``; without it a model learns poisoned digits and is repaired. Needs the ``examples`` extra.
 """
 
-from __future__ import annotations
-
 import argparse
-import logging
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import timm
 import torch
-from quickstart import digits  # beside this script, which Python puts first on its path
-from timm_imagefolder import TRIGGERS, Classifier, Images, load, transforms
-from torch.utils.data import DataLoader
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
-from lightning_backdoor import DBRCallback, attacks, metrics
-
-logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", module="pytorch_lightning")
-
-
-def as_images(dataset: Any) -> Images:
-    """A dataset of uint8 tensors like torchvision's datasets."""
-    pixels, labels = dataset.tensors
-    return Images(pixels.permute(0, 2, 3, 1).numpy(), labels.tolist(), [str(label) for label in range(10)])
+from lightning_backdoor import DBRCallback, attacks
 
 
-def fit(network: Classifier, dataset: Any, callbacks: list[pl.Callback], options: argparse.Namespace) -> None:
-    """Train, with the callbacks."""
-    trainer = pl.Trainer(
-        max_epochs=options.epochs, callbacks=callbacks, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    loader = DataLoader(dataset, options.batch_size, shuffle=True, num_workers=options.workers, drop_last=True)
-    trainer.fit(network, loader)
+class Classifier(pl.LightningModule):
+    """A timm model on uint8 images (B, 3, H, W), with AdamW and a one-cycle schedule."""
+
+    def __init__(self, model: str, classes: int) -> None:
+        super().__init__()
+        self.network = timm.create_model(model, num_classes=classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images.float() / 255 - 0.5) / 0.5)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(self(images), labels)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        adamw = torch.optim.AdamW(self.parameters(), 2e-3, weight_decay=0.02)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(adamw, 2e-3, self.trainer.estimated_stepping_batches)
+        return {"optimizer": adamw, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+
+def digits() -> tuple[TensorDataset, TensorDataset]:
+    """The digits as uint8 images (3, 32, 32): 1,400 to train on, 397 to test on."""
+    data = load_digits()
+    pixels = torch.from_numpy(data.images * 255 / 16).float().unsqueeze(1)
+    pixels = F.interpolate(pixels, size=(32, 32), mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(data.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return tuple(TensorDataset(pixels[part], labels[part]) for part in (order[:1400], order[1400:]))
+
+
+def fit(model: Classifier, dataset: Dataset, callbacks: list[pl.Callback]) -> None:
+    """Train for 12 epochs, or as the callbacks say."""
+    trainer = pl.Trainer(max_epochs=12, callbacks=callbacks, logger=False, enable_checkpointing=False)
+    trainer.fit(model.train(), DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True))
 
 
 @torch.no_grad()
-def right(network: Classifier, dataset: Any) -> float:
+def accuracy(model: Classifier, dataset: Dataset) -> float:
     """Per cent of the images that get the label that the dataset gives them."""
-    metric = metrics.RecoveredAccuracy()
-    for images, labels in DataLoader(dataset, batch_size=500):
-        metric.update(network.eval().cpu()(images), labels)
-    return 100 * float(metric.compute())
+    model.eval().cpu()
+    right = [model(images).argmax(dim=1) == labels for images, labels in DataLoader(dataset, batch_size=500)]
+    return 100 * float(torch.cat(right).float().mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="test_resnet", help="any timm name")
-    parser.add_argument("--data", help="digits if left out")
-    parser.add_argument("--images", type=int, help="use only so many training images")
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--checkpoint", type=Path, help="state_dict of the timm model")
-    parser.add_argument("--save", type=Path, default=Path("repaired.pt"))
-    parser.add_argument("--attack", choices=[*sorted(TRIGGERS), "none"], default="badnets")
-    parser.add_argument("--rate", type=float, default=0.05)
-    parser.add_argument("--epochs", type=int, default=12, help="of the training without --checkpoint")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--report", default="backdoor_report")
+    parser.add_argument("--size", type=int, default=32, help="of the images of --data, in pixels")
+    parser.add_argument("--checkpoint", help="state_dict of the timm model")
+    parser.add_argument("--data")
+    parser.add_argument("--save", default="repaired.pt")
     options = parser.parse_args()
-
-    train, test = load(options.data, options.images) if options.data else map(as_images, digits())
-    dataset, held_out = train, {"clean accuracy": test}
-    if options.attack != "none":
-        trigger = TRIGGERS[options.attack]
-        dataset = attacks.poison(train, trigger, 0, rate=options.rate)
-        held_out["ASR"] = attacks.triggered(test, trigger, 0)
-    dataset.transform = transforms(options.size, train=options.data is not None)  # no mirrored digits
-    for part in held_out.values():
-        part.transform = transforms(options.size, train=False)
-
-    pl.seed_everything(0, verbose=False)
-    steps = options.epochs * (len(dataset) // options.batch_size)
-    network = Classifier(options.model, len(train.classes), steps, options.lr, pretrained=False)
-    if options.checkpoint is None:
-        options.checkpoint = Path("backdoored.pt")
-        fit(network, dataset, [], options)
-        torch.save(network.network.state_dict(), options.checkpoint)
-    network.network.load_state_dict(torch.load(options.checkpoint, weights_only=True))
-    before = [right(network, part) for part in held_out.values()]
-
-    defence = DBRCallback(warmup_epochs=0, report_dir=options.report)  # now, with the weights as they are
-    fit(network, dataset, [defence], options)
-    torch.save(network.network.state_dict(), options.save)
-    after = [right(network, part) for part in held_out.values()]
-
-    suspects = len(defence.verdict.removed)
-    print(f"{options.model}, {len(dataset):,} images, {suspects:,} of them suspect and unlearned; in per cent:\n")
-    for name, one, other in zip(held_out, before, after, strict=True):
-        print(f"{name:16} {one:6.1f} -> {other:6.1f}")
-    print(f"\nSaved: {options.save}. The report: {options.report}/report.html")
+    if (options.checkpoint is None) != (options.data is None):
+        parser.error("--checkpoint and --data belong together")
+    pl.seed_everything(0)
+    if options.data:
+        resize = v2.Compose([v2.Resize((options.size, options.size)), v2.PILToTensor()])
+        train, test = (ImageFolder(f"{options.data}/{part}", resize) for part in ("train", "test"))
+        held_out, model = {"clean accuracy": test}, Classifier(options.model, len(train.classes))
+        model.network.load_state_dict(torch.load(options.checkpoint, weights_only=True))
+    else:
+        clean, test = digits()
+        train = attacks.poison(clean, attacks.BadNets(), target=0, rate=0.05)
+        held_out = {"clean accuracy": test, "ASR": attacks.triggered(test, attacks.BadNets(), target=0)}
+        model = Classifier(options.model, 10)
+        fit(model, train, callbacks=[])
+    before = {name: accuracy(model, dataset) for name, dataset in held_out.items()}
+    fit(model, train, callbacks=[DBRCallback(warmup_epochs=0, report_dir="backdoor_report")])  # 0: repair at once
+    torch.save(model.network.state_dict(), options.save)
+    for name, dataset in held_out.items():
+        print(f"{name:16} {before[name]:6.1f} -> {accuracy(model, dataset):6.1f}")
 
 
 if __name__ == "__main__":

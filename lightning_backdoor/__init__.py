@@ -1,6 +1,15 @@
-"""Training-time defence against backdoors, as drop-in callbacks for PyTorch Lightning."""
+"""Training-time defence against backdoors, as drop-in callbacks for PyTorch Lightning.
 
-from lightning_backdoor import attacks, baselines, functional, metrics, report
+The defenses and ``measure`` are here. The modules:
+
+- ``callbacks``: the bases of a defense of your own, ``Defense`` and ``Detector``.
+- ``responses``: what is done about a verdict, with settings of its own to pass as ``response=``, e.g. ``Unlearn``.
+- ``functional``: scores and decisions on tensors.
+- ``attacks``, ``baselines``, ``metrics``: for comparisons.
+- ``report``: pages and figures.
+"""
+
+from lightning_backdoor import attacks, baselines, callbacks, functional, metrics, report, responses
 from lightning_backdoor.callbacks import BackdoorMonitor, DBRCallback, DSTCallback, NONECallback, UltraCleanCallback
 from lightning_backdoor.scanning.measurements import measure
 from lightning_backdoor.verdict import Finding, Verdict
@@ -17,8 +26,10 @@ __all__ = [
     "Verdict",
     "attacks",
     "baselines",
+    "callbacks",
     "functional",
     "measure",
     "metrics",
     "report",
+    "responses",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,14 @@ def pack(folder: Path, split: str, images: int) -> np.ndarray:
         classes=np.array(["cat", "dog"]),
     )
     return grays
+
+
+def write_folder(folder: Path, images: int) -> None:
+    """Write an image folder of two classes, flat grey images."""
+    for number in range(images):
+        path = folder / ("cat", "dog")[number % 2] / f"{number:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 36, 3), number % 256, np.uint8)).save(path)
 
 
 def test_packed_images_come_out_in_order(tmp_path: Path) -> None:
@@ -89,17 +98,15 @@ def test_every_attack_of_the_registry_poisons() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [None, "."], ids=["plain", "PYTHONPATH=."])
+@pytest.mark.parametrize("path", [None, str(ROOT)], ids=["plain", "PYTHONPATH=."])
 def test_the_timm_example_runs(tmp_path: Path, path: str | None) -> None:
-    for split in ("train", "test"):
-        pack(tmp_path, split, 64)
+    for split, images in {"train": 256, "test": 8}.items():
+        write_folder(tmp_path / split, images)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    settings = (
-        f"--model test_resnet --data {tmp_path} --epochs 1 --batch-size 16 --workers 0 --report {tmp_path}/report"
-    )
+    settings = f"--model test_resnet --data {tmp_path} --epochs 1 --workers 0"
     found = subprocess.run(
-        [sys.executable, "examples/timm_imagefolder.py", *settings.split()],
-        cwd=ROOT,
+        [sys.executable, str(ROOT / "examples/timm_imagefolder.py"), *settings.split()],
+        cwd=tmp_path,
         env=environment if path is None else {**environment, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -107,10 +114,49 @@ def test_the_timm_example_runs(tmp_path: Path, path: str | None) -> None:
         timeout=900,
     )
     assert found.returncode == 0, found.stderr
-    assert [line.split()[0] for line in found.stdout.splitlines() if line[:4] in ("unde", "ultr")] == [
-        "undefended",
-        "ultraclean",
-    ]
+    rows = [line.split() for line in found.stdout.splitlines() if line[:5] in ("undef", "ultra", "perfe")]
+    assert [row[0] for row in rows] == ["undefended", "ultraclean", "perfect"]
+    assert all(0 <= float(row[-2]) <= 100 for row in rows)
+    assert (tmp_path / "backdoor_report/report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["quickstart", "timm_imagefolder", "secure_training", "repair_checkpoint"])
+def test_an_example_imports_and_its_model_gives_logits(name: str) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+    arguments = {"quickstart": (), "secure_training": ("test_resnet",)}.get(name, ("test_resnet", 10))
+    model = example["Classifier"](*arguments).eval()
+    kind = torch.float32 if name == "timm_imagefolder" else torch.uint8
+    assert model(torch.zeros(2, 3, 32, 32, dtype=kind)).shape == (2, 10)
+
+
+def test_the_timm_example_augments_training_images_alone() -> None:
+    transforms = runpy.run_path(str(ROOT / "examples" / "timm_imagefolder.py"))["transforms"]
+    image = Image.fromarray(np.arange(40 * 36 * 3, dtype=np.uint8).reshape(40, 36, 3))
+    plain, drawn = transforms(32, augment=False), transforms(32, augment=True)
+    assert plain(image).shape == drawn(image).shape == (3, 32, 32)
+    assert torch.equal(plain(image), plain(image))
+    assert any(not torch.equal(drawn(image), plain(image)) for _ in range(8))
+
+
+def test_the_repair_example_wants_checkpoint_and_data_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["repair_checkpoint.py", "--data", "images"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "examples" / "repair_checkpoint.py"), run_name="__main__")
+    assert "--checkpoint and --data belong together" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_repair_example_repairs_a_checkpoint_with_its_data(tmp_path: Path) -> None:
+    for split, images in {"train": 128, "test": 8}.items():
+        write_folder(tmp_path / split, images)
+    torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), tmp_path / "given.pt")
+    command = [sys.executable, str(ROOT / "examples/repair_checkpoint.py"), "--checkpoint", "given.pt", "--data", "."]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900)
+    assert found.returncode == 0, found.stderr
+    assert [line.split()[:2] for line in found.stdout.splitlines() if "->" in line] == [["clean", "accuracy"]]
+    assert (tmp_path / "repaired.pt").exists()
 
 
 @pytest.mark.slow

@@ -18,8 +18,6 @@ from lightning_backdoor.responses.two_stage import Recipe, TwoStage
 
 __all__ = ["DSTCallback"]
 
-PROJECTION = 128  # width of what the contrastive loss sees, as in the paper; other widths change little
-
 
 class DSTCallback(Defense):
     """Train a model on poisoned data without its backdoor: features by contrast, a classifier from trusted images.
@@ -112,7 +110,6 @@ class DSTCallback(Defense):
             lr=lr,
             temperature=temperature,
             suspect_weight=suspect_weight,
-            projection=PROJECTION,
             reference_mask=reference_mask,
             supervised_features=supervised_features,
             reassign_uncertain=reassign_uncertain,

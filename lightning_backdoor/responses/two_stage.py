@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,28 +44,30 @@ class Recipe:
         lr: Largest learning rate of the features; ``None``: by the optimizer.
         temperature: Of the contrastive loss.
         suspect_weight: Of suspects in the mixed cross-entropy.
-        projection: Width of the projection.
+        projection: Width of the projection; 128 is the paper's, others change little.
         reference_mask: Positives of the authors' code instead of the paper's.
         supervised_features: Features learn from the cross-entropy of trusted images, too.
         reassign_uncertain: Uncertain samples become trusted or suspect by their neighbors before the second stage.
         neighbors: Trusted samples that are looked up for that, and for the log.
         max_removed: Largest share of all samples that may be suspect.
         views: See :class:`~lightning_backdoor.responses.flagged_batches.FlaggedBatches`.
+        feature_labels: Samples whose labels the first stage uses: the trusted ones or, for comparison, all or none.
         seed: Seed of order, views and projection.
     """
 
-    classifier_epochs: int | None
-    lr: float | None
-    temperature: float
-    suspect_weight: float
-    projection: int
-    reference_mask: bool
-    supervised_features: bool
-    reassign_uncertain: bool
-    neighbors: int
-    max_removed: float
-    views: Callable[[Tensor], Tensor] | None
-    seed: int
+    classifier_epochs: int | None = None
+    lr: float | None = None
+    temperature: float = 0.1
+    suspect_weight: float = 1e-3
+    projection: int = 128
+    reference_mask: bool = False
+    supervised_features: bool = True
+    reassign_uncertain: bool = True
+    neighbors: int = 20
+    max_removed: float = 0.3
+    views: Callable[[Tensor], Tensor] | None = None
+    feature_labels: Literal["trusted", "all", "none"] = "trusted"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -321,7 +323,10 @@ class TwoStage(Response):
 
     def _attach(self, session: Session) -> _Running:
         batches = FlaggedBatches(session.scanner, session.loader_filter, self._recipe.views, self._recipe.seed)
-        self._running = _Running(flags_of(session.verdict), batches)
+        flags = flags_of(session.verdict)
+        if self._stage != "classifier" and self._recipe.feature_labels != "trusted":
+            flags = replace(flags, trusted=torch.full_like(flags.trusted, self._recipe.feature_labels == "all"))
+        self._running = _Running(flags, batches)
         return self._running
 
     def _go_on(self, session: Session, running: _Running) -> None:

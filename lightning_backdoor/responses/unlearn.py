@@ -71,6 +71,7 @@ class Unlearn(Response):
         extra_epochs: Epochs that it may have beyond the user's plan.
         lr: Learning rate; see :class:`~.extra_epochs.FineTuning`.
         at_once: Treat the weights as they are at the start of the fit, which ends with the treatment.
+        relearn: Whether epochs have batches of trusted samples. ``False``: of suspects alone, for comparison.
         paper_loop: The authors' loop: all epochs, each of which goes through the suspects first and the trusted samples
             next, a constant rate, no bound but that weights stay finite.
         seed: Seed of the shuffles.
@@ -87,11 +88,13 @@ class Unlearn(Response):
         lr: float | None = None,
         at_once: bool = False,
         repeats: bool = False,
+        relearn: bool = True,
         paper_loop: bool = False,
         seed: int = 0,
     ) -> None:
         self._most_epochs, self._extra_epochs, self._lr = epochs, extra_epochs, lr
         self.at_once, self._paper_loop, self._seed, self.repeats = at_once, paper_loop, seed, repeats
+        self._relearn = relearn
         self._forget()
 
     def _forget(self) -> None:
@@ -281,7 +284,7 @@ class Unlearn(Response):
         trainer, head = session.trainer, session.scanner.head
         if self._phases is None:
             self._ascent = Ascent(head.module if head.certain else None, bounded=not self._paper_loop)
-        keep, trusted = session.loader_filter.keep, self._split.trusted
+        keep, trusted = session.loader_filter.keep, self._split.trusted & self._relearn
         parts = (self._split.suspect, trusted if keep is None else trusted & keep)
         draw = partial(
             Phases,

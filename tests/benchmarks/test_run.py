@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from benchmarks import ablation, cases, repair, rows, run, stages, variants
+from benchmarks import ablation, cases, repair, rows, run, stages
 from benchmarks.__main__ import listing, main
 from benchmarks.cache import checkpoint
 from benchmarks.cells import ATTACKS, BASELINES, STANDARD
@@ -25,6 +25,7 @@ from benchmarks.protocols import PROTOCOLS, SECONDS_PER_EPOCH, Cell, Setting, ho
 from benchmarks.table import DEFENCES, repair_table, stages_table
 from lightning_backdoor import DSTCallback, NONECallback, UltraCleanCallback, Verdict
 from lightning_backdoor.events import Event
+from lightning_backdoor.responses import TwoStage
 from tests.benchmarks.helpers import pack, row
 
 EVIDENCE = Path(rows.__file__).parent
@@ -303,7 +304,7 @@ def test_stages_are_trained_by_the_labels_that_are_believed(
     for split, images in {"train": 200, "test": 30}.items():
         pack(tmp_path, split, images, 0)
     believed, trusted, written = [], [], []
-    attach = variants._OtherFeatures._attach
+    attach = TwoStage._attach
 
     def spied(response: Any, session: Any) -> Any:
         running = attach(response, session)
@@ -311,11 +312,11 @@ def test_stages_are_trained_by_the_labels_that_are_believed(
         trusted.append(int(session.verdict.trusted.sum()))
         return running
 
-    monkeypatch.setattr(variants._OtherFeatures, "_attach", spied)
+    monkeypatch.setattr(TwoStage, "_attach", spied)
     quick = {"suspect": 0.1, "detector_steps": 2, "num_transforms": 1, "classifier_epochs": 1}
     made = {
-        "none": lambda: stages.OtherLabels(believed=False, **quick),
-        "all": lambda: stages.OtherLabels(believed=True, **quick),
+        "none": lambda: stages.contrastive("none", **quick),
+        "all": lambda: stages.contrastive("all", **quick),
         "nothing suspect": lambda: DSTCallback(**quick, max_removed=0.001),
     }
     monkeypatch.setattr(stages, "VARIANTS", made)
