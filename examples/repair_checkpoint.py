@@ -12,9 +12,8 @@ from typing import Any
 import pytorch_lightning as pl
 import timm
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -34,7 +33,7 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(self(images), labels)
+        return nn.functional.cross_entropy(self(images), labels)
 
     def configure_optimizers(self) -> dict[str, Any]:
         adamw = torch.optim.AdamW(self.parameters(), 2e-3, weight_decay=0.02)
@@ -46,7 +45,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     """The digits as uint8 images (3, 32, 32): 1,400 to train on, 397 to test on."""
     data = load_digits()
     pixels = torch.from_numpy(data.images * 255 / 16).float().unsqueeze(1)
-    pixels = F.interpolate(pixels, size=(32, 32), mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
+    pixels = nn.functional.interpolate(pixels, size=32, mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
     labels = torch.from_numpy(data.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return tuple(TensorDataset(pixels[part], labels[part]) for part in (order[:1400], order[1400:]))
@@ -54,7 +53,8 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 def fit(model: Classifier, dataset: Dataset, callbacks: list[pl.Callback]) -> None:
     """Train for 12 epochs, or as the callbacks say."""
-    trainer = pl.Trainer(max_epochs=12, callbacks=callbacks, logger=False, enable_checkpointing=False)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=12, callbacks=callbacks, enable_model_summary=False, **quiet)
     trainer.fit(model.train(), DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True))
 
 

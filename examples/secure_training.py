@@ -12,10 +12,9 @@ from typing import Any
 import pytorch_lightning as pl
 import timm
 import torch
-import torch.nn.functional as F
 from kornia.augmentation import ColorJiggle, RandomAffine
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_backdoor import DBRCallback, DSTCallback, attacks
@@ -33,7 +32,7 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(self(images), labels)
+        return nn.functional.cross_entropy(self(images), labels)
 
     def configure_optimizers(self) -> dict[str, Any]:
         adamw = torch.optim.AdamW(self.parameters(), 2e-3, weight_decay=0.02)
@@ -45,7 +44,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     """The digits as uint8 images (3, 32, 32): 1,400 to train on, 397 to test on."""
     data = load_digits()
     pixels = torch.from_numpy(data.images * 255 / 16).float().unsqueeze(1)
-    pixels = F.interpolate(pixels, size=(32, 32), mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
+    pixels = nn.functional.interpolate(pixels, size=32, mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
     labels = torch.from_numpy(data.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return tuple(TensorDataset(pixels[part], labels[part]) for part in (order[:1400], order[1400:]))
@@ -61,7 +60,8 @@ def train(name: str, epochs: int, dataset: Dataset, callbacks: list[pl.Callback]
     """Train a new model of this timm name."""
     pl.seed_everything(0)
     model = Classifier(name)
-    trainer = pl.Trainer(max_epochs=epochs, callbacks=callbacks, logger=False, enable_checkpointing=False)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=callbacks, enable_model_summary=False, **quiet)
     trainer.fit(model, DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True))
     return model.eval().cpu()
 
@@ -88,11 +88,10 @@ def main() -> None:
     defence = DSTCallback(verdict=detector.verdict, detector_steps=500, views=shifted, report_dir="backdoor_report")
     kept = Subset(dataset, (~dataset.poisoned).nonzero().flatten().tolist())
     runs = {"undefended": (dataset, []), "perfect filter": (kept, []), "D-ST": (dataset, [defence])}
-    table = [f"{'':16} {'clean accuracy':>14} {'ASR':>6}"]
+    print(f"{'':16} {'clean accuracy':>14} {'ASR':>6}")
     for name, (data, callbacks) in runs.items():
         model = train(options.model, options.epochs, data, callbacks)
-        table.append(f"{name:16} {accuracy(model, test):14.1f} {accuracy(model, attacked):6.1f}")
-    print("\n".join(table))
+        print(f"{name:16} {accuracy(model, test):14.1f} {accuracy(model, attacked):6.1f}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import timm
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -35,7 +34,7 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(self(images), labels)
+        return nn.functional.cross_entropy(self(images), labels)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -86,7 +85,8 @@ def main() -> None:
         dataset = Subset(poisoned, (~truth).nonzero().flatten().tolist()) if name == "perfect filter" else poisoned
         loader = DataLoader(dataset, batch_size=128, shuffle=True, drop_last=True, num_workers=options.workers)
         model = Classifier(options.model, len(train.classes))
-        trainer = pl.Trainer(max_epochs=options.epochs, callbacks=callbacks, logger=False, enable_checkpointing=False)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(max_epochs=options.epochs, callbacks=callbacks, enable_model_summary=False, **quiet)
         trainer.fit(model, loader, DataLoader(test, batch_size=500, num_workers=options.workers))
         found = ""
         if callbacks:

@@ -17,6 +17,7 @@ from lightning_backdoor import DBRCallback, NONECallback, Verdict, attacks
 from lightning_backdoor.callbacks.consistency import judge
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError, TrainerError
+from lightning_backdoor.responses import Unlearn
 from lightning_backdoor.scanning.measure_fct import Distinguished
 from lightning_backdoor.scanning.measure_units import Measured, UnitScan
 from tests.callbacks.helpers import (
@@ -136,6 +137,16 @@ def test_suspects_come_first_with_the_other_sign_and_the_logged_loss_stays(
     losses = [value for _, value in signs.seen]
     assert all((value < 0) == (i >= 8 and i % 2 == 0) for i, value in enumerate(losses))
     assert [abs(value) for value in losses] == pytest.approx([value / accumulate for value in module.logged])
+
+
+@pytest.mark.parametrize(("relearn", "drawn"), [(True, "st"), (False, "s")])
+def test_suspects_are_unlearned_with_or_without_relearning(relearn: bool, drawn: str) -> None:
+    response = Unlearn(epochs=2, extra_epochs=2, relearn=relearn, paper_loop=True)
+    callback = acting(response=response)
+    _, module = fit([callback], epochs=1)
+    assert [kinds(module, epoch) for epoch in (1, 2)] == [drawn] * 2
+    assert int(callback.verdict.trusted.sum()) > 0, "they are trusted in any case"
+    assert callback.history[0].treated
 
 
 @pytest.mark.case("57")
