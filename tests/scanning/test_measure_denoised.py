@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_backdoor.data.store import RowStore
 from lightning_backdoor.errors import DataError
+from lightning_backdoor.scanning.measure_denoised import RowStore
 
 SHAPE = (3, 4, 5)
 
