@@ -1,4 +1,4 @@
-"""Two defences on one Trainer, in both orders: masks are joined, and a rewind does not silently undo surgery."""
+"""Two defences on one Trainer, in both orders: masks are joined, and a restart does not silently undo surgery."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lightning_backdoor import BackdoorMonitor, attacks
-from lightning_backdoor.callbacks import rounds
 from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.errors import TrainerError
+from lightning_backdoor.responses import Session
 from tests.callbacks.helpers import same_state, state_of
 from tests.contract.problem import EPOCHS, WARNS, assert_settled, clean, fit
 from tests.contract.registry import ENTRIES, of
@@ -39,13 +39,14 @@ def test_ultraclean_and_none(filter_first: bool, warmup: int) -> None:
 
 @both_orders
 def test_none_measures_itself_on_what_both_keep(filter_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    seen: list[Any] = []
+    measured = Session.label_rates
 
-    def spied(predicted: Any, verdict: Any, training: Any = None) -> tuple[float, float | None]:
-        seen.append(training)
-        return rounds.shares(predicted, verdict, training)
+    def spied(session: Session, correct: torch.Tensor) -> tuple[float, float | None]:
+        seen.append(session.in_training)
+        return measured(session, correct)
 
-    monkeypatch.setattr("lightning_backdoor.callbacks.none.shares", spied)
+    monkeypatch.setattr(Session, "label_rates", spied)
     one, two = of("UltraCleanCallback").make(response="continue", warmup_epochs=1), of("NONECallback").make()
     fit([one, two] if filter_first else [two, one])
     assert (one.verdict.keep & two.verdict.keep).sum() < two.verdict.keep.sum()
@@ -53,10 +54,10 @@ def test_none_measures_itself_on_what_both_keep(filter_first: bool, monkeypatch:
 
 
 @both_orders
-def test_a_rewind_after_a_reset_is_followed_by_another_reset(filter_first: bool) -> None:
+def test_a_restart_after_a_reset_is_followed_by_another_reset(filter_first: bool) -> None:
     one, two = of("UltraCleanCallback").make(), of("NONECallback").make(warmup_epochs=1)
     run = fit([one, two] if filter_first else [two, one])
-    assert [past.epochs for past in two.history] == [1, 1], "before and after the rewind"
+    assert [past.epochs for past in two.history] == [1, 1], "before and after the restart"
     assert all(past.units for past in two.history)
     assert run.module.epochs()[-1][1] == kept(one, two)
     assert_settled(run.trainer, run.module, run.loader, run.before)
@@ -71,27 +72,27 @@ def test_ultraclean_and_dbr(filter_first: bool, warmup: int) -> None:
     drawn = set(run.module.epochs()[-1][1])
     allowed = (two.verdict.trusted & one.verdict.keep) | two.verdict.suspect  # unlearned, whoever else dropped them
     assert drawn == set(allowed.nonzero().flatten().tolist())
-    assert len(two.history[-1].undone) == 2, "the repair is that of the run that counts"
+    assert len(two.history[-1].undone_steps) == 2, "the repair is that of the run that counts"
     assert_settled(run.trainer, run.module, run.loader, run.before)
 
 
 @both_orders
-def test_a_rewind_after_a_repair_is_followed_by_another_repair(filter_first: bool) -> None:
+def test_a_restart_after_a_repair_is_followed_by_another_repair(filter_first: bool) -> None:
     one, two = of("UltraCleanCallback").make(warmup_epochs=3), of("DBRCallback").make(warmup_epochs=1)
     run = fit([one, two] if filter_first else [two, one])
     assert [past.epochs for past in two.history] == [1, 1]
     again = two.history[-1]
-    assert 1 <= len(again.undone) == len(again.accuracy) - 1, "measured from the start of this repair"
+    assert 1 <= len(again.undone_steps) == len(again.accuracies) - 1, "measured from the start of this repair"
     assert_settled(run.trainer, run.module, run.loader, run.before)
 
 
 @both_orders
 @pytest.mark.parametrize("name", ["ABL", "FineTuneTrusted"])
-def test_other_repairs_come_again_after_a_rewind_too(name: str, filter_first: bool) -> None:
+def test_other_repairs_come_again_after_a_restart_too(name: str, filter_first: bool) -> None:
     one, two = of("UltraCleanCallback").make(warmup_epochs=EPOCHS), of(name).make()
     run = fit([one, two] if filter_first else [two, one])
     assert [epoch for epoch, _ in run.module.epochs()] == [*range(EPOCHS), *range(EPOCHS + 2)]
-    assert len(two.history[-1].accuracy) == 3, "before, and after each epoch of the repair that counts"
+    assert len(two.history[-1].accuracies) == 3, "before, and after each epoch of the repair that counts"
     assert_settled(run.trainer, run.module, run.loader, run.before)
 
 
@@ -100,7 +101,7 @@ def test_none_and_dbr(filter_first: bool) -> None:
     one, two = of("NONECallback").make(), of("DBRCallback").make()
     run = fit([one, two] if filter_first else [two, one])
     assert one.history[-1].units
-    assert two.history[-1].undone
+    assert two.history[-1].treated
     drawn = set(run.module.epochs()[-1][1])
     allowed = one.verdict.keep | two.verdict.suspect
     assert drawn <= set(allowed.nonzero().flatten().tolist())

@@ -107,7 +107,7 @@ def test_weights_and_state_are_the_same_everywhere(entry: Entry, world: tuple[in
     if entry.kind != "watch":
         assert not first["states"][-1]["verdict"]["keep"].all(), "it acted"
     if entry.kind == "own":
-        start, learned, *gone = (state["run"]["projection"] for state in first["states"])
+        start, learned, *gone = (state["response"]["projection"] for state in first["states"])
         assert not torch.equal(start["0.weight"], learned["0.weight"])
         assert gone == [None, None]
 
@@ -128,7 +128,7 @@ def test_all_take_equally_many_steps_and_share_the_samples(entry: Entry, world: 
         allowed = torch.stack(known).any(dim=0) if known else verdict["keep"]
     kept = set(allowed.nonzero().flatten().tolist())
     lone = math.ceil(len(kept) / len(ranks)) % BATCH == 1  # batch norm cannot learn from a single sample: left out
-    for last in range(1, EPOCHS + 1 if entry.kind == "filter" else 2):  # all epochs after a rewind
+    for last in range(1, EPOCHS + 1 if entry.kind == "filter" else 2):  # all epochs after a restart
         drawn = {i for epoch in epochs for positions in epoch[-last] for i in positions}
         assert drawn <= kept
         assert len(kept - drawn) <= lone * len(ranks)

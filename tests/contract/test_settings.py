@@ -116,7 +116,7 @@ def test_averaged_weights_are_those_of_the_treated_model(entry: Entry) -> None:
     assert same_state(average._average_model.module, run.module), "Lightning copies the average at the end"
     steps = int(average._average_model.n_averaged)
     if entry.kind == "filter":
-        assert steps == run.trainer.global_step < EPOCHS * BATCHES + 1, "of the training after the rewind alone"
+        assert steps == run.trainer.global_step < EPOCHS * BATCHES + 1, "of the training after the restart alone"
     elif entry.kind == "repair":
         assert steps == 0, "nothing since the repair was judged"
     else:

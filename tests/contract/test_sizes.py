@@ -149,8 +149,7 @@ def test_such_a_training_is_bit_identical_until_samples_are_removed() -> None:
         make_trainer(list(callbacks), 2).fit(module, DataLoader(Sized(), batch_sampler=BySize()))
         return list(module.parameters())
 
-    silent = of("SpectralSignatures").make_silent(max_removed=0.01)
-    silent.warmup_epochs, silent.rewind = 2, False
+    silent = of("SpectralSignatures").make_silent(max_removed=0.01, warmup_epochs=2, response="continue")
     assert all(map(torch.equal, weights(), weights(silent)))
 
 
