@@ -255,10 +255,10 @@ class Defense(CallbackBase):
         """Join the filter of the training loader."""
         if stage != "fit":
             return
+        require_unsharded(trainer)
         self._response.setup(trainer, pl_module, self.title)
         if self._response.alone:
             require_alone(trainer, self)
-        require_unsharded(trainer)
         self._detector.setup(trainer, pl_module)
         self._acts, self._began, self._watched = False, time.time(), {}
         if self._response.starts_over:
