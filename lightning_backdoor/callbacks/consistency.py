@@ -47,7 +47,7 @@ class ConsistencyDetector(Detector):
     """
 
     def __init__(self, arguments: dict[str, Any], max_removed: float, seed: int) -> None:
-        self.given: Verdict | None = arguments["verdict"]
+        self.external_verdict: Verdict | None = arguments["verdict"]
         start = arguments["detector"]
         if not isinstance(start, nn.Module):
             require_one_of("detector", start, ("copy", "fresh"))
@@ -66,12 +66,12 @@ class ConsistencyDetector(Detector):
             start, None, steps, transforms, arguments["transform"], seed, metric=metric
         )
         self._max_removed = max_removed
-        kind = "given" if self.given is not None else "subpopulations" if share == "auto" else "fct"
+        kind = "given" if self.external_verdict is not None else "subpopulations" if share == "auto" else "fct"
         self.meaning, self.by_subpopulations = MEANINGS[kind], True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before a checkpoint is loaded, keep the weights that a fresh detector starts from."""
-        if self._settings.start == "fresh" and self.given is None:
+        if self._settings.start == "fresh" and self.external_verdict is None:
             self._initial = {k: v.detach().to("cpu", copy=True) for k, v in pl_module.state_dict().items()}
 
     def require(self, session: Session) -> None:
@@ -84,8 +84,8 @@ class ConsistencyDetector(Detector):
             ModelError: The model has no units that could be measured.
         """
         scanner = session.scanner
-        if self.given is not None:
-            require_same_data(self.given, scanner)
+        if self.external_verdict is not None:
+            require_same_data(self.external_verdict, scanner)
         elif self.trusted * len(scanner) < scanner.num_classes:
             raise ArgumentError(
                 f"`trusted` must leave at least one image for each of {scanner.num_classes} classes, got "
@@ -97,8 +97,8 @@ class ConsistencyDetector(Detector):
     def detect(self, session: Session) -> Detection:
         """Train the copy, measure, and decide."""
         trainer, module, scanner, earlier = session.trainer, session.module, session.scanner, session.case.verdict
-        if self.given is not None:
-            detection = from_verdict(self.given, scanner.read_labels(trainer, module), trusted=self.trusted)
+        if self.external_verdict is not None:
+            detection = from_verdict(self.external_verdict, scanner.read_labels(trainer, module), trusted=self.trusted)
         else:
             settings = replace(self._settings, initial=self._initial)
             found = distinguish(trainer, module, scanner, settings, units=self.suspect == "auto")
