@@ -188,11 +188,14 @@ class ABL(Defense):
         self.gamma, self.response = gamma, response
         self.arguments: dict[str, Any] = {**self.shared_defaults, **common}
         given = dict(self.arguments)
+        self.epochs = require_positive("epochs", given.pop("epochs")) or 1
+        self.extra_epochs = require_count("extra_epochs", given.pop("extra_epochs"))
+        self.lr = require_rate("lr", given.pop("lr"))
         unlearn = IsolateThenUnlearn(
             gamma=gamma,
-            epochs=require_positive("epochs", given.pop("epochs")) or 1,
-            extra_epochs=require_count("extra_epochs", given.pop("extra_epochs")),
-            lr=require_rate("lr", given.pop("lr")),
+            epochs=self.epochs,
+            extra_epochs=self.extra_epochs,
+            lr=self.lr,
             paper_loop=True,
             seed=given["seed"],
         )

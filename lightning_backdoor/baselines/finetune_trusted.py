@@ -115,11 +115,15 @@ class FineTuneTrusted(Defense):
         self.trusted = require_fraction("trusted", trusted)
         self.arguments: dict[str, Any] = {**self.shared_defaults, **common, "verdict": verdict}
         given = {**self.shared_defaults, **common}
+        self.external_verdict = verdict
+        self.epochs = require_positive("epochs", given.pop("epochs")) or 1
+        self.extra_epochs = require_count("extra_epochs", given.pop("extra_epochs"))
+        self.lr = require_rate("lr", given.pop("lr"))
         self.response = response
         learn = LearnTrusted(
-            epochs=require_positive("epochs", given.pop("epochs")) or 1,
-            extra_epochs=require_count("extra_epochs", given.pop("extra_epochs")),
-            lr=require_rate("lr", given.pop("lr")),
+            epochs=self.epochs,
+            extra_epochs=self.extra_epochs,
+            lr=self.lr,
             at_once=warmup_epochs == 0,
             paper_loop=True,
             seed=given["seed"],

@@ -269,7 +269,7 @@ def test_repairs_are_kept_and_not_done_twice(
         pack(tmp_path, split, images, 0)
     none = torch.zeros(200, dtype=torch.bool)
     verdict = Verdict(torch.zeros(200), ~none, 0.5, "given", suspect=torch.arange(200) < 5, trusted=none)
-    callback = SimpleNamespace(verdict=verdict, history=[SimpleNamespace(undone=(True, False))])
+    callback = SimpleNamespace(verdict=verdict, history=[SimpleNamespace(undone_steps=(True, False))])
     made = []
 
     def two(_: Any) -> dict[str, Any]:
