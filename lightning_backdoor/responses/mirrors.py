@@ -191,7 +191,7 @@ class Watch:
         self._epoch = self._left = 0  # steps until the next search
 
     @torch.no_grad()
-    def at_step(self, *_: Any) -> None:
+    def after_step(self, *_: Any) -> None:
         """Look; a hook that comes before the optimizer's step. Draws nothing and changes nothing."""
         trainer, module = self._trainer(), self._module()
         if trainer is None or module is None:
