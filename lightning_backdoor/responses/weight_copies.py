@@ -69,7 +69,7 @@ def watch_averages(
         # one optimizer is enough, since copies are compared with the weights from one of its steps to the next
         handles: list[Any] = []
         with suppress(AttributeError):  # of an optimizer that passes torch's own by, which calls no hooks
-            handles = [optimizer.register_step_pre_hook(watch.at_step) for optimizer in trainer.optimizers[:1]]
+            handles = [optimizer.register_step_pre_hook(watch.after_step) for optimizer in trainer.optimizers[:1]]
         _WATCHES[trainer] = watch, handles
     watch, _ = _WATCHES[trainer]
     watch.holders.add(id(holder))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_backdoor import DSTCallback, Verdict, attacks
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError, TrainerError
+from lightning_backdoor.responses import Recipe, TwoStage
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
     Net,
@@ -377,8 +378,8 @@ def test_a_training_that_stops_between_the_stages_says_so_until_it_goes_on(tmp_p
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-def test_transformers_and_convnext(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_backdoor.callbacks.dst.PROJECTION", 8)  # as wide as 64 images fill in two epochs
+def test_transformers_and_convnext(name: str) -> None:
+    recipe = Recipe(projection=8, reassign_uncertain=False)  # as wide as 64 images fill in two epochs
 
     class Timm(Net):
         def __init__(self) -> None:
@@ -390,7 +391,7 @@ def test_transformers_and_convnext(name: str, monkeypatch: pytest.MonkeyPatch) -
             return self.network(images.float() / 255)
 
     torch.manual_seed(0)
-    module, watch, callback = Timm(), Watch(), acting(reassign_uncertain=False)
+    module, watch, callback = Timm(), Watch(), acting(response=TwoStage(recipe))
     make_trainer([watch, callback], 3).fit(module, loader_of(Pictures(size=32)))
     first, *_, features, end = watch.weights
     assert len(changed(first, features)) > 0.9 * len(first)
