@@ -257,12 +257,19 @@ class Defense(CallbackBase):
             return
         require_unsharded(trainer)
         self._response.setup(trainer, pl_module, self.title)
+        others = [other for other in callbacks_of(trainer) if isinstance(other, Defense) and other is not self]
+        if any(other._response is self._response or other._detector is self._detector for other in others):
+            raise ArgumentError(
+                "`response` must be one object for each defense, got one that another defense has, too."
+            )
         if self._response.alone:
             require_alone(trainer, self)
         self._detector.setup(trainer, pl_module)
         self._acts, self._began, self._watched = False, time.time(), {}
         if self._response.starts_over:
             self.history = []
+        if isinstance(self._response, Report):
+            self.verdict = None  # it changes nothing, so nothing of an earlier model is left to be in force
         again = self.verdict is not None and not self._response.starts_over
         self._last_detection = trainer.current_epoch if again else None
         self._filter = loader_filter_of(trainer)
@@ -466,6 +473,7 @@ class Defense(CallbackBase):
             "last_detection": self._last_detection,
             "history": [event.state_dict() for event in self.history],
             "detector": self._detector.state_dict(),
+            "response_name": self._response.name,
             "response": self._response.state_dict(),
         }
 
@@ -481,6 +489,12 @@ class Defense(CallbackBase):
             raise ArgumentError(
                 f"The checkpoint was written by another release of lightning_backdoor (state {state_dict['schema']}, "
                 f"this one writes {SCHEMA}). Resume with that release, or start anew without `ckpt_path`."
+            )
+        if state_dict["response_name"] != self._response.name:
+            raise ArgumentError(
+                f"The checkpoint was written with `response={state_dict['response_name']!r}`, got "
+                f"{self._response.name!r}. Resume with the response of the interrupted run, or start anew without "
+                "`ckpt_path`."
             )
         verdict = None if state_dict["verdict"] is None else Verdict.from_state_dict(state_dict["verdict"])
         if self._filter is not None and self._response.drops:

@@ -10,7 +10,8 @@ from lightning_backdoor.callbacks.arguments import require_count, require_fracti
 from lightning_backdoor.callbacks.base import Defense, ResponseName, chosen_response
 from lightning_backdoor.callbacks.consistency import ConsistencyDetector
 from lightning_backdoor.callbacks.options import DETECTOR_DEFAULTS, DetectorArguments, without_detector
-from lightning_backdoor.responses.base import Report, Response
+from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.responses.base import Continue, Report, Response
 from lightning_backdoor.responses.reset_units import ResetUnits
 from lightning_backdoor.responses.restart import Restart
 from lightning_backdoor.responses.unlearn import Unlearn
@@ -91,6 +92,11 @@ class DBRCallback(Defense):
         self.extra_epochs = require_count("extra_epochs", extra_epochs)
         self.lr, self.paper_loop, self.response = require_rate("lr", lr), paper_loop, response
         now, seed = warmup_epochs == 0, arguments["seed"]
+        if now and response in ("restart", "reset"):
+            raise ArgumentError(
+                f"`warmup_epochs=0` treats the weights as they are, which does not go with response={response!r}. Pass "
+                'response="unlearn", "continue" or "report", or a number of epochs.'
+            )
         own: dict[str, Response] = {
             "restart": Restart(last_detection=True),
             "reset": ResetUnits(extra_epochs=extra_epochs, lr=lr, seed=seed),
@@ -103,6 +109,7 @@ class DBRCallback(Defense):
                 paper_loop=paper_loop,
                 seed=seed,
             ),
+            "continue": Continue(at_once=now, halfway=True),
             "report": Report(at_once=now),
         }
         self.arguments = arguments

@@ -17,11 +17,13 @@ from lightning_backdoor.callbacks.base import Defense, Detector, ResponseName, c
 from lightning_backdoor.callbacks.options import ScanArguments
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.detection.decision import verdict_of
-from lightning_backdoor.responses.base import Detection, Response, Session
+from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.responses.base import Continue, Detection, Response, Session
 from lightning_backdoor.responses.reset_units import ResetUnits
 from lightning_backdoor.responses.restart import Restart
 from lightning_backdoor.responses.unlearn import Unlearn
 from lightning_backdoor.scanning.measure_units import UnitScan, find_layers
+from lightning_backdoor.surgery.graph import ResidualMode
 
 __all__ = ["NONECallback", "UnitActivations"]
 
@@ -41,22 +43,30 @@ class UnitActivations(Detector):
         rule: ``"auto"`` looks for subpopulations, ``"paper"`` cuts the authors' score at its natural break.
         max_removed: Largest share of all samples that may be flagged.
         joins: Whether what an earlier verdict removed stays removed.
+        residual_mode: What belongs to a unit that enters a sum.
     """
 
     features = False
 
-    def __init__(self, *, rule: str = "auto", max_removed: float = 0.3, joins: bool = True) -> None:
-        self._rule, self._max_removed, self._joins = rule, max_removed, joins
+    def __init__(
+        self,
+        *,
+        rule: str = "auto",
+        max_removed: float = 0.3,
+        joins: bool = True,
+        residual_mode: ResidualMode = "branch_only",
+    ) -> None:
+        self._rule, self._max_removed, self._joins, self._residual_mode = rule, max_removed, joins, residual_mode
         self.meaning, self.by_subpopulations = MEANINGS[rule], rule == "auto"
 
     def require(self, session: Session) -> None:
         """Raise if the model has no units that could be measured."""
-        find_layers(session.trainer, session.module, session.scanner)
+        find_layers(session.trainer, session.module, session.scanner, self._residual_mode)
 
     def detect(self, session: Session) -> Detection:
         """Measure all units on all images, and decide."""
         trainer, module = session.trainer, session.module
-        layers = find_layers(trainer, module, session.scanner)
+        layers = find_layers(trainer, module, session.scanner, self._residual_mode)
         measured = UnitScan(session.scanner, layers).measure(trainer, module)
         earlier = session.case.verdict if self._joins else None
         decided = decide_by_units(measured, earlier, rule=self._rule, max_removed=self._max_removed)
@@ -167,7 +177,13 @@ class NONECallback(Defense):
         self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))
         self.paper_loop, self.response = paper_loop, response
         seed, drop = scan.get("seed", 0), samples != "keep"
+        if not drop and response in ("restart", "continue", "unlearn"):
+            raise ArgumentError(
+                f'`samples="keep"` leaves the data as they are, which does not go with response={response!r}. Pass '
+                'response="reset" or "report", or leave `samples` out.'
+            )
         own: dict[str, Response] = {
+            "continue": Continue(halfway=True),
             "restart": Restart(last_detection=rule == "auto"),
             "reset": ResetUnits(
                 rounds=rounds,
@@ -185,7 +201,12 @@ class NONECallback(Defense):
             "unlearn": Unlearn(extra_epochs=extra_epochs, lr=lr, seed=seed),
         }
         super().__init__(
-            detector=UnitActivations(rule=rule, max_removed=require_fraction("max_removed", max_removed), joins=drop),
+            detector=UnitActivations(
+                rule=rule,
+                max_removed=require_fraction("max_removed", max_removed),
+                joins=drop,
+                residual_mode=residual_mode,
+            ),
             response=chosen_response(response, own),
             warmup_epochs=require_positive("warmup_epochs", warmup_epochs),
             max_removed=max_removed,

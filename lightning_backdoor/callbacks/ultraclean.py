@@ -273,7 +273,7 @@ class UltraCleanCallback(Defense):
     def _first_detection(self, trainer: Trainer) -> int:
         if (
             self.warmup_epochs is None
-            and self.response == "restart"
+            and isinstance(self._response, Restart)
             and (self.score, self.rule) == ("paper", "fraction")
         ):
             return sys.maxsize  # when training is about to end

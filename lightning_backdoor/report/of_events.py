@@ -69,7 +69,8 @@ def _of_filter(history: Sequence[Event], total: int) -> str:
     *earlier, latest = history
     before = sum(event.removed for event in earlier)
     if latest.response == "report":
-        return f'looked at {total:,} training images: {latest.removed:,} stand out; response="report" changes nothing.'
+        found = before + latest.removed
+        return f'looked at {total:,} training images: {found:,} stand out; response="report" changes nothing.'
     then = "; training starts again on the rest" if latest.restarts else ""
     if not before:
         little = "" if latest.removed else _little_learned(latest.accuracies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -13,6 +14,7 @@ from torch import Tensor
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.events import Event
 from lightning_backdoor.loading.loader_filter import LoaderFilter
+from lightning_backdoor.responses.limits import planned_end
 from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.verdict import Verdict
 
@@ -249,17 +251,30 @@ class Continue(Response):
 
     Args:
         at_once: Detect before the first epoch.
+        halfway: Detect after half of the plan, so that there are epochs to train on; otherwise when training is about
+            to end, unless the defense has a warm-up.
     """
 
     name = "continue"
 
-    def __init__(self, *, at_once: bool = False) -> None:
-        self.at_once = at_once
+    def __init__(self, *, at_once: bool = False, halfway: bool = False) -> None:
+        self.at_once, self._halfway, self._removed = at_once, halfway, False
+
+    def latest_detection(self, trainer: Trainer) -> int:
+        """Half of the planned epochs, if that is wanted and their number is known."""
+        end = planned_end(trainer) if self._halfway else None
+        return sys.maxsize if end is None else max(1, math.ceil(end / 2))
+
+    def respond(self, session: Session, detection: Detection, event: Event) -> Event:
+        """Note whether samples were removed."""
+        self._removed = bool(event.removed)
+        return event
 
     def after_first_detection(self, session: Session) -> None:
         """Draw the first epoch without the samples that a detection before it has removed."""
-        if self.at_once:
+        if self.at_once and self._removed:
             session.loader_filter.restart_iterator()
+        self._removed = False
 
 
 class Report(Response):
@@ -271,6 +286,7 @@ class Report(Response):
 
     name = "report"
     drops = False
+    starts_over = True
 
     def __init__(self, *, at_once: bool = False) -> None:
         self.at_once = at_once

@@ -123,7 +123,7 @@ class ResetUnits(Response):
     def on_train_start(self, session: Session) -> None:
         """Find the units, and check that some can be reset."""
         self._layers = find_layers(session.trainer, session.module, session.scanner, self._residual_mode)
-        check_resettable(session.trainer, self._layers, needed=self._by_quota)
+        check_resettable(session.trainer, self._layers, session.case.title, needed=self._by_quota)
         self._tuning.end_if_over()
 
     def on_other_restart(self, session: Session) -> None:
@@ -219,6 +219,9 @@ class ResetUnits(Response):
         """
         verdict, earlier, correct = detection.verdict, session.case.verdict, detection.correct
         before = torch.ones_like(verdict.keep) if earlier is None else earlier.keep
+        if self.drops and bool((verdict.keep & ~before).any()):  # what was removed stays removed, whatever the detector
+            verdict = replace(verdict, keep=verdict.keep & before)
+            detection = replace(detection, verdict=verdict)
         new, training, treated = before & ~verdict.keep, session.in_training, self._treated(session)
         own_labels = bool(treated) and (treated[-1].flagged_label_rates[-1] or 0.0) > OWN_LABEL
         gone = training is not None and bool(new.any()) and not bool((new & training).any())
@@ -233,7 +236,8 @@ class ResetUnits(Response):
             threshold = math.inf if bool(before.all()) else float(verdict.scores[before].max())
         rule = verdict.rule if earlier is None else earlier.rule
         findings = verdict.findings if not withdrawn else () if earlier is None else earlier.findings
-        kept = replace(verdict, keep=before, threshold=threshold, rule=rule, findings=findings)
+        suspect = None if verdict.suspect is None else verdict.suspect & ~before
+        kept = replace(verdict, keep=before, threshold=threshold, rule=rule, findings=findings, suspect=suspect)
         return replace(detection, verdict=kept, num_flagged_before_cap=int((~before).sum()))
 
     def respond(self, session: Session, detection: Detection, event: Event) -> Event:
@@ -277,7 +281,8 @@ class ResetUnits(Response):
     def _measured(self, session: Session, detection: Detection) -> tuple[Measured, Tensor]:
         """What was measured of the units, and the samples that get their label; measured now if it was not before."""
         units, correct = detection.units, detection.correct
-        if units is None or correct is None:
+        same = units is not None and len(units.activation_excess) == sum(layer.size for layer in self._layers)
+        if units is None or correct is None or not same:
             units = self._scan(session).measure(session.trainer, session.module)
             correct = units.predicted == units.labels
         return units, correct
@@ -337,7 +342,8 @@ class ResetUnits(Response):
             findings = tuple(
                 one for one in verdict.findings if not bool(back[one.positions].any() & keep[one.positions].all())
             )
-            changed = replace(verdict, keep=keep, threshold=threshold, rule=rule, findings=findings)
+            suspect = None if verdict.suspect is None else verdict.suspect & ~keep
+            changed = replace(verdict, keep=keep, threshold=threshold, rule=rule, findings=findings, suspect=suspect)
             session.case.adopt(changed)
 
     def _recheck(self, session: Session) -> None:
@@ -459,7 +465,7 @@ def _rows(layers: Sequence[UnitLayer]) -> list[tuple[UnitLayer, slice]]:
     return [(layer, slice(end - layer.size, end)) for layer, end in zip(layers, ends, strict=True)]
 
 
-def check_resettable(trainer: Trainer, layers: Sequence[UnitLayer], *, needed: bool) -> None:
+def check_resettable(trainer: Trainer, layers: Sequence[UnitLayer], title: str, *, needed: bool) -> None:
     """Say at the start of a fit how many of the layers can be reset.
 
     There may be none as long as a callback is there that thaws layers later.
@@ -467,6 +473,7 @@ def check_resettable(trainer: Trainer, layers: Sequence[UnitLayer], *, needed: b
     Args:
         trainer: The running Trainer.
         layers: From :func:`find_layers`.
+        title: Name of the defense for readers.
         needed: Whether the defence does nothing without resets.
 
     Raises:
@@ -482,11 +489,11 @@ def check_resettable(trainer: Trainer, layers: Sequence[UnitLayer], *, needed: b
         )
     if not able and not thaws:
         rank_zero_warn(
-            f"NONE looks at the units of {len(layers)} layers and drops images, but can reset no unit: {why}. "
+            f"{title} looks at the units of {len(layers)} layers and drops images, but can reset no unit: {why}. "
             "Unfreeze some layers, or use UltraCleanCallback, which trains anew without these images."
         )
     elif able < len(layers):
-        rank_zero_info(f"NONE looks at {len(layers)} layers; {len(layers) - able} do not learn and are not reset.")
+        rank_zero_info(f"{title} looks at {len(layers)} layers; {len(layers) - able} do not learn and are not reset.")
 
 
 def reset_chosen(

@@ -165,7 +165,7 @@ class Restart(Response):
     def respond(self, session: Session, detection: Detection, event: Event) -> Event:
         """Decide on a restart if samples were removed."""
         self._detected = True
-        restarts = bool(event.removed) and self.count < self._at_most
+        restarts = bool(event.removed) and self.count < self._at_most and self._start is not None
         if restarts:
             self.is_due = True
             self._held = session.trainer

@@ -416,5 +416,6 @@ def split_of(verdict: Verdict, seed: int) -> Split:
 def masks_of(verdict: Verdict) -> tuple[Tensor, Tensor, Tensor]:
     """Labels, suspects and trusted samples of a verdict; without masks the removed and the kept ones."""
     suspect = ~verdict.keep if verdict.suspect is None else verdict.suspect
-    trusted = verdict.keep if verdict.trusted is None else verdict.trusted
-    return labels_of(verdict), suspect, trusted
+    labels = labels_of(verdict)
+    trusted = verdict.keep & (labels >= 0) if verdict.trusted is None else verdict.trusted
+    return labels, suspect, trusted

@@ -56,4 +56,4 @@ def test_half_of_a_label_or_what_was_told_before_is_not(entry: Entry) -> None:
 
 def test_of_many_labels_five_are_named() -> None:
     with pytest.warns(UserWarning, match=r"with label 4, and most of those with 3 more labels\. Either"):
-        UltraCleanCallback()._adopt(verdict(**{f"k{label}": 11 for label in range(8)}))
+        UltraCleanCallback().adopt(verdict(**{f"k{label}": 11 for label in range(8)}))

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.responses import ResetUnits, Restart
 from tests.callbacks.helpers import same_state, state_of
-from tests.contract.problem import WARNS, assert_settled, fit, net_of, seed_everything, streams
+from tests.callbacks.test_ultraclean_resume import SaveAll
+from tests.contract.problem import EPOCHS, WARNS, assert_settled, fit, net_of, seed_everything, streams
 from tests.contract.registry import Entry, every_defense, of
 
 pytestmark = [*WARNS, pytest.mark.filterwarnings("ignore:.* (after fine-tuning|ends with a model|looked at)")]
@@ -74,3 +76,59 @@ def test_two_stages_or_the_samples_alone() -> None:
 def test_a_response_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(ArgumentError, match=r"`response` must be one of .*'report'.*, got 'forget'"):
         of(name).make(response="forget")
+
+
+def test_a_checkpoint_of_another_response_is_refused_in_words(tmp_path: Path) -> None:
+    saver = SaveAll(tmp_path)
+    fit([of("UltraCleanCallback").make(response="continue"), saver])
+    with pytest.raises(ArgumentError, match=r"written with `response='continue'`, got 'restart'. Resume with"):
+        fit([of("UltraCleanCallback").make()], ckpt=saver.paths[-1])
+
+
+def test_one_response_object_for_two_defenses_is_refused() -> None:
+    shared = Restart(last_detection=False)
+    pair = [of(name).make(response=shared) for name in ("UltraCleanCallback", "SpectralSignatures")]
+    with pytest.raises(ArgumentError, match="`response` must be"):
+        fit(pair)
+
+
+def test_what_was_removed_stays_removed_whatever_the_detector_says_later() -> None:
+    callback = of("RandomFilter").make(response=ResetUnits(rounds=2, finetune_epochs=1, extra_epochs=3))
+    fit([callback])
+    removed = sum(event.removed for event in callback.history)
+    assert len(callback.history) > 1
+    assert int((~callback.verdict.keep).sum()) == removed > 0
+
+
+def test_a_restart_that_is_not_possible_any_more_is_not_waited_for() -> None:
+    response = Restart(last_detection=False, at_most=2)
+    callback = of("RandomFilter").make(response=response)
+    callback._every = 1  # more detections than the response was told of
+    run = fit([callback])
+    assert run.trainer.current_epoch == EPOCHS
+
+
+@pytest.mark.parametrize("arguments", [{"response": "restart"}, {"response": "unlearn"}])
+def test_samples_that_are_kept_go_with_no_response_that_drops_them(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match='`samples="keep"` leaves the data as they are'):
+        of("NONECallback").make(samples="keep", **arguments)
+
+
+def test_repairing_at_once_goes_with_no_restart() -> None:
+    with pytest.raises(ArgumentError, match="`warmup_epochs=0` treats the weights as they are"):
+        of("DBRCallback").make(warmup_epochs=0, response="restart")
+
+
+def test_units_are_found_in_the_mode_in_which_they_are_reset() -> None:
+    callback = of("NONECallback").make(residual_mode="full_group")
+    fit([callback])
+    assert callback.history[0].units
+
+
+def test_a_second_report_is_about_the_second_model() -> None:
+    callback = of("UltraCleanCallback").make(response="report")
+    fit([callback])
+    first = callback.verdict
+    fit([callback], module=net_of())
+    assert callback.verdict is not first
+    assert len(callback.history) == 1
