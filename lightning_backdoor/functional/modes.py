@@ -92,7 +92,8 @@ def find_modes(values: Tensor, labels: Tensor, *, agreement: Tensor | None = Non
 
     Exclusive is a mode beside which hardly any sample of other labels lies; or one of up to 55 % of its label, beside
     which samples of many others lie, none of which is split by the direction. For the latter there must be three others
-    of at least 20 samples; smaller ones, which cannot be split, count against the mode if they lie beside it.
+    of at least 20 samples; smaller ones, which cannot be split, count against the mode if they lie beside it. It must
+    also vary more than the rest of its label, beyond chance: poisons are images of many classes, the rest of one.
 
     Early in training, before a weak backdoor is learned, its samples lie among those of their true classes, while a
     clean kind of image lies among its label. With ``agreement`` from then on, a mode whose neighbours deny it its label
@@ -131,7 +132,9 @@ def find_modes(values: Tensor, labels: Tensor, *, agreement: Tensor | None = Non
         apart = sorted((one for one in directions if one.separation >= least), key=lambda one: -one.separation)
         modes = [_mode(values, inside, int(label), direction) for direction in apart]
         separate = (m for m in modes if m.separation >= STRICT_SEPARATION)
-        exclusive = (m for m in separate if m.exclusiveness >= STRICT_EXCLUSIVENESS or _leaning(values, labels, m))
+        exclusive = (
+            m for m in separate if m.exclusiveness >= STRICT_EXCLUSIVENESS or _leaning(values, labels, m, units)
+        )
         denied = (
             replace(m, denied=True) for m in modes if agreement is not None and _denied(values, inside, m, agreement)
         )
@@ -173,7 +176,7 @@ def _denied(values: Tensor, inside: Tensor, mode: Mode, agreement: Tensor) -> bo
     return float(agree[upper].mean()) + chance < DENIED_AGREEMENT * float(agree[~upper].mean())
 
 
-def _leaning(values: Tensor, labels: Tensor, mode: Mode) -> bool:
+def _leaning(values: Tensor, labels: Tensor, mode: Mode, units: Tensor) -> bool:
     """Whether samples of many other labels lie above the threshold, and no other label is split by the direction.
 
     Others can lie above the threshold as a whole, since what tells poisons from the rest of their label points at their
@@ -182,12 +185,15 @@ def _leaning(values: Tensor, labels: Tensor, mode: Mode) -> bool:
     written like a 2 and a 3). The effective number of labels is Simpson's, by the share of every label above the
     threshold: ``(sum of shares)^2 / sum of squared shares``, so that a large label counts as one. Labels that are too
     small to be split are none of the many; all together they add one share to the squares.
+
+    Poisons that point at many true classes vary more than the rest of their label, which is one class. A mode that does
+    not is a clean kind, or the class itself beside at least as many poisons.
     """
     counts = torch.bincount(labels)
     if mode.exclusiveness < LEANING_EXCLUSIVENESS or mode.members > LEANING_MEMBERS * int(counts[mode.label]):
         return False
     others = [k for k in range(len(counts)) if k != mode.label and int(counts[k]) >= 2 * MIN_MEMBERS]
-    if values.shape[1] == 1 or len(others) < LEANING_OTHERS:
+    if values.shape[1] == 1 or len(others) < LEANING_OTHERS or not _varied(values[labels == mode.label], mode, units):
         return False
     shares = []
     for k in others:
@@ -200,6 +206,26 @@ def _leaning(values: Tensor, labels: Tensor, mode: Mode) -> bool:
     least = min(LEANING_KINDS, max(2.0, len(others) / 2))
     squares = sum(share**2 for share in [*shares, share_of_small])
     return squares > 0 and sum(shares) ** 2 >= least * squares
+
+
+def _varied(members: Tensor, mode: Mode, units: Tensor) -> bool:
+    """Whether the upper mode varies more than the lower one, beyond chance: squared distances from their own centres.
+
+    Args:
+        members: Values of the label's samples, float ``(n, U)``; every unit is taken in standard deviations of these.
+        mode: A mode of the label.
+        units: Columns that are compared, long ``(M,)``.
+    """
+    upper = mode.project(members) > mode.threshold
+    if min(int(upper.sum()), int((~upper).sum())) < 2:
+        return False
+    members = members[:, units].float()
+    scale = members.std(dim=0)
+    scaled = members[:, scale > 0] / scale[scale > 0]
+    parts = (scaled[upper], scaled[~upper])
+    above, below = ((part - part.mean(dim=0)).square().sum(dim=1) * len(part) / (len(part) - 1) for part in parts)
+    chance = ERRORS * math.sqrt(float(above.var()) / len(above) + float(below.var()) / len(below))
+    return float(above.mean() - below.mean()) > chance
 
 
 def _own(values: Tensor, inside: Tensor, mode: Mode, units: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -309,15 +310,15 @@ def like_two_others(seed: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("draw", "without", "seeds"),
     [
-        (with_rare_kind, {"LEANING_MEMBERS": 1.0, "LEANING_KINDS": 2.0}, (0, 3, 5)),
-        (like_one_other, {"LEANING_KINDS": 0.0}, (0, 1, 2)),
-        (like_two_others, {"LEANING_KINDS": 0.0}, (0, 1, 2)),
+        (with_rare_kind, {"LEANING_MEMBERS": 1.0, "LEANING_KINDS": 2.0, "_varied": lambda *_: True}, (0, 3, 5)),
+        (like_one_other, {"LEANING_KINDS": 0.0, "_varied": lambda *_: True}, (0, 1, 2)),
+        (like_two_others, {"LEANING_KINDS": 0.0, "_varied": lambda *_: True}, (0, 1, 2)),
     ],
     ids=["the class itself", "like one other class", "like two other classes"],
 )
 def test_a_clean_kind_is_no_backdoor(
     draw: Callable[[int], tuple[Tensor, Tensor]],
-    without: dict[str, float],
+    without: dict[str, Any],
     seeds: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -326,6 +327,56 @@ def test_a_clean_kind_is_no_backdoor(
     for guard, bound in without.items():
         monkeypatch.setattr(f"lightning_backdoor.functional.modes.{guard}", bound)
     assert all(find_modes(values, labels) for values, labels in data), "without the guards it would be one"
+
+
+def beside_poisons(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As many poisons as clean samples of class 0, whose trigger silences units: the class is the upper mode."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(10).repeat_interleave(140)
+    values = 3 * nn.functional.one_hot(labels, 24) + torch.randn(1400, 24, generator=generator)
+    values[labels == 0, 0] -= 3
+    values[labels == 0, 10:13] += 6
+    values[labels != 0, 10:13] += 2.4
+    true = torch.randint(1, 10, (140,), generator=generator)
+    images = 3 * nn.functional.one_hot(true, 24) + torch.randn(140, 24, generator=generator)
+    poisoned = torch.arange(1540) >= 1400
+    return torch.cat([values, images]), torch.cat([labels, torch.zeros(140, dtype=torch.long)]), poisoned
+
+
+def like_many_others(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A clean kind of class 0, a third of it, beside which some samples of all other classes lie."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(10).repeat_interleave(140)
+    values = 3 * nn.functional.one_hot(labels, 24) + torch.randn(1400, 24, generator=generator)
+    kind = torch.arange(1400) < 46
+    values[kind, 10:13] += 6
+    values[labels != 0, 10:13] += 2.2
+    return values, labels, kind
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("draw", [beside_poisons, like_many_others])
+def test_what_varies_no_more_than_the_rest_of_its_label_is_not_of_many_classes(
+    draw: Callable[[int], tuple[Tensor, Tensor, Tensor]], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, labels, planted = draw(seed)
+    assert find_modes(values, labels) == []
+    monkeypatch.setattr("lightning_backdoor.functional.modes._varied", lambda *_: True)
+    (mode,) = find_modes(values, labels)
+    assert mode.exclusiveness < 20, "without the guard it would lean on other classes"
+    upper = (mode.project(values) > mode.threshold)[labels == 0]
+    assert float((upper == (planted ^ (draw is beside_poisons))[labels == 0]).float().mean()) > 0.98
+
+
+@pytest.mark.parametrize("poisons", [100, 200])
+def test_poisons_that_are_half_of_their_label_are_found(poisons: int) -> None:
+    values, labels, poisoned = leaning(0, shared=False)
+    stay = (labels != 0) | poisoned
+    stay[((labels == 0) & ~poisoned).nonzero().squeeze(1)[:200]] = True
+    stay[poisoned.nonzero().squeeze(1)[poisons:]] = False
+    values, labels, poisoned = values[stay], labels[stay], poisoned[stay]
+    (mode,) = find_modes(values, labels)
+    assert int((((labels == 0) & (mode.project(values) > mode.threshold)) != poisoned).sum()) <= 2
 
 
 def test_three_other_labels_at_least_say_that_a_mode_is_exclusive() -> None:
@@ -357,6 +408,7 @@ def test_one_large_label_does_not_stand_for_all_others(monkeypatch: pytest.Monke
     assert int((((labels == 0) & (mode.project(values) > mode.threshold)) != poisoned).sum()) <= 1
     twins = [like_large_one(seed, sizes) for seed in (2, 3)]
     assert [find_modes(*twin) for twin in twins] == [[]] * 2, "a clean kind that resembles the large label alone"
+    monkeypatch.setattr("lightning_backdoor.functional.modes._varied", lambda *_: True)
     monkeypatch.setattr("lightning_backdoor.functional.modes.LEANING_KINDS", 0.0)
     assert all(find_modes(*twin) for twin in twins), "without the guard it would be one"
 
