@@ -359,13 +359,13 @@ def like_many_others(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_what_varies_no_more_than_the_rest_of_its_label_is_not_of_many_classes(
     draw: Callable[[int], tuple[Tensor, Tensor, Tensor]], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values, labels, planted = draw(seed)
+    values, labels, second = draw(seed)
     assert find_modes(values, labels) == []
     monkeypatch.setattr("lightning_backdoor.functional.modes._varied", lambda *_: True)
     (mode,) = find_modes(values, labels)
     assert mode.exclusiveness < 20, "without the guard it would lean on other classes"
     upper = (mode.project(values) > mode.threshold)[labels == 0]
-    assert float((upper == (planted ^ (draw is beside_poisons))[labels == 0]).float().mean()) > 0.98
+    assert float((upper == (second ^ (draw is beside_poisons))[labels == 0]).float().mean()) > 0.98
 
 
 @pytest.mark.parametrize("poisons", [100, 200])
