@@ -287,10 +287,10 @@ class Curation:
         return self._limited(length, loader)
 
     def _limited(self, length: int | float, loader: Any) -> int | float:
-        """Batches of a loader after ``limit_train_batches``; the limit of phases within the plan holds it."""
+        """Batches of a loader after ``limit_train_batches``, which phases with a limit of their own hold already."""
         phases = self._state.phases
         if loader is self._clone and phases is not None and phases.most is not None:
-            return min(length, phases.most)
+            return length
         return limited(length, self._trainer.limit_train_batches)
 
     def _clamped(self, interval: int, batches: int | float) -> int | float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_backdoor.trainer.compat import limited
 from lightning_backdoor.trainer.copies import put_weights, restart_averages
 from lightning_backdoor.trainer.limits import (
     beyond_plan,
@@ -147,9 +148,12 @@ class FineTuning:
         self.release()
         return True
 
-    def batches_in_plan(self, trainer: Any) -> int | None:
-        """Batches that the next epoch may have without exceeding the user's plan; ``None`` beyond it."""
-        return None if beyond_plan(trainer) else self._batches
+    def allowed_batches(self, trainer: Any, wanted: int) -> int:
+        """Batches that the next epoch may have, where so many are ``wanted``.
+
+        Within the user's plan as many as an ordinary epoch has; beyond it what ``limit_train_batches`` leaves of them.
+        """
+        return int(limited(wanted, trainer.limit_train_batches)) if beyond_plan(trainer) else self._batches
 
     def stop(self) -> None:
         """End the phase before its time."""

@@ -30,8 +30,8 @@ class Phases:
         rank: This process.
         world: Number of processes.
         epoch: Says which epoch the next one is.
-        most: Batches of all phases together; the last phase leaves samples out where there are too many. ``None``: any
-            number.
+        most: Batches of all phases together, but one of each phase at least; where there are too many, each phase
+            leaves samples out, in proportion, other ones in every epoch. ``None``: any number.
     """
 
     def __init__(
@@ -63,10 +63,11 @@ class Phases:
         shares = [math.ceil(len(part) / self._world) for part in self._parts]
         fewest = [math.ceil(share / self._size) for share in shares]
         more = [max(min(share, least) - few, 0) for share, few, least in zip(shares, fewest, self._least, strict=True)]
+        if self._most is not None and sum(fewest) > self._most:
+            return _in_proportion(fewest, self._most)
         if self._most is not None and sum(fewest) + sum(more) > self._most:
-            spare, wanted = max(self._most - sum(fewest), 0), max(sum(more), 1)
+            spare, wanted = self._most - sum(fewest), sum(more)
             more = [spare * wish // wanted for wish in more]
-            fewest[-1] -= min(max(sum(fewest) - self._most, 0), max(fewest[-1] - 1, 0))
         return [few + some for few, some in zip(fewest, more, strict=True)]
 
     def phase_of(self, place: int) -> int:
@@ -107,6 +108,16 @@ class Phases:
         padded = order.repeat(2 if self._world <= len(order) else self._world)
         share = padded[: math.ceil(len(order) / self._world) * self._world][self._rank :: self._world]
         return torch.tensor_split(share[: batches * self._size], batches)
+
+
+def _in_proportion(wanted: list[int], most: int) -> list[int]:
+    """Batches of each phase, ``most`` together: in proportion to what is wanted, and one where any is wanted."""
+    given: list[int] = []
+    for place, want in enumerate(wanted):
+        left, later = most - sum(given), wanted[place + 1 :]
+        share = min(round(want * left / max(want + sum(later), 1)), left - sum(map(bool, later)))
+        given.append(max(share, min(want, 1)))
+    return given
 
 
 def require_batches(loader: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,17 +131,18 @@ class Unlearning:
         assert self._split is not None
         keep, trusted = self._curation.keep, self._split.trusted
         parts = (self._split.suspect, trusted if keep is None else trusted & keep)
-        self._phases = Phases(
+        draw = partial(
+            Phases,
             [part.nonzero().squeeze(1) for part in parts],
             size=batch_size_of(self._data.loader),
             least=(0, 0) if self._reference else (LEAST_STEPS, 2 * LEAST_STEPS),
-            most=self._tuning.batches_in_plan(trainer),
             mixed=not self._reference,
             seed=self._seed,
             rank=trainer.global_rank,
             world=trainer.world_size,
             epoch=lambda: trainer.fit_loop.epoch_progress.current.processed,
         )
+        self._phases = draw(most=self._tuning.allowed_batches(trainer, len(draw())))
         self._curation.set_phases(self._phases)
         self._curation.refresh()
 

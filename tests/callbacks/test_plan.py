@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_backdoor import DBRCallback, NONECallback, attacks
+from lightning_backdoor import DBRCallback, NONECallback, Verdict, attacks
 from lightning_backdoor.baselines import ABL, FineTuneTrusted
 from lightning_backdoor.callbacks.schedule import repair_begins
 from lightning_backdoor.errors import ArgumentError
@@ -136,6 +136,20 @@ def test_a_run_by_steps_is_resumed_in_a_repair_and_after_it(name: str, tmp_path:
 def test_limit_train_batches_is_taken_of_an_epoch_of_repair_once(limit: float) -> None:
     trainer, _ = train([dbr(epochs=1)], Net, epochs=2, limit_train_batches=limit)
     assert trainer.global_step == 2 * 2
+
+
+@pytest.mark.parametrize("limit", [0.5, 2, 3])
+def test_epochs_beyond_the_plan_unlearn_and_relearn_within_limit_train_batches(limit: float) -> None:
+    """The paper's loop, with two batches of suspects and two of trusted samples in a full epoch."""
+    suspect = torch.arange(64) // 4 % 2 == 0
+    given = Verdict(torch.arange(64).float(), ~suspect, 0.0, "known", suspect=suspect, trusted=~suspect)
+    callback = DBRCallback.from_paper(verdict=given, epochs=2, extra_epochs=2)
+    trainer, module = train([callback], Net, epochs=1, limit_train_batches=limit)
+    assert trainer.current_epoch == 3
+    for epoch in (1, 2):
+        batches = [positions for at, _, positions in module.drawn if at == epoch]
+        assert len(batches) == (limit if isinstance(limit, int) else 2)
+        assert {bool(suspect[positions[0]]) for positions in batches} == {True, False}, "both kinds"
 
 
 @every_repair

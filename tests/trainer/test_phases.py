@@ -255,13 +255,38 @@ def test_only_steps_that_hold_suspects_are_clipped() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 6, 9, 30])
-def test_a_plan_for_steps_is_not_exceeded_where_one_batch_of_each_phase_fits(most: int) -> None:
+def test_a_limit_is_not_exceeded_where_one_batch_of_each_phase_fits(most: int) -> None:
     """Five suspects and sixteen trusted samples, in batches of four at most."""
     some = phases((torch.arange(5), torch.arange(5, 21)), least=(5, 10), most=most)
-    assert len(some) <= max(most, 3), "two batches of suspects, and one at least of trusted samples"
+    assert len(some) <= max(most, 2), "one batch at least of each"
     drawn = list(some)
     assert len(drawn) == len(some)
     assert all(0 < len(batch) <= 4 for batch in drawn)
-    assert set(range(5)) <= {position for batch in drawn for position in batch}
+    assert min(some.lengths) >= 1
+    if most >= 5:
+        assert set(range(5)) <= {position for batch in drawn for position in batch}
     if most >= 6:
         assert sorted(position for batch in drawn for position in batch) == list(range(21))
+
+
+@pytest.mark.parametrize(
+    ("suspects", "trusted", "most", "lengths"),
+    [(40, 40, 10, [5, 5]), (80, 20, 10, [8, 2]), (400, 4, 20, [19, 1]), (4, 400, 20, [1, 19]), (0, 40, 5, [0, 5])],
+)
+def test_phases_that_do_not_fit_are_cut_in_proportion(
+    suspects: int, trusted: int, most: int, lengths: list[int]
+) -> None:
+    parts = torch.arange(suspects), torch.arange(suspects, suspects + trusted)
+    some = phases(parts, most=most)
+    assert some.lengths == lengths
+    assert len(list(some)) == most
+
+
+def test_what_a_limit_leaves_out_is_drawn_in_another_epoch() -> None:
+    drawn = {
+        position
+        for epoch in range(30)
+        for batch in phases((torch.arange(8), torch.arange(8, 16)), most=2, epoch=epoch)
+        for position in batch
+    }
+    assert drawn == set(range(16))
