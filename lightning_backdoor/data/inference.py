@@ -46,11 +46,12 @@ def infer_pixel_space(
     mention, if the images are normalised so; floats from -1 to 1. The result is checked: undone, the images must lie
     within the pixel range.
 
-    Integers from 0 to 255 are pixels in another dtype. Pixels 0 and 255 of all other integers, of floats within 0..1
-    that would fill less than two grey levels, and of images that a ``Normalize`` in units of their own was applied to,
-    are the tenth percentile of the images' smallest values and the ninetieth of their largest ones, for each channel
-    (three channels together, so that colours stay), for integers at least 255 apart. What lies beyond is clamped in
-    denoised images and other versions; the originals stay as they are.
+    Integers from 0 to 255 are pixels in another dtype. Pixels 0 and 255 of all other integers, of floats that are
+    whole numbers from 0 to at most 65535 (16-bit files), of floats within 0..1 that would fill less than two grey
+    levels, and of images that a ``Normalize`` in units of their own was applied to, are the tenth percentile of the
+    images' smallest values and the ninetieth of their largest ones, for each channel (three channels together, so that
+    colours stay), for integers at least 255 apart. What lies beyond is clamped in denoised images and other versions;
+    the originals stay as they are.
 
     Args:
         images: Images ``(B, C, H, W)`` or ``(B, H, W)`` as the dataset gives them; a whole batch is better than one.
@@ -107,6 +108,8 @@ def _from_range(images: Tensor, finite: Tensor, transform: Any, model: Any, besi
         return _stretched(images) if 0 < 255 * (high - low) < _LEVELS else PixelSpace()
     if low >= -1e-3 and 64 < high < 256:
         return PixelSpace(std=(1 / 255,))
+    if low >= 0 and 256 <= high < 2**16 and torch.equal(images[finite], images[finite].round()):
+        return _of_integers(images)
     for affine in _told(transform, model, beside) if low < 0 else ():
         space = PixelSpace(*affine)
         if _fits(space, images) and _is_certain(space, images):
@@ -139,13 +142,19 @@ def _stretched(images: Tensor, least: float = 0.0) -> PixelSpace:
     low = lows.quantile(_TAIL, dim=0, interpolation="nearest")
     width = (highs.quantile(1 - _TAIL, dim=0, interpolation="nearest") - low).clamp(min=least)
     std = width.where(width > 0, 1).reciprocal()
-    ends = (", ".join(f"{float(end):.4g}" for end in column) for column in (low, low + width))
+    ends = (", ".join(_number(end, 4) for end in column) for column in (low, low + width))
     note = (
         "Images are denoised and shown as 8-bit pixels. Pixels 0 and 255 stand for the values {} and {} of the images, "
         "within which nine of ten stay. For another range, from low to high, pass mean=[-low / (high - low)] and "
         "std=[1 / (high - low)]."
     )
     return PixelSpace(tuple((-low * std).tolist()), tuple(std.tolist()), note=note.format(*ends))
+
+
+def _number(value: Tensor, digits: int) -> str:
+    """A number for a reader: large ones without an exponent."""
+    number = float(value)
+    return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.{digits}g}"
 
 
 def _undone(space: PixelSpace, images: Tensor) -> Tensor:
@@ -178,11 +187,11 @@ def _fills(space: PixelSpace, images: Tensor) -> bool:
 
 def _cannot_infer(images: Tensor, why: str) -> ArgumentError:
     finite = images[images.isfinite()]
-    channels = images.shape[1]
+    channels, low, high = images.shape[1], _number(finite.min(), 3), _number(finite.max(), 3)
     return ArgumentError(
-        f"pixel space cannot be inferred: images of {channels} channels with values from {float(finite.min()):.3g} to "
-        f"{float(finite.max()):.3g}; {why}. Pass `mean` and `std`, the numbers by which the images were normalised, as "
-        "fractions of the pixel range for each channel, e.g. mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225); "
+        f"pixel space cannot be inferred: images of {channels} channels with values from {low} to {high}; {why}. "
+        "Pass `mean` and `std`, the numbers by which the images were normalised, as fractions of the pixel range "
+        "for each channel, e.g. mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225); "
         'for values from low to high mean=[-low / (high - low)], std=[1 / (high - low)]; or mean="per_image" alone if '
         "every image was standardised by itself."
     )

@@ -348,7 +348,7 @@ class TestIntegers:
         back = space.to_model(p, images)
         assert back.dtype == dtype
         assert torch.equal(back.double(), images.double())
-        assert f"stand for the values {low:.4g} and {high:.4g} of the images" in space.note
+        assert f"stand for the values {low} and {high} of the images" in space.note
 
     def test_hot_values_of_single_images_do_not_widen_it(self) -> None:
         images = torch.randint(500, 1500, (20, 2, 16, 16), dtype=torch.int32)
@@ -380,6 +380,23 @@ class TestIntegers:
         assert torch.equal(space.to_pixels(images).double(), wanted)
         with pytest.raises(ArgumentError, match=r"undoing `mean` and `std`"):
             infer_pixel_space(images, mean=[0.0], std=[1 / 255])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("high", [4095, 65535])
+    def test_floats_that_are_16_bit_files_are_read_as_integers(self, dtype: torch.dtype, high: int) -> None:
+        """Images of PIL's modes "I" and "I;16", converted to float."""
+        images = torch.linspace(0, high, 256).round()[pixels(b=20, c=1, size=40).long()].to(dtype)
+        space, integers = infer_pixel_space(images), infer_pixel_space(images.int())
+        assert torch.equal(space.to_pixels(images), integers.to_pixels(images.int()))
+        assert space.note == integers.note
+        assert f"the values 0 and {high} of the images" in space.note
+
+    def test_floats_between_whole_numbers_are_no_16_bit_files_and_the_remedy_works(self) -> None:
+        images = torch.linspace(0, 65535, 640).view(10, 1, 8, 8) + 0.25
+        with pytest.raises(ArgumentError, match=r"from 0\.25 to 65535; .*std=\[1 / \(high - low\)\]"):
+            infer_pixel_space(images)
+        space = infer_pixel_space(images, mean=[0.0], std=[1 / 65536])
+        assert int(space.to_pixels(images).max()) == 255
 
     def test_floats_that_fill_no_grey_levels_are_stretched(self) -> None:
         """A 32-bit image that was divided by the largest 32-bit integer."""
