@@ -47,7 +47,7 @@ class Measuring(pl.Callback):
 
 
 def fitted(*callbacks: pl.Callback) -> Net:
-    pl.seed_everything(0, verbose=False)
+    pl.seed_everything(0)
     module = Net()
     images = torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = TensorDataset(images, torch.arange(N) % 2)
