@@ -41,3 +41,13 @@ def test_the_defense_of_the_page_removes_and_trains_anew(page: dict[str, Any], t
 def test_with_a_report_alone_it_changes_nothing(page: dict[str, Any]) -> None:
     run = fit([page["LowestLossCallback"](warmup_epochs=2, response="report")], clean())
     assert [len(positions) for _, positions in run.module.epochs()] == [96, 96, 96]
+
+
+@pytest.mark.parametrize("response", ["continue", "reset", "unlearn"])
+@pytest.mark.filterwarnings("ignore:Lowest loss (after fine-tuning|ends with|looked at)")
+def test_it_goes_with_the_other_responses(page: dict[str, Any], response: str) -> None:
+    callback = page["LowestLossCallback"](fraction=0.125, warmup_epochs=1, response=response)
+    fit([callback], planted())
+    assert callback.history[0].response == response
+    assert callback.history[0].removed == 12
+    assert len(callback.verdict.removed) >= 12, "nothing comes back"

@@ -6,7 +6,6 @@ import functools
 import inspect
 import math
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -143,9 +142,9 @@ class Detector:
     def observe(self, session: Session, first: int) -> None:
         """Measure something before the first detection, which comes after ``first`` epochs."""
 
-    @abstractmethod
     def detect(self, session: Session) -> Detection:
         """Measure all samples and decide; every process calls it and gets the same result."""
+        raise NotImplementedError(f"{type(self).__name__} must define `detect`.")
 
     def metrics(self, history: list[Event]) -> dict[str, float]:
         """What is logged beside the counts."""

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
+from lightning_backdoor import Verdict
+from lightning_backdoor.callbacks import Defense, Detector
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.responses import ResetUnits, Restart
+from lightning_backdoor.responses import Detection, ResetUnits, Response, Restart, Session
+from lightning_backdoor.scanning.measure_units import find_layers
 from tests.callbacks.helpers import same_state, state_of
 from tests.callbacks.test_ultraclean_resume import SaveAll
 from tests.contract.problem import EPOCHS, WARNS, assert_settled, fit, net_of, seed_everything, streams
@@ -92,19 +96,50 @@ def test_one_response_object_for_two_defenses_is_refused() -> None:
         fit(pair)
 
 
-def test_what_was_removed_stays_removed_whatever_the_detector_says_later() -> None:
-    callback = of("RandomFilter").make(response=ResetUnits(rounds=2, finetune_epochs=1, extra_epochs=3))
+class Scripted(Detector):
+    """Flags positions that are written down beforehand: one list for each detection, the last one again and again."""
+
+    def __init__(self, lists: list[list[int]]) -> None:
+        self.lists, self.detections = lists, 0
+
+    def detect(self, session: Session) -> Detection:
+        labels = session.scanner.read_labels(session.trainer, session.module)
+        keep = torch.ones(len(labels), dtype=torch.bool)
+        keep[self.lists[min(self.detections, len(self.lists) - 1)]] = False
+        self.detections += 1
+        return Detection(Verdict((~keep).float(), keep, 0.5, "scripted", labels), int((~keep).sum()))
+
+
+class ScriptedDefense(Defense):
+    """A detector of a user's own, with any response."""
+
+    method = title = "Scripted"
+
+    def __init__(self, lists: list[list[int]], response: Response, every: int | None = None) -> None:
+        detector = Scripted(lists)
+        super().__init__(detector=detector, response=response, warmup_epochs=1, every=every, max_removed=0.5)
+
+
+class Patience(pl.Callback):
+    """Ends a fit that does not end."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        assert len(pl_module.epochs()) < 20, "the fit goes on for ever"
+
+
+def test_what_was_removed_stays_removed_whatever_the_detector_says_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", 2.0)  # no round is undone
+    callback = ScriptedDefense([[1, 2], []], ResetUnits(rounds=2, finetune_epochs=1, extra_epochs=3))
     fit([callback])
-    removed = sum(event.removed for event in callback.history)
-    assert len(callback.history) > 1
-    assert int((~callback.verdict.keep).sum()) == removed > 0
+    assert callback.history[0].units
+    assert callback._detector.detections > 1, "there was a detection after the first round"
+    assert (~callback.verdict.keep).nonzero().flatten().tolist() == [1, 2]
 
 
 def test_a_restart_that_is_not_possible_any_more_is_not_waited_for() -> None:
-    response = Restart(last_detection=False, at_most=2)
-    callback = of("RandomFilter").make(response=response)
-    callback._every = 1  # more detections than the response was told of
-    run = fit([callback])
+    callback = ScriptedDefense([[1], [1, 2], [1, 2, 3]], Restart(last_detection=False), every=1)
+    run = fit([Patience(), callback])
+    assert [event.restarts for event in callback.history][:2] == [True, False], "the response expected one detection"
     assert run.trainer.current_epoch == EPOCHS
 
 
@@ -119,10 +154,18 @@ def test_repairing_at_once_goes_with_no_restart() -> None:
         of("DBRCallback").make(warmup_epochs=0, response="restart")
 
 
-def test_units_are_found_in_the_mode_in_which_they_are_reset() -> None:
-    callback = of("NONECallback").make(residual_mode="full_group")
-    fit([callback])
-    assert callback.history[0].units
+def test_units_are_found_in_the_mode_in_which_they_are_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[Any] = []
+
+    def noted(*arguments: Any) -> Any:
+        modes.append(arguments[3:])
+        return find_layers(*arguments)
+
+    monkeypatch.setattr("lightning_backdoor.callbacks.none.find_layers", noted)
+    monkeypatch.setattr("lightning_backdoor.responses.reset_units.find_layers", noted)
+    fit([of("NONECallback").make(residual_mode="full_group")])
+    assert set(modes) == {("full_group",)}
+    assert len(modes) > 2, "at the start, for the detection and for the reset"
 
 
 def test_a_second_report_is_about_the_second_model() -> None:
