@@ -16,7 +16,7 @@ from lightning_backdoor.responses import Detection, ResetUnits, Response, Restar
 from lightning_backdoor.scanning.measure_units import find_layers
 from tests.callbacks.helpers import same_state, state_of
 from tests.callbacks.test_ultraclean_resume import SaveAll
-from tests.contract.problem import EPOCHS, WARNS, assert_settled, fit, net_of, seed_everything, streams
+from tests.contract.problem import EPOCHS, WARNS, assert_settled, fit, net_of, planted, seed_everything, streams
 from tests.contract.registry import Entry, every_defense, of
 
 pytestmark = [*WARNS, pytest.mark.filterwarnings("ignore:.* (after fine-tuning|ends with a model|looked at)")]
@@ -129,11 +129,12 @@ class Patience(pl.Callback):
 
 def test_what_was_removed_stays_removed_whatever_the_detector_says_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", 2.0)  # no round is undone
-    callback = ScriptedDefense([[1, 2], []], ResetUnits(rounds=2, finetune_epochs=1, extra_epochs=3))
+    poisons = planted().poisoned.nonzero().flatten().tolist()  # wrong labels, which the model does not give untrained
+    callback = ScriptedDefense([poisons, []], ResetUnits(rounds=2, finetune_epochs=1, extra_epochs=3))
     fit([callback])
     assert callback.history[0].units
     assert callback._detector.detections > 1, "there was a detection after the first round"
-    assert (~callback.verdict.keep).nonzero().flatten().tolist() == [1, 2]
+    assert (~callback.verdict.keep).nonzero().flatten().tolist() == poisons
 
 
 def test_a_restart_that_is_not_possible_any_more_is_not_waited_for() -> None:
