@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -60,7 +61,10 @@ def poison(poisons: int, images: int) -> Row:
 
 @cache
 def commit() -> str | None:
-    """The commit of the code that runs, with ``-dirty`` if library or benchmark differ from it; without git none."""
+    """The commit of the code that runs, with ``-dirty`` if library or benchmark differ from it.
+
+    Without git, as on a machine that got a copy of the files, what the environment variable ``BENCHMARK_COMMIT`` says.
+    """
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here)]
     try:
@@ -68,7 +72,7 @@ def commit() -> str | None:
         code = ["diff", "--quiet", "HEAD", "--", ":/lightning_backdoor", ":/benchmarks/**/*.py"]
         changed = subprocess.run([*git, *code], capture_output=True, check=False).returncode
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("BENCHMARK_COMMIT")
     return found.stdout.strip() + "-dirty" * bool(changed)
 
 

@@ -68,7 +68,7 @@ def run_cell(
         "clean_accuracy": accuracy(network, test, device),
         "asr": accuracy(network, case.recipe.test(test), device),
         "removed": len(train) - len(dataset),
-        **(_judgement(defences, poisoned) if defences else {}),
+        **(judgement(defences, poisoned) if defences else {}),
         **meter.row(len(train), setting.epochs - 1 if late else 0),
         **rows.circumstances("benchmarks", device),
     }
@@ -87,7 +87,7 @@ def _callbacks(defence: str, dataset: Any, poisoned: torch.Tensor, seed: int, re
     return CALLBACKS[defence]() if defence in CALLBACKS else []
 
 
-def _judgement(callbacks: list[Any], poisoned: torch.Tensor) -> rows.Row:
+def judgement(callbacks: list[Any], poisoned: torch.Tensor) -> rows.Row:
     """What the callbacks removed, together, and which units they reset."""
     verdicts = [callback.verdict for callback in callbacks]
     scores, keep = together((verdict.scores, verdict.keep) for verdict in verdicts)
