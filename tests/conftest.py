@@ -9,8 +9,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; the pro
 import pytest
 import torch
 
+from tests import accelerators
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 pytest_plugins = ["tests.contract.tally"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accelerator", choices=accelerators.CHOICES, default="cpu", help="where Trainers run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    accelerators.choose(config)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    accelerators.select(items)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _accelerator() -> Iterator[None]:
+    with accelerators.active():
+        yield
 
 
 @pytest.fixture(autouse=True)

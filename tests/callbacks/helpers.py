@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from lightning_backdoor import UltraCleanCallback
 from lightning_backdoor.responses.limits import hold_open, release
+from tests.accelerators import on_cpu, trainer_settings
 
 LIGHTNING_WARNS = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -163,8 +164,7 @@ def make_trainer(callbacks: list[Any], epochs: int | None = 4, package: Any = pl
     """A silent Trainer on the CPU that writes nothing unless told to."""
     settings: dict[str, Any] = {
         "max_epochs": epochs,
-        "accelerator": "cpu",
-        "devices": 1,
+        **trainer_settings(package),
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -196,13 +196,13 @@ def always(**kwargs: Any) -> UltraCleanCallback:
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of weights and buffers."""
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+    """A copy of weights and buffers, on the CPU."""
+    return {name: on_cpu(value).clone() for name, value in module.state_dict().items()}
 
 
 def same_state(a: nn.Module | dict[str, Tensor], b: nn.Module | dict[str, Tensor]) -> bool:
     """Whether all weights and buffers are equal bit by bit."""
-    left, right = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
+    left, right = (on_cpu(x.state_dict() if isinstance(x, nn.Module) else x) for x in (a, b))
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 

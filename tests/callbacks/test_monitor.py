@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 
-import jsonargparse
 import lightning.pytorch
 import pytest
 import pytorch_lightning
@@ -18,6 +17,7 @@ from lightning_backdoor.attacks import SIG, BadNets, poison, triggered
 from lightning_backdoor.callbacks.monitor import BackdoorMonitor
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.verdict import Verdict
+from tests.accelerators import trainer_settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
@@ -74,7 +74,7 @@ class FooledToo(lightning.pytorch.LightningModule):
 def make_trainer(*callbacks, package=pytorch_lightning, **kwargs):
     settings = {
         "max_epochs": 1,
-        "accelerator": "cpu",
+        **trainer_settings(package),
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -364,6 +364,7 @@ def test_messages(kwargs, words):
 
 
 def test_command_line_interfaces_can_build_it():
+    jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--callback", type=pytorch_lightning.Callback)
     arguments = {

@@ -19,7 +19,7 @@ from tests.contract.problem import IMAGES
 from tests.contract.registry import ENTRIES, Entry
 from tests.contract.test_processes import same
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 GROUPS = {
     baselines: [

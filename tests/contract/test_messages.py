@@ -165,7 +165,7 @@ class Hidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(features, weight)
-        return torch.from_numpy(features.numpy(force=True) @ weight.numpy(force=True).T)
+        return torch.from_numpy(features.numpy(force=True) @ weight.numpy(force=True).T).to(features.device)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:

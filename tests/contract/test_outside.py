@@ -77,6 +77,7 @@ def yaml_of(entry: Entry) -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.cpu
 @pytest.mark.case("69")
 @in_turn("by", product(NETS, ["flag", "yaml"]))
 def test_by_command_line(entry: Entry, by: tuple[Any, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

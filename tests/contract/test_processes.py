@@ -22,6 +22,7 @@ from tests.processes import processes
 
 pytestmark = [
     *WARNS,
+    pytest.mark.cpu,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
 ]
 slow = pytest.mark.slow

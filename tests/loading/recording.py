@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor._lightning import CallbackBase
 from lightning_backdoor.loading.loader_filter import LoaderFilter, loader_filter_of
+from tests.accelerators import trainer_settings
 
 N, BATCH, EPOCHS = 64, 8, 4
 REMOVED = torch.arange(N) % 4 == 1
@@ -151,8 +152,7 @@ class Pruner(CallbackBase):
 
 def make_trainer(callbacks: Any, *, package: Any = pl, **settings: Any) -> Any:
     options = {
-        "accelerator": "cpu",
-        "devices": 1,
+        **trainer_settings(package),
         "max_epochs": EPOCHS,
         "logger": False,
         "enable_progress_bar": False,

@@ -16,6 +16,7 @@ from lightning_backdoor.data.views import scan_loader
 from lightning_backdoor.scanning.isolation import prepare_batch
 from lightning_backdoor.scanning.outputs import call_model
 from lightning_backdoor.scanning.scan import scan, shard
+from tests.accelerators import trainer_settings
 
 LIGHTNING_WARNS = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -61,7 +62,7 @@ class Trap(pl.LightningModule):
         self.log_dict({"forward_std": images.std()})
         hidden = self.drop(self.frozen(self.norm(self.conv(images))).relu().mean((2, 3)))
         if self.cache is None:
-            self.cache = torch.ones(6)
+            self.cache = torch.ones(6, device=hidden.device)
         return self.fc(hidden * self.cache)
 
     def on_train_epoch_start(self) -> None:
@@ -114,8 +115,7 @@ def scan_logits(
 
 def make_trainer(callbacks: list[Any], epochs: int = 2, **settings: Any) -> pl.Trainer:
     options: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
+        **trainer_settings(pl),
         "max_epochs": epochs,
         "logger": False,
         "enable_checkpointing": False,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.scanning.isolation import isolated_eval, prepare_batch, require_unsharded
+from tests.accelerators import trainer_settings
 from tests.scanning.helpers import LIGHTNING_WARNS, NoisyData, Scanner, Trap, make_trainer, train_loader
 
 pytestmark = LIGHTNING_WARNS
@@ -72,7 +73,7 @@ def test_a_naive_pass_would_be_noticed() -> None:
     class Naive(pl.Callback):
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             for batch in train_loader(NoisyData()):
-                pl_module(batch[0])
+                pl_module(batch[0].to(pl_module.device))
             pl_module.train()
 
     traces = differences(train([]), train([Naive()]))
@@ -188,7 +189,7 @@ def test_prepare_batch_takes_the_hooks_of_module_and_datamodule(package: Any) ->
 
     probe = Probe()
     trainer = package.Trainer(
-        max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, callbacks=[probe],
+        max_epochs=1, **trainer_settings(package), logger=False, enable_checkpointing=False, callbacks=[probe],
         enable_progress_bar=False, enable_model_summary=False, precision="64-true",
     )  # fmt: skip
     trainer.fit(Module(), datamodule=Data())

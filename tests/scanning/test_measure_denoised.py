@@ -104,6 +104,7 @@ def test_images_of_another_size_name_the_remedy(folder: Path) -> None:
     assert not store.has(torch.tensor([1]))
 
 
+@pytest.mark.cpu
 def test_memory_does_not_grow_with_the_rows_on_disk(folder: Path) -> None:
     def peak(rows: int) -> int:
         tracemalloc.start()

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_backdoor import measure
 from lightning_backdoor.errors import ArgumentError
+from tests.accelerators import trainer_settings
 from tests.scanning.helpers import LIGHTNING_WARNS
 
 pytestmark = LIGHTNING_WARNS
@@ -52,7 +53,7 @@ def fitted(*callbacks: pl.Callback) -> Net:
     images = torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = TensorDataset(images, torch.arange(N) % 2)
     trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", callbacks=list(callbacks), logger=False, enable_checkpointing=False,
+        max_epochs=1, **trainer_settings(pl), callbacks=list(callbacks), logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(data, batch_size=8, shuffle=True))

@@ -35,6 +35,7 @@ def running() -> tuple[Any, Trap]:
     """A trainer and a module as they stand in the middle of a fit."""
     module, trainer = Trap(), make_trainer([])
     trainer.strategy.connect(module)
+    trainer.strategy.model_to_device()
     trainer._data_connector.attach_datamodule(module)
     module.trainer = trainer
     trainer.training = True
@@ -57,7 +58,7 @@ def test_result_is_the_plain_loop(running: Any) -> None:
     logits = []
     for _, (images, _) in scan_loader(train_loader(data), range(63), seed=5, batch_size=1):
         with torch.no_grad():
-            logits.append(oracle(images))
+            logits.append(oracle(images.to(oracle.device)).cpu())
     torch.testing.assert_close(result["logits"], torch.cat(logits))
     assert torch.equal(result["label"], data.labels)
     assert torch.equal(result["right"], result["logits"].argmax(1) == data.labels)
@@ -272,6 +273,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("situation", ["odd", "one sample", "portions", "after an epoch"])
 def test_ranks_agree(two_ranks: list[dict[str, Any]], situation: str) -> None:
     first, second = (rank[situation] for rank in two_ranks)
@@ -280,6 +282,7 @@ def test_ranks_agree(two_ranks: list[dict[str, Any]], situation: str) -> None:
     assert len(first["logits"]) == (1 if situation == "one sample" else 63)
 
 
+@pytest.mark.cpu
 @pytest.mark.case("45")
 def test_two_ranks_see_what_one_process_sees(running: Any, two_ranks: list[dict[str, Any]]) -> None:
     pl.seed_everything(3)
@@ -291,6 +294,7 @@ def test_two_ranks_see_what_one_process_sees(running: Any, two_ranks: list[dict[
     assert all(torch.equal(two_ranks[0]["odd"][key], two_ranks[0]["portions"][key]) for key in alone)
 
 
+@pytest.mark.cpu
 @pytest.mark.case("50")
 def test_ranks_borrow_the_buffers_of_rank_zero(two_ranks: list[dict[str, Any]]) -> None:
     first, second = two_ranks
@@ -299,11 +303,13 @@ def test_ranks_borrow_the_buffers_of_rank_zero(two_ranks: list[dict[str, Any]]) 
     assert torch.equal(second["scanned"]["norm.running_mean"], second["own mean"])
 
 
+@pytest.mark.cpu
 def test_training_on_two_ranks_is_bit_identical(two_ranks: list[dict[str, Any]]) -> None:
     for rank in two_ranks:
         assert [k for k, v in rank["plain"].items() if not torch.equal(v, rank["scanned"][k])] == []
 
 
+@pytest.mark.cpu
 def test_failure_on_one_rank_ends_both(two_ranks: list[dict[str, Any]]) -> None:
     said = "BackdoorDefenseError: fails on rank 1 failed in the process of rank 1: KeyError: 'only here'"
     assert two_ranks[0]["failure"] == said
