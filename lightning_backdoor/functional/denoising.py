@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import product
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -99,7 +101,8 @@ def nl_means(images: Tensor, h: float = 5.0, h_color: float = 5.0, template: int
     Cost: about 5,000 images of 32×32 or 100 of 224×224 a second on two cores of a 2023 server CPU; memory beyond the
     result does not grow with ``N``. From a few hundred small images on, a CPU compiles the inner loop once (half a
     second) if a C compiler is installed. Without one, and for a ``template`` above 11, it takes some six times as long,
-    and the result is the same.
+    and the result is the same. On a CUDA device, Triton compiles kernels for a ``template`` up to 7 (some seconds, once
+    per machine and power of two of the width).
 
     Args:
         images: uint8, shape ``(N, C, H, W)``, on any device.
@@ -133,6 +136,11 @@ def nl_means(images: Tensor, h: float = 5.0, h_color: float = 5.0, template: int
     batch = images if color else images.flatten(0, 1).unsqueeze(1)
     groups = [(1, h), (2, h_color)] if color else [(1, h)]
     number, _, height, width = batch.shape
+    if (launched := device_kernel(batch.device, color, width, template, search)) is not None:
+        block = launched.images_per_launch(height, width, template, search)
+        return map_blocks(
+            lambda pixels: launched.smooth_images(pixels.contiguous(), groups, template, search), batch, block
+        ).view_as(images)
     worthwhile = batch.device.type == "cpu" and number * height * width >= NATIVE_FROM
     native = worthwhile and native_kernel(template) is not None
     block = images_per_block(height, width, template // 2 + search // 2, batch.device, native)
@@ -144,6 +152,33 @@ def nl_means(images: Tensor, h: float = 5.0, h_color: float = 5.0, template: int
         return lab_to_rgb(lab).flip(1)
 
     return map_blocks(smooth, batch, block).view_as(images)
+
+
+@cache
+def device_kernel(device: torch.device, color: bool, width: int, template: int, search: int) -> ModuleType | None:
+    """Return the module of Triton's kernels if they serve a device, images of a width and the settings, else ``None``.
+
+    The first call compiles them, with the smallest images of that width. Where that fails, a warning has the reason.
+    """
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    try:
+        from lightning_backdoor.functional import nlm_triton  # noqa: PLC0415  (not everybody has Triton)
+
+        if template > nlm_triton.LARGEST_TEMPLATE:
+            return None
+        probe = torch.zeros(1, 3 if color else 1, 1, width, dtype=torch.uint8, device=device)
+        nlm_triton.smooth_images(probe, [(1, 1.0), (2, 1.0)] if color else [(1, 1.0)], template, search)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Triton, of its compilers, of what they need from the system
+        warnings.warn(
+            f"`nl_means` runs without its Triton kernels on {device}, with the same result in some ten times the time: "
+            f"{type(error).__name__}: {error}".strip(),
+            stacklevel=2,
+        )
+        return None
+    return nlm_triton
 
 
 def _reflected(length: int, side: int, device: torch.device) -> Tensor:

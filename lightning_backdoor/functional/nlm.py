@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from lightning_backdoor.functional.native import LANES, native_kernel
 
-__all__ = ["images_per_block", "lab_to_rgb", "rgb_to_lab", "smooth_planes"]
+__all__ = ["bent_eighths", "images_per_block", "lab_to_rgb", "rgb_to_lab", "smooth_planes", "weight_fall"]
 
 TILE = 64  # longest side of a tile, pixels
 CPU_VALUES = 2**17  # values per map on a CPU: half a megabyte stays in the second-level cache
@@ -137,7 +137,7 @@ def smooth_tiles_natively(tiles: Tensor, h: float, template: int, reach: int) ->
     margin = reach + template // 2
     height, width = tall - 2 * margin, wide - 2 * margin
     scratch = tiles.new_empty(height * width + 2 * wide, LANES)
-    fall = torch.tensor(_fall(h, template, planes), dtype=torch.float32, device="cpu")
+    fall = torch.tensor(weight_fall(h, template, planes), dtype=torch.float32, device="cpu")
     means = []
     for part in torch.split(tiles, LANES, dim=-1):
         source, mean = part.contiguous(), tiles.new_empty(planes, height, width, LANES)
@@ -147,7 +147,7 @@ def smooth_tiles_natively(tiles: Tensor, h: float, template: int, reach: int) ->
     return torch.cat(means, dim=-1)
 
 
-def _fall(h: float, template: int, planes: int) -> tuple[float, ...]:
+def weight_fall(h: float, template: int, planes: int) -> tuple[float, ...]:
     """Return how weights fall: unit of the distance, last step that counts, factors of the polynomial in steps."""
     shift = (template**2 - 1).bit_length()
     rate = 2**shift / template**2 / (h * h * planes)  # fall of the logarithm per step
@@ -157,7 +157,7 @@ def _fall(h: float, template: int, planes: int) -> tuple[float, ...]:
 
 def _weight_table(h: float, template: int, planes: int, device: torch.device) -> tuple[float, Tensor]:
     """Return the unit of the distance and the weights of 0, 1, 2 … units; the last weight is zero."""
-    unit, last, a, b, c = _fall(h, template, planes)
+    unit, last, a, b, c = weight_fall(h, template, planes)
     steps = torch.arange(int(last) + 2, dtype=torch.float32, device=device)
     weights = (((steps * a + b) * steps + c) * steps + 1.0).pow(2).pow(2).pow(2).pow(2)
     weights[-1] = 0.0
@@ -215,7 +215,7 @@ def _join(tiles: Tensor, shape: torch.Size) -> Tensor:
 
 def rgb_to_lab(images: Tensor) -> Tensor:
     """Convert linear 8-bit RGB ``(N, 3, H, W)`` to L·2.55, a + 128 and b + 128, whole float32 numbers 0 to 255."""
-    bent = _bent_eighths().to(images.device)
+    bent = bent_eighths(images.device)
     eighths = [value.add_(0.5).to(torch.int32) for value in _mix(images.to(torch.float32), FORWARD)]
     x, y, z = (bent.index_select(0, value.flatten()).view_as(value) for value in eighths)
     scale, foot = LIGHTNESS
@@ -234,11 +234,11 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
 
 
 @cache
-def _bent_eighths() -> Tensor:
-    """Return the bent cube root of 0, 1, 2 … eighths of a grey level, to 15 bits."""
+def bent_eighths(device: torch.device) -> Tensor:
+    """Return the bent cube root of 0, 1, 2 … eighths of a grey level, to 15 bits; made on the CPU, for any device."""
     value = torch.arange(255 * 8 + 8, dtype=torch.float64, device="cpu") / (255 * 8)
     bent = torch.where(value > BEND, value.pow(1 / 3), value * SLOPE + FOOT)
-    return bent.mul(2**15).add(0.5).floor().div(2**15).to(torch.float32)
+    return bent.mul(2**15).add(0.5).floor().div(2**15).to(torch.float32).to(device)
 
 
 def _mix(channels: Tensor, matrix: tuple[tuple[float, ...], ...]) -> list[Tensor]:
