@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lightning_backdoor.detection.subpopulations import (
     Subpopulation,
-    find_all_to_all_subpopulation,
-    find_subpopulations,
-    subpopulation_scores,
+    common_subpopulations,
+    own_subpopulations,
+    scores_in,
+    search_labels,
 )
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.verdict import Finding, Verdict
@@ -94,7 +95,7 @@ def select_fraction(scores: Tensor, fraction: float) -> tuple[Tensor, float]:
     order = scores.argsort(descending=True, stable=True)
     removed = order[: int(fraction * len(scores))]
     removed = removed[scores[removed] > -math.inf]
-    keep = torch.ones(len(scores), dtype=torch.bool)
+    keep = torch.ones_like(scores, dtype=torch.bool)
     keep[removed] = False
     return keep, float(scores[keep].max()) if len(removed) else math.inf
 
@@ -136,14 +137,19 @@ def limit_of_labels(scores: Tensor, keep: Tensor, labels: Tensor, left: float = 
         tensor([False,  True,  True, False,  True,  True,  True,  True])
     """
     _, places, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-    usual = int(counts.median()) if len(counts) else 0
-    kept = torch.bincount(places[keep], minlength=len(counts)).tolist()
+    if not len(counts):
+        return keep.clone()
+    usual = counts.median()
+    enough = (left * torch.minimum(counts, usual).double() - 1e-9).ceil().long()
+    lacking = (enough - torch.zeros_like(counts).scatter_add_(0, places, keep.long())).clamp(min=0)
+    # The removed samples of every label, least suspicious last: the last of each are put back.
+    removed = (~keep).nonzero().squeeze(1)
+    removed = removed[scores[removed].argsort(descending=True, stable=True)]
+    removed = removed[places[removed].argsort(stable=True)]
+    of = places[removed]
+    ends = torch.zeros_like(counts).scatter_add_(0, of, torch.ones_like(of)).cumsum(0)
     limited = keep.clone()
-    for place, count in enumerate(counts.tolist()):
-        lacking = math.ceil(left * min(count, usual) - 1e-9) - kept[place]
-        if lacking > 0:
-            removed = (~keep & (places == place)).nonzero().squeeze(1)
-            limited[removed[scores[removed].argsort(descending=True, stable=True)[-lacking:]]] = True
+    limited[removed[torch.arange(len(of), device=of.device) >= (ends - lacking)[of]]] = True
     return limited
 
 
@@ -204,9 +210,11 @@ def decide(
             the gate of early neighbours (:func:`~lightning_backdoor.functional.find_subpopulations`).
         max_removed: Largest share of all samples that may be removed, in ``(0, 1)``.
 
+    The values may be on another device than the rest; what takes long is computed there.
+
     Returns:
-        The decision. When nothing stands out and ``fraction`` is ``None``, ``keep`` is all true and the threshold
-        infinite. Without a ``fraction`` some samples of every label stay, whatever their scores
+        The decision, on the device of the labels. When nothing stands out and ``fraction`` is ``None``, ``keep`` is all
+        true and the threshold infinite. Without a ``fraction`` some samples of every label stay, whatever their scores
         (:func:`~lightning_backdoor.functional.limit_of_labels`): a population that is nearly all of a label may be the
         label itself.
 
@@ -217,16 +225,22 @@ def decide(
         raise ArgumentError("`by_ranking` cuts a share of the ranking: pass `fraction`, the share, with it.")
     if removed is not None and fraction is None:
         raise ArgumentError("`removed` counts towards `fraction`: pass it, or leave the removed samples out.")
-    considered = torch.ones(len(labels), dtype=torch.bool) if considered is None else considered
-    found = [] if by_ranking else find_subpopulations(values, labels, agreement=agreement)
-    found = [one for one in found if bool(considered[labels == one.label].any())]
-    common = find_all_to_all_subpopulation(values, labels) if all_to_all and not found else []
-    found += common
-    scores = ranking.float().clone() if by_ranking else subpopulation_scores(values, labels, found, ranking)
+    considered = torch.ones_like(labels, dtype=torch.bool) if considered is None else considered
+    found: list[Subpopulation] = []
+    common: list[Subpopulation] = []
+    if by_ranking:
+        scores = ranking.float().clone()
+    else:
+        search = search_labels(values, labels, agreement=agreement)
+        eligible = set(torch.unique(labels[considered]).tolist())
+        found = [one for one in own_subpopulations(search) if one.label in eligible]
+        common = common_subpopulations(search) if all_to_all and not found else []
+        found += common
+        scores = scores_in(values, search.groups, found, ranking)
     order = scores if removed is None else scores.masked_fill(removed, math.inf)
     if fraction is not None:
         inside = considered.nonzero().squeeze(1)
-        keep = torch.ones(len(labels), dtype=torch.bool)
+        keep = torch.ones_like(labels, dtype=torch.bool)
         keep[inside], threshold = select_fraction(order[inside], fraction)
         rule = f"fraction({fraction:g})"
     else:
@@ -240,6 +254,7 @@ def decide(
     if not torch.equal(limited, keep):
         keep, rule = limited, f"{rule}, max_removed({max_removed:g})"
         threshold = float(scores[keep & considered & ~spared].max())
+    found = [one.to(labels.device) for one in found]
     return Decision(scores, keep, threshold, rule, tuple(found), num_flagged_before_cap, bool(common))
 
 
@@ -308,7 +323,7 @@ def decide_by_break(scores: Tensor, *, max_removed: float = 0.3) -> Decision:
         max_removed: Largest share of the samples that may be removed, in ``(0, 1)``.
     """
     if bool((scores == scores[0]).all()):
-        return Decision(scores, torch.ones(len(scores), dtype=torch.bool), math.inf, "natural_break", (), 0)
+        return Decision(scores, torch.ones_like(scores, dtype=torch.bool), math.inf, "natural_break", (), 0)
     threshold, rule = natural_break(scores), "natural_break"
     keep = scores <= threshold
     num_flagged_before_cap = int((~keep).sum())

@@ -1,35 +1,44 @@
-"""Subpopulations: groups of samples that lie apart from the rest of their label. How they are split off and tested.
+"""Subpopulations: groups of samples that lie apart from the rest of their label. How they are found and tested.
 
-From top to bottom: what a subpopulation is, the exact split of a column, the directions that are searched, the gates
-that a direction must pass, the search over all labels, scores, and the subpopulation that most labels have in common.
+From top to bottom: what a subpopulation is, the gates that a direction must pass, the search over all labels, scores,
+and the subpopulation that most labels have in common.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from lightning_backdoor.detection.directions import (
+    ERRORS,
+    Direction,
+    discriminant,
+    full_precision,
+    sharpened_directions,
+    split_labels,
+)
+from lightning_backdoor.detection.label_groups import LabelGroups, block_size, group_by_label
+from lightning_backdoor.detection.splits import MIN_MEMBERS, split_units
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.verdict import GateFigure
 
 __all__ = [
+    "Search",
     "Subpopulation",
     "early_neighbor_gate",
     "find_all_to_all_subpopulation",
     "find_subpopulations",
     "overlap_gate",
+    "search_labels",
     "split_units",
     "strict_gate",
     "subpopulation_scores",
 ]
-
-MIN_MEMBERS = 10  # of either group of a split; fewer samples are outliers
-BLOCK = 2**22  # numbers that are sorted or projected at once, which bounds the memory
 
 
 # What a subpopulation is.
@@ -68,184 +77,31 @@ class Subpopulation:
     figures: tuple[GateFigure, ...] = ()
 
     def project(self, values: Tensor) -> Tensor:
-        """Position of every sample along the direction, float ``(N,)``, for values ``(N, U)``."""
-        return values[:, self.units].float() @ self.weights
+        """Position of every sample along the direction, float ``(N,)``, for values ``(N, U)`` on any device."""
+        return project(values, self.units.to(values.device), self.weights.to(values.device))
+
+    def to(self, device: torch.device) -> Subpopulation:
+        """The same with its tensors on a device."""
+        return replace(self, units=self.units.to(device), weights=self.weights.to(device))
 
     def passed(self, gate: str, *figures: GateFigure) -> Subpopulation:
         """The same subpopulation with the name of a gate that it passed, and the figures."""
         return replace(self, gate=gate, figures=figures)
 
 
-# The exact split of a column into two groups.
-
-
-@dataclass(frozen=True)
-class Split:
-    """Two groups in every column.
-
-    Attributes:
-        threshold: Halfway between the groups, double ``(U,)``.
-        low: Mean of the lower group, double ``(U,)``.
-        high: Mean of the upper group, double ``(U,)``.
-        standardized_gap: Distance of the means over the sum of the two standard deviations, double ``(U,)``; zero where
-            a column cannot be split.
-        members: Size of the upper group, long ``(U,)``; zero where a column cannot be split.
-    """
-
-    threshold: Tensor
-    low: Tensor
-    high: Tensor
-    standardized_gap: Tensor
-    members: Tensor
-
-
-def split_units(values: Tensor, min_members: int = MIN_MEMBERS) -> Split:
-    """Split every column into the two groups with the smallest squared deviations (exact, vectorised over units).
-
-    Equal values stay together: a column without two different groups of ``min_members`` has a standardized gap of 0.
-
-    Args:
-        values: Float, shape ``(N, U)``.
-        min_members: Smallest size of a group.
-
-    Raises:
-        ArgumentError: If there are fewer than two groups' worth of rows, or a value is not finite.
-    """
-    if len(values) < 2 * min_members:
-        raise ArgumentError(f"`values` must have at least {2 * min_members} rows, got {len(values)}.")
-    if not bool(values.isfinite().all()):
-        raise ArgumentError("`values` must be finite, got NaN or infinity. Clamp them to the range of their dtype.")
-    blocks = torch.split(values, max(BLOCK // len(values), 1), dim=1)
-    parts = [_split_block(block.double(), min_members) for block in blocks]
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return Split(*columns)
-
-
-def _split_block(values: Tensor, min_members: int) -> tuple[Tensor, ...]:
-    n = len(values)
-    center = values.mean(dim=0)
-    ordered = (values - center).sort(dim=0).values
-    sums, squares = ordered.cumsum(0), ordered.square().cumsum(0)
-    count = torch.arange(1, n, dtype=torch.float64)[:, None]
-    lower, total = sums[:-1], sums[-1:]
-    explained = lower.square() / count + (total - lower).square() / (n - count)
-    explained[ordered[:-1] == ordered[1:]] = -torch.inf
-    explained[: min_members - 1] = -torch.inf
-    explained[n - min_members :] = -torch.inf
-    best, at = explained.max(dim=0, keepdim=True)
-    possible = best.squeeze(0) > -torch.inf
-    n_low = at.squeeze(0) + 1.0
-    n_high = n - n_low
-    sum_low, square_low = sums.gather(0, at).squeeze(0), squares.gather(0, at).squeeze(0)
-    low, high = sum_low / n_low, (sums[-1] - sum_low) / n_high
-    var_low = (square_low / n_low - low.square()).clamp(min=0)
-    var_high = ((squares[-1] - square_low) / n_high - high.square()).clamp(min=0)
-    smallest = 1e-6 * ordered.abs().amax(dim=0)  # of a spread: groups without any are common among silent units
-    spread = (var_low.sqrt() + var_high.sqrt()).clamp(min=smallest)
-    threshold = (ordered.gather(0, at) + ordered.gather(0, at + 1)).squeeze(0) / 2
-    standardized_gap = torch.where(possible, (high - low) / spread, 0)
-    members = torch.where(possible, n_high, 0).long()
-    return threshold + center, low + center, high + center, standardized_gap, members
-
-
-# Directions along which the samples of one label fall into two groups.
-
-MIN_SHARE = 0.01  # of the label in either group; fewer samples are outliers
-CANDIDATES = 3  # units per label from which the search for a direction starts
-ROUNDS = 3  # of split and discriminant
-ERRORS = 2.0  # standard errors that are allowed for chance in figures of small groups
-RIDGE = 0.1
-MAX_UNITS = 512  # of a direction
-
-
-@dataclass(frozen=True)
-class Direction:
-    """Units, their weights, and how the projections of one label's n samples split."""
-
-    units: Tensor
-    weights: Tensor
-    split: Split
-    n: int
-
-    @property
-    def standardized_gap(self) -> float:
-        """Standardized gap if the spread is larger by twice the sampling error of the smaller group, ``1 / sqrt(2 m)``.
-
-        Among many units some have a few samples that lie close together by chance, above all where tails are heavy.
-        """
-        members = int(self.split.members)
-        smaller = max(min(members, self.n - members), 1)
-        return float(self.split.standardized_gap) / (1 + ERRORS / math.sqrt(2 * smaller))
-
-
-def directions_of(members: Tensor) -> list[Direction]:
-    """Directions along which the samples of one label, ``(n, U)``, fall into two groups."""
-    return directions_and_units(members)[0]
-
-
-def directions_and_units(members: Tensor) -> tuple[list[Direction], Tensor]:
-    """Sharpened directions that start from the best separated units of one label, for its values ``(n, U)``.
-
-    Returns:
-        The directions, and the units ``(M,)`` on which discriminants are fitted.
-    """
-    single = split_label(members)
-    ranked = single.standardized_gap.argsort(descending=True, stable=True)
-    units = ranked[:MAX_UNITS]
-    directions = []
-    for unit in ranked[:CANDIDATES]:
-        positions, best = members[:, unit], 0.0
-        weights, chosen = torch.ones(1), unit[None]
-        for _ in range(ROUNDS + 1):
-            split = split_label(positions[:, None])
-            if float(split.standardized_gap) <= best:
-                break
-            best = float(split.standardized_gap)
-            directions.append(Direction(chosen, weights, split, len(members)))
-            weights, positions = discriminant(members[:, units], positions > split.threshold)
-            chosen = units
-    return directions, units
-
-
-def split_label(members: Tensor) -> Split:
-    """Two groups in every column of a label's values, either of at least 10 samples and 1 % of the label."""
-    return split_units(members, max(MIN_MEMBERS, math.ceil(MIN_SHARE * len(members))))
-
-
-def discriminant(members: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Fisher's linear discriminant between two groups, with a ridge.
-
-    Returns:
-        Weights ``(M,)``, and the position ``(n,)`` of every sample along the weights that were fitted without it (leave
-        one out, in closed form by the Sherman-Morrison identity).
-    """
-    n, sizes = len(members), torch.stack([(~upper).sum(), upper.sum()]).float()
-    center, scale = members.mean(dim=0), members.std(dim=0)
-    scale[scale <= 1e-6 * members.abs().amax(dim=0)] = torch.inf  # constant but for rounding: no part in the direction
-    scaled = (members - center) / scale
-    means = torch.stack([scaled[~upper].mean(dim=0), scaled[upper].mean(dim=0)])
-    gap, deviations = means[1] - means[0], scaled - means[upper.long()]
-    within = deviations.T @ deviations / n
-    ridge = RIDGE * within.diagonal().mean().clamp(min=1e-6)
-    factor = torch.linalg.cholesky(within + ridge * torch.eye(len(gap)))
-    weights = torch.cholesky_solve(gap[:, None], factor).squeeze(1)
-    # Without sample i, whose deviation is d, the scatter loses c d d' and the gap moves by s d.
-    size = sizes[upper.long()]
-    c = size / (size - 1) / n
-    s = torch.where(upper, -1.0, 1.0) / (size - 1)
-    solved = torch.cholesky_solve(deviations.T, factor).T
-    h = (deviations * solved).sum(dim=1)
-    plain = scaled @ weights + s * (scaled * solved).sum(dim=1)
-    returned = c * (scaled * solved).sum(dim=1) * (solved @ gap + s * h) / (1 - c * h)
-    norm = weights.norm()
-    weights = weights / scale / norm
-    return weights, (plain + returned) / norm + center @ weights
+def project(values: Tensor, units: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of the columns ``units`` of the values ``(N, U)``, float ``(N,)``."""
+    rows = torch.split(values, max(block_size(values.device) // len(units), 1))
+    with full_precision():
+        return torch.cat([part[:, units].float() @ weights for part in rows])
 
 
 # The gates. A direction splits off a subpopulation if it passes one of three gates. For each of them the lower group
 # must be the class itself (`own_auroc`): where many labels are wrong, the class is the upper group.
 
 OWN_AUROC = 0.75  # of the lower group against all other labels, at least; a mixture of other classes has 0.5
+TOGETHER = 256  # candidates whose directions all samples are projected on at once
+
 OWN_OTHERS = 2**14  # samples of other labels that it is compared with, drawn at random where there are more
 
 STRICT_GAP = 2.5  # a Gaussian cut at its mean has 1.32; classes of clean CIFAR-10 stay below 2.4
@@ -273,7 +129,7 @@ OVERLAP_ELSEWHERE = 1.6  # standardized gap of every other label, less than that
 OVERLAP_VARIATION = 2.0  # standard errors by which members vary more than the rest of their label, more than that
 
 
-def overlap_gate(found: Subpopulation, values: Tensor, labels: Tensor, units: Tensor) -> Subpopulation | None:
+def overlap_gate(found: Subpopulation, values: Tensor, groups: LabelGroups, units: Tensor) -> Subpopulation | None:
     """Pass a subpopulation beside which samples of many other labels lie, none of which the direction splits.
 
     What tells poisons from the rest of their label points at their true classes, too, which are many. So whole other
@@ -291,30 +147,28 @@ def overlap_gate(found: Subpopulation, values: Tensor, labels: Tensor, units: Te
     Args:
         found: The subpopulation.
         values: Response of every unit to every sample, float, shape ``(N, U)``.
-        labels: Labels as given, long, shape ``(N,)``.
+        groups: The samples by label.
         units: Columns in which the variation is compared, long ``(M,)``.
     """
-    counts = torch.bincount(labels)
-    size = int(counts[found.label])
+    size = groups.sizes[found.label]
     far = found.standardized_gap >= OVERLAP_GAP and found.enrichment >= OVERLAP_ENRICHMENT
     if not far or found.members > OVERLAP_MEMBERS * size:
         return None
-    others = [k for k in range(len(counts)) if k != found.label and int(counts[k]) >= 2 * MIN_MEMBERS]
+    others = [k for k, count in groups.sizes.items() if k != found.label and count >= 2 * MIN_MEMBERS]
     if values.shape[1] == 1 or len(others) < OVERLAP_OTHERS:
         return None
-    variation = excess_variation(found, values[labels == found.label], units)
+    variation = excess_variation(found, values[groups.positions(found.label)], units)
     if not variation > OVERLAP_VARIATION:
         return None
-    shares, elsewhere = [], 0.0
-    for k in others:
-        positions = found.project(values[labels == k])[:, None]
-        direction = Direction(found.units, found.weights, split_label(positions), len(positions))
-        elsewhere = max(elsewhere, direction.standardized_gap)
-        if elsewhere >= OVERLAP_ELSEWHERE:
-            return None
-        shares.append(int((positions > found.threshold).sum()) / len(positions))
-    small = found.project(values[counts[labels] < 2 * MIN_MEMBERS]) > found.threshold
-    share_of_small = int(small.sum()) / max(len(small), 2 * MIN_MEMBERS)
+    positions = found.project(values)
+    splits = split_labels(positions, groups)
+    elsewhere = max(splits[label].allowed_gap for label in others)
+    if elsewhere >= OVERLAP_ELSEWHERE:
+        return None
+    above = dict(zip(groups.sizes, groups.totals((positions > found.threshold).long()).tolist(), strict=True))
+    shares = [above[k] / groups.sizes[k] for k in others]
+    small = [k for k, count in groups.sizes.items() if count < 2 * MIN_MEMBERS]
+    share_of_small = sum(above[k] for k in small) / max(sum(groups.sizes[k] for k in small), 2 * MIN_MEMBERS)
     least = min(OVERLAP_LABELS, max(2.0, len(others) / 2))
     squares = sum(share**2 for share in [*shares, share_of_small])
     if squares == 0 or sum(shares) ** 2 < least * squares:
@@ -363,21 +217,21 @@ EARLY_AGREEMENT = 0.7  # of that of the label's other samples, less than that; c
 
 
 def early_neighbor_gate(
-    found: Subpopulation, values: Tensor, labels: Tensor, agreement: Tensor
+    found: Subpopulation, values: Tensor, groups: LabelGroups, agreement: Tensor
 ) -> Subpopulation | None:
     """Pass a subpopulation whose neighbours early in training had its label less often than those of the lower group.
 
     Early in training, before a weak backdoor is learned, poisoned samples lie among those of their true classes, while
     a clean kind of image lies among its label. Two standard errors are allowed for chance.
     """
-    inside = labels == found.label
+    inside = groups.positions(found.label)
     agree = agreement[inside].float()
     if found.standardized_gap < EARLY_GAP or found.enrichment < EARLY_ENRICHMENT:
         return None
     if found.members > EARLY_MEMBERS * len(agree):
         return None
     upper = found.project(values[inside]) > found.threshold
-    sizes = [int(upper.sum()), int((~upper).sum())]
+    sizes = [int(upper.sum()), len(upper) - int(upper.sum())]
     if min(sizes) < MIN_MEMBERS:
         return None
     chance = ERRORS * float(agree.std()) * math.sqrt(sum(1 / size for size in sizes))
@@ -409,13 +263,12 @@ def own_auroc(found: Subpopulation, values: Tensor, inside: Tensor, units: Tenso
     others = (~inside).nonzero().squeeze(1)
     if len(others) > OWN_OTHERS:  # every n-th would be of a single label where labels take turns
         drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[:OWN_OTHERS]
-        others = others[drawn.sort().values]
+        others = others[drawn.sort().values.to(others.device)]
     if min(len(lower), len(others)) < 2:
         return 0.0
-    is_lower = torch.arange(len(lower) + len(others)) < len(lower)
+    is_lower = torch.arange(len(lower) + len(others), device=values.device) < len(lower)
     _, positions = discriminant(values[torch.cat([lower, others])][:, units].float(), is_lower)
-    rank = torch.empty(len(positions))
-    rank[positions.argsort()] = torch.arange(len(positions), dtype=torch.float32)
+    rank = _ranks(positions)
     return float((rank[is_lower].mean() - (len(lower) - 1) / 2) / len(others))
 
 
@@ -464,26 +317,51 @@ def find_subpopulations(values: Tensor, labels: Tensor, *, agreement: Tensor | N
     Raises:
         ArgumentError: ``agreement`` has another shape than ``labels``.
     """
+    return own_subpopulations(search_labels(values, labels, agreement=agreement))
+
+
+@dataclass(frozen=True)
+class Search:
+    """Directions that split some label, from which subpopulations are chosen.
+
+    Attributes:
+        values: Response of every unit to every sample, float, shape ``(N, U)``.
+        groups: The samples by label, on the device of the values.
+        directions: For every label that has any, the directions that are far enough for a gate, largest gap first.
+        agreement: Share of every sample's early neighbours that had its label, float ``(N,)``, on that device.
+    """
+
+    values: Tensor
+    groups: LabelGroups
+    directions: dict[int, list[Direction]]
+    agreement: Tensor | None
+
+
+def search_labels(
+    values: Tensor, labels: Tensor, *, agreement: Tensor | None = None, least: float | None = None
+) -> Search:
+    """Search all labels of at least 20 samples for directions; see :func:`find_subpopulations` for the arguments.
+
+    ``least`` is the smallest standardized gap of a direction; by default the least of a gate that can be passed.
+    """
     if agreement is not None and agreement.shape != labels.shape:
         raise ArgumentError(
             f"`agreement` must have shape (N,) as `labels`, got {tuple(agreement.shape)} and {tuple(labels.shape)}."
         )
-    present = torch.unique(labels).tolist()
-    if len(present) < 2:
-        return []
-    least = min(STRICT_GAP, OVERLAP_GAP) if agreement is None else EARLY_GAP
+    groups = group_by_label(labels.to(values.device))
+    if least is None:
+        least = min(STRICT_GAP, OVERLAP_GAP) if agreement is None else EARLY_GAP
+    directions = sharpened_directions(values, groups, least) if len(groups.sizes) > 1 else {}
+    return Search(values, groups, directions, None if agreement is None else agreement.to(values.device))
+
+
+def own_subpopulations(search: Search) -> list[Subpopulation]:
+    """The subpopulations of single labels: see :func:`find_subpopulations`."""
     found = []
-    for label in present:
-        inside = labels == label
-        if int(inside.sum()) < 2 * MIN_MEMBERS:
-            continue
-        directions, units = directions_and_units(values[inside].float())
-        apart = sorted(
-            (one for one in directions if one.standardized_gap >= least), key=lambda one: -one.standardized_gap
-        )
-        candidates = [_above(values, inside, int(label), direction) for direction in apart]
-        for candidate in _through_gates(candidates, values, labels, units, agreement):
-            auroc = own_auroc(candidate, values, inside, units)
+    for label, candidates in _candidates(search).items():
+        inside, units = search.groups.labels == label, search.directions[label][0].fitted
+        for candidate in _through_gates(candidates, search, units):
+            auroc = own_auroc(candidate, search.values, inside, units)
             if auroc >= OWN_AUROC:
                 own = GateFigure("own_auroc", auroc, ">=", OWN_AUROC)
                 found.append(replace(candidate, figures=(*candidate.figures, own)))
@@ -491,32 +369,52 @@ def find_subpopulations(values: Tensor, labels: Tensor, *, agreement: Tensor | N
     return found
 
 
-def _above(values: Tensor, inside: Tensor, label: int, direction: Direction) -> Subpopulation:
-    """The samples above the threshold of a direction, with the share of other labels that lie above it, too."""
-    units, weights, split = direction.units, direction.weights, direction.split
-    rows = torch.split(values, max(BLOCK // len(units), 1))
-    above = torch.cat([part[:, units].float() @ weights for part in rows]) > split.threshold
-    outside = ~inside
-    share_outside = max(int((above & outside).sum()), 0.5) / int(outside.sum())
-    return Subpopulation(
-        label=label,
-        units=units,
-        weights=weights,
-        threshold=float(split.threshold),
-        low=float(split.low),
-        high=float(split.high),
-        standardized_gap=direction.standardized_gap,
-        enrichment=int(split.members) / int(inside.sum()) / share_outside,
-        members=int(split.members),
-    )
+def _candidates(search: Search) -> dict[int, list[Subpopulation]]:
+    """The samples above the threshold of every direction, with the share of other labels that lie above it, too."""
+    directions = [one for label in sorted(search.directions) for one in search.directions[label]]
+    found: dict[int, list[Subpopulation]] = {}
+    for first in range(0, len(directions), TOGETHER):
+        some = directions[first : first + TOGETHER]
+        for one, above in zip(some, _outside_above(search, some), strict=True):
+            size = search.groups.sizes[one.label]
+            share_outside = max(above, 0.5) / (len(search.values) - size)
+            candidate = Subpopulation(
+                label=one.label,
+                units=one.units,
+                weights=one.weights,
+                threshold=one.threshold,
+                low=one.low,
+                high=one.high,
+                standardized_gap=one.standardized_gap,
+                enrichment=one.members / size / share_outside,
+                members=one.members,
+            )
+            found.setdefault(one.label, []).append(candidate)
+    return found
 
 
-def _through_gates(
-    candidates: list[Subpopulation], values: Tensor, labels: Tensor, units: Tensor, agreement: Tensor | None
-) -> Iterator[Subpopulation]:
+def _outside_above(search: Search, directions: Sequence[Direction]) -> list[int]:
+    """For each direction the number of samples of other labels above its threshold."""
+    values, device = search.values, search.values.device
+    weights = torch.zeros(values.shape[1], len(directions), device=device)
+    for column, one in enumerate(directions):
+        weights[one.units, column] = one.weights
+    figures = torch.tensor([[one.threshold, one.label] for one in directions], dtype=torch.float64).to(device)
+    thresholds, own = figures[:, 0], figures[:, 1].long()
+    above = torch.zeros(len(directions), dtype=torch.long, device=device)
+    size = max(block_size(device) // max(values.shape[1], len(directions)), 1)
+    with full_precision():
+        for rows, labels in zip(torch.split(values, size), torch.split(search.groups.labels, size), strict=True):
+            apart = (rows.float() @ weights).double() > thresholds
+            above += (apart & (labels[:, None] != own)).sum(dim=0)
+    return above.tolist()
+
+
+def _through_gates(candidates: list[Subpopulation], search: Search, units: Tensor) -> Iterator[Subpopulation]:
     """The candidates that pass a gate; those of the gate of early neighbours after all others."""
-    plain = (strict_gate(one) or overlap_gate(one, values, labels, units) for one in candidates)
-    early = (early_neighbor_gate(one, values, labels, agreement) for one in candidates if agreement is not None)
+    values, groups, agreement = search.values, search.groups, search.agreement
+    plain = (strict_gate(one) or overlap_gate(one, values, groups, units) for one in candidates)
+    early = (early_neighbor_gate(one, values, groups, agreement) for one in candidates if agreement is not None)
     return (one for one in chain(plain, early) if one is not None)
 
 
@@ -541,16 +439,26 @@ def subpopulation_scores(
     Returns:
         Scores, float, shape ``(N,)``; larger is more suspicious.
     """
-    rank = torch.empty(len(ranking))
-    rank[ranking.argsort(stable=True)] = torch.arange(len(ranking), dtype=torch.float32) / len(ranking)
-    scores = rank / 2
+    return scores_in(values, group_by_label(labels.to(values.device)), subpopulations, ranking)
+
+
+def scores_in(values: Tensor, groups: LabelGroups, subpopulations: Sequence[Subpopulation], ranking: Tensor) -> Tensor:
+    """:func:`subpopulation_scores` of samples that are grouped by label; on the device of the ranking."""
+    scores = _ranks(ranking) / len(ranking) / 2
     for found in subpopulations:
-        inside = labels == found.label
-        position = found.project(values[inside])
+        inside = groups.positions(found.label)
+        position = found.project(values[inside]).to(scores.device)
         below = 0.5 * (position - found.low) / (found.threshold - found.low)
         above = 0.5 + 0.5 * (position - found.threshold) / (found.high - found.threshold)
-        scores[inside] = torch.where(position > found.threshold, above, below.clamp(0, 0.5))
+        scores[inside.to(scores.device)] = torch.where(position > found.threshold, above, below.clamp(0, 0.5))
     return scores
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Place of every value in rising order, float ``(N,)``; equal ones by position."""
+    rank = torch.empty(len(values), device=values.device)
+    rank[values.argsort(stable=True)] = torch.arange(len(values), dtype=torch.float32, device=values.device)
+    return rank
 
 
 # One subpopulation in most labels, as under an all-to-all attack.
@@ -581,38 +489,37 @@ def find_all_to_all_subpopulation(
         One subpopulation per label that the direction splits, all with the same units and weights; ``enrichment`` is 1.
         Empty when nothing stands out.
     """
-    counts = torch.bincount(labels)
-    present = (counts >= 2 * MIN_MEMBERS).nonzero().squeeze(1).tolist()
+    return common_subpopulations(search_labels(values, labels, least=min_separation), min_separation)
+
+
+def common_subpopulations(search: Search, min_separation: float = STRICT_GAP) -> list[Subpopulation]:
+    """The subpopulation that most labels have in common: see :func:`find_all_to_all_subpopulation`."""
+    present = [label for label, size in search.groups.sizes.items() if size >= 2 * MIN_MEMBERS]
     if len(present) < 3:
         return []
-    for label in sorted(present, key=lambda k: -int(counts[k])):
-        for direction in sorted(directions_of(values[labels == label].float()), key=lambda one: -one.standardized_gap):
+    for label in sorted(present, key=lambda k: -search.groups.sizes[k]):
+        for direction in search.directions.get(label, []):
             if direction.standardized_gap < min_separation:
                 break
-            found = _split_all(values, labels, present, direction, min_separation)
+            found = _split_all(search, direction, min_separation)
             if len(found) - 1 >= ALL_TO_ALL_LABELS * (len(present) - 1):
                 share = GateFigure("split_labels", (len(found) - 1) / (len(present) - 1), ">=", ALL_TO_ALL_LABELS)
                 return [replace(one, figures=(*one.figures, share)) for one in found]
     return []
 
 
-def _split_all(
-    values: Tensor, labels: Tensor, present: list[int], direction: Direction, min_separation: float
-) -> list[Subpopulation]:
+def _split_all(search: Search, direction: Direction, min_separation: float) -> list[Subpopulation]:
     """The labels that a direction splits into a larger lower and a smaller upper group."""
     found, units, weights = [], direction.units, direction.weights
-    for label in present:
-        position = values[labels == label][:, units].float() @ weights
-        split = split_label(position[:, None])
-        gap, members = float(split.standardized_gap), int(split.members)
-        if gap >= min_separation and members < ALL_TO_ALL_MEMBERS * len(position):
-            threshold, low, high = float(split.threshold), float(split.low), float(split.high)
-            one = Subpopulation(label, units, weights, threshold, low, high, gap, 1.0, members)
+    for label, split in sorted(split_labels(project(search.values, units, weights), search.groups).items()):
+        gap, members, size = split.standardized_gap, split.members, search.groups.sizes[label]
+        if gap >= min_separation and members < ALL_TO_ALL_MEMBERS * size:
+            one = Subpopulation(label, units, weights, split.threshold, split.low, split.high, gap, 1.0, members)
             found.append(
                 one.passed(
                     "all_to_all",
                     GateFigure("standardized_gap", gap, ">=", min_separation),
-                    GateFigure("member_share", members / len(position), "<", ALL_TO_ALL_MEMBERS),
+                    GateFigure("member_share", members / size, "<", ALL_TO_ALL_MEMBERS),
                 )
             )
     return found

@@ -11,13 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_backdoor.detection.subpopulations import (
-    RIDGE,
-    Subpopulation,
-    directions_and_units,
-    discriminant,
-    own_auroc,
-)
+from lightning_backdoor.detection.directions import RIDGE, discriminant, sharpened_directions
+from lightning_backdoor.detection.label_groups import group_by_label
+from lightning_backdoor.detection.subpopulations import Subpopulation, own_auroc
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import (
     decide,
@@ -633,8 +629,8 @@ def test_degenerate_units_do_no_harm() -> None:
 
 def test_directions_of_noise_stay_low_with_more_units_than_samples() -> None:
     noise = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
-    directions, units = directions_and_units(noise)
-    assert len(units) == 300
+    directions = sharpened_directions(noise, group_by_label(torch.zeros(40, dtype=torch.long)), 0.0)[0]
+    assert all(len(one.fitted) == 300 for one in directions)
     assert max(one.standardized_gap for one in directions) < 2
 
 
