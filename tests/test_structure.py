@@ -74,4 +74,6 @@ def test_few_files_lie_between_fit_and_a_verdict() -> None:
         sys.setprofile(None)
     assert callback.verdict is not None
     print(len(seen), *sorted(seen), sep="\n")
-    assert len(seen) <= 30, sorted(seen)
+    assert len(seen) <= 33, sorted(
+        seen
+    )  # three of them are what decisions are computed with: labels, splits, directions
