@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
@@ -127,11 +127,13 @@ class Detector:
         meaning: What the score measures, in one sentence for the report.
         by_subpopulations: Whether subpopulations are looked for.
         features: Whether penultimate features are needed; where not, no classifier head is searched.
+        rereads: Whether it reads the training images several times, so that they are kept in memory meanwhile.
     """
 
     meaning: str = ""
     by_subpopulations: bool = False
     features: bool = True
+    rereads: ClassVar[bool] = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what a checkpoint may replace next; forget an earlier fit."""
@@ -381,6 +383,12 @@ class Defense(CallbackBase):
         self._detect(self.session.epochs_done)
 
     def _detect(self, epochs: int) -> None:
+        with ExitStack() as stack:
+            if self._detector.rereads or self._response.rereads:
+                stack.enter_context(self.session.scanner.loaded(self.session.trainer))
+            self._detect_and_respond(epochs)
+
+    def _detect_and_respond(self, epochs: int) -> None:
         session, began = self.session, time.monotonic()
         detection = self._response.revise(session, self._detector.detect(session))
         before = self.verdict

@@ -46,6 +46,8 @@ class ConsistencyDetector(Detector):
         ArgumentError: An argument is out of range.
     """
 
+    rereads = True
+
     def __init__(self, arguments: dict[str, Any], max_removed: float, seed: int) -> None:
         self.external_verdict: Verdict | None = arguments["verdict"]
         start = arguments["detector"]

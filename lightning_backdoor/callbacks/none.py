@@ -47,6 +47,7 @@ class UnitActivations(Detector):
     """
 
     features = False
+    rereads = True
 
     def __init__(
         self,

@@ -200,10 +200,17 @@ def as_kind_of(tensor: Tensor, like: Tensor) -> Tensor:
     return typed
 
 
-def copied(batch: Any) -> Any:
-    """Return a deep copy of a batch; tensors of derived classes need no ``__deepcopy__``."""
-    derived = [leaf.tensor for leaf in leaves_of(batch) if type(leaf.tensor) is not Tensor]
-    return copy.deepcopy(batch, {id(tensor): as_kind_of(plain(tensor).clone(), tensor) for tensor in derived})
+def copied(batch: Any, clone: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """Return a deep copy of a batch; tensors of derived classes need no ``__deepcopy__``.
+
+    Args:
+        batch: Any nested structure.
+        clone: Copies one plain tensor of it; ``None``: as ``copy.deepcopy``, to ordinary memory.
+    """
+    tensors = [leaf.tensor for leaf in leaves_of(batch) if clone is not None or type(leaf.tensor) is not Tensor]
+    clones = [torch.clone(plain(tensor)) if clone is None else clone(plain(tensor)) for tensor in tensors]
+    known = {id(old): as_kind_of(new, old) for old, new in zip(tensors, clones, strict=True)}
+    return copy.deepcopy(batch, known)
 
 
 def spelled(batch: Any, path: tuple[Any, ...]) -> str:

@@ -30,6 +30,7 @@ from torch.utils.data import (
 )
 
 from lightning_backdoor.data.batches import holds_images
+from lightning_backdoor.data.loaded import LoadedBatches
 from lightning_backdoor.data.nesting import leaves_of
 from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.errors import DataError
@@ -373,11 +374,25 @@ class ScanLoader(DataLoader[Any]):
 
     Attributes:
         finish: What is done to each batch in this process; ``None`` for nothing.
+        loaded: Batches that were read before and are kept; ``None``: every iteration reads the dataset.
+        whole: Whether it reads all samples of this process, so that its batches may be kept.
     """
 
     finish: Callable[[Any], Any] | None = None
+    loaded: LoadedBatches | None = None
+    whole: bool = False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:  # type: ignore[override]
+        return self.read() if self.loaded is None else self.loaded.batches(self)
+
+    @property
+    def stacks(self) -> bool:
+        """Whether batches are what torch's own ``default_collate`` makes of the samples, and nothing else."""
+        plain = isinstance(self.collate_fn, _Collate) and self.collate_fn.collate_fn is default_collate
+        return plain and self.finish is None
+
+    def read(self) -> Iterator[tuple[Tensor, Any]]:
+        """Read the dataset."""
         told = False
         for indices, batch, unmixed in self.collated():
             if not len(indices):  # the user's function has dropped all

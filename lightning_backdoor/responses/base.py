@@ -149,6 +149,7 @@ class Response:
         features: Whether the classifier head has to be found.
         starts_over: Whether another defense's restart makes everything begin anew, the first detection included.
         repeats: Whether it may be due again when training is about to end, after a detection that led to nothing.
+        rereads: Whether :meth:`respond` reads the training images, which are kept in memory by then.
     """
 
     name: ClassVar[str]
@@ -159,6 +160,7 @@ class Response:
     features: ClassVar[bool] = False
     starts_over: ClassVar[bool] = False
     repeats: bool = False
+    rereads: ClassVar[bool] = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, title: str) -> None:
         """Forget an earlier fit, and raise where a setting of the Trainer rules the response out."""

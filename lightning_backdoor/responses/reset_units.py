@@ -70,6 +70,7 @@ class ResetUnits(Response):
     """
 
     name = "reset"
+    rereads = True
     starts_over = True
     repeats = True
 

@@ -78,7 +78,7 @@ class Unlearn(Response):
     """
 
     name = "unlearn"
-    starts_over = features = True
+    starts_over = features = rereads = True
 
     def __init__(
         self,

@@ -129,6 +129,7 @@ def distinguish(
         DataError: There is one class only.
     """
     with isolated_eval(trainer, pl_module):
+        data.load(trainer)
         order = order_of_steps(
             trainer, pl_module, data, steps=detector.steps, all_steps=detector.all_steps, seed=detector.seed
         )

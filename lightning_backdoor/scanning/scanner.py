@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
 from lightning_backdoor.data.batches import BatchLayout, find_layout
+from lightning_backdoor.data.loaded import LoadedBatches, room_for_batches
 from lightning_backdoor.data.nesting import copied, positions_in, spelled, transforms_of
 from lightning_backdoor.data.origins import Replaced, close
 from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
@@ -117,12 +118,16 @@ class DatasetScanner:
     num_classes: int
     probe: tuple[Tensor, Tensor]
     """A few dataset positions and their labels, by which a resumed run checks that the dataset is the same."""
+    some: Any
+    """A batch of a few images as the loader gave it, for finding layers; hand out copies."""
     finish: Finish | None = None
     """What timm's PrefetchLoader around this loader does to its batches."""
     unread: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     """Samples that the user's ``collate_fn`` was seen to drop, bool ``(N,)``; scans add to it."""
     source: DataLoader[Any] | None = None
     """What is read in place of that loader: one over ``eval_dataset``, or by position where its samplers do not."""
+    kept: list[LoadedBatches] = field(default_factory=list)
+    """Inside of :meth:`loaded` the batches that were read there; else empty."""
 
     def __len__(self) -> int:
         return self.size
@@ -133,6 +138,37 @@ class DatasetScanner:
         if self.head_or_none is None:
             raise RuntimeError("This scanner was opened by ScanOptions(features=False), without a search for features.")
         return self.head_or_none
+
+    @contextmanager
+    def loaded(self, trainer: Trainer) -> Iterator[None]:
+        """Read every image once: what is read of the training set from here to the end is kept in memory.
+
+        The batches are those that would be read again, bit by bit, as copies. They take a quarter of the free memory at
+        most, for all processes of a machine together; a larger training set is read at every pass. On a GPU they are
+        page-locked.
+        """
+        if self.kept:
+            yield
+            return
+        pin = trainer.strategy.root_device.type == "cuda"
+        self.kept.append(LoadedBatches(room_for_batches(trainer.num_devices), pin=pin))
+        try:
+            yield
+        finally:
+            self.kept.clear()
+
+    def load(self, trainer: Trainer) -> None:
+        """Inside of :meth:`loaded`, read all samples now if samples in another order can then be taken from memory.
+
+        Several processes keep a part each, so that each of them has to read other samples.
+        """
+        if trainer.world_size > 1 or not self.kept:
+            return
+        with self.read(range(len(self)), whole=True) as view:
+            if view.stacks and self.kept[-1].may_keep:
+                for _ in view:
+                    if not self.kept[-1].may_keep:
+                        break
 
     def scan(
         self,
@@ -151,15 +187,16 @@ class DatasetScanner:
         mine = shard(len(self) if positions is None else len(positions), trainer)
         with ExitStack() as stack:
             with raise_on_all_ranks(trainer, description):
-                view = stack.enter_context(self.read(mine if positions is None else positions[mine]))
+                wanted = mine if positions is None else positions[mine]
+                view = stack.enter_context(self.read(wanted, whole=positions is None))
             read, found = scan_read(trainer, pl_module, view, step, description=description)
-        wanted = torch.arange(len(self)) if positions is None else positions
-        if len(read) == len(wanted):
+        every = torch.arange(len(self)) if positions is None else positions
+        if len(read) == len(every):
             return found
-        present = torch.isin(wanted, read)
-        self.unread[wanted[~present]] = True
+        present = torch.isin(every, read)
+        self.unread[every[~present]] = True
         generator = torch.Generator().manual_seed(self.options.seed)
-        rows = torch.randint(len(read), (len(wanted),), generator=generator)
+        rows = torch.randint(len(read), (len(every),), generator=generator)
         rows[present] = torch.arange(len(read))
         return {name: column[rows] for name, column in found.items()}
 
@@ -183,7 +220,7 @@ class DatasetScanner:
         if self.layout.batch_fn is None:
             return
         with isolated_eval(trainer, pl_module), raise_on_all_ranks(trainer, "first look at the training images"):
-            batch = self._few()
+            batch = copied(self.some)
             alone = self.options.forward_fn is None if alone is None else alone
             require_replaceable(trainer, pl_module, self.layout, batch, alone=alone)
 
@@ -253,14 +290,7 @@ class DatasetScanner:
 
     def few(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[], Tensor]:
         """A function that takes a few images through the model and returns their logits; for finding layers."""
-        batch = self._few()
-        return lambda: _logits(trainer, pl_module, self.layout, self.options, copied(batch))
-
-    def _few(self) -> Any:
-        """A batch of a few images as the loader gives it."""
-        with self.read(self.probe[0][:_PROBE_FORWARD], num_workers=min(self.loader.num_workers, 1)) as view:
-            _, batch = next(iter(view))
-        return batch
+        return lambda: _logits(trainer, pl_module, self.layout, self.options, copied(self.some))
 
     def mixes_labels(self) -> bool:
         """Whether the user's ``collate_fn`` mixes labels (CutMix, MixUp), tried on two batches."""
@@ -291,8 +321,15 @@ class DatasetScanner:
         return all_images
 
     @contextmanager
-    def read(self, indices: Sequence[int] | Tensor, num_workers: int | None = None) -> Iterator[ScanLoader]:
+    def read(
+        self, indices: Sequence[int] | Tensor, num_workers: int | None = None, *, whole: bool = False
+    ) -> Iterator[ScanLoader]:
         """A loader of ``(indices, batch)`` at some dataset positions, in their order and without augmentation.
+
+        Args:
+            indices: Dataset positions.
+            num_workers: Worker processes; the user's by default.
+            whole: Whether these are all samples of this process, which :meth:`loaded` may keep.
 
         Raises:
             DataError: The dataset has another length than at the start of the fit.
@@ -306,7 +343,7 @@ class DatasetScanner:
         workers = self.options.num_workers if num_workers is None else num_workers
         source = self.loader if self.source is None else self.source
         with transforms_swapped(source.dataset, self.transform):
-            yield scan_loader(
+            view = scan_loader(
                 source,
                 indices,
                 seed=self.options.seed,
@@ -314,6 +351,8 @@ class DatasetScanner:
                 num_workers=workers,
                 finish=self.finish,
             )
+            view.loaded, view.whole = self.kept[-1] if self.kept else None, whole
+            yield view
 
 
 def open_scanner(
@@ -375,6 +414,7 @@ def _open(
         indices, batch = first
         some = indices[:_PROBE_FORWARD]
         _, few = next(iter(scan_loader(source, some, batch_size=len(some), **settings)))
+        untouched = copied(few)  # transfer hooks may change a batch in place
         transforms = [*transforms_of(source.dataset), *([] if finish is None else [finish])]
     positions = positions_in(source.dataset, indices)
     layout = find_layout(batch, options.batch_fn, positions).traced(batch)
@@ -414,6 +454,7 @@ def _open(
         head,
         logits.shape[1],
         (indices, indices),
+        untouched,
         finish,
         torch.zeros(size, dtype=torch.bool),
         None if source is loader else source,

@@ -1,0 +1,332 @@
+"""One detection reads and decodes every image once, and measures what it would have measured otherwise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback
+from lightning_backdoor.callbacks.base import Defense
+from lightning_backdoor.data import loaded as loaded_module
+from lightning_backdoor.data import memory
+from lightning_backdoor.data.loaded import LoadedBatches, bytes_of
+from lightning_backdoor.data.memory import free_memory
+from lightning_backdoor.data.views import ScanLoader, scan_loader
+from tests.contract.problem import IMAGES, WARNS, fit, net_of, planted
+
+pytestmark = WARNS
+
+DEFENSES = {
+    "UltraClean": lambda: UltraCleanCallback(warmup_epochs=2, response="report"),
+    "NONE": lambda: NONECallback(warmup_epochs=2, response="reset", extra_epochs=1, rounds=1),
+    "D-BR": lambda: DBRCallback(warmup_epochs=2, detector_steps=6, response="report"),
+    "D-BR, unlearning": lambda: DBRCallback(warmup_epochs=2, detector_steps=6, epochs=1, suspect=0.1),
+}
+
+
+class Counted(Dataset[Any]):
+    """Counts how often an image is read; with ``noisy``, every reading draws from all random streams."""
+
+    def __init__(self, data: Any, *, noisy: bool = False) -> None:
+        self.data, self.noisy, self.reads = data, noisy, 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Any:
+        self.reads += 1
+        item = dict(self.data[i])
+        if self.noisy:
+            drawn = torch.randn(()) + float(np.random.rand()) + random.random()
+            item["image"] = (item["image"] + 5 * drawn).clamp(0, 255).to(torch.uint8)
+        return item
+
+
+class Costs:
+    """Images read and loaders started in the detections of a fit."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, data: Counted) -> None:
+        self.reads: list[int] = []
+        self.starts: list[int] = []
+        started = 0
+        detect, collated = Defense._detect, ScanLoader.collated
+
+        def counting(view: ScanLoader) -> Iterator[Any]:
+            nonlocal started
+            started += 1
+            return collated(view)
+
+        def detecting(defense: Defense, epochs: int) -> None:
+            reads, starts = data.reads, started
+            detect(defense, epochs)
+            self.reads.append(data.reads - reads)
+            self.starts.append(started - starts)
+
+        monkeypatch.setattr(ScanLoader, "collated", counting)
+        monkeypatch.setattr(Defense, "_detect", detecting)
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, name: str, share: float, *, noisy: bool = False, module: Any = None, **kwargs: Any
+) -> tuple[Costs, Any, Any]:
+    """Costs of the detections, the verdict, and the final weights, where so much of the memory may be used."""
+    with monkeypatch.context() as patched:
+        patched.setattr(loaded_module, "SHARE", share)
+        np.random.seed(0)
+        random.seed(0)
+        data = Counted(planted(), noisy=noisy)
+        costs, callback = Costs(patched, data), DEFENSES[name]()
+        done = fit([callback], data, module=module, **kwargs)
+    return costs, callback.verdict, done.module.state_dict()
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two runs came to the same verdict and the same weights, bit by bit."""
+    verdicts = torch.equal(one[1].scores, other[1].scores) and torch.equal(one[1].keep, other[1].keep)
+    return verdicts and all(torch.equal(value, other[2][key]) for key, value in one[2].items())
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_a_detection_reads_every_image_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    found = run(monkeypatch, name, 0.25)
+    assert found[0].reads
+    assert set(found[0].reads) == {IMAGES}
+    assert set(found[0].starts) == {1}
+    again = run(monkeypatch, name, 0.0)
+    if name != "UltraClean":
+        assert min(again[0].reads) >= 2 * IMAGES
+    assert same(found, again)
+
+
+@pytest.mark.filterwarnings("ignore:Counted augments its images at random")
+@pytest.mark.parametrize("name", ["NONE", "D-BR"])
+def test_random_images_are_those_that_a_second_reading_gives(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    found = run(monkeypatch, name, 0.25, noisy=True)
+    assert set(found[0].reads) == {IMAGES}
+    assert same(found, run(monkeypatch, name, 0.0, noisy=True))
+
+
+def in_place(batch: Any, dataloader_idx: int) -> Any:
+    """A transfer hook that changes the batch that it gets: done twice, it would give the first images again."""
+    batch["image"].bitwise_not_()
+    return batch
+
+
+@pytest.mark.parametrize("name", ["NONE", "D-BR"])
+def test_hooks_may_change_a_batch_in_place(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    modules = [net_of(), net_of()]
+    for module in modules:
+        module.on_before_batch_transfer = in_place
+    found, again = (
+        run(monkeypatch, name, share, module=module) for share, module in zip((0.25, 0), modules, strict=True)
+    )
+    assert set(found[0].reads) == {IMAGES}
+    assert same(found, again)
+
+
+class Point(NamedTuple):
+    """An item."""
+
+    image: Any
+    label: int
+
+
+ITEMS = {
+    "tuple": lambda i: (torch.full((3, 4, 5), float(i)), i),
+    "permuted": lambda i: (torch.arange(60.0).reshape(4, 5, 3).permute(2, 0, 1) + i, i),
+    "array": lambda i: {"image": np.full((3, 4, 5), i, dtype=np.uint8), "more": {"label": i, "weight": i / 3}},
+    "named": lambda i: Point(torch.full((3, 4, 5), i, dtype=torch.uint8), i),
+    "nested": lambda i: [(torch.full((3, 4, 5), float(i)), {"label": torch.tensor(i)}), torch.tensor([i, i])],
+}
+
+
+class Items(Dataset[Any]):
+    """Items of one kind; counts those that are read."""
+
+    def __init__(self, kind: str, n: int = 11) -> None:
+        self.kind, self.n, self.reads = kind, n, 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Any:
+        self.reads += 1
+        return ITEMS[self.kind](i)
+
+
+def whole(data: Any, store: LoadedBatches | None, **kwargs: Any) -> ScanLoader:
+    return part(data, store, range(len(data)), whole=True, **kwargs)
+
+
+def part(data: Any, store: LoadedBatches | None, positions: Any, *, whole: bool = False, **kwargs: Any) -> ScanLoader:
+    collate_fn = kwargs.pop("collate_fn", None)
+    view = scan_loader(DataLoader(data, batch_size=4, collate_fn=collate_fn), positions, seed=0, **kwargs)
+    view.loaded, view.whole = store, whole
+    return view
+
+
+def spelled(node: Any) -> Any:
+    """A batch as something that can be compared: structure, dtypes, strides and values."""
+    if isinstance(node, Tensor):
+        return node.dtype, node.shape, node.stride(), node.tolist()
+    if isinstance(node, dict):
+        return type(node), [(key, spelled(value)) for key, value in node.items()]
+    return (type(node), [spelled(value) for value in node]) if isinstance(node, list | tuple) else node
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ITEMS)
+def test_batches_of_other_samples_are_put_together_bit_by_bit(kind: str, workers: int) -> None:
+    data, store = Items(kind), LoadedBatches(10**6)
+    first = [spelled(pair) for pair in whole(data, store, num_workers=workers)]
+    reads = data.reads
+    positions = torch.tensor([9, 0, 10, 3, 3, 7, 2])
+    found = [spelled(pair) for pair in part(data, store, positions, num_workers=workers)]
+    second = [spelled(pair) for pair in whole(data, store, num_workers=workers)]
+    assert data.reads == reads
+    assert second == first == [spelled(pair) for pair in whole(data, None, num_workers=workers)]
+    assert found == [spelled(pair) for pair in part(data, None, positions, num_workers=workers)]
+
+
+def test_no_samples_are_no_batch() -> None:
+    data, store = Items("tuple"), LoadedBatches(10**6)
+    list(whole(data, store))
+    assert not list(part(data, store, []))
+
+
+def padded(items: list[Any]) -> dict[str, Any]:
+    """What a user's ``collate_fn`` may make of items: containers in containers, and a different height every time."""
+    images = torch.stack([image for image, _ in items])
+    images = torch.nn.functional.pad(images, (0, 0, 0, len(items) % 3))
+    return {"inputs": {"image": images}, "about": ([f"name {label}" for _, label in items], torch.tensor(len(items)))}
+
+
+def test_batches_of_a_users_function_are_kept_as_they_are() -> None:
+    data, store = Items("tuple"), LoadedBatches(10**6)
+    first = [spelled(pair) for pair in whole(data, store, collate_fn=padded)]
+    assert [spelled(pair) for pair in whole(data, store, collate_fn=padded)] == first
+    assert data.reads == 11
+    some = [spelled(pair) for pair in part(data, store, [5, 1], collate_fn=padded)]
+    assert some == [spelled(pair) for pair in part(data, None, [5, 1], collate_fn=padded)]
+    assert data.reads == 15
+
+
+def test_what_is_handed_out_is_a_copy() -> None:
+    data, store = Items("tuple"), LoadedBatches(10**6)
+    for _ in range(2):
+        for indices, (images, labels) in whole(data, store):
+            for tensor in (indices, images, labels):
+                tensor.zero_()
+    found = [labels for _, (_, labels) in whole(data, store)]
+    assert torch.cat(found).tolist() == list(range(11))
+
+
+def test_more_than_there_is_room_for_is_read_again() -> None:
+    """Known from the first batch, so that nothing is kept for a while in vain."""
+    data, needed = Items("tuple"), LoadedBatches(10**6)
+    size = sum(bytes_of(batch) or 0 for _, batch in whole(data, None))
+    data.reads = 0
+    assert len(list(whole(data, needed))) == 3
+    for room, reads in ((size, 11), (size * 3 // 4, 22)):
+        data.reads, store = 0, LoadedBatches(room)
+        for _ in range(2):
+            for _ in whole(data, store):
+                assert (store.kept_bytes > 0) == (reads == 11)
+        assert data.reads == reads
+        assert store.kept_bytes <= room
+
+
+def test_batches_that_grow_are_given_up_in_the_middle() -> None:
+    def growing(items: list[Any]) -> Any:
+        return torch.zeros(len(items), 3, 4, 1 + items[0][1] ** 2), torch.tensor([label for _, label in items])
+
+    data, store = Items("tuple"), LoadedBatches(4000)
+    for _ in range(2):
+        sizes = [store.kept_bytes for _ in whole(data, store, collate_fn=growing)]
+    assert data.reads == 22
+    assert max(sizes) <= 4000
+    assert store.kept_bytes == 0
+
+
+def test_a_pass_that_was_left_is_not_kept() -> None:
+    data, store = Items("tuple"), LoadedBatches(10**6)
+    next(iter(whole(data, store)))
+    assert len(list(whole(data, store))) == 3
+    assert data.reads == 4 + 11
+
+
+def test_what_cannot_be_counted_is_not_kept() -> None:
+    class Opaque:
+        __slots__ = ("images",)
+
+        def __init__(self, images: Tensor) -> None:
+            self.images = images
+
+    def collate_fn(items: list[Any]) -> Any:
+        return Opaque(torch.stack([image for image, _ in items]))
+
+    data, store = Items("tuple"), LoadedBatches(10**6)
+    for _ in range(2):
+        assert len(list(whole(data, store, collate_fn=collate_fn))) == 3
+    assert data.reads == 22
+
+
+def test_bytes_are_those_of_the_memory_behind() -> None:
+    values = torch.zeros(1000, 10)
+    alone = bytes_of(values)
+    assert alone is not None
+    assert alone >= 40_000
+    assert (bytes_of((values, values[:5], values[0].expand(50, 10))) or 0) < alone + 1000
+    assert bytes_of({"a": np.zeros(500)}) in range(4000, 5000)
+    assert bytes_of(object()) is None
+    assert bytes_of(torch.eye(3).to_sparse()) is None
+
+
+def test_free_memory_is_limited_by_the_container(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, own = tmp_path / "groups", tmp_path / "own"
+    (groups / "jobs" / "one").mkdir(parents=True)
+    own.write_text("0::/jobs/one\n")
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       9000 kB\nMemAvailable:   5000 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+    monkeypatch.setattr(memory, "_GROUPS", groups)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", own)
+    assert free_memory() == 5000 * 1024
+    (groups / "jobs" / "one" / "memory.max").write_text("max\n")
+    (groups / "jobs" / "one" / "memory.current").write_text("900000\n")
+    assert free_memory() == 5000 * 1024
+    (groups / "jobs" / "memory.max").write_text("1000000\n")
+    (groups / "jobs" / "memory.current").write_text("900000\n")
+    assert free_memory() == 100_000
+    (groups / "jobs" / "memory.stat").write_text("anon 1\ninactive_file 300000\n")
+    assert free_memory() == 400_000
+    (groups / "jobs" / "memory.current").write_text("1900000\n")
+    assert free_memory() == 0
+
+
+def test_nothing_is_kept_after_a_detection(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores: list[LoadedBatches] = []
+    made = LoadedBatches.__init__
+
+    def noted(store: LoadedBatches, *args: Any, **kwargs: Any) -> None:
+        stores.append(store)
+        made(store, *args, **kwargs)
+
+    monkeypatch.setattr(LoadedBatches, "__init__", noted)
+    callback = DEFENSES["NONE"]()
+    kept: list[int] = []
+    respond = callback._response.respond
+    callback._response.respond = lambda *args: (kept.append(len(callback.session.scanner.kept)), respond(*args))[1]
+    on_train_end = callback._response.on_train_end
+    callback._response.on_train_end = lambda session: (kept.append(len(session.scanner.kept)), on_train_end(session))[1]
+    fit([callback])
+    assert stores
+    assert kept[0] == 1
+    assert kept[-1] == 0
