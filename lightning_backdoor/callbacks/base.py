@@ -385,7 +385,7 @@ class Defense(CallbackBase):
     def _detect(self, epochs: int) -> None:
         with ExitStack() as stack:
             if self._detector.rereads or self._response.rereads:
-                stack.enter_context(self.session.scanner.loaded(self.session.trainer))
+                stack.enter_context(self.session.scanner.loaded(self.session.trainer, self.session.module))
             self._detect_and_respond(epochs)
 
     def _detect_and_respond(self, epochs: int) -> None:

@@ -31,18 +31,20 @@ class LoadedBatches:
     """Keeps the batches of one pass over all samples of a process.
 
     Batches are counted in bytes. Where they need more than there is room for, none is kept, and every pass reads the
-    dataset. What is handed out is a copy: transfer hooks may change a batch in place.
+    dataset. What is handed out is a copy, unless it is said that none is needed: transfer hooks and forward passes may
+    change a batch in place.
 
     Args:
         room: Largest size in bytes; see :func:`room_for_batches`.
         pin: Keep them in page-locked memory, from which a GPU copies without waiting.
+        copies: Hand out copies. ``False`` where every tensor is copied to another device before anything may change it.
 
     Attributes:
         kept_bytes: Size of what is kept.
     """
 
-    def __init__(self, room: int, *, pin: bool = False) -> None:
-        self._room, self._pin = room, pin
+    def __init__(self, room: int, *, pin: bool = False, copies: bool = True) -> None:
+        self._room, self._pin, self._copies = room, pin, copies
         self.kept_bytes = 0
         self._filling = False
         self._batches: list[tuple[Tensor, Any]] | None = None
@@ -67,7 +69,9 @@ class LoadedBatches:
         wanted = loader.dataset.indices  # type: ignore[attr-defined]
         if self._batches is not None:
             if loader.batch_size == self._batch_size and torch.equal(wanted, self._indices):
-                yield from ((indices.clone(), self._copied(batch)) for indices, batch in self._batches)
+                copies = self._copies or not self._has_rows  # other containers may be handed on as they are
+                for indices, batch in self._batches:
+                    yield indices.clone(), self._copied(batch) if copies else batch
                 return
             places = self._places(wanted)
             if places is not None:

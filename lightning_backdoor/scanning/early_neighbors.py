@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.detection.neighbors import neighbor_agreement
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.scanning.scan import raise_on_all_ranks
@@ -56,12 +55,11 @@ def early_neighbors(trainer: Trainer, pl_module: LightningModule, data: DatasetS
     """
 
     def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
-        check_finite(data.layout.images(batch), indices)
         labels = data.labels(batch).clone()  # transfer hooks may change a batch in place
         features = data.outputs(trainer, pl_module, batch)[1]
         return {"labels": labels, "features": features.clamp(-_HALF, _HALF).half()}
 
-    found = data.scan(trainer, pl_module, step, description="UltraClean early look")
+    found = data.scan(trainer, pl_module, step, description="UltraClean early look", finite=True)
     agreement = torch.empty(0)
     with raise_on_all_ranks(trainer, "UltraClean early look"):
         if trainer.is_global_zero:

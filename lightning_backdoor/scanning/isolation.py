@@ -25,6 +25,7 @@ __all__ = [
     "quiet",
     "require_automatic",
     "require_unsharded",
+    "transfers_plainly",
 ]
 
 SHARDED_STRATEGIES = frozenset({"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"})
@@ -73,6 +74,22 @@ def prepare_batch(trainer: Trainer, pl_module: LightningModule, batch: Any) -> A
     batch = trainer.precision_plugin.convert_input(batch)
     batch = before_batch_transfer(pl_module)(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def transfers_plainly(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether tensors of a batch may go to the device before its transfer, which then finds them there.
+
+    Not on the CPU, nor where a hook of the user's comes before the transfer or is the transfer: it is written for
+    batches on the CPU.
+    """
+    if pl_module.device.type in ("cpu", "mps"):  # MPS takes no float64, which the precision may convert first
+        return False
+    owners = [owner for owner in (pl_module, getattr(trainer, "datamodule", None)) if owner is not None]
+    hooks = [
+        getattr(owner, name) for owner in owners for name in ("on_before_batch_transfer", "transfer_batch_to_device")
+    ]
+    packages = {str(getattr(hook, "__module__", "")).partition(".")[0] for hook in hooks}
+    return packages <= {"lightning", "pytorch_lightning"}
 
 
 def forward_context(pl_module: nn.Module) -> AbstractContextManager[Any]:

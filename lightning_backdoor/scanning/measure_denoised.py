@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.functional.denoising import local_median, nl_means, susceptibility_scores
 from lightning_backdoor.scanning.scanner import DatasetScanner
@@ -59,7 +58,6 @@ class DenoisedScan:
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
             data = self.data
             images = data.layout.images(batch)
-            check_finite(images, indices)
             versions = [
                 data.layout.with_images(batch, data.pixels.to_model(pixels, like=images))
                 for pixels in self._denoised(indices // self.world_size, images, pl_module.device)
@@ -79,7 +77,7 @@ class DenoisedScan:
                 "responses": torch.cat([features, shift], dim=1).clamp(-_HALF, _HALF).half(),
             }
 
-        found = self.data.scan(trainer, pl_module, step, description="UltraClean scan")
+        found = self.data.scan(trainer, pl_module, step, description="UltraClean scan", finite=True)
         if len(torch.unique(found["labels"])) < 2:
             raise DataError(
                 "The training set must hold at least two classes to tell a poisoned one from the others, got "
@@ -102,11 +100,11 @@ class DenoisedScan:
         if fits and all(store.has(rows) for store in self._stores):
             return [store.read(rows) for store in self._stores]
         pixels = self.data.pixels.to_pixels(images).to(device)
-        if not fits:
-            return [denoise(pixels) for denoise in DENOISERS]
-        for store, denoise in zip(self._stores, DENOISERS, strict=True):
-            store.write(rows, denoise(pixels))
-        return [store.read(rows) for store in self._stores]
+        denoised = [denoise(pixels) for denoise in DENOISERS]
+        if fits:
+            for store, version in zip(self._stores, denoised, strict=True):
+                store.write(rows, version)
+        return denoised
 
 
 class RowStore:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_backdoor.data.pixels import check_finite
 from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores
@@ -316,7 +315,6 @@ def _agree(trainer: Trainer, twin: nn.Module) -> None:
 def _look(trainer: Trainer, twin: LightningModule, data: DatasetScanner, detector: Detector) -> dict[str, Tensor]:
     def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
         images = data.layout.images(batch)
-        check_finite(images, indices)
         pixels = data.pixels.to_pixels(images).to(twin.device)
         versions = [
             data.layout.with_images(batch, data.pixels.to_model(_moved(pixels, indices, draw, detector), like=images))
@@ -332,7 +330,7 @@ def _look(trainer: Trainer, twin: LightningModule, data: DatasetScanner, detecto
             "cosine": torch.stack([fct_scores(features, other, "cosine") for other in moved]).mean(dim=0),
         }
 
-    return data.scan(trainer, twin, step, description="FCT scan")
+    return data.scan(trainer, twin, step, description="FCT scan", finite=True)
 
 
 def _moved(pixels: Tensor, indices: Tensor, draw: int, detector: Detector) -> Tensor:

@@ -34,7 +34,7 @@ from lightning_backdoor.data.views import (
     unwrapped,
 )
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
-from lightning_backdoor.scanning.isolation import isolated_eval, prepare_batch
+from lightning_backdoor.scanning.isolation import isolated_eval, prepare_batch, transfers_plainly
 from lightning_backdoor.scanning.outputs import call_model, require_logits
 from lightning_backdoor.scanning.scan import raise_on_all_ranks, scan_read, shard
 from lightning_backdoor.surgery.heads import Head, find_head
@@ -140,7 +140,7 @@ class DatasetScanner:
         return self.head_or_none
 
     @contextmanager
-    def loaded(self, trainer: Trainer) -> Iterator[None]:
+    def loaded(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         """Read every image once: what is read of the training set from here to the end is kept in memory.
 
         The batches are those that would be read again, bit by bit, as copies. They take a quarter of the free memory at
@@ -150,8 +150,8 @@ class DatasetScanner:
         if self.kept:
             yield
             return
-        pin = trainer.strategy.root_device.type == "cuda"
-        self.kept.append(LoadedBatches(room_for_batches(trainer.num_devices), pin=pin))
+        room, pin = room_for_batches(trainer.num_devices), pl_module.device.type == "cuda"
+        self.kept.append(LoadedBatches(room, pin=pin, copies=not self._sends(trainer, pl_module)))
         try:
             yield
         finally:
@@ -178,18 +178,33 @@ class DatasetScanner:
         *,
         description: str,
         positions: Tensor | None = None,
+        finite: bool = False,
     ) -> dict[str, Tensor]:
         """Run ``step(indices, batch)`` over all samples; see :func:`lightning_backdoor.scanning.scan.scan`.
+
+        The images of ``batch`` are on the device already, where nothing of the user's speaks against it, so that they
+        are sent there once and other versions of them are made there; all else is as the loader gave it. With
+        ``finite`` they are checked before: on a GPU a check would wait for all work before it.
 
         With ``positions``, long ``(M,)`` in rising order, over these samples alone: results have M rows. Samples that
         the user's ``collate_fn`` drops are noted in :attr:`unread`; their rows are those of others, drawn at random.
         """
+        sends = self._sends(trainer, pl_module)
+
+        def sent(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+            images = self.layout.images(batch) if finite or sends else None
+            if finite and images is not None:
+                check_finite(images, indices)
+            if sends and images is not None:
+                batch = self.layout.with_images(batch, images.to(pl_module.device, non_blocking=True))
+            return step(indices, batch)
+
         mine = shard(len(self) if positions is None else len(positions), trainer)
         with ExitStack() as stack:
             with raise_on_all_ranks(trainer, description):
                 wanted = mine if positions is None else positions[mine]
                 view = stack.enter_context(self.read(wanted, whole=positions is None))
-            read, found = scan_read(trainer, pl_module, view, step, description=description)
+            read, found = scan_read(trainer, pl_module, view, sent, description=description)
         every = torch.arange(len(self)) if positions is None else positions
         if len(read) == len(every):
             return found
@@ -199,6 +214,10 @@ class DatasetScanner:
         rows = torch.randint(len(read), (len(every),), generator=generator)
         rows[present] = torch.arange(len(read))
         return {name: column[rows] for name, column in found.items()}
+
+    def _sends(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether the images of a batch may go to the device alone, before the rest."""
+        return self.layout.batch_fn is None and transfers_plainly(trainer, pl_module)
 
     def require_class(self, name: str, label: int | None) -> None:
         """Raise an ArgumentError unless ``label`` is None or a class of the model; ``name`` is the argument's."""

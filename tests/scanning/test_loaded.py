@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import lightning.pytorch as unified
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback
@@ -19,6 +25,11 @@ from lightning_backdoor.data import memory
 from lightning_backdoor.data.loaded import LoadedBatches, bytes_of
 from lightning_backdoor.data.memory import free_memory
 from lightning_backdoor.data.views import ScanLoader, scan_loader
+from lightning_backdoor.scanning.early_neighbors import early_neighbors
+from lightning_backdoor.scanning.isolation import transfers_plainly
+from lightning_backdoor.scanning.measure_denoised import DenoisedScan
+from lightning_backdoor.scanning.measure_fct import Detector, _look
+from lightning_backdoor.scanning.measure_units import UnitScan, find_layers
 from tests.contract.problem import IMAGES, WARNS, fit, net_of, planted
 
 pytestmark = WARNS
@@ -330,3 +341,160 @@ def test_nothing_is_kept_after_a_detection(monkeypatch: pytest.MonkeyPatch) -> N
     assert stores
     assert kept[0] == 1
     assert kept[-1] == 0
+
+
+class Enough(Exception):
+    """What a test wants to know is known."""
+
+
+class Elsewhere:
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda")
+
+
+class Plain(Elsewhere, pl.LightningModule):
+    """Without hooks."""
+
+
+class Unified(Elsewhere, unified.LightningModule):
+    """The same of the other package."""
+
+
+class Changing(Plain):
+    """Changes batches before they are sent."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+
+class Sending(Plain):
+    """Sends batches by itself."""
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch
+
+
+class Finishing(Plain):
+    """Changes batches on the device."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+
+def patched() -> Plain:
+    """Changes batches by a function that was put in place."""
+    module = Plain()
+    module.on_before_batch_transfer = in_place
+    return module
+
+
+class ChangingData(pl.LightningDataModule):
+    """A datamodule that changes batches."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "plain"),
+    [
+        (Plain(), None, True),
+        (Unified(), None, True),
+        (Finishing(), pl.LightningDataModule(), True),
+        (Changing(), None, False),
+        (Sending(), None, False),
+        (patched(), None, False),
+        (Plain(), ChangingData(), False),
+        (net_of(), None, False),
+    ],
+    ids=["plain", "unified", "after", "before", "sends", "patched", "datamodule", "cpu"],
+)
+def test_images_go_to_the_device_early_only_past_no_hook(module: Any, data: Any, plain: bool) -> None:
+    assert transfers_plainly(SimpleNamespace(datamodule=data), module) == plain  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_steps_get_images_on_the_device_and_labels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device without memory: nothing is computed there."""
+    callback = DEFENSES["UltraClean"]()
+    seen: list[Any] = []
+
+    def detect(session: Any) -> Any:
+        monkeypatch.setattr(type(session.module), "device", torch.device("meta"))
+        step = lambda indices, batch: (seen.append((batch, indices)), {"position": indices})[1]  # noqa: E731
+        with session.scanner.loaded(session.trainer, session.module):
+            for _ in range(2):
+                session.scanner.scan(session.trainer, session.module, step, description="", finite=True)
+        monkeypatch.undo()
+        raise Enough
+
+    callback._detector.detect = detect
+    with pytest.raises(Enough):
+        fit([callback])
+    devices = {key: value.device.type for key, value in seen[0][0].items()}
+    assert devices == {"image": "meta", "label": "cpu", "index": "cpu"}
+    assert torch.cat([indices for _, indices in seen]).tolist() == 2 * list(range(IMAGES))
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations: on a GPU each is a kernel launch, or a copy, or a wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def fct_scan(session: Any, scanner: Any) -> Any:
+    detector = Detector("copy", None, steps=1, num_transforms=2, transform=None, seed=0)
+    return _look(session.trainer, session.module, scanner, detector)
+
+
+def unit_scan(session: Any, scanner: Any) -> UnitScan:
+    return UnitScan(scanner, find_layers(session.trainer, session.module, scanner))
+
+
+def denoised_scan(session: Any, scanner: Any) -> Any:
+    scan = DenoisedScan(scanner, world_size=1, cache_bytes=2**20, softmax=False)
+    scan.run(session.trainer, session.module)  # denoises; what follows does not
+    with Calls() as calls:
+        scan.run(session.trainer, session.module)
+    return calls
+
+
+SCANS: dict[str, tuple[Any, int]] = {
+    "UltraClean": (denoised_scan, 110),
+    "early neighbors": (lambda s, scanner: early_neighbors(s.trainer, s.module, scanner), 40),
+    "NONE statistics": (lambda s, scanner: unit_scan(s, scanner).statistics(s.trainer, s.module, 0.9), 70),
+    "NONE responses": (lambda s, scanner: unit_scan(s, scanner)._activations(s.trainer, s.module, torch.arange(8)), 35),
+    "FCT": (fct_scan, 550),
+    "predictions": (lambda s, scanner: scanner.predict(s.trainer, s.module, description=""), 35),
+}
+"""Every scan, with the most operations that a batch of it may take with a network of five layers."""
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_operations_of_a_batch(name: str) -> None:
+    scan, most = SCANS[name]
+    callback = DEFENSES["UltraClean"]()
+    found: dict[int, Calls] = {}
+
+    def detect(session: Any) -> Any:
+        for batches in (2, 4):
+            options = replace(session.scanner.options, batch_size=IMAGES // batches)
+            scanner = replace(session.scanner, options=options)
+            with Calls() as calls:
+                inner = scan(session, scanner)
+            found[batches] = inner if isinstance(inner, Calls) else calls
+        raise Enough
+
+    callback._detector.detect = detect
+    with pytest.raises(Enough):
+        fit([callback])
+    added = found[4].found - found[2].found
+    print(name, added.total() / 2, added.most_common(12))
+    assert added.total() / 2 <= most
