@@ -137,7 +137,7 @@ def select_trusted(scores: Tensor, labels: Tensor, considered: Tensor, share: fl
         >>> select_trusted(torch.tensor([0.3, 0.1, 0.9, 0.5]), labels, torch.ones(4, dtype=torch.bool), 0.5)
         tensor([False,  True, False,  True])
     """
-    trusted = torch.zeros(len(scores), dtype=torch.bool)
+    trusted = torch.zeros_like(scores, dtype=torch.bool)
     for label in torch.unique(labels).tolist():
         inside = labels == label
         members = (inside & considered).nonzero().squeeze(1)

@@ -1,0 +1,60 @@
+"""Whole trainings with defences on the second device: no scan, detector or response mixes devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from tests.contract.problem import EPOCHS, WARNS, assert_settled, fit
+from tests.contract.registry import of
+from tests.gpu.strict import DEVICE, StrictTensor, accelerator_of, second_device
+
+pytestmark = WARNS
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    with second_device():
+        yield
+
+
+class Where(pl.Callback):
+    """Notes of which class the weights are while they are trained."""
+
+    def __init__(self) -> None:
+        self.kinds: set[type] = set()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.kinds |= {type(weight) for weight in pl_module.parameters()} | {type(batch["image"])}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("UltraCleanCallback", {"response": "continue"}),
+        ("NONECallback", {}),
+        ("DBRCallback", {}),
+        ("ABL", {}),
+        pytest.param("DSTCallback", {}, marks=pytest.mark.slow),
+        pytest.param("UltraCleanCallback", {"response": "restart"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_defense_gives_there_the_verdict_of_the_cpu(name: str, settings: dict[str, Any]) -> None:
+    entry, verdicts = of(name), []
+    for trainer in ({"accelerator": "cpu"}, accelerator_of(pl)):
+        callback, where = entry.make(**settings), Where()
+        run = fit([callback, where], **trainer)
+        assert entry.acted(callback, run.trainer)
+        assert where.kinds == {StrictTensor} if "strategy" in trainer else StrictTensor not in where.kinds
+        assert run.trainer.strategy.root_device == (DEVICE if "strategy" in trainer else torch.device("cpu"))
+        assert_settled(run.trainer, run.module, run.loader, run.before, EPOCHS)
+        verdicts.append(callback.verdict)
+    here, there = verdicts
+    assert torch.equal(there.keep, here.keep)
+    torch.testing.assert_close(there.scores, here.scores, rtol=1e-2, atol=1e-2)
+    for mask in ("trusted", "suspect"):
+        assert getattr(there, mask) is None or torch.equal(getattr(there, mask), getattr(here, mask))
