@@ -2,7 +2,7 @@
 
 JPEG files are decoded at every reading, as in most training sets. A detection is timed inside a fit, after one epoch,
 as users have it; beside it one epoch of training, and one pass that reads all images and shows them to the network.
-One JSON line per defence. ``--share 0`` reads the images again at every pass, for comparison.
+One JSON line per defence.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.networks import NETWORKS
 from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback
-from lightning_backdoor.callbacks.base import Defense
-from lightning_backdoor.data import loaded
 
-DEFENCES: dict[str, Callable[[], Defense]] = {
+DEFENCES: dict[str, Callable[[], Any]] = {
     "ultraclean": lambda: UltraCleanCallback(warmup_epochs=1, response="report"),
     "NONE": lambda: NONECallback(warmup_epochs=1, response="report"),
     "D-BR": lambda: DBRCallback(warmup_epochs=1, response="report"),
@@ -91,13 +89,13 @@ def detection(name: str, data: Dataset[Any], options: argparse.Namespace) -> dic
     torch.manual_seed(0)
     defence, module = DEFENCES[name](), Classifier(options.model)
     seconds: dict[str, float] = {}
-    detect = defence._detect
+    detect = defence.detect
 
-    def timed(epochs: int) -> None:
+    def timed() -> None:
         scanner, trainer = defence.session.scanner, defence.session.trainer
         for what, work in (
             ("pass", lambda: scanner.predict(trainer, module, description="one pass")),
-            ("detection", lambda: detect(epochs)),
+            ("detection", detect),
         ):
             finish(module.device)
             began = time.perf_counter()
@@ -105,7 +103,7 @@ def detection(name: str, data: Dataset[Any], options: argparse.Namespace) -> dic
             finish(module.device)
             seconds.setdefault(what, time.perf_counter() - began)
 
-    defence._detect = timed  # type: ignore[method-assign]
+    defence.detect = timed
     trainer = pl.Trainer(
         max_epochs=2,
         accelerator=options.device,
@@ -116,7 +114,9 @@ def detection(name: str, data: Dataset[Any], options: argparse.Namespace) -> dic
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = DataLoader(data, options.batch_size, shuffle=True, num_workers=options.workers, pin_memory=True)
+    loader = DataLoader(
+        data, options.batch_size, shuffle=True, num_workers=options.workers, pin_memory=options.device == "cuda"
+    )
     trainer.fit(module, loader)
     found = {"epoch": module.epochs[-1], **seconds}
     return {
@@ -135,10 +135,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--model", choices=list(NETWORKS), default=next(iter(NETWORKS)))
-    parser.add_argument("--share", type=float, default=loaded.SHARE, help="of the free memory that may be used")
     parser.add_argument("--only", nargs="*", choices=list(DEFENCES), default=list(DEFENCES))
     options = parser.parse_args()
-    loaded.SHARE = options.share
     data = Photographs(options.images, options.pixels)
     given = {key: value for key, value in vars(options).items() if key != "only"}
     for name in options.only:
