@@ -173,8 +173,7 @@ def device_kernel(device: torch.device, color: bool, width: int, template: int, 
         raise
     except Exception as error:  # of Triton, of its compilers, of what they need from the system
         warnings.warn(
-            f"`nl_means` runs without its Triton kernels on {device}, with the same result in some ten times the time: "
-            f"{type(error).__name__}: {error}".strip(),
+            f"`nl_means` runs without its Triton kernels on {device} and takes longer: {type(error).__name__}: {error}",
             stacklevel=2,
         )
         return None

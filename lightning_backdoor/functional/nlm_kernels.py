@@ -118,24 +118,26 @@ def _dot(a, b, total, NATIVE: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["first", "number", "height", "width", "tall", "reach", "last"])
+@triton.jit(do_not_specialize=["first", "number", "height", "width", "tall", "last"])
 def means(
-    packed, smooth, first, number, height, width, tall, reach, last, cubic, square, linear,
-    CHANNELS: tl.constexpr, PLANES: tl.constexpr, TEMPLATE: tl.constexpr, SHIFT: tl.constexpr, PITCH: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, NATIVE: tl.constexpr,
+    packed, smooth, first, number, height, width, tall, last, cubic, square, linear,
+    CHANNELS: tl.constexpr, PLANES: tl.constexpr, TEMPLATE: tl.constexpr, SHIFT: tl.constexpr, REACH: tl.constexpr,
+    PITCH: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Write the weighted means of the planes of a group, bytes ``(N, C, H, W)``. A lane is a column of an image."""
     HALF: tl.constexpr = TEMPLATE // 2
     WORDS: tl.constexpr = (TEMPLATE + 3) // 4
     LAST_WORD: tl.constexpr = 0xFFFFFF if TEMPLATE % 4 == 3 else 0xFF
     LINE: tl.constexpr = (PLANES + 1) * PITCH
+    SIDE: tl.constexpr = 2 * REACH + 1
+    MIDDLE: tl.constexpr = SIDE * SIDE // 2
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     inside = lane < number * width
     lane = tl.minimum(lane, number * width - 1)
     image = (lane // width).to(tl.int64)
     x = lane % width
     top = tl.program_id(1) * ROWS
-    here = packed + (image * tall + top + reach) * LINE + x + reach  # the corner of the patch of the first pixel
+    here = packed + (image * tall + top + REACH) * LINE + x + REACH  # the corner of the patch of the first pixel
     mine = ()
     for row in tl.static_range(ROWS + TEMPLATE - 1):
         for plane in tl.static_range(PLANES):
@@ -153,11 +155,9 @@ def means(
         for plane in tl.static_range(PLANES):
             own = tl.load(here + ((row + HALF) * LINE + plane * PITCH))
             weighted = weighted + (((own >> (8 * HALF)) & 255).to(tl.float32),)
-    side = 2 * reach + 1
-    middle = side * side // 2
-    for turn in range(2 * middle):  # an offset after its opposite
-        index = middle + 1 + turn // 2
-        away = (index // side - reach) * LINE + index % side - reach
+    for turn in range(2 * MIDDLE):  # an offset after its opposite
+        index = MIDDLE + 1 + turn // 2
+        away = (index // SIDE - REACH) * LINE + index % SIDE - REACH
         away = tl.where(turn % 2 == 0, -away, away)
         there = here + away
         dots = ()
