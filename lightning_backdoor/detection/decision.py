@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_backdoor.detection.splits import running_sums
 from lightning_backdoor.detection.subpopulations import (
     Subpopulation,
     common_subpopulations,
@@ -67,7 +68,7 @@ def natural_break(values: Tensor) -> float:
     ordered = values.sort().values
     if ordered[0] == ordered[-1]:
         raise ArgumentError("`values` are all equal: there is no break. Test for a spread before asking for a split.")
-    sums = ordered.double().sub(ordered.double().mean()).cumsum(0)
+    sums = running_sums(ordered.double() - ordered.double().mean())
     count = torch.arange(1, len(values), dtype=torch.float64, device=values.device)
     # With a mean of zero the explained sum of squares of a split after the n-th value is S_n^2 (1/n + 1/(N-n)).
     explained = sums[:-1].square() * (1 / count + 1 / (len(values) - count))
@@ -177,6 +178,11 @@ class Decision:
     subpopulations: tuple[Subpopulation, ...]
     num_flagged_before_cap: int
     all_to_all: bool = False
+
+    def cpu(self) -> Decision:
+        """The same with its tensors on the CPU."""
+        found = tuple(one.to(torch.device("cpu")) for one in self.subpopulations)
+        return replace(self, scores=self.scores.cpu(), keep=self.keep.cpu(), subpopulations=found)
 
 
 def decide(
@@ -341,7 +347,8 @@ def verdict_of(
     trusted: Tensor | None = None,
     suspect: Tensor | None = None,
 ) -> Verdict:
-    """The verdict that a decision on all N samples leads to, with its findings; see :func:`findings_of`."""
+    """The verdict that a decision on all N samples leads to, on the CPU, with its findings; see :func:`findings_of`."""
+    decision, labels = decision.cpu(), labels.cpu()
     return Verdict(
         decision.scores,
         decision.keep,
@@ -366,6 +373,7 @@ def findings_of(decision: Decision, labels: Tensor, earlier: Verdict | None = No
     Returns:
         The earlier findings as they are, and one per subpopulation that has new members.
     """
+    decision, labels = decision.cpu(), labels.cpu()
     before = () if earlier is None else earlier.findings
     free = torch.ones_like(decision.keep) if earlier is None else earlier.keep.clone()
     for finding in before:

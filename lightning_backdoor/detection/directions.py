@@ -139,7 +139,7 @@ def discriminants(values: Standardized, upper: Tensor, of: Tensor) -> tuple[Tens
     own = h + share * along  # x' A^-1 d for a sample at x
     plain = along + share * white_gap.double().square().sum(dim=1) + s * own
     returned = c * own * (along + s * h) / (1 - c * h)
-    norm = weights.norm(dim=1, keepdim=True)
+    norm = torch.linalg.vector_norm(weights, dim=1, keepdim=True)
     weights = weights / values.scale[of] / norm
     positions = (plain + returned) / norm + (values.center[of] * weights).sum(dim=1, keepdim=True)
     return weights, positions.float()

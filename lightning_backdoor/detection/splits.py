@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError
 
-__all__ = ["Split", "split_rows", "split_units"]
+__all__ = ["Split", "running_sums", "split_rows", "split_units"]
 
 MIN_MEMBERS = 10  # of either group of a split; fewer samples are outliers
 CACHED = 2**17  # numbers of rows that are split at once on a CPU: they stay in its cache
@@ -101,7 +101,7 @@ def _split_block(values: Tensor, counts: Tensor, smallest: Tensor) -> list[Tenso
     values = values * inside.to(values.dtype)
     center = values.sum(dim=2, keepdim=True, dtype=torch.float64) / counts
     ordered = _sorted(values.add_(padding)).double().sub_(center).mul_(inside.double())
-    sums = ordered.cumsum(dim=2)
+    sums = running_sums(ordered)
     total = sums[..., -1:].clone()
     low_size = places[1:].double()  # of the lower group, for a cut before every value but the first
     high_size = (counts - low_size).clamp(min=1)
@@ -116,7 +116,7 @@ def _split_block(values: Tensor, counts: Tensor, smallest: Tensor) -> list[Tenso
     n_high = counts - n_low
     cut = (ordered.gather(2, at) + ordered.gather(2, at + 1)) / 2
     largest = torch.maximum(-ordered[..., :1], ordered.gather(2, (counts - 1).expand_as(at)))
-    squares = ordered.square_().cumsum(dim=2)
+    squares = running_sums(ordered.square_())
     sum_low, square_low = sums.gather(2, at), squares.gather(2, at)
     low, high = sum_low / n_low, (total - sum_low) / n_high
     var_low = (square_low / n_low - low.square()).clamp(min=0)
@@ -126,6 +126,20 @@ def _split_block(values: Tensor, counts: Tensor, smallest: Tensor) -> list[Tenso
     standardized_gap = torch.where(found, (high - low) / spread, 0)
     members = torch.where(found, n_high, 0).long()
     return [figure.squeeze(2) for figure in (cut + center, low + center, high + center, standardized_gap, members)]
+
+
+def running_sums(values: Tensor) -> Tensor:
+    """Sums of the first 1, 2, ... values along the last dimension, in the same order of additions every time.
+
+    The sum that CUDA comes with has no fixed order, and is refused where a user wants kernels to be deterministic.
+    """
+    if values.device.type == "cpu":
+        return values.cumsum(dim=-1)
+    step = 1
+    while step < values.shape[-1]:
+        values = torch.cat([values[..., :step], values[..., step:] + values[..., :-step]], dim=-1)
+        step *= 2
+    return values
 
 
 def _sorted(values: Tensor) -> Tensor:

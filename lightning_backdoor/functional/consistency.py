@@ -137,9 +137,15 @@ def select_trusted(scores: Tensor, labels: Tensor, considered: Tensor, share: fl
         >>> select_trusted(torch.tensor([0.3, 0.1, 0.9, 0.5]), labels, torch.ones(4, dtype=torch.bool), 0.5)
         tensor([False,  True, False,  True])
     """
-    trusted = torch.zeros_like(scores, dtype=torch.bool)
-    for label in torch.unique(labels).tolist():
-        inside = labels == label
-        members = (inside & considered).nonzero().squeeze(1)
-        trusted[members[scores[members].argsort(stable=True)[: max(int(share * int(inside.sum())), 1)]]] = True
+    _, places, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    most = (share * counts.double()).long().clamp(min=1)
+    # The considered samples of every label, the least suspicious first: the first of each are selected.
+    members = considered.nonzero().squeeze(1)
+    members = members[scores[members].argsort(stable=True)]
+    members = members[places[members].argsort(stable=True)]
+    of = places[members]
+    present = torch.zeros_like(counts).scatter_add_(0, of, torch.ones_like(of))
+    place = torch.arange(len(of), device=of.device) - (present.cumsum(0) - present)[of]
+    trusted = torch.zeros_like(considered)
+    trusted[members[place < most[of]]] = True
     return trusted

@@ -33,7 +33,7 @@ class HyperplaneStatistics:
     those whose probability of k is below ``weak``. A unit that works as a hyperplane is driven by some input of S_k far
     out of the range that it has on W_k: ``d[c, k] = max over S_k - (mean over W_k + 3 std over W_k)``. A class without
     inputs in S_k or in W_k has d = 0. Memory is O(units x classes), whatever the number of samples; sums are held in
-    double precision.
+    double precision, on the device of the first batch, so that no batch waits for a copy.
 
     .. _Wang et al., 2022: https://arxiv.org/abs/2202.06382
 
@@ -60,12 +60,14 @@ class HyperplaneStatistics:
         self.squares = torch.zeros(classes, units, dtype=torch.float64)
         self.confident = torch.zeros(classes, dtype=torch.float64)
         self.others = torch.zeros(classes, dtype=torch.float64)
+        # Probabilities add up to one, so that no more than these classes have one above `strong`.
+        self._most = min(int(1 / float(self.strong.min())), classes)
 
     def update(self, activations: Tensor, probabilities: Tensor) -> None:
         """Add a batch.
 
         Args:
-            activations: Largest response of every unit, float ``(B, U)``, on any device.
+            activations: Largest response of every unit, float ``(B, U)``, on any device, that of all batches.
             probabilities: Softmax outputs, float ``(B, K)``.
 
         Raises:
@@ -77,15 +79,26 @@ class HyperplaneStatistics:
                 f"`activations` must have shape (B, {units}) and `probabilities` (B, {classes}), got "
                 f"{tuple(activations.shape)} and {tuple(probabilities.shape)}."
             )
-        values, chances = activations.detach().to("cpu", torch.float64, copy=True), probabilities.detach().float().cpu()
+        self.to("cpu" if activations.device.type == "mps" else activations.device)  # which has no double precision
+        values = activations.detach().to(self.sums.device, torch.float64, copy=True)
+        chances = probabilities.detach().to(self.sums.device, torch.float32)
         values.clamp_(-_LARGEST, _LARGEST)  # half precision may have overflowed to infinity
-        rows, columns = (chances > self.strong).nonzero(as_tuple=True)
-        self.largest.scatter_reduce_(0, columns[:, None].expand(-1, units), values[rows], "amax")
-        self.confident += torch.bincount(columns, minlength=classes)
+        strong = chances > self.strong
+        likely = chances.topk(self._most, dim=1).indices
+        for column in likely.unbind(dim=1):  # no list of the confident pairs: the CPU would wait for its length
+            confident = values.where(strong.gather(1, column[:, None]), -math.inf)
+            self.largest.scatter_reduce_(0, column[:, None].expand(-1, units), confident, "amax")
+        self.confident += strong.sum(dim=0)
         weak = (chances < self.weak).double()
         self.sums.addmm_(weak.T, values)
         self.squares.addmm_(weak.T, values.square_())
         self.others += weak.sum(dim=0)
+
+    def to(self, device: torch.device | str) -> HyperplaneStatistics:
+        """Move what was counted to a device, and return the statistics."""
+        for name in ("strong", "largest", "sums", "squares", "confident", "others"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
 
     def state(self) -> Tensor:
         """Everything counted so far as one tensor, double ``(K, 3 U + 2)``, to be sent to another process."""
@@ -156,16 +169,18 @@ def strong_thresholds(
     Returns:
         Thresholds, float ``(K,)``, and the classes that needed another one.
     """
-    thresholds = torch.full((classes,), strong)
-    replaced = []
-    for label in torch.unique(predicted).tolist():
-        ordered = confidence[predicted == label].sort(descending=True).values
-        if float(ordered[0]) > strong:
-            continue
-        count = min(max(FALLBACK_LEAST, math.ceil(FALLBACK_SHARE * len(ordered))), len(ordered))
-        thresholds[label] = ordered[count - 1].nextafter(torch.tensor(0.0))
-        replaced.append(label)
-    return thresholds, replaced
+    order = confidence.argsort(descending=True, stable=True)
+    order = order[predicted[order].argsort(stable=True)]  # by class, and within a class the most confident first
+    counts = torch.zeros(classes, dtype=torch.long, device=predicted.device)
+    counts.scatter_add_(0, predicted, torch.ones_like(predicted))
+    starts = counts.cumsum(0) - counts
+    few = (FALLBACK_SHARE * counts.double()).ceil().long().clamp(min=FALLBACK_LEAST)
+    last = starts + torch.minimum(few, counts) - 1
+    ordered = confidence[order]
+    largest, least = ordered[starts.clamp(max=len(ordered) - 1)], ordered[last.clamp(min=0)]
+    without = (counts > 0) & (largest <= strong)
+    thresholds = torch.where(without, least.nextafter(torch.zeros_like(least)), strong)
+    return thresholds, without.nonzero().squeeze(1).tolist()
 
 
 def bias_scores(activations: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
@@ -210,12 +225,13 @@ def candidate_units(statistics: HyperplaneStatistics, limit: int) -> Tensor:
     """
     units = statistics.sums.shape[1]
     if units <= limit:
-        return torch.arange(units)
+        return torch.arange(units, device=statistics.sums.device)
     _, std = statistics.usual()
     ranked = (
         (statistics.activation_excess() / std.T.clamp(min=1e-12)).argsort(dim=0, descending=True, stable=True).flatten()
     )
-    place = torch.full((units,), len(ranked)).scatter_reduce_(0, ranked, torch.arange(len(ranked)), "amin")
+    order = torch.arange(len(ranked), device=ranked.device)
+    place = torch.full_like(order[:units], len(ranked)).scatter_reduce_(0, ranked, order, "amin")
     return place.argsort(stable=True)[:limit].sort().values
 
 

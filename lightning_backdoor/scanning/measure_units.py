@@ -143,6 +143,7 @@ class UnitScan:
 
     @staticmethod
     def _merge(trainer: Trainer, statistics: HyperplaneStatistics) -> None:
+        statistics.to("cpu")
         if trainer.world_size > 1:
             statistics.load(list(all_gather(trainer, statistics.state())))
 

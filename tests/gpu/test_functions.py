@@ -155,22 +155,7 @@ def there(value: Any) -> Any:
     return value.to(DEVICE) if isinstance(value, Tensor) else copy.deepcopy(value).to(DEVICE)
 
 
-ON_THE_CPU = {
-    *("select_fraction", "split_units", "find_subpopulations", "find_all_to_all_subpopulation"),
-    *("decide", "decide by a share", "findings", "verdict"),
-}
-"""Decisions, which are made on the CPU so far."""
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=[pytest.mark.xfail(strict=False, reason="made on the CPU")] if name in ON_THE_CPU else []
-        )
-        for name in FUNCTIONS
-    ],
-)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_answer_is_that_of_the_cpu(name: str) -> None:
     expected, found = FUNCTIONS[name](here), FUNCTIONS[name](there)
     torch.testing.assert_close(on_cpu(found), on_cpu(expected), rtol=1e-5, atol=1e-6)
