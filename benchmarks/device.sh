@@ -7,7 +7,7 @@
 # Needed beside torch, torchvision, pytorch-lightning, timm, torchmetrics and pytest with pytest-xdist: kornia (with
 # kornia_rs) and faiss-cpu, for example as wheels installed into a folder on PYTHONPATH; cifar10_train.npz and
 # cifar10_test.npz (56 MB) in FOLDER; for fine-tuning the ImageNet weights of EfficientNet-Lite0 (19 MB).
-# Without git, set BENCHMARK_COMMIT to the commit of the code. --dry-run: a few images on the CPU, no tests.
+# Where git does not say which commit runs, set BENCHMARK_COMMIT. --dry-run: a few images on the CPU, no tests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 budget=700 data=../shared/data out=benchmarks/runs weights='' dry=''
@@ -26,7 +26,7 @@ left() { echo $((budget - SECONDS)); }
 status=0
 if [ -z "$dry" ]; then
   device=cuda workers=12 size=()
-  timeout "$(($(left) / 3))" python -m pytest --accelerator gpu -n 12 -q -m 'not slow and not benchmark' \
+  timeout "$(($(left) / 3))" python -m pytest --accelerator gpu -n 12 -q -m 'not slow and not benchmark' -p no:benchmark \
     tests/gpu tests/contract tests/scanning tests/responses tests/metrics >"$out/pytest.log" 2>&1 || status=1
   tail -n 15 "$out/pytest.log"
 else

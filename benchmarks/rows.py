@@ -61,10 +61,13 @@ def poison(poisons: int, images: int) -> Row:
 
 @cache
 def commit() -> str | None:
-    """The commit of the code that runs, with ``-dirty`` if library or benchmark differ from it.
+    """The commit of the code that runs, with ``-dirty`` if library or benchmark differ from it; without git none.
 
-    Without git, as on a machine that got a copy of the files, what the environment variable ``BENCHMARK_COMMIT`` says.
+    The environment variable ``BENCHMARK_COMMIT`` goes first: on another machine there may be a copy of the files alone.
     """
+    told = os.environ.get("BENCHMARK_COMMIT")
+    if told:
+        return told
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here)]
     try:
@@ -72,7 +75,7 @@ def commit() -> str | None:
         code = ["diff", "--quiet", "HEAD", "--", ":/lightning_backdoor", ":/benchmarks/**/*.py"]
         changed = subprocess.run([*git, *code], capture_output=True, check=False).returncode
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCHMARK_COMMIT")
+        return None
     return found.stdout.strip() + "-dirty" * bool(changed)
 
 

@@ -56,7 +56,7 @@ def test_every_training_has_a_key_of_its_own_and_the_comparison_comes_first() ->
         assert (plain.attack, plain.defence) == ("clean", device.UNDEFENDED)
 
 
-def test_without_git_the_commit_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_commit_may_be_told_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(rows, "__file__", str(tmp_path / "rows.py"))
     monkeypatch.setenv("BENCHMARK_COMMIT", "abc1234")
     assert rows.commit.__wrapped__() == "abc1234"
