@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -30,8 +31,11 @@ def choose(config: Any) -> None:
     if _chosen == "cpu":
         return
     config.option.markexpr = config.option.markexpr.replace("not gpu and ", "" if _chosen == "gpu" else "not gpu and ")
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # these two before CUDA starts
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # convolutions as exact as the tolerances of the tests want
     torch.use_deterministic_algorithms(True, warn_only=True)
+    config.addinivalue_line("filterwarnings", "ignore:.*GPU available but not used")
+    config.addinivalue_line("filterwarnings", "ignore:.*frobenius_norm is deprecated")  # norms on an unknown device
     config.addinivalue_line(
         "filterwarnings", "ignore:CUDA is not available or torch_xla is imported. Disabling autocast"
     )
@@ -61,6 +65,17 @@ def active() -> AbstractContextManager[Any]:
 def on_cpu(values: Any) -> Any:
     """Tensors, also in dicts and lists, on the CPU, so that they can be compared with any other."""
     return tree_map_only(torch.Tensor, lambda value: value.detach().cpu(), values)
+
+
+@contextmanager
+def without_optional_packages() -> Iterator[None]:
+    """On another device, skip a test whose package is not installed there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if _chosen == "cpu" or error.name not in ("kornia", "faiss"):
+            raise
+        pytest.skip(f"needs {error.name}")
 
 
 def select(items: list[Any]) -> None:

@@ -27,6 +27,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     accelerators.select(items)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    with accelerators.without_optional_packages():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    with accelerators.without_optional_packages():
+        return (yield)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _accelerator() -> Iterator[None]:
     with accelerators.active():

@@ -78,7 +78,5 @@ CASES: dict[str, str] = {
     "71": "progress bars",
 }
 
-NOT_COVERED: dict[str, str] = {
-    "62": "needs a GPU; scaled losses are covered on the CPU by loading/test_batch_schedule.py",
-}
+NOT_COVERED: dict[str, str] = {}
 """Cases without a test, and why."""

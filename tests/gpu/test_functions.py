@@ -22,6 +22,8 @@ from tests.accelerators import on_cpu
 from tests.functional.test_inversion import Net, data
 from tests.gpu.strict import DEVICE, second_device
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*frobenius_norm is deprecated")  # how torch takes norms elsewhere
+
 Put = Callable[[Any], Any]
 """Moves a tensor or a module to the device of the test."""
 
