@@ -17,8 +17,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from benchmarks import rows
-from benchmarks.networks import resnet18
+from benchmarks import detections, rows
+from benchmarks.networks import NAME, resnet18
 from lightning_backdoor.functional import local_median, nl_means
 
 Measurement = Callable[[torch.device], Iterator[rows.Row]]
@@ -103,6 +103,19 @@ def denoisers(device: torch.device) -> Iterator[rows.Row]:
         found = medians(works, device)
         ratio = round(found["nl_means_ms"] / found["forward_ms"], 3)
         yield {"shape": list(pixels.shape), "first_ms": round(first), **found, "ratio": ratio}
+
+
+@measurement("scan")
+def scans(device: torch.device) -> Iterator[rows.Row]:
+    """A whole detection of each defence over one epoch of training; on a CPU, of one."""
+    gpu = device.type == "cuda"
+    images, pixels, batch_size, workers = (20_000, 32, 512, 8) if gpu else (40, 16, 20, 0)
+    model = "resnet18" if gpu else NAME
+    options = argparse.Namespace(device=device.type, batch_size=batch_size, workers=workers, model=model)
+    data = detections.Photographs(images, pixels)
+    for name in detections.DEFENCES if gpu else ["NONE"]:
+        row = detections.detection(name, data, options)
+        yield {"images": images, **row, "ratio": row["detection_epochs"]}
 
 
 def main() -> None:
