@@ -77,7 +77,7 @@ class DenoisedScan:
                 "responses": torch.cat([features, shift], dim=1).clamp(-_HALF, _HALF).half(),
             }
 
-        found = self.data.scan(trainer, pl_module, step, description="UltraClean scan", finite=True)
+        found = self.data.scan(trainer, pl_module, step, description="UltraClean scan", finite=True, stay=True)
         if len(torch.unique(found["labels"])) < 2:
             raise DataError(
                 "The training set must hold at least two classes to tell a poisoned one from the others, got "

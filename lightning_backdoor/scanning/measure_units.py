@@ -40,7 +40,7 @@ class Measured:
     Attributes:
         labels: Labels as given, long ``(N,)``.
         predicted: The model's classes, long ``(N,)``.
-        activations: Largest response of the candidate units, half ``(N, M)``.
+        activations: Largest response of the candidate units, half ``(N, M)``; on a GPU if they fit there.
         bias: How far each sample drives the most compromised unit of every layer out of its usual range, added up,
             float ``(N,)``.
         raw_bias: The same, of the responses as they are: the authors' score.
@@ -91,7 +91,7 @@ class UnitScan:
         )
         units = torch.cat([candidate_units(statistics, MAX_CANDIDATES), tops]).unique()  # type: ignore[no-untyped-call]
         activations = self._activations(trainer, pl_module, units)
-        of_tops = activations[:, torch.searchsorted(units, tops)].float()
+        of_tops = activations[:, torch.searchsorted(units, tops)].float().cpu()
         mean, std = (part[of_class[tops], tops] for part in statistics.usual())
         return Measured(
             found["labels"],
@@ -135,11 +135,13 @@ class UnitScan:
         return unit_shifts(statistics)
 
     def _activations(self, trainer: Trainer, pl_module: LightningModule, units: Tensor) -> Tensor:
+        columns = units.to(pl_module.device)
+
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
             _, activations = self.data.activations(trainer, pl_module, batch, self.names)
-            return {"responses": activations[:, units.to(activations.device)].clamp(-_HALF, _HALF).half()}
+            return {"responses": activations[:, columns].clamp(-_HALF, _HALF).half()}
 
-        return self.data.scan(trainer, pl_module, step, description="NONE responses")["responses"]
+        return self.data.scan(trainer, pl_module, step, description="NONE responses", stay=True)["responses"]
 
     @staticmethod
     def _merge(trainer: Trainer, statistics: HyperplaneStatistics) -> None:

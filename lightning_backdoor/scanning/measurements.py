@@ -89,14 +89,19 @@ def measure(
         with closing(scan):
             measured = scan.run(trainer, pl_module)
         found |= {name: measured[name] for name in ("labels", "susceptibility", "movement")}
-        found["denoised"] = measured["responses"]
+        found["denoised"] = measured["responses"].cpu()
     if "units" in what:
         units = UnitScan(data, find_layers(trainer, pl_module, data)).measure(trainer, pl_module)
-        found |= {"labels": units.labels, "bias": units.bias, "raw_bias": units.raw_bias, "units": units.activations}
+        found |= {
+            "labels": units.labels,
+            "bias": units.bias,
+            "raw_bias": units.raw_bias,
+            "units": units.activations.cpu(),
+        }
     if "fct" in what or "detector_units" in what:
         settings = Detector(detector, None, detector_steps, num_transforms, None, seed, repulsion_steps)
         told = distinguish(trainer, pl_module, data, settings, units="detector_units" in what)
         found |= {"labels": told.labels, "fct": told.fct}
         if told.units is not None:
-            found["detector_units"] = told.units.activations
+            found["detector_units"] = told.units.activations.cpu()
     return found

@@ -29,6 +29,7 @@ Show = Callable[[int], Any]
 Step = Callable[[Tensor, Any], dict[str, Tensor]]
 
 GATHER_BYTES = 2**26  # at most this much per process travels through the device at once
+DEVICE_SHARE = 0.1  # of the free memory of a GPU that the rows of one scan may take; more go to the CPU
 
 
 def all_gather(trainer: Trainer, values: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ def scan(
             in number.
         ModelError: A result holds NaN.
     """
-    positions, results, expected = _scan(trainer, pl_module, loader, step, description)
+    positions, results, expected = _scan(trainer, pl_module, loader, step, description=description)
     if len(positions) != expected:
         raise DataError(
             f"`loader` must yield every sample of its dataset, got {len(positions)} of {expected}. "
@@ -179,18 +180,34 @@ def scan(
 
 
 def scan_read(
-    trainer: Trainer, pl_module: LightningModule, loader: DataLoader[Any], step: Step, *, description: str
+    trainer: Trainer,
+    pl_module: LightningModule,
+    loader: DataLoader[Any],
+    step: Step,
+    *,
+    description: str,
+    stay: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """As :func:`scan` of what ``loader`` yields, be it all or not: dataset positions, long ``(M,)``, and results."""
-    return _scan(trainer, pl_module, loader, step, description)[:2]
+    """As :func:`scan` of what ``loader`` yields, be it all or not: dataset positions, long ``(M,)``, and results.
+
+    With ``stay``, results ``(N, D)`` that ``step`` made on a GPU remain there, if there is one process and they fit
+    into a tenth of the GPU's free memory.
+    """
+    return _scan(trainer, pl_module, loader, step, description=description, stay=stay)[:2]
 
 
 def _scan(
-    trainer: Trainer, pl_module: LightningModule, loader: DataLoader[Any], step: Step, description: str
+    trainer: Trainer,
+    pl_module: LightningModule,
+    loader: DataLoader[Any],
+    step: Step,
+    *,
+    description: str,
+    stay: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor], int]:
     """Dataset positions in rising order, results, and the number of samples that were to be read."""
     with isolated_eval(trainer, pl_module):
-        table = _Table(len(cast("Sized", loader.dataset)))
+        table = _Table(len(cast("Sized", loader.dataset)), alone=trainer.world_size == 1)
         with raise_on_all_ranks(trainer, description):
             _fill(table, trainer, loader, step, description)
         positions, columns, expected = _gather(trainer, table)
@@ -200,6 +217,7 @@ def _scan(
             "`loader` must yield every dataset position once, got repeated ones. Give each rank `shard(n, trainer)`."
         )
     in_order = bool((order == torch.arange(len(order))).all())
+    columns = {key: column if stay and column.ndim > 1 else column.cpu() for key, column in columns.items()}
     results = {key: column if in_order else column[order] for key, column in columns.items()}
     for key, column in results.items():
         _refuse_nan(key, column, positions[order])
@@ -207,9 +225,13 @@ def _scan(
 
 
 class _Table:
-    """Per-sample results of one process, allocated at the first batch and filled row by row."""
+    """Per-sample results of one process, allocated at the first batch and filled row by row.
 
-    def __init__(self, rows: int) -> None:
+    Results on a GPU stay there while the pass runs, if the process is alone and they fit: no batch waits for a copy.
+    """
+
+    def __init__(self, rows: int, *, alone: bool) -> None:
+        self.alone = alone
         self.positions = torch.empty(rows, dtype=torch.long)
         self.columns: dict[str, Tensor] = {}
         self.filled = 0
@@ -225,8 +247,11 @@ class _Table:
         if rows.stop > len(self.positions):
             raise DataError(f"`loader` must yield {len(self.positions)} samples, the length of its dataset, got more.")
         if not self.columns:
-            size = len(self.positions)
-            self.columns = {k: torch.empty((size, *v.shape[1:]), dtype=v.dtype) for k, v in values.items()}
+            size, fits = len(self.positions), self.alone and _fit(values.values(), len(self.positions))
+            self.columns = {
+                key: torch.empty((size, *value.shape[1:]), dtype=value.dtype, device=value.device if fits else "cpu")
+                for key, value in values.items()
+            }
         self.positions[rows] = positions
         for key, column in self.columns.items():
             column[rows] = values[key]
@@ -236,6 +261,18 @@ class _Table:
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Row shape and dtype of every column: a process without samples gets it from another one."""
         return {key: (tuple(column.shape[1:]), column.dtype) for key, column in self.columns.items()}
+
+
+def _fit(values: Iterable[Tensor], rows: int) -> bool:
+    """Whether so many rows like these may stay on the GPU where they are."""
+    there = [value for value in values if value.device.type != "cpu"]
+    size = sum(rows * math.prod(value.shape[1:]) * value.element_size() for value in there)
+    return bool(there) and size <= DEVICE_SHARE * _free_memory(there[0].device)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that a GPU has free; 0 for devices that do not tell."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _fill(table: _Table, trainer: Trainer, loader: Iterable[Any], step: Step, description: str) -> None:
@@ -283,7 +320,7 @@ def _gather_rows(trainer: Trainer, rows: Tensor, counts: list[int]) -> Tensor:
 def _refuse_nan(key: str, column: Tensor, positions: Tensor) -> None:
     if not column.is_floating_point():
         return
-    bad = torch.cat([part.reshape(len(part), -1).isnan().any(dim=1) for part in torch.split(column, 2**14)])
+    bad = torch.cat([part.reshape(len(part), -1).isnan().any(dim=1) for part in torch.split(column, 2**14)]).cpu()
     if bool(bad.any()):
         raise ModelError(
             f"The model must give a number for every training image, got NaN in {key!r} for {int(bad.sum())} of "

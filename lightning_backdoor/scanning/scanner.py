@@ -179,12 +179,14 @@ class DatasetScanner:
         description: str,
         positions: Tensor | None = None,
         finite: bool = False,
+        stay: bool = False,
     ) -> dict[str, Tensor]:
         """Run ``step(indices, batch)`` over all samples; see :func:`lightning_backdoor.scanning.scan.scan`.
 
         The images of ``batch`` are on the device already, where nothing of the user's speaks against it, so that they
         are sent there once and other versions of them are made there; all else is as the loader gave it. With
-        ``finite`` they are checked before: on a GPU a check would wait for all work before it.
+        ``finite`` they are checked before: on a GPU a check would wait for all work before it. With ``stay``, results
+        ``(N, D)`` remain where ``step`` made them, if they fit (:func:`lightning_backdoor.scanning.scan.scan_read`).
 
         With ``positions``, long ``(M,)`` in rising order, over these samples alone: results have M rows. Samples that
         the user's ``collate_fn`` drops are noted in :attr:`unread`; their rows are those of others, drawn at random.
@@ -204,7 +206,7 @@ class DatasetScanner:
             with raise_on_all_ranks(trainer, description):
                 wanted = mine if positions is None else positions[mine]
                 view = stack.enter_context(self.read(wanted, whole=positions is None))
-            read, found = scan_read(trainer, pl_module, view, sent, description=description)
+            read, found = scan_read(trainer, pl_module, view, sent, description=description, stay=stay)
         every = torch.arange(len(self)) if positions is None else positions
         if len(read) == len(every):
             return found

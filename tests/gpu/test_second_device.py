@@ -9,6 +9,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from lightning_backdoor.detection.subpopulations import search_labels
+from lightning_backdoor.scanning import scan
 from tests.contract.problem import EPOCHS, WARNS, assert_settled, fit
 from tests.contract.registry import of
 from tests.gpu.strict import DEVICE, StrictTensor, accelerator_of, second_device
@@ -17,7 +19,9 @@ pytestmark = WARNS
 
 
 @pytest.fixture(autouse=True)
-def _device() -> Iterator[None]:
+def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With room for what scans measure."""
+    monkeypatch.setattr(scan, "_free_memory", lambda device: 2**40)
     with second_device():
         yield
 
@@ -58,3 +62,30 @@ def test_a_defense_gives_there_the_verdict_of_the_cpu(name: str, settings: dict[
     torch.testing.assert_close(there.scores, here.scores, rtol=1e-2, atol=1e-2)
     for mask in ("trusted", "suspect"):
         assert getattr(there, mask) is None or torch.equal(getattr(there, mask), getattr(here, mask))
+
+
+@pytest.mark.parametrize(("free", "alone", "stays"), [(2**20, True, True), (100, True, False), (2**20, False, False)])
+def test_results_stay_where_the_step_made_them_if_they_fit(
+    monkeypatch: pytest.MonkeyPatch, free: int, alone: bool, stays: bool
+) -> None:
+    """Ten rows of 16 bytes are more than a tenth of 100; several processes gather on the CPU."""
+    monkeypatch.setattr(scan, "_free_memory", lambda device: free)
+    table, rows = scan._Table(10, alone=alone), torch.arange(40.0).reshape(10, 4)
+    for part in torch.arange(10).split(3):
+        table.append(part, {"responses": rows[part].to(DEVICE), "labels": part})
+    assert table.columns["responses"].device.type == (DEVICE.type if stays else "cpu")
+    assert table.columns["labels"].device.type == "cpu"
+    assert torch.equal(table.columns["responses"].cpu(), rows)
+
+
+def test_a_decision_is_made_where_the_responses_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+
+    def search(values: torch.Tensor, labels: torch.Tensor, **settings: Any) -> Any:
+        devices.append((values.device.type, labels.device.type))
+        return search_labels(values, labels, **settings)
+
+    monkeypatch.setattr("lightning_backdoor.detection.decision.search_labels", search)
+    run = fit([of("UltraCleanCallback").make(response="continue")], **accelerator_of(pl))
+    assert run.trainer.strategy.root_device == DEVICE
+    assert set(devices) == {(DEVICE.type, "cpu")}
