@@ -77,7 +77,9 @@ class StrictTensor(Tensor):
     def new_tensor(self, data: Any, dtype: Any = None) -> Any:
         return torch.tensor(data, dtype=dtype or self.dtype).to(DEVICE)
 
-    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+    def numpy(self, *, force: bool = False) -> Any:
+        if force:
+            return self.elem.numpy(force=True)
         raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() first")
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
