@@ -109,6 +109,13 @@ class Event:
         return self.outcome[1] if self.flagged_label_rates else None
 
     @property
+    def failed(self) -> bool:
+        """Whether samples were flagged, and the repair has left the backdoor in the model, or never began."""
+        if self.reassigned or self.remaining is not None:
+            return self.remains
+        return self.no_room or (bool(self.removed or self.suspects) and not self.treated)
+
+    @property
     def remains(self) -> bool:
         """Whether over a tenth of the flagged samples get their label, as measured last."""
         return self.remaining is not None and self.remaining > STILL_LABELED

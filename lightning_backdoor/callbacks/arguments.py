@@ -55,7 +55,7 @@ def require_class(name: str, value: int | None) -> int | None:
     return value
 
 
-def require_one_of(name: str, value: Any, options: tuple[str, ...]) -> Any:
+def require_one_of(name: str, value: Any, options: tuple[str | None, ...]) -> Any:
     """Return ``value`` if it is one of the options."""
     if value not in options:
         raise ArgumentError(f"`{name}` must be one of {', '.join(map(repr, options))}, got {value!r}.")

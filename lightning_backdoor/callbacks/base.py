@@ -34,6 +34,7 @@ from lightning_backdoor.report.of_events import evidence, sentence, unsolved
 from lightning_backdoor.report.writer import write_report
 from lightning_backdoor.responses.base import Continue, Detection, Report, Response, Session
 from lightning_backdoor.responses.checkpointing import save_weights
+from lightning_backdoor.responses.fallback import WithFallback
 from lightning_backdoor.responses.limits import about_to_end
 from lightning_backdoor.responses.reset_units import ResetUnits
 from lightning_backdoor.responses.restart import Restart
@@ -251,6 +252,16 @@ class Defense(CallbackBase):
         if self._session is None:
             raise TrainerError(f"{type(self).__name__} is at work in `Trainer.fit` alone, and no fit is running.")
         return self._session
+
+    @property
+    def repaired(self) -> bool | None:
+        """Whether the model gives at most a tenth of the flagged samples their label, as measured last.
+
+        ``None`` if nothing was flagged, or it was not measured. Flagged samples whose labels are right get them from a
+        good model, too.
+        """
+        known = [event for event in self.history if event.remaining is not None]
+        return None if not known else not known[-1].remains
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the filter of the training loader."""
@@ -589,13 +600,20 @@ class Defense(CallbackBase):
                 rank_zero_warn(f"The report in {folder} is incomplete: {type(error).__name__}: {error}")
 
 
-def chosen_response(response: str | Response, own: Mapping[str, Response], *, others: bool = True) -> Response:
+def chosen_response(
+    response: str | Response,
+    own: Mapping[str, Response],
+    *,
+    others: bool = True,
+    fallback: Literal["restart"] | None = "restart",
+) -> Response:
     """The response that a user's argument names.
 
     Args:
-        response: A name, or a response with settings of its own.
+        response: A name, or a response with settings of its own, which is taken as it is.
         own: By name, those that the defense makes itself.
         others: Whether the ones with default settings are possible, too.
+        fallback: What follows a repair (``"reset"``, ``"unlearn"``) that leaves the backdoor in the model.
 
     Raises:
         ArgumentError: There is none of this name.
@@ -612,7 +630,8 @@ def chosen_response(response: str | Response, own: Mapping[str, Response], *, ot
     known = {**(usual if others else {}), **own}
     if response not in known:
         raise ArgumentError(f"`response` must be one of {', '.join(map(repr, known))}, got {response!r}.")
-    return known[response]
+    repairs = isinstance(known[response], ResetUnits | Unlearn)
+    return WithFallback(known[response]) if repairs and fallback else known[response]
 
 
 def require_alone(trainer: Trainer, defense: Defense) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from typing_extensions import Unpack
 
-from lightning_backdoor.callbacks.arguments import require_count, require_fraction, require_positive, require_rate
+from lightning_backdoor.callbacks.arguments import (
+    require_count,
+    require_fraction,
+    require_one_of,
+    require_positive,
+    require_rate,
+)
 from lightning_backdoor.callbacks.base import Defense, ResponseName, chosen_response
 from lightning_backdoor.callbacks.consistency import ConsistencyDetector
 from lightning_backdoor.callbacks.options import DETECTOR_DEFAULTS, DetectorArguments, without_detector
@@ -55,6 +61,10 @@ class DBRCallback(Defense):
         response: ``"unlearn"``; ``"restart"`` trains anew without the suspect images, ``"continue"`` trains on without
             them, ``"reset"`` resets the units that they drive, ``"report"`` changes nothing. Or a
             :class:`~lightning_backdoor.responses.Response` with settings of its own.
+        fallback: What follows a repair that leaves the backdoor in the model, because it was undone, had no epoch, or
+            over a tenth of the removed images still get their label: ``"restart"`` trains all epochs anew from the
+            weights at the start of the fit, without these images; ``None``: a warning. A quota
+            of images is flagged whether or not there is a backdoor, and never leads to a restart.
         **scan: See :class:`~lightning_backdoor.callbacks.options.DetectorArguments`.
 
     Attributes:
@@ -85,13 +95,16 @@ class DBRCallback(Defense):
         paper_loop: bool = False,
         max_removed: float = 0.3,
         response: ResponseName | Response = "unlearn",
+        fallback: Literal["restart"] | None = "restart",
         **scan: Unpack[DetectorArguments],
     ) -> None:
         arguments: dict[str, Any] = {**DETECTOR_DEFAULTS, **scan}
         self.epochs = require_positive("epochs", epochs) or 1
         self.extra_epochs = require_count("extra_epochs", extra_epochs)
         self.lr, self.paper_loop, self.response = require_rate("lr", lr), paper_loop, response
+        self.fallback = require_one_of("fallback", fallback, ("restart", None))
         now, seed = warmup_epochs == 0, arguments["seed"]
+        quota = arguments["suspect"] != "auto" and arguments["verdict"] is None
         if now and response in ("restart", "reset"):
             raise ArgumentError(
                 f"`warmup_epochs=0` treats the weights as they are, which does not go with response={response!r}. Pass "
@@ -115,7 +128,7 @@ class DBRCallback(Defense):
         self.arguments = arguments
         super().__init__(
             detector=ConsistencyDetector(arguments, require_fraction("max_removed", max_removed), seed),
-            response=chosen_response(response, own),
+            response=chosen_response(response, own, fallback=None if quota or paper_loop else self.fallback),
             warmup_epochs=0 if now else require_positive("warmup_epochs", warmup_epochs),
             max_removed=max_removed,
             **without_detector(scan),

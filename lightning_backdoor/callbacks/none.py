@@ -130,6 +130,10 @@ class NONECallback(Defense):
         response: ``"reset"``; ``"restart"`` trains anew on the rest, ``"continue"`` trains on without the removed
             images, ``"unlearn"`` unlearns them, ``"report"`` changes nothing. Or a
             :class:`~lightning_backdoor.responses.Response` with settings of its own.
+        fallback: What follows a repair that leaves the backdoor in the model, because it was undone, had no epoch, or
+            over a tenth of the removed images still get their label: ``"restart"`` trains all epochs anew from the
+            weights at the start of the fit, without these images; ``None``: a warning. A quota
+            of images is flagged whether or not there is a backdoor, and never leads to a restart.
         **scan: See :class:`~lightning_backdoor.callbacks.options.ScanArguments`.
 
     Attributes:
@@ -165,6 +169,7 @@ class NONECallback(Defense):
         paper_loop: bool = False,
         max_removed: float = 0.3,
         response: ResponseName | Response = "reset",
+        fallback: Literal["restart"] | None = "restart",
         **scan: Unpack[ScanArguments],
     ) -> None:
         self.extra_epochs = require_count("extra_epochs", extra_epochs)
@@ -177,7 +182,9 @@ class NONECallback(Defense):
         self.samples = require_one_of("samples", samples, ("auto", "drop", "keep"))
         self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))
         self.paper_loop, self.response = paper_loop, response
+        self.fallback = require_one_of("fallback", fallback, ("restart", None))
         seed, drop = scan.get("seed", 0), samples != "keep"
+        quota = rule == "paper" or not drop
         if not drop and response in ("restart", "continue", "unlearn"):
             raise ArgumentError(
                 f'`samples="keep"` leaves the data as they are, which does not go with response={response!r}. Pass '
@@ -193,7 +200,7 @@ class NONECallback(Defense):
                 lr=lr,
                 reset_fraction=reset_fraction,
                 reset=reset,
-                by_quota=rule == "paper" or not drop,
+                by_quota=quota,
                 drop=drop,
                 residual_mode=residual_mode,
                 paper_loop=paper_loop,
@@ -208,7 +215,7 @@ class NONECallback(Defense):
                 joins=drop,
                 residual_mode=residual_mode,
             ),
-            response=chosen_response(response, own),
+            response=chosen_response(response, own, fallback=None if quota or paper_loop else self.fallback),
             warmup_epochs=require_positive("warmup_epochs", warmup_epochs),
             max_removed=max_removed,
             **scan,

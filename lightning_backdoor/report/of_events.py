@@ -28,6 +28,7 @@ def sentence(history: Sequence[Event], total: int) -> str:
         "unlearn": _of_unlearning,
         "finetune": _of_fine_tuning,
         "two_stage": _of_two_stages,
+        "fallback": _of_fallback,
     }
     if latest.response in sentences:
         return sentences[latest.response](latest, total)
@@ -166,6 +167,14 @@ def _of_unlearning(event: Event, total: int) -> str:
     )
 
 
+def _of_fallback(event: Event, total: int) -> str:
+    if event.rechecked:
+        return _of_reset(event, total)
+    known = event.flagged_label_rates[0]
+    given = "" if known is None else f": {known:.1%} of the flagged images get their label"
+    return f"could not repair the model{given}. Training starts again from its first weights, without these images."
+
+
 def _of_fine_tuning(event: Event, total: int) -> str:
     if event.treated or event.no_room:
         return _of_unlearning(event, total)
@@ -232,14 +241,14 @@ def evidence(
         seconds: Duration of the last scan.
         max_removed: The user's ``max_removed``.
     """
-    latest = history[-1]
+    latest = next((event for event in reversed(history) if event.response != "fallback"), history[-1])
     found = [
         f"{label} (separation {gap:.1f}, found after {event.when})"
         for event in history
         for label, gap in event.subpopulations
     ]
     facts: dict[str, str | int | float] = {
-        "scans after": ", ".join(event.when for event in history),
+        "scans after": ", ".join(event.when for event in history if event.response != "fallback"),
         "seconds of the last scan": round(seconds, 1),
         "images read with": read_with,
     }
@@ -300,6 +309,10 @@ def evidence(
                 ],
             )
             treatment = f"The model was trained in two stages: {sentence([latest], total)}"
+    anew = [sentence([event], total) for event in history if event.response == "fallback"]
+    if anew:
+        facts["after the repair"] = " ".join(anew).rstrip(".")
+        treatment = f"{treatment} This left the backdoor in the model, which was then trained anew without the images."
     return Evidence(
         classes=classes,
         images=images,

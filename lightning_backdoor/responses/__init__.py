@@ -2,6 +2,7 @@
 
 from lightning_backdoor.events import Event
 from lightning_backdoor.responses.base import Continue, Detection, Report, Response, Session
+from lightning_backdoor.responses.fallback import WithFallback
 from lightning_backdoor.responses.reset_units import ResetUnits
 from lightning_backdoor.responses.restart import Restart
 from lightning_backdoor.responses.two_stage import Recipe, TwoStage
@@ -19,4 +20,5 @@ __all__ = [
     "Session",
     "TwoStage",
     "Unlearn",
+    "WithFallback",
 ]

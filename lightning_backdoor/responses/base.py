@@ -150,17 +150,19 @@ class Response:
         starts_over: Whether another defense's restart makes everything begin anew, the first detection included.
         repeats: Whether it may be due again when training is about to end, after a detection that led to nothing.
         rereads: Whether :meth:`respond` reads the training images, which are kept in memory by then.
+        busy: Whether a treatment is going on or about to begin.
     """
 
-    name: ClassVar[str]
+    name: str
     changed_at: float = 0.0
     drops: bool = True
-    alone: ClassVar[bool] = False
+    alone: bool = False
     at_once: bool = False
-    features: ClassVar[bool] = False
-    starts_over: ClassVar[bool] = False
+    features: bool = False
+    starts_over: bool = False
     repeats: bool = False
-    rereads: ClassVar[bool] = False
+    rereads: bool = False
+    busy: bool = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, title: str) -> None:
         """Forget an earlier fit, and raise where a setting of the Trainer rules the response out."""

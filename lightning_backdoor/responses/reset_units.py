@@ -197,6 +197,11 @@ class ResetUnits(Response):
         units = reset_units_of(session.case.history)
         return {**super().metrics(session), "units_reset": float(len(units))}
 
+    @property
+    def busy(self) -> bool:  # type: ignore[override]
+        """Whether a round is going on or about to begin."""
+        return self._due or self._tuning.left > 0
+
     def awaits_detection(self, session: Session) -> bool:
         """Whether no round is going on, and none that was kept has been done."""
         return not self._rounds

@@ -165,12 +165,22 @@ class Restart(Response):
     def respond(self, session: Session, detection: Detection, event: Event) -> Event:
         """Decide on a restart if samples were removed."""
         self._detected = True
-        restarts = bool(event.removed) and self.count < self._at_most and self._start is not None
+        restarts = bool(event.removed) and self.can_return
         if restarts:
-            self.is_due = True
-            self._held = session.trainer
-            hold_open(session.trainer, self)
+            self.decide(session)
         return replace(event, run=self.count + 1, restarts=restarts)
+
+    @property
+    def can_return(self) -> bool:
+        """Whether a restart is left, and the start is known."""
+        return self.count < self._at_most and self._start is not None
+
+    def decide(self, session: Session) -> None:
+        """Go back at the start of the next epoch, and keep the fit from ending before."""
+        self.is_due = True
+        self._detected = True
+        self._held = session.trainer
+        hold_open(session.trainer, self)
 
     def on_train_epoch_start(self, session: Session) -> None:
         """Go back if that was decided, then draw new batches.

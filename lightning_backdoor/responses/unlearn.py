@@ -233,6 +233,11 @@ class Unlearn(Response):
             "epochs": float(len(history[-1].undone_steps)),
         }
 
+    @property
+    def busy(self) -> bool:  # type: ignore[override]
+        """Whether a treatment is going on or about to begin."""
+        return self._tuning.left > 0
+
     def awaits_detection(self, session: Session) -> bool:
         """Whether no treatment is going on or has been done."""
         return not self._tuning.left and not self._acted(session.case.history)

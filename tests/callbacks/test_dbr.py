@@ -92,7 +92,15 @@ GIVEN = Verdict(torch.arange(64).float(), ~SUSPECT, 0.0, "known")
 def acting(**kwargs: Any) -> DBRCallback:
     """D-BR that unlearns four samples in three epochs, whatever the data look like."""
     return DBRCallback(
-        **{"verdict": GIVEN, "epochs": 3, "extra_epochs": 3, "trusted": 0.2, "paper_loop": True, **kwargs}
+        **{
+            "verdict": GIVEN,
+            "epochs": 3,
+            "extra_epochs": 3,
+            "trusted": 0.2,
+            "paper_loop": True,
+            "fallback": None,
+            **kwargs,
+        }
     )
 
 

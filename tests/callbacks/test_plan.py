@@ -46,7 +46,7 @@ def none(**kwargs: Any) -> NONECallback:
 
 
 def dbr(**kwargs: Any) -> DBRCallback:
-    return DBRCallback(**{"verdict": GIVEN, "trusted": 0.2, **kwargs})
+    return DBRCallback(**{"verdict": GIVEN, "trusted": 0.2, "fallback": None, **kwargs})
 
 
 def abl(**kwargs: Any) -> ABL:
@@ -374,7 +374,7 @@ def test_after_a_round_that_was_undone_the_last_word_is_about_the_model_at_the_e
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", -2.0)
-    poisoned, callback = poisoned_digits(), NONECallback(warmup_epochs=4, finetune_epochs=1)
+    poisoned, callback = poisoned_digits(), NONECallback(warmup_epochs=4, finetune_epochs=1, fallback=None)
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="NONE") as told:
         make_trainer([callback], 6).fit(DigitNet(), DataLoader(poisoned, batch_size=32, shuffle=True))
@@ -390,7 +390,7 @@ def test_after_a_round_that_was_undone_the_last_word_is_about_the_model_at_the_e
 def test_images_that_are_out_and_still_get_their_label_are_reason_for_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     judged = iter([-2.0, 2.0])
     poisoned = poisoned_digits()
-    callback = NONECallback(warmup_epochs=4, finetune_epochs=1, extra_epochs=1)
+    callback = NONECallback(warmup_epochs=4, finetune_epochs=1, extra_epochs=1, fallback=None)
     response = callback._response
     begin = response._judge
 
