@@ -42,6 +42,7 @@ _NOT_DETERMINISTIC = {  # on CUDA, of the operations that https://docs.pytorch.o
 class StrictTensor(Tensor):
     """A tensor on the second device; ``elem`` is the one on the CPU that holds its values."""
 
+    __slots__ = ("elem",)  # none of the attributes that a tensor of the same class takes over from another
     elem: Tensor
 
     @staticmethod

@@ -113,3 +113,10 @@ def test_kernels_without_a_fixed_order_are_refused_where_they_are_not_allowed() 
         there.long().cumsum(1)
     finally:
         torch.use_deterministic_algorithms(before, warn_only=before)
+
+
+def test_what_a_tensor_holds_is_no_attribute_that_others_take_over() -> None:
+    with second_device():
+        first, second = torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)
+        vars(second).update(vars(first))
+        assert second.tolist() == [1, 1]
