@@ -37,6 +37,7 @@ __all__ = [
     "limited",
     "load_again",
     "may_stop_early",
+    "plain",
     "put_buffer",
     "rank_zero_info",
     "rank_zero_warn",
@@ -292,3 +293,16 @@ def running_iterators(loader: DataLoader[Any]) -> list[str]:
 def forget_iterator(loader: DataLoader[Any]) -> None:
     """Let a copy of a loader start workers of its own instead of sharing the persistent ones of the first loader."""
     vars(loader)["_iterator"] = None
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor of a derived class as a plain tensor.
+
+    Derived classes attach rules of their own to indexing and arithmetic. Memory and graph stay those of ``tensor``, and
+    a mode of ``torch.overrides`` receives this operation like others.
+    """
+    if type(tensor) is Tensor:
+        return tensor
+    # Tensor's own rule in place of the derived class's; active modes of torch.overrides still receive the operation
+    values: Tensor = Tensor.__torch_function__(Tensor.view, (), (tensor, tensor.shape))  # type: ignore[no-untyped-call]
+    return values

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["OWN_LABEL", "STILL_LABELED", "Event"]
+__all__ = ["OWN_LABEL", "STILL_LABELED", "Event", "repaired"]
 
 OWN_LABEL = 0.9  # of the removed samples get their label without having been trained on: it may well be the right one
 STILL_LABELED = 0.1  # of the flagged samples get their label: the backdoor, or a part of it, may still be there
@@ -119,3 +120,18 @@ class Event:
     def remains(self) -> bool:
         """Whether over a tenth of the flagged samples get their label, as measured last."""
         return self.remaining is not None and self.remaining > STILL_LABELED
+
+
+def repaired(history: Sequence[Event]) -> bool | None:
+    """Whether the model gives at most a tenth of the flagged samples their label, as measured last.
+
+    Flagged samples whose labels are right get them from a good model, too.
+
+    Args:
+        history: All events so far.
+
+    Returns:
+        ``None`` if nothing was flagged, or it was not measured.
+    """
+    known = [event for event in history if event.remaining is not None]
+    return None if not known else not known[-1].remains

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_backdoor import _lightning as compat
 from lightning_backdoor._lightning import LEDGER, TORCH_LEDGER, CallbackBase, limited, wrapped_sampler
-from lightning_backdoor.loading.loaders import clone
+from lightning_backdoor.loading.loader_filter import clone
 from lightning_backdoor.loading.samplers import KeepState
 from tests.loading.recording import (
     KEEP,

@@ -12,6 +12,7 @@ import pytest
 
 import lightning_backdoor
 from lightning_backdoor import UltraCleanCallback
+from lightning_backdoor.callbacks import Defense
 from tests.contract.problem import WARNS, fit
 from tests.contract.registry import public_callbacks
 
@@ -41,6 +42,13 @@ def test_a_constructor_declares_fourteen_arguments_at_most(name: str) -> None:
     init: Any = CALLBACKS[name].__init__
     declared = [p for p in inspect.signature(init).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     assert len(declared) <= 14, [p.name for p in declared]
+
+
+def test_the_base_of_defenses_is_short() -> None:
+    """Docstrings and blank lines included: when a detection is due, and hooks that are forwarded."""
+    source, _ = inspect.getsourcelines(Defense)
+    print(len(source), "lines of", Defense.__name__)
+    assert len(source) <= 170
 
 
 def test_few_asserts_stand_for_types() -> None:
@@ -74,6 +82,6 @@ def test_few_files_lie_between_fit_and_a_verdict() -> None:
         sys.setprofile(None)
     assert callback.verdict is not None
     print(len(seen), *sorted(seen), sep="\n")
-    assert len(seen) <= 33, sorted(
+    assert len(seen) <= 32, sorted(
         seen
     )  # three of them are what decisions are computed with: labels, splits, directions

@@ -105,9 +105,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.spread = nn.Linear(bits, 4 * 8 * 8)
         self.layers = nn.Sequential(
-            nn.Conv2d(channels + 4, width, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(width, channels, 3, padding=1), nn.Tanh(),
-        )  # fmt: skip
+            nn.Conv2d(channels + 4, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, channels, 3, padding=1),
+            nn.Tanh(),
+        )
 
     def forward(self, pixels: Tensor, messages: Tensor) -> Tensor:
         """Return the change, in ``[-1, 1]``, like the pixels in shape."""
@@ -122,10 +124,14 @@ class Decoder(nn.Module):
     def __init__(self, channels: int, bits: int, width: int = 32) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, width, 4, stride=4), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(width * 8 * 8, bits),
-        )  # fmt: skip
+            nn.Conv2d(channels, width, 4, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(8),
+            nn.Flatten(),
+            nn.Linear(width * 8 * 8, bits),
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the logits of the bits, shape ``(N, bits)``."""

@@ -13,12 +13,14 @@ from typing_extensions import Unpack
 from lightning_backdoor.baselines.repair import REPAIR_DEFAULTS, RepairArguments
 from lightning_backdoor.baselines.scored import decision_of
 from lightning_backdoor.callbacks.arguments import require_count, require_fraction, require_positive, require_rate
-from lightning_backdoor.callbacks.base import Defense, Detector, chosen_response
+from lightning_backdoor.callbacks.base import Defense
+from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.detection.decision import add_removed, select_fraction
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.events import Event
 from lightning_backdoor.responses.ascent import loss_scale
 from lightning_backdoor.responses.base import Continue, Detection, Report, Response, Session
+from lightning_backdoor.responses.by_name import chosen_response
 from lightning_backdoor.responses.limits import about_to_end, planned_max_epochs
 from lightning_backdoor.responses.restart import Restart
 from lightning_backdoor.responses.unlearn import Unlearn
@@ -101,11 +103,14 @@ class IsolateThenUnlearn(Unlearn):
 
     Args:
         gamma: Loss below which a batch is climbed on.
-        **settings: Of :class:`~lightning_backdoor.responses.unlearn.Unlearn`.
+        epochs: Of the unlearning, in the loop of the authors.
+        extra_epochs: Epochs that it may have beyond the user's plan.
+        lr: Learning rate of the unlearning.
+        seed: Seed of the shuffles.
     """
 
-    def __init__(self, *, gamma: float, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, *, gamma: float, epochs: int, extra_epochs: int, lr: float | None, seed: int) -> None:
+        super().__init__(epochs=epochs, extra_epochs=extra_epochs, lr=lr, paper_loop=True, seed=seed)
         self._gamma = gamma
 
     def on_before_backward(self, session: Session, loss: Tensor) -> None:
@@ -196,7 +201,6 @@ class ABL(Defense):
             epochs=self.epochs,
             extra_epochs=self.extra_epochs,
             lr=self.lr,
-            paper_loop=True,
             seed=given["seed"],
         )
         detector = LowestLoss(isolate, require_fraction("max_removed", given["max_removed"]))

@@ -128,9 +128,14 @@ def _distances_to_centers(points: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     import faiss  # noqa: PLC0415  (loaded when used)
 
     kmeans = faiss.Kmeans(
-        points.shape[1], 2, niter=ITERATIONS, nredo=RESTARTS, seed=seed,
-        min_points_per_centroid=1, max_points_per_centroid=len(points),
-    )  # fmt: skip
+        points.shape[1],
+        2,
+        niter=ITERATIONS,
+        nredo=RESTARTS,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(points),
+    )
     kmeans.train(points.float().contiguous().numpy())
     distances = torch.cdist(points, torch.from_numpy(kmeans.centroids).to(points))
     first = int((distances[:, 0] <= distances[:, 1]).sum())

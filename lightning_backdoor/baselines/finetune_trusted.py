@@ -11,11 +11,13 @@ from typing_extensions import Unpack
 from lightning_backdoor._lightning import rank_zero_warn
 from lightning_backdoor.baselines.repair import REPAIR_DEFAULTS, RepairArguments
 from lightning_backdoor.callbacks.arguments import require_count, require_fraction, require_positive, require_rate
-from lightning_backdoor.callbacks.base import Defense, Detector, chosen_response, require_same_data
+from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.callbacks.consistency import from_verdict
+from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.events import Event
 from lightning_backdoor.responses.base import Continue, Detection, Report, Response, Session, labels_of
+from lightning_backdoor.responses.by_name import chosen_response
 from lightning_backdoor.responses.restart import Restart
 from lightning_backdoor.responses.unlearn import Unlearn, masks_of
 from lightning_backdoor.verdict import Verdict
@@ -38,7 +40,7 @@ class TrustedByVerdict(Detector):
 
     def require(self, session: Session) -> None:
         """Raise a DataError if the verdict is on other data."""
-        require_same_data(self._verdict, session.scanner)
+        session.require_same_data(self._verdict)
 
     def detect(self, session: Session) -> Detection:
         """Read the labels, and take the verdict over."""

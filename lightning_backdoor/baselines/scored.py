@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.callbacks.arguments import require_fraction, require_positive
-from lightning_backdoor.callbacks.base import Detector, ResponseName, chosen_response
+from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.callbacks.options import DEFAULTS, ScanArguments, document_scan
 from lightning_backdoor.detection.decision import Decision, limit_removed, verdict_of
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.base import Detection, Response, Session
+from lightning_backdoor.responses.by_name import ResponseName, chosen_response
 from lightning_backdoor.responses.restart import Restart
 
 __all__ = [

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_backdoor.callbacks.arguments import require_fraction, require_one_of, require_positive
-from lightning_backdoor.callbacks.base import Detector, require_same_data, spared
+from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
+from lightning_backdoor.callbacks.unread import spared
 from lightning_backdoor.detection.decision import Decision, add_removed, decide, verdict_of
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.consistency import select_trusted
@@ -21,7 +22,7 @@ from lightning_backdoor.verdict import Verdict
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["ConsistencyDetector", "from_verdict", "judge"]
+__all__ = ["ConsistencyDetector", "detection_of", "from_verdict"]
 
 MEANINGS = {
     "subpopulations": "It says how suspicious the image looks to a detector that was trained to rely on triggers; "
@@ -87,7 +88,7 @@ class ConsistencyDetector(Detector):
         """
         scanner = session.scanner
         if self.external_verdict is not None:
-            require_same_data(self.external_verdict, scanner)
+            session.require_same_data(self.external_verdict)
         elif self.trusted * len(scanner) < scanner.num_classes:
             raise ArgumentError(
                 f"`trusted` must leave at least one image for each of {scanner.num_classes} classes, got "
@@ -105,7 +106,7 @@ class ConsistencyDetector(Detector):
             settings = replace(self._settings, initial=self._initial)
             found = distinguish(trainer, module, scanner, settings, units=self.suspect == "auto")
             limits = {"trusted": self.trusted, "max_removed": self._max_removed}
-            detection = judge(found, earlier, suspect=self.suspect, **limits)
+            detection = detection_of(found, earlier, suspect=self.suspect, **limits)
         detection = replace(detection, verdict=spared(detection.verdict, scanner.unread, earlier))
         agreed: Detection = trainer.strategy.broadcast(detection, src=0)  # float ties
         return agreed
@@ -122,7 +123,7 @@ class ConsistencyDetector(Detector):
         self._initial = state_dict["initial"] or self._initial
 
 
-def judge(
+def detection_of(
     found: Distinguished, earlier: Verdict | None, *, suspect: str | float, trusted: float, max_removed: float
 ) -> Detection:
     """Suspect the subpopulations of single labels, or a share of all samples; trust the most consistent ones.

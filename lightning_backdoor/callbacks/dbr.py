@@ -13,11 +13,12 @@ from lightning_backdoor.callbacks.arguments import (
     require_positive,
     require_rate,
 )
-from lightning_backdoor.callbacks.base import Defense, ResponseName, chosen_response
+from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.callbacks.consistency import ConsistencyDetector
 from lightning_backdoor.callbacks.options import DETECTOR_DEFAULTS, DetectorArguments, without_detector
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.base import Continue, Report, Response
+from lightning_backdoor.responses.by_name import ResponseName, chosen_response
 from lightning_backdoor.responses.reset_units import ResetUnits
 from lightning_backdoor.responses.restart import Restart
 from lightning_backdoor.responses.unlearn import Unlearn
@@ -36,8 +37,8 @@ class DBRCallback(Defense):
     and learns the trusted images anew, by the user's own ``training_step`` and optimizer. If nothing is suspect,
     nothing changes.
 
-    Assumes nothing: no clean data, no poison rate, no target class. Costs about three epochs of training for the look,
-    and up to ``epochs`` epochs over suspects and trusted images. They are epochs of the plan (``max_epochs``,
+    Assumes nothing: no clean data, no poison rate, no target class. Detection costs about three epochs of training, the
+    repair up to ``epochs`` epochs over suspects and trusted images. They are epochs of the plan (``max_epochs``,
     ``max_steps``, ``max_time``), unless ``extra_epochs`` are allowed; what is left of the plan is ordinary training on
     the images that are not suspect. An epoch of repair is judged and undone with its last batch, before validation.
 
@@ -47,13 +48,13 @@ class DBRCallback(Defense):
     frozen; an epoch that costs over five points of accuracy is undone; the repair ends when it is complete.
 
     Args:
-        warmup_epochs: Epochs of ordinary training before the look; ``None``: as late as the plan leaves time for the
-            repair, which takes half of it at most. With a number there is a second look at the end if the first one
+        warmup_epochs: Epochs of ordinary training before detection; ``None``: as late as the plan leaves time for the
+            repair, which takes half of it at most. With a number there is a second detection at the end if the first
             found nothing. 0 repairs the weights as they are (loaded, or of the ``ckpt_path`` given to ``fit``) and ends
             the fit; where a ``ckpt_path`` is at its ``max_epochs``, the repair goes on beyond it.
         epochs: Largest number of epochs of repair; at most what is left.
-        extra_epochs: Epochs that the repair may have beyond the plan. If they are as many as ``epochs``, the look comes
-            when training is about to end.
+        extra_epochs: Epochs that the repair may have beyond the plan. If they are as many as ``epochs``, the detection
+            comes when training is about to end.
         lr: Learning rate of the repair, falling to zero. ``None``: 5 % of the largest so far.
         paper_loop: The authors' loop without these bounds: every epoch, suspects first, with a constant rate.
         max_removed: Largest share of the training set that may be suspect, in ``(0, 1)``. With ``suspect="auto"`` 15 %
@@ -68,7 +69,7 @@ class DBRCallback(Defense):
         **scan: See :class:`~lightning_backdoor.callbacks.options.DetectorArguments`.
 
     Attributes:
-        history: What each look found and what came out of its repair.
+        history: What each detection found and what came out of its repair.
 
     Raises:
         ArgumentError: If an argument is out of range.

@@ -9,11 +9,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_backdoor.callbacks.arguments import require_fraction, require_positive, require_rate
-from lightning_backdoor.callbacks.base import Defense, chosen_response
+from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.callbacks.consistency import ConsistencyDetector
 from lightning_backdoor.callbacks.options import DETECTOR_DEFAULTS, DetectorArguments, without_detector
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.base import Continue, Report, Response
+from lightning_backdoor.responses.by_name import chosen_response
 from lightning_backdoor.responses.two_stage import Recipe, TwoStage
 
 __all__ = ["DSTCallback"]
@@ -129,7 +130,7 @@ class DSTCallback(Defense):
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> DSTCallback:
-        """Use the authors' shares and losses, and no second look; this always suspects images."""
+        """Use the authors' shares and losses, and reassign no image between the stages; this always suspects images."""
         return cls(
             **{
                 "suspect": 0.05,

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_backdoor._lightning import CallbackBase, callbacks_of
 from lightning_backdoor.attacks import poisoned_mask
 from lightning_backdoor.attacks import triggered as make_triggered
-from lightning_backdoor.callbacks.base import guard_inherited_hooks
+from lightning_backdoor.callbacks.fabric import guard_inherited_hooks
 from lightning_backdoor.callbacks.validation_set import batch_size, first_loader, loaders_in, positions_used
 from lightning_backdoor.data.batches import BatchLayout, find_layout
 from lightning_backdoor.data.nesting import leaves_of, positions_in

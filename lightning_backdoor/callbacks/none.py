@@ -13,12 +13,14 @@ from lightning_backdoor.callbacks.arguments import (
     require_positive,
     require_rate,
 )
-from lightning_backdoor.callbacks.base import Defense, Detector, ResponseName, chosen_response
+from lightning_backdoor.callbacks.base import Defense
+from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.callbacks.options import ScanArguments
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.detection.decision import verdict_of
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.base import Continue, Detection, Response, Session
+from lightning_backdoor.responses.by_name import ResponseName, chosen_response
 from lightning_backdoor.responses.reset_units import ResetUnits
 from lightning_backdoor.responses.restart import Restart
 from lightning_backdoor.responses.unlearn import Unlearn
@@ -86,12 +88,12 @@ class NONECallback(Defense):
     """Reset the units that a backdoor works through, drop the images that drive them, and fine-tune.
 
     Implements NONE (*Training with More Confidence*, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_) inside a
-    Trainer. When as many epochs are left as its rounds need (or after ``warmup_epochs``), the largest response of every
-    unit to every training image is looked at. A direction over units that splits one label into two populations and no
-    other label, or all labels into two, is what a backdoor looks like. If there is one, its samples leave the training
-    set, the units that they drive are drawn anew, and fine-tuning follows. Otherwise nothing changes.
+    Trainer. When as many epochs are left as its rounds need (or after ``warmup_epochs``), it measures the largest
+    activation of every unit on every training image. A direction over units that splits one label into two populations
+    and no other label, or all labels into two, is the sign of a backdoor. If there is one, its samples leave the
+    training set, the units that they drive are drawn anew, and fine-tuning follows. Otherwise nothing changes.
 
-    Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes a look, three
+    Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes per detection, three
     if a class has no confident sample; for each round two more; two bytes per image for each of up to 512 units; a copy
     of weights and optimizer, to which training returns if a round brings what all have cost to over 5 points of
     accuracy. Fine-tuning takes epochs of the plan (``max_epochs``, ``max_steps``, ``max_time``), unless
@@ -104,12 +106,15 @@ class NONECallback(Defense):
     fires on clean data, too (``rule="paper"`` keeps both); reset units may learn again (``reset="prune"``: never).
 
     Args:
-        warmup_epochs: Epochs of ordinary training before the first look. ``None``: as late as the plan leaves time for
-            all rounds, which take half of it at most. There is a second look at the end if the first one found nothing
-            or was undone; what is found then is removed and reported, and reset if ``extra_epochs`` are left.
+        warmup_epochs: Epochs of ordinary training before the first detection. ``None``: as late as the plan leaves
+            time for all rounds, which take half of it at most. With ``response="reset"`` there is a second detection
+            at the end if the first one found nothing or was undone; what is found then is removed and reported, and
+            reset if ``extra_epochs`` are left. With another response there is one detection: after half of the plan
+            (``"continue"``), when training is about to end (``"restart"``, which scans the new run once more, and
+            ``"report"``), or as late as the plan leaves time for the repair (``"unlearn"``).
         extra_epochs: Epochs that fine-tuning may have beyond the plan. If they are as many as all rounds need, the
-            first look comes when training is about to end.
-        rounds: Most looks in a row, each followed by its fine-tuning, as long as they find something, or the model
+            first detection comes when training is about to end.
+        rounds: Most detections in a row, each followed by its fine-tuning, as long as they find something, or the model
             still gives over 10 % of the removed samples their label (after the second one: and it made them a quarter
             fewer). ``None``: 3; 1 where units are reset by quota.
         finetune_epochs: Epochs of fine-tuning after a reset. ``None``: a tenth of
@@ -228,7 +233,7 @@ class NONECallback(Defense):
         The model is fine-tuned for 20 epochs beyond the plan at a constant rate of 1e-4 (meant for SGD with momentum),
         and keeps what has come of it. Nothing limits how many images are removed.
 
-        What is left of the differences: all units that can be reset are looked at, those of a ResNet's stem and first
+        What is left of the differences: all units that can be reset are measured, those of a ResNet's stem and first
         stage, too, and those of a projection shortcut before its batch norm (the authors: after it), and the weights
         that read a sum through a projection are reset with the others; images at the natural break stay, only those
         above it leave; a class that the model is never sure of gets a threshold of its own
@@ -236,7 +241,13 @@ class NONECallback(Defense):
         how, is up to the Trainer.
         """
         paper: dict[str, Any] = {
-            "rule": "paper", "reset": "prune", "residual_mode": "reference", "paper_loop": True, "lr": 1e-4,
-            "finetune_epochs": PAPER_EPOCHS, "extra_epochs": PAPER_EPOCHS, "max_removed": NO_LIMIT,
-        }  # fmt: skip
+            "rule": "paper",
+            "reset": "prune",
+            "residual_mode": "reference",
+            "paper_loop": True,
+            "lr": 1e-4,
+            "finetune_epochs": PAPER_EPOCHS,
+            "extra_epochs": PAPER_EPOCHS,
+            "max_removed": NO_LIMIT,
+        }
         return cls(**{**paper, **overrides})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,11 +13,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_backdoor.callbacks.arguments import require_class, require_fraction, require_one_of, require_positive
-from lightning_backdoor.callbacks.base import Defense, Detector, ResponseName, chosen_response, warmup_or_half
+from lightning_backdoor.callbacks.base import Defense
+from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.callbacks.options import ScanArguments
 from lightning_backdoor.detection.decision import Decision, add_removed, decide, verdict_of
 from lightning_backdoor.events import Event
 from lightning_backdoor.responses.base import Detection, Response, Session
+from lightning_backdoor.responses.by_name import ResponseName, chosen_response
 from lightning_backdoor.responses.limits import planned_max_epochs
 from lightning_backdoor.responses.reset_units import ResetUnits
 from lightning_backdoor.responses.restart import Restart
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DenoisedFeatures", "UltraCleanCallback"]
 
+DEFAULT_WARMUP = 10  # epochs, where the number of planned epochs is not known
 CACHE_BYTES = 2**31  # denoised images beyond this size are kept in a temporary file
 MEANINGS = {
     "auto": "It measures whether the image belongs to a second population inside its class, by what the model sees in "
@@ -170,7 +174,7 @@ class UltraCleanCallback(Defense):
     What moves when the image is denoised is the evidence. If samples are removed, weights, optimizer, schedulers and
     averages go back to the start of fit and the Trainer trains its full number of epochs on the kept images (the paper
     trains a fresh model, too: a network does not forget a backdoor by itself). Weak backdoors are learned late: there
-    is a last look at the end, which may rewind as well, twice at most. If nothing stands out, nothing changes.
+    is a last scan at the end, which may rewind as well, twice at most. If nothing stands out, nothing changes.
     Half-way through a warm-up of two epochs or more it notes how many of an image's neighbours have its label. Images
     that lay among other classes then, and are a population of their class later, need not stand out as far as others.
 
@@ -179,20 +183,20 @@ class UltraCleanCallback(Defense):
     ``cache_bytes``, else in a temporary file); four bytes per image and feature in a scan; the initial weights in
     checkpoints.
 
-    Differs from the paper: the score looks at the features class by class instead of adding up the outputs; the cut is
+    Differs from the paper: the score compares features class by class instead of adding up the outputs; the cut is
     estimated behind a no-poison gate instead of given; early neighbours; images are denoised as the network sees them.
 
     Args:
         warmup_epochs: Epochs of ordinary training before the scan. ``None``: half of ``max_epochs`` (10 if that is not
             set); with the paper's score and cut and a rewind, when training is about to end. Strong backdoors show
             early, weak ones late. The scan never comes later than the last epoch.
-        score: ``"auto"`` looks for a second mode in the features and their movement; ``"paper"`` is L1 on the outputs.
+        score: ``"auto"`` finds subpopulations in the features and their movement; ``"paper"`` is L1 on the outputs.
         output: What ``score="paper"`` compares: ``"logits"`` or ``"softmax"`` (which saturates and ranks poorly).
-        rule: ``"auto"`` removes second modes that pass the no-poison gate; ``"fraction"`` removes the top ``fraction``.
-        fraction: Share of the looked-at samples that ``rule="fraction"`` removes, in all, in ``(0, 1)``.
+        rule: ``"auto"`` removes subpopulations that pass the no-poison gate; ``"fraction"`` the top ``fraction``.
+        fraction: Share of the considered samples that ``rule="fraction"`` removes, in all, in ``(0, 1)``.
         max_removed: Largest share of the training set that may be removed, in ``(0, 1)``. With ``rule="auto"`` 15 % of
             each label stay in any case (of the median label, where a label is larger).
-        target_class: Look only at samples with this label (the paper's known-class scenario).
+        target_class: Only samples with this label are considered (the paper's known-class scenario).
         response: ``"restart"`` goes back to the start of fit after samples were removed, and trains anew on the rest;
             ``"continue"`` trains on from there, without a last scan; ``"reset"`` resets the units that removed samples
             drive; ``"unlearn"`` unlearns removed samples; ``"report"`` changes nothing. Or a
@@ -273,8 +277,15 @@ class UltraCleanCallback(Defense):
     def _first_detection(self, trainer: Trainer) -> int:
         if (
             self.warmup_epochs is None
-            and isinstance(self._response, Restart)
+            and isinstance(self._procedure.response, Restart)
             and (self.score, self.rule) == ("paper", "fraction")
         ):
             return sys.maxsize  # when training is about to end
         return warmup_or_half(self.warmup_epochs, planned_max_epochs(trainer))
+
+
+def warmup_or_half(warmup_epochs: int | None, max_epochs: int | None) -> int:
+    """The user's warm-up, else half of the planned epochs, else 10 where their number is not known."""
+    if warmup_epochs is not None:
+        return warmup_epochs
+    return max(1, math.ceil(max_epochs / 2)) if max_epochs is not None and max_epochs > 0 else DEFAULT_WARMUP

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_backdoor._lightning import plain
 from lightning_backdoor.data.nesting import Leaf, as_kind_of, get_at, leaves_of, put_at, spelled
 from lightning_backdoor.data.origins import Origin, Replaced, find_origin
 from lightning_backdoor.errors import ArgumentError, DataError
-from lightning_backdoor.functional.kinds import plain
 
 __all__ = ["BatchFn", "BatchLayout", "class_indices", "find_labels", "find_layout", "holds_images"]
 

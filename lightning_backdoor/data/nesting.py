@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from lightning_backdoor.functional.kinds import plain
+from lightning_backdoor._lightning import plain
 
 __all__ = [
     "Chain",

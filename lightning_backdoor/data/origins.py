@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_backdoor._lightning import plain
 from lightning_backdoor.data.nesting import as_kind_of, get_at, leaves_of, put_at
 from lightning_backdoor.data.pixels import exact_dtype, four_dimensions
-from lightning_backdoor.functional.kinds import plain
 
 __all__ = ["Origin", "Replaced", "close", "find_origin"]
 

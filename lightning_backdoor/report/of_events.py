@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_backdoor.events import OWN_LABEL, Event
 from lightning_backdoor.report.evidence import Evidence, Table
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["evidence", "last_word", "reset_units", "sentence", "unsolved"]
+__all__ = ["evidence", "last_word", "majorities", "reset_units", "sentence", "unsolved"]
 
 LITTLE = 0.5  # of the training images get their label
+NAMED = 5  # labels in a warning, at most
 
 
 def sentence(history: Sequence[Event], total: int) -> str:
@@ -57,6 +59,34 @@ def last_word(event: Event, verdict: Verdict) -> str:
     return (
         f"ends with a model that gives {event.flagged_label_rates[-1] or 0.0:.1%} of the {len(verdict.removed):,} "
         f"removed images their label{_outcome(event)}. To be sure, train anew without them."
+    )
+
+
+def majorities(verdict: Verdict, before: Verdict | None) -> str:
+    """Say of which labels a verdict removes most samples, and more of them than the one before; else nothing.
+
+    Args:
+        verdict: The verdict.
+        before: The one before, if there was one.
+    """
+    if verdict.labels is None:
+        return ""
+    present, places, counts = torch.unique(verdict.labels, return_inverse=True, return_counts=True)
+    removed = torch.bincount(places[~verdict.keep], minlength=len(present))
+    earlier = removed.new_zeros(len(present))
+    if before is not None:
+        earlier = torch.bincount(places[~before.keep], minlength=len(present))
+    most = ((2 * removed > counts) & (removed > earlier)).nonzero().squeeze(1).tolist()
+    if not most:
+        return ""
+    told = [f"{int(removed[i])} of the {int(counts[i])} with label {int(present[i])}" for i in most[:NAMED]]
+    further = f", and most of those with {len(most) - NAMED} more labels" if len(most) > NAMED else ""
+    return (
+        f"takes most images of a label for poisoned: {', '.join(told)}{further}. Either they carry a trigger, "
+        "or they are a kind of image that no other label has (of another camera, with a border), which the model will "
+        "then not know. Look at them in the report. To keep those of label k and leave out the others, train without "
+        "this callback on `torch.utils.data.Subset(dataset, positions)`, where `positions` are "
+        "`(callback.verdict.keep | (callback.verdict.labels == k)).nonzero().flatten().tolist()`."
     )
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_backdoor._lightning import unscales_by_itself
-from lightning_backdoor.functional.kinds import plain
+from lightning_backdoor._lightning import plain, unscales_by_itself
 from lightning_backdoor.functional.unlearning import forgetting_loss
 from lightning_backdoor.loading.batch_schedule import Phases
 from lightning_backdoor.surgery.taps import eager_forward

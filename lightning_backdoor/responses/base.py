@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.events import Event
 from lightning_backdoor.loading.loader_filter import LoaderFilter
 from lightning_backdoor.responses.limits import planned_end
@@ -19,11 +20,11 @@ from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning import Callback, LightningModule, Trainer
 
     from lightning_backdoor.scanning.measure_units import Measured
 
-__all__ = ["WARMUP", "Case", "Continue", "Detection", "Report", "Response", "Session", "labels_of"]
+__all__ = ["WARMUP", "Case", "Continue", "Detection", "Report", "Response", "Session", "labels_of", "representation"]
 
 WARMUP = "warmup_epochs"  # argument of the defenses that do not detect before the first epoch
 
@@ -52,11 +53,23 @@ class Detection:
 
 
 class Case(Protocol):
-    """What outlasts a fit: the defense, as a response sees it."""
+    """What outlasts a fit: verdict and events of a defense.
 
-    title: ClassVar[str]
+    Attributes:
+        verdict: The latest verdict, ``None`` before the first detection.
+        history: What every detection found, what was done, and what came of it.
+    """
+
     verdict: Verdict | None
     history: list[Event]
+
+    @property
+    def defense(self) -> Callback:
+        """The callback."""
+
+    @property
+    def title(self) -> str:
+        """Name of the defense for readers."""
 
     def adopt(self, verdict: Verdict) -> int:
         """Put a verdict in force; returns how many samples it removes that the one before had kept."""
@@ -110,7 +123,21 @@ class Session:
 
     def takes(self, argument: str) -> bool:
         """Whether the constructor of the defense has an argument of this name, which a message may advise."""
-        return argument in inspect.signature(type(self.case)).parameters
+        return argument in inspect.signature(type(self.case.defense)).parameters
+
+    def require_same_data(self, verdict: Verdict) -> None:
+        """Raise a DataError if a verdict is on other samples than those that are about to be trained on."""
+        scanner, (positions, labels) = self.scanner, self.scanner.probe
+        if len(verdict) == len(scanner):
+            known = None if verdict.labels is None else verdict.labels[positions]
+            if known is None or bool(((known == labels) | (known < 0)).all()):
+                return
+        other = "" if len(verdict) != len(scanner) else " with other labels"
+        raise DataError(
+            f"The verdict is on another dataset: it knows {len(verdict)} samples, the training dataset has "
+            f"{len(scanner)} samples{other}. Resume with the dataset of the interrupted run, or use a new callback and "
+            "no `ckpt_path`."
+        )
 
     def label_rates(self, correct: Tensor) -> tuple[float, float | None]:
         """Share of the samples in training, and of the removed ones, that the model gives their label.
@@ -132,6 +159,21 @@ def labels_of(verdict: Verdict) -> Tensor:
     if verdict.labels is None:
         raise ArgumentError("`verdict` must have labels, got none. Pass a `verdict` of a defense of this library.")
     return verdict.labels
+
+
+def representation(made: object, values: Mapping[str, Any]) -> str:
+    """The call that makes an equal object, with the arguments that are not at their defaults.
+
+    Args:
+        made: The object.
+        values: What its arguments are, by name; those that are not known are left out.
+    """
+    given = [
+        f"{name}={values[name]!r}"
+        for name, parameter in inspect.signature(type(made)).parameters.items()
+        if name in values and values[name] is not parameter.default and values[name] != parameter.default
+    ]
+    return f"{type(made).__name__}({', '.join(given)})"
 
 
 class Response:
@@ -164,6 +206,13 @@ class Response:
     rereads: bool = False
     busy: bool = False
 
+    def __repr__(self) -> str:
+        """Return a call that makes an equal response.
+
+        An argument has to be kept as an attribute of its name, perhaps with an underscore before it.
+        """
+        return representation(self, {name.removeprefix("_"): value for name, value in vars(self).items()})
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, title: str) -> None:
         """Forget an earlier fit, and raise where a setting of the Trainer rules the response out."""
 
@@ -194,9 +243,8 @@ class Response:
     def on_before_optimizer_step(self, session: Session, optimizer: torch.optim.Optimizer) -> None:
         """Change gradients before a step."""
 
-    def on_train_batch_end(self, session: Session) -> bool:
-        """Judge a treatment with the last batch of an epoch, before validation; returns whether it did."""
-        return False
+    def on_train_batch_end(self, session: Session) -> None:
+        """Measure what a treatment has led to with the last batch of an epoch, before validation."""
 
     def on_train_epoch_end(self, session: Session) -> bool:
         """Count and end epochs of a treatment; returns whether one was going on, so that no detection is due."""

@@ -10,11 +10,12 @@ import torch
 
 from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
 from lightning_backdoor.files import atomic_file
+from lightning_backdoor.responses.weight_copies import put_weights
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["save_weights", "tell_earlier_files", "warn_of_treated_files"]
+__all__ = ["save_training", "tell_earlier_files", "warn_of_treated_files"]
 
 SHOWN = 20
 CLOCK = 0.01  # seconds that the time of a file may lie behind the clock
@@ -72,7 +73,47 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def save_weights(trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
+def save_training(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    exception: Exception,
+    *,
+    title: str,
+    name: str,
+    before: dict[str, Any] | None,
+    report_dir: str | None,
+) -> None:
+    """After a defense has failed, save what was trained, and say where in a note to the exception.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule under training.
+        exception: What the defense raised.
+        title: Name of the defense for readers.
+        name: Name of the defense in file names.
+        before: Weights from before a treatment, which the module gets back; ``None`` outside of one.
+        report_dir: The user's ``report_dir``; without it the file is written beside logs or checkpoints, if there are
+            any.
+    """
+    if before is not None:
+        put_weights(trainer, pl_module, before)
+    when = "from before the repair" if before is not None else "as they were trained"
+    told = f"{title} failed after epoch {trainer.current_epoch}. The module has its weights {when}"
+    if report_dir is not None or trainer.loggers or trainer.checkpoint_callbacks:
+        path = Path(report_dir or trainer.default_root_dir) / f"trained-before-{name}-failed.ckpt"
+        try:
+            _save_weights(trainer, pl_module, path)
+        except (OSError, RuntimeError) as error:  # the user has to know of the first exception
+            told = f"{told}; no file of them could be written to {path.parent}: {error}"
+        else:
+            told = f'{told}, and so has the file {path}: module.load_state_dict(torch.load("{path}")["state_dict"])'
+    if hasattr(exception, "add_note"):  # Python 3.11
+        exception.add_note(f"{told}.")
+    else:
+        rank_zero_warn(f"{told}.")
+
+
+def _save_weights(trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
     """Write the module's state where ``load_state_dict(torch.load(path)["state_dict"])`` finds it.
 
     No process waits for another: one of them has failed.

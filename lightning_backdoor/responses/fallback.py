@@ -112,9 +112,10 @@ class WithFallback(Response):
         if not self._fell_back:
             self.repair.on_before_optimizer_step(session, optimizer)
 
-    def on_train_batch_end(self, session: Session) -> bool:
-        """Let the repair judge an epoch with its last batch."""
-        return not self._fell_back and self.repair.on_train_batch_end(session)
+    def on_train_batch_end(self, session: Session) -> None:
+        """Let the repair measure what an epoch has led to with its last batch."""
+        if not self._fell_back:
+            self.repair.on_train_batch_end(session)
 
     def on_train_epoch_end(self, session: Session) -> bool:
         """Decide on a restart when the repair is over; after one, measure at the end of training what came of it."""

@@ -89,15 +89,15 @@ class ResetUnits(Response):
         paper_loop: bool = False,
         seed: int = 0,
     ) -> None:
-        self._most_rounds = rounds or (1 if by_quota else ROUNDS)
+        self._rounds, self._most_rounds = rounds, rounds or (1 if by_quota else ROUNDS)
         self._finetune_epochs, self._extra_epochs, self._lr = finetune_epochs, extra_epochs, lr
-        self._reset_fraction, self._reset_mode = reset_fraction, reset
+        self._reset_fraction, self._reset = reset_fraction, reset
         self._by_quota, self._residual_mode, self._paper_loop, self._seed = by_quota, residual_mode, paper_loop, seed
-        self.drops = drop
+        self._drop = self.drops = drop
         self._forget()
 
     def _forget(self) -> None:
-        self._rounds = 0  # in a row that reset units, since the start or since one that was undone
+        self._rounds_done = 0  # in a row that reset units, since the start or since one that was undone
         self._judged: int | None = None  # epochs trained when a round was judged last
         self._correct: Tensor | None = None  # samples that got their label before the first of these rounds
         self._keep: Tensor | None = None  # samples that were kept before the last round
@@ -144,25 +144,23 @@ class ResetUnits(Response):
         chosen = [(places[name], unit, label, score) for name, unit, label, score in history[-1].units]
         seed = self._seed + len(history) * len(self._layers)
         optimizers = () if self._paper_loop else trainer.optimizers
-        reset_chosen(self._layers, chosen, mode=self._reset_mode, optimizers=optimizers, seed=seed)
+        reset_chosen(self._layers, chosen, mode=self._reset, optimizers=optimizers, seed=seed)
         restart_averages(trainer, session.module)
 
     def on_train_batch_start(self, session: Session, batch_idx: int) -> None:
         """Prepare a step of fine-tuning."""
         self._tuning.prepare_step(session.trainer, session.module, batch_idx)
 
-    def on_train_batch_end(self, session: Session) -> bool:
-        """Judge a round with the last batch of its fine-tuning."""
-        if self._before is None or not self._tuning.ends_now(session.trainer):
-            return False
-        self._judge(session)
-        return True
+    def on_train_batch_end(self, session: Session) -> None:
+        """Measure what a round has led to with the last batch of its fine-tuning."""
+        if self._before is not None and self._tuning.ends_now(session.trainer):
+            self._judge(session)
 
     def on_train_epoch_end(self, session: Session) -> bool:
         """End a round when its fine-tuning is over; detect again while rounds and epochs are left."""
         trainer = session.trainer
         if not self._tuning.left:
-            recheck = self._rounds > 0 and not self._by_quota and session.epochs_done > (self._judged or 0)
+            recheck = self._rounds_done > 0 and not self._by_quota and session.epochs_done > (self._judged or 0)
             if recheck and about_to_end(trainer):
                 self._recheck(session)
             return False
@@ -172,7 +170,7 @@ class ResetUnits(Response):
             self._reassign(session)
             session.case.tell()
             left = epochs_left(trainer, planned_end(trainer), self._extra_epochs)
-            if 0 < self._rounds < self._most_rounds and left != 0 and self.ready(session):
+            if 0 < self._rounds_done < self._most_rounds and left != 0 and self.ready(session):
                 session.case.detect()
         return True
 
@@ -204,7 +202,7 @@ class ResetUnits(Response):
 
     def awaits_detection(self, session: Session) -> bool:
         """Whether no round is going on, and none that was kept has been done."""
-        return not self._rounds
+        return not self._rounds_done
 
     def ready(self, session: Session) -> bool:
         """Whether a detection may lead to anything: with a quota there must be units that can be reset."""
@@ -267,7 +265,7 @@ class ResetUnits(Response):
         left = epochs_left(trainer, end, self._extra_epochs)
         reset = tuple((self._layers[i].name, unit, label, score) for i, unit, label, score in chosen if left != 0)
         if reset:
-            self._rounds, self._due, self._keep = self._rounds + 1, True, detection.kept_before
+            self._rounds_done, self._due, self._keep = self._rounds_done + 1, True, detection.kept_before
             self._before = weights(trainer, session.module)
             self._correct = correct if self._correct is None else self._correct
             wanted = self._finetune_epochs or enough_epochs(trainer)
@@ -298,7 +296,7 @@ class ResetUnits(Response):
 
     def _treated(self, session: Session) -> list[Event]:
         """The latest rounds in a row that reset units."""
-        return [past for past in session.case.history if past.units][-self._rounds :] if self._rounds else []
+        return [past for past in session.case.history if past.units][-self._rounds_done :] if self._rounds_done else []
 
     def _judge(self, session: Session) -> None:
         """Compare with the model before the reset, and go back to it if this one is much worse."""
@@ -308,7 +306,7 @@ class ResetUnits(Response):
         history[-1] = judged
         conclude(trainer, session.module, self._before if judged.undone else None)
         self._judged, self._before = session.epochs_done, None
-        self._rounds = 0 if judged.undone else self._rounds
+        self._rounds_done = 0 if judged.undone else self._rounds_done
         self.changed_at = time.time()
 
     def _judged_event(self, session: Session, event: Event, predicted: Tensor) -> Event:
@@ -384,7 +382,7 @@ class ResetUnits(Response):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; while a round lasts, with the weights to go back to."""
         return {
-            "rounds": self._rounds,
+            "rounds": self._rounds_done,
             "judged": self._judged,
             "correct": self._correct,
             "keep": self._keep,
@@ -395,7 +393,7 @@ class ResetUnits(Response):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
-        self._rounds, self._judged = state_dict["rounds"], state_dict["judged"]
+        self._rounds_done, self._judged = state_dict["rounds"], state_dict["judged"]
         self._correct, self._keep = state_dict["correct"], state_dict["keep"]
         self._due, self._before = state_dict["due"], state_dict["before"]
         self._tuning.load_state_dict(state_dict["tuning"])

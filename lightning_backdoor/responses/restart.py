@@ -197,7 +197,7 @@ class Restart(Response):
         load_again(trainer)
         self.is_due = False
         self.count += 1
-        _announce_again(trainer, session.case)
+        _announce_again(trainer, session.case.defense)
         session.loader_filter.restart_iterator()
         session.case.count_from_zero()
         if not self.detects_again:

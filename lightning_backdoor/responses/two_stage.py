@@ -348,7 +348,7 @@ class TwoStage(Response):
         """Measure the features; when it is time for the classifier, reassign uncertain samples and go on with it."""
         recipe, history = self._recipe, session.case.history
         reassign = change and recipe.reassign_uncertain
-        mean, verdict, more, fewer = second_look(session, recipe.neighbors, reassign, recipe.max_removed)
+        mean, verdict, more, fewer = reassigned_by_neighbors(session, recipe.neighbors, reassign, recipe.max_removed)
         session.module.log("backdoor/dst/neighbor_agreement", mean)
         event = history[-1]
         history[-1] = replace(
@@ -425,7 +425,7 @@ def flags_of(verdict: Verdict) -> Flags:
     return Flags(labels, trusted, suspect)
 
 
-def second_look(
+def reassigned_by_neighbors(
     session: Session, k: int, reassign_uncertain: bool, max_removed: float
 ) -> tuple[float, Verdict, int, int]:
     """Compute k-NN label agreement; optionally reassign uncertain samples to trusted or suspect.

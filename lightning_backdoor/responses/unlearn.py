@@ -71,6 +71,7 @@ class Unlearn(Response):
         extra_epochs: Epochs that it may have beyond the user's plan.
         lr: Learning rate; see :class:`~.extra_epochs.FineTuning`.
         at_once: Treat the weights as they are at the start of the fit, which ends with the treatment.
+        repeats: Whether a detection that found no suspects is followed by another when training is about to end.
         relearn: Whether epochs have batches of trusted samples. ``False``: of suspects alone, for comparison.
         paper_loop: The authors' loop: all epochs, each of which goes through the suspects first and the trusted samples
             next, a constant rate, no bound but that weights stay finite.
@@ -92,7 +93,7 @@ class Unlearn(Response):
         paper_loop: bool = False,
         seed: int = 0,
     ) -> None:
-        self._most_epochs, self._extra_epochs, self._lr = epochs, extra_epochs, lr
+        self._epochs, self._extra_epochs, self._lr = epochs, extra_epochs, lr
         self.at_once, self._paper_loop, self._seed, self.repeats = at_once, paper_loop, seed, repeats
         self._relearn = relearn
         self._forget()
@@ -176,13 +177,11 @@ class Unlearn(Response):
         if self._phases is not None:
             self._ascent.limit_step(session.trainer, optimizer)
 
-    def on_train_batch_end(self, session: Session) -> bool:
-        """Judge an epoch with its last batch."""
+    def on_train_batch_end(self, session: Session) -> None:
+        """Measure what an epoch has led to with its last batch."""
         trainer = session.trainer
-        if self._phases is None or self._judged or not (self._tuning.ends_now(trainer) or trainer.is_last_batch):
-            return False
-        self._judge(session)
-        return True
+        if self._phases is not None and not self._judged and (self._tuning.ends_now(trainer) or trainer.is_last_batch):
+            self._judge(session)
 
     def on_train_epoch_end(self, session: Session) -> bool:
         """Draw the next epoch of the treatment, or end it; at the end of training measure once more."""
@@ -244,7 +243,7 @@ class Unlearn(Response):
 
     def latest_detection(self, trainer: Trainer) -> int:
         """Epochs after which the treatment has to begin, so that it fits into the plan."""
-        return repair_begins(planned_end(trainer), self._most_epochs, self._extra_epochs)
+        return repair_begins(planned_end(trainer), self._epochs, self._extra_epochs)
 
     def respond(self, session: Session, detection: Detection, event: Event) -> Event:
         """Let a treatment by the verdict follow, or note that no epoch is left for one."""
@@ -266,7 +265,7 @@ class Unlearn(Response):
         """Start with the next epoch, if one is left; ``done`` epochs are over."""
         trainer, end = session.trainer, planned_end(session.trainer)
         left = epochs_left(trainer, end, self._extra_epochs)
-        most = self._most_epochs
+        most = self._epochs
         epochs = most if left is None or (self.at_once and not left) else min(most, left)
         if not epochs:
             return replace(event, no_room=True)

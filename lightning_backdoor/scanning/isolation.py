@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_backdoor._lightning import before_batch_transfer, buffers_of, put_buffer, trainer_of
+from lightning_backdoor._lightning import before_batch_transfer, buffers_of, put_buffer, rank_zero_warn, trainer_of
 from lightning_backdoor.data.origins import Replaced
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import TrainerError
@@ -26,6 +26,7 @@ __all__ = [
     "require_automatic",
     "require_unsharded",
     "transfers_plainly",
+    "warn_of_evaluation_mode",
 ]
 
 SHARDED_STRATEGIES = frozenset({"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"})
@@ -126,6 +127,25 @@ def require_unsharded(trainer: Trainer) -> None:
         raise TrainerError(
             "Trainer(strategy=...) must keep a whole copy of the model on each device, through which images are looked "
             f"at, got {type(trainer.strategy).__name__}, which shards it. Pass strategy='ddp' or a single device."
+        )
+
+
+def warn_of_evaluation_mode(pl_module: nn.Module, method: str) -> None:
+    """Warn where everything that learns is in evaluation mode, as in a model that was loaded and evaluated.
+
+    Lightning trains every module in the mode that it arrives in: through fixed batch-norm statistics, without dropout.
+    A part alone, such as a frozen backbone, is the user's choice.
+
+    Args:
+        pl_module: The LightningModule at the start of a fit.
+        method: Name of the defence, for readers.
+    """
+    learning = [part for part in pl_module.modules() if any(p.requires_grad for p in part.parameters(recurse=False))]
+    if learning and not any(part.training for part in learning):
+        rank_zero_warn(
+            f"{method}: all layers of `{type(pl_module).__name__}` that learn are in evaluation mode, and Lightning "
+            "trains them in it: with fixed batch-norm statistics and without dropout. Call `model.train()` before "
+            "`fit`, unless this is what you want."
         )
 
 

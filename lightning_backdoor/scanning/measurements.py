@@ -79,9 +79,13 @@ def measure(
     if unknown := sorted(set(what) - set(QUANTITIES)):
         raise ArgumentError(f"`what` must name some of {', '.join(map(repr, QUANTITIES))}, got {unknown}.")
     options = ScanOptions(
-        forward_fn=forward_fn, batch_fn=batch_fn, feature_layer=feature_layer, batch_size=batch_size,
-        num_workers=num_workers, seed=seed,
-    )  # fmt: skip
+        forward_fn=forward_fn,
+        batch_fn=batch_fn,
+        feature_layer=feature_layer,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        seed=seed,
+    )
     data = open_scanner(trainer, pl_module, dataloader, options)
     found: dict[str, Tensor] = {}
     if "denoised" in what:

@@ -11,8 +11,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from lightning_backdoor._lightning import plain
 from lightning_backdoor.errors import ModelError
-from lightning_backdoor.functional.kinds import plain
 from lightning_backdoor.scanning.isolation import forward_context
 from lightning_backdoor.surgery.taps import eager_forward
 

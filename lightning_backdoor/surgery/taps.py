@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_backdoor._lightning import plain
 from lightning_backdoor.errors import ModelError
-from lightning_backdoor.functional.kinds import plain
 
 __all__ = [
     "CREATION",

@@ -188,9 +188,9 @@ def test_two_callbacks_are_judged_by_what_they_removed_together(
     given = run._callbacks("ultraclean+NONE", train, poisoned, 0, {})
     assert [type(callback) for callback in given] == [UltraCleanCallback, NONECallback]
     for i, (callback, removed) in enumerate(zip(given, (first, second), strict=True)):
-        callback.verdict = Verdict(removed.float(), ~removed, 0.5, f"by {i}")
+        callback._procedure.verdict = Verdict(removed.float(), ~removed, 0.5, f"by {i}")
     unit = ("layer", 3, 0, 1.0)
-    given[1].history = [Event(1, 5, 5, units=(unit,)), Event(2, 0, 5, units=(unit,))]
+    given[1]._procedure.history = [Event(1, 5, 5, units=(unit,)), Event(2, 0, 5, units=(unit,))]
     monkeypatch.setattr(run, "_callbacks", lambda *_: given)
     monkeypatch.setattr(run, "train_network", lambda *_, **__: Classifier(steps=1).eval())
     found = run.run_cell(Cell(setting, "badnets-5%", "ultraclean+NONE"), train, train, reference={}, cache=tmp_path)

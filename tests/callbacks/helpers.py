@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
-from lightning_backdoor import UltraCleanCallback
+from lightning_backdoor import UltraCleanCallback, attacks
 from lightning_backdoor.responses.limits import hold_open, release
 from tests.accelerators import on_cpu, trainer_settings
 
@@ -206,6 +207,7 @@ def same_state(a: nn.Module | dict[str, Tensor], b: nn.Module | dict[str, Tensor
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
+@functools.cache
 def digits(n: int = 700) -> tuple[TensorDataset, TensorDataset]:
     """scikit-learn's digits as uint8 (3, 16, 16): ``n`` to train on, 397 to test on."""
     data = pytest.importorskip("sklearn.datasets").load_digits()
@@ -230,6 +232,25 @@ class DigitNet(Net):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), lr=2e-3)
+
+
+def train_digits(dataset: Any, callbacks: list[Any], epochs: int = 6, **kwargs: Any) -> tuple[Any, DigitNet]:
+    torch.manual_seed(0)
+    module, trainer = DigitNet(), make_trainer(callbacks, epochs=epochs, **kwargs)
+    trainer.fit(module, DataLoader(dataset, batch_size=64, shuffle=True))
+    return trainer, module
+
+
+@functools.cache
+def poisoned_digits(n: int = 700) -> Any:
+    """``n`` digits, one in twenty with a mark and label 0."""
+    return attacks.poison(digits(n)[0], attacks.BadNets(), target=0, rate=0.05)
+
+
+@functools.cache
+def undefended(poisoned: bool) -> DigitNet:
+    """What six epochs of ordinary training lead to: many tests compare with it, and none changes it."""
+    return train_digits(poisoned_digits() if poisoned else digits()[0], [])[1]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_backdoor import DBRCallback, NONECallback, Verdict, attacks
-from lightning_backdoor.callbacks.consistency import judge
+from lightning_backdoor.callbacks.consistency import detection_of
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError, TrainerError
 from lightning_backdoor.responses import Unlearn
@@ -28,11 +28,13 @@ from tests.callbacks.helpers import (
     fit,
     loader_of,
     make_trainer,
+    poisoned_digits,
     same_state,
     share_right,
     state_of,
+    train_digits,
+    undefended,
 )
-from tests.callbacks.test_none import train_digits
 from tests.callbacks.test_ultraclean_resume import SaveAll, run
 
 pytestmark = [
@@ -45,14 +47,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def poisoned() -> Any:
-    return attacks.poison(digits()[0], attacks.BadNets(), target=0, rate=0.05)
+    return poisoned_digits()
 
 
 def test_finds_planted_poisons_and_removes_the_backdoor(poisoned: Any, tmp_path: Path) -> None:
     _, test = digits()
     attacked = attacks.triggered(test, attacks.BadNets(), target=0)
-    _, undefended = train_digits(poisoned, [])
-    assert share_right(undefended, attacked) > 0.6, "the attack must work for the defence to have something to do"
+    plain = undefended(poisoned=True)
+    assert share_right(plain, attacked) > 0.6, "the attack must work for the defence to have something to do"
 
     callback = DBRCallback(report_dir=tmp_path, extra_epochs=10)
     trainer, module = train_digits(poisoned, [callback])
@@ -64,7 +66,7 @@ def test_finds_planted_poisons_and_removes_the_backdoor(poisoned: Any, tmp_path:
     assert not (verdict.trusted & truth).any()
     assert set(verdict.labels[verdict.trusted].tolist()) == set(range(10))
     assert share_right(module, attacked) < 0.15
-    assert share_right(module, test) > share_right(undefended, test) - 0.02
+    assert share_right(module, test) > share_right(plain, test) - 0.02
     assert trainer.current_epoch == 6 + len(callback.history[-1].undone_steps)
     assert trainer.max_epochs == 6, "the user's limit is back"
     assert trainer.callback_metrics["backdoor/dbr/removed"] == verdict.suspect.sum()
@@ -75,10 +77,9 @@ def test_finds_planted_poisons_and_removes_the_backdoor(poisoned: Any, tmp_path:
 
 def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> None:
     train, _ = digits()
-    _, plain = train_digits(train, [])
     callback = DBRCallback(detector_steps=40)
     trainer, module = train_digits(train, [callback])
-    assert same_state(plain.state_dict(), module)
+    assert same_state(undefended(poisoned=False), module)
     assert callback.verdict.keep.all()
     assert not callback.verdict.suspect.any()
     assert callback.verdict.trusted.any()
@@ -222,11 +223,11 @@ def test_a_fresh_detector_can_be_resumed_until_something_was_found(tmp_path: Pat
     callback = DBRCallback(warmup_epochs=1, detector="fresh", detector_steps=2)
     saver = SaveAll(tmp_path)
     run([callback, saver])
-    assert [look.epochs for look in callback.history] == [1, 3], "nothing found: it looks again at the end"
+    assert [event.epochs for event in callback.history] == [1, 3], "nothing found: it detects again at the end"
     states = [torch.load(path, weights_only=True)["callbacks"]["lightning_backdoor.DBR"] for path in saver.paths]
     between = [state["detector"]["initial"] for state in states if len(state["history"]) == 1]
     assert between
-    assert all(same_state(callback._detector._initial, initial) for initial in between)
+    assert all(same_state(callback._procedure.detector._initial, initial) for initial in between)
 
 
 @pytest.mark.parametrize("detector", ["copy", "fresh"])
@@ -311,7 +312,7 @@ def test_a_detector_of_the_users_own_works_in_all_precisions(precision: Any) -> 
     assert callback.verdict is not None
 
 
-def test_asking_the_units_of_the_detector_moves_none_of_its_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_the_units_of_the_detector_moves_none_of_its_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     measure = UnitScan.measure
 
@@ -331,7 +332,7 @@ def test_an_epoch_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch) -> N
     _, module = fit([callback])
     assert same_state(undefended, module)
     assert callback.history[0].undone_steps == (True, True, True)
-    assert callback._response._rate == 0.125
+    assert callback._procedure.response._rate == 0.125
 
 
 @pytest.mark.parametrize("extra_epochs", [0, 3])
@@ -358,7 +359,7 @@ def test_a_second_population_of_all_labels_is_not_unlearned() -> None:
     measured = Measured(labels, labels, units, units.norm(dim=1), units.norm(dim=1), torch.zeros(3, 4), ())
     found = Distinguished(labels, units.norm(dim=1), measured)
     assert decide_by_units(measured, None, rule="auto", max_removed=0.3).all_to_all
-    assert not judge(found, None, suspect="auto", trusted=0.2, max_removed=0.3).verdict.suspect.any()
+    assert not detection_of(found, None, suspect="auto", trusted=0.2, max_removed=0.3).verdict.suspect.any()
 
 
 def test_a_verdict_with_masks_is_taken_as_it_is() -> None:
@@ -392,7 +393,7 @@ def test_repairs_a_finished_checkpoint_and_ends(tmp_path: Path) -> None:
     assert trainer.max_epochs == 3
 
 
-def test_a_look_at_a_finished_checkpoint_that_fails_leaves_a_file_of_its_weights(
+def test_a_detection_on_a_finished_checkpoint_that_fails_leaves_a_file_of_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
@@ -420,7 +421,7 @@ def test_a_resumed_run_never_repeats_the_detector(monkeypatch: pytest.MonkeyPatc
     settings: dict[str, Any] = {"suspect": 0.1, "detector_steps": 3, "epochs": 1, "detector": "fresh"}
     saver, whole = SaveAll(tmp_path), DBRCallback(**settings)
     _, plain = run([whole, saver])
-    for path in saver.paths[:4]:  # before the look
+    for path in saver.paths[:4]:  # before the detection
         callback = DBRCallback(**settings)
         _, module = run([callback], ckpt=path)
         assert torch.equal(callback.verdict.scores, whole.verdict.scores), path.name
@@ -434,7 +435,7 @@ def test_a_resumed_run_never_repeats_the_detector(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.case("63")
 @pytest.mark.parametrize("suspect", ["auto", 0.1])
 @pytest.mark.parametrize("detector", ["copy", "fresh", "own"])
-def test_the_look_is_invisible_to_the_training(detector: Any, suspect: Any) -> None:
+def test_the_detection_is_invisible_to_the_training(detector: Any, suspect: Any) -> None:
     detector = Probe() if detector == "own" else detector
     callback = DBRCallback(suspect=suspect, detector=detector, detector_steps=3, warmup_epochs=2, epochs=1, lr=1e-30)
     moments = Moments()
@@ -454,7 +455,7 @@ def test_another_transformation_and_no_transformation() -> None:
 
 
 @pytest.mark.parametrize(("signed", "automatic"), [(False, "mse"), (True, "cosine")])
-def test_how_features_move_is_measured_as_they_are_or_as_asked(signed: bool, automatic: str) -> None:
+def test_how_features_move_is_measured_as_they_are_or_as_chosen(signed: bool, automatic: str) -> None:
     scores = {}
     for metric in ("auto", "mse", "cosine"):
         torch.manual_seed(0)

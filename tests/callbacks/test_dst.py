@@ -30,11 +30,14 @@ from tests.callbacks.helpers import (
     fit,
     loader_of,
     make_trainer,
+    poisoned_digits,
     same_state,
     share_right,
     state_of,
+    train_digits,
+    undefended,
 )
-from tests.callbacks.test_none import lightning_net, train_digits
+from tests.callbacks.test_none import lightning_net
 from tests.callbacks.test_ultraclean_resume import SaveAll
 from tests.loading.recording import SAFE_LOADING
 from tests.processes import processes
@@ -70,14 +73,14 @@ def acting(**kwargs: Any) -> DSTCallback:
 
 @pytest.fixture(scope="module")
 def poisoned() -> Any:
-    return attacks.poison(digits()[0], attacks.BadNets(), target=0, rate=0.05)
+    return poisoned_digits()
 
 
 def test_finds_planted_poisons_and_never_learns_the_backdoor(poisoned: Any, tmp_path: Path) -> None:
     _, test = digits()
     attacked = attacks.triggered(test, attacks.BadNets(), target=0)
-    _, undefended = train_digits(poisoned, [])
-    assert share_right(undefended, attacked) > 0.6, "the attack must work for the defence to have something to do"
+    plain = undefended(poisoned=True)
+    assert share_right(plain, attacked) > 0.6, "the attack must work for the defence to have something to do"
 
     callback = DSTCallback(views=shifted, trusted=0.6, report_dir=tmp_path, detector_steps=60)
     trainer, module = train_digits(poisoned, [callback], epochs=12)
@@ -489,8 +492,8 @@ def test_a_model_whose_parts_cannot_be_told_apart_or_learn() -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_the_first_process_asks_the_neighbors_for_all(tmp_path: Path) -> None:
-    with processes(2, "tests.callbacks.ddp_second_look", tmp_path):
+def test_the_first_process_measures_the_neighbors_for_all(tmp_path: Path) -> None:
+    with processes(2, "tests.callbacks.ddp_neighbors", tmp_path):
         pass
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert len(first["history"]["agreement"]) == 2

@@ -117,7 +117,7 @@ def unit_layer(name: str, *, trainable: bool) -> UnitLayer:
     return UnitLayer(name, nn.Linear(4, 4), 4, (), trainable=trainable)
 
 
-def test_units_of_layers_that_do_not_learn_are_looked_at_told_and_left_alone() -> None:
+def test_units_of_layers_that_do_not_learn_are_measured_told_and_left_alone() -> None:
     layers = [unit_layer("frozen", trainable=False), unit_layer("free", trainable=True)]
     unit_shift = torch.tensor([9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0])
     activation_excess = unit_shift[:, None].repeat(1, 3)

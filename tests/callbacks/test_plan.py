@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_backdoor import DBRCallback, NONECallback, Verdict, attacks
+from lightning_backdoor import DBRCallback, NONECallback, Verdict
 from lightning_backdoor.baselines import ABL, FineTuneTrusted
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.limits import about_to_end, repair_begins
@@ -23,10 +23,10 @@ from tests.callbacks.helpers import (
     Net,
     Pictures,
     always,
-    digits,
     fit,
     loader_of,
     make_trainer,
+    poisoned_digits,
     same_state,
     state_of,
 )
@@ -320,14 +320,14 @@ def test_a_repair_that_fails_leaves_the_trained_weights_and_a_file_of_them(name:
         assert str(path) in note
 
 
-def test_a_look_that_fails_leaves_the_trained_weights_and_a_file_of_them(
+def test_a_detection_that_fails_leaves_the_trained_weights_and_a_file_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("disk full")
 
     for name, callback in (("ultraclean", always()), ("NONE", none()), ("D-BR", dbr())):
-        folder, module = tmp_path / name, Net()  # not trained to the end: as it is at the look
+        folder, module = tmp_path / name, Net()  # not trained to the end: as it is at the detection
         callback.report_dir = str(folder)
         with monkeypatch.context() as patch:
             for method in ("scan", "predict", "read_labels"):
@@ -366,10 +366,6 @@ def test_an_error_of_the_training_writes_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-def poisoned_digits() -> Any:
-    return attacks.poison(digits()[0], attacks.BadNets(), target=0, rate=0.05)
-
-
 def test_after_a_round_that_was_undone_the_last_word_is_about_the_model_at_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -391,7 +387,7 @@ def test_images_that_are_out_and_still_get_their_label_are_reason_for_a_round(mo
     judged = iter([-2.0, 2.0])
     poisoned = poisoned_digits()
     callback = NONECallback(warmup_epochs=4, finetune_epochs=1, extra_epochs=1, fallback=None)
-    response = callback._response
+    response = callback._procedure.response
     begin = response._judge
 
     def judge(*args: Any) -> None:
@@ -409,7 +405,7 @@ def test_images_that_are_out_and_still_get_their_label_are_reason_for_a_round(mo
     assert not second.undone
 
 
-def test_training_that_goes_on_after_a_repair_ends_with_a_look_at_the_removed_images() -> None:
+def test_training_that_goes_on_after_a_repair_ends_with_a_scan_of_the_removed_images() -> None:
     poisoned, callback = poisoned_digits(), NONECallback(warmup_epochs=4, finetune_epochs=3, rounds=1)
     torch.manual_seed(0)
     make_trainer([callback], 8).fit(DigitNet(), DataLoader(poisoned, batch_size=32, shuffle=True))
@@ -440,7 +436,7 @@ def test_a_file_that_cannot_be_written_does_not_hide_the_error_of_the_repair(
     def full(*args: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lightning_backdoor.callbacks.base.save_weights", full)
+    monkeypatch.setattr("lightning_backdoor.responses.checkpointing._save_weights", full)
     with pytest.raises(RuntimeError, match="broken") as failure:
         train([none(extra_epochs=50, report_dir=tmp_path)], lambda: Broken(at=EPOCHS))
     if hasattr(failure.value, "__notes__"):

@@ -308,7 +308,7 @@ def test_a_second_restart_goes_back_to_the_same_start(tmp_path: Path) -> None:
             return super().decide(found, old)
 
     callback = always(rescore_every=1)
-    callback._detector = Growing()
+    callback._procedure.detector = Growing()
     fit([callback, keeper, digest], epochs=3, enable_checkpointing=True)
     assert len(callback.verdict.removed) == 16
     assert len(digest.seen) == 3

@@ -60,7 +60,7 @@ def train(callbacks: list[Any], blocks: int, epochs: int = 5) -> Net:
 def test_it_waits_until_a_layer_can_learn(warmup_epochs: int | None) -> None:
     callback = none(warmup_epochs=warmup_epochs, finetune_epochs=1)
     train([Thaw(3), callback], blocks=1)
-    assert [look.epochs for look in callback.history] == [4 if warmup_epochs else 5]
+    assert [event.epochs for event in callback.history] == [4 if warmup_epochs else 5]
     assert callback.history[0].units
 
 
@@ -75,10 +75,10 @@ def test_without_any_layer_that_learns_it_says_so_and_changes_nothing(warmup_epo
     assert same_state(plain, module)
 
 
-def test_it_looks_at_the_layers_that_can_learn() -> None:
+def test_it_measures_the_layers_that_can_learn() -> None:
     callback = none(warmup_epochs=1, finetune_epochs=1)
     train([Thaw(3), callback], blocks=2)
-    assert [look.epochs for look in callback.history] == [1]
+    assert [event.epochs for event in callback.history] == [1]
     assert {layer for layer, *_ in callback.history[0].units} == {"body.3"}
 
 
@@ -93,7 +93,7 @@ def test_layers_that_are_thawed_in_a_round_that_is_undone_go_on_learning(monkeyp
     seen, callback = Seen(), NONECallback(rule="paper", warmup_epochs=4, finetune_epochs=2, extra_epochs=1)
     train([Thaw(5), callback, seen], blocks=2, epochs=5)
     plain = train([Thaw(99)], blocks=2, epochs=4)
-    assert [look.undone for look in callback.history] == [True]
+    assert [event.undone for event in callback.history] == [True]
     assert seen.groups == 2
     assert seen.momentum
     assert torch.equal(seen.first, plain.body[0].weight), "the weights of layers that were thawed go back, too"

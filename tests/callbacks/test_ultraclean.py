@@ -17,7 +17,6 @@ from lightning_backdoor import UltraCleanCallback, Verdict, attacks
 from lightning_backdoor.scanning.early_neighbors import EarlyNeighbors
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
-    DigitNet,
     HeldOpen,
     Net,
     Pictures,
@@ -25,43 +24,36 @@ from tests.callbacks.helpers import (
     digits,
     fit,
     make_trainer,
+    poisoned_digits,
     same_state,
     share_right,
+    train_digits,
+    undefended,
 )
 
 pytestmark = LIGHTNING_WARNS
 
 
-def train_digits(dataset: Any, callbacks: list[Any]) -> tuple[Any, DigitNet]:
-    torch.manual_seed(0)
-    module, trainer = DigitNet(), make_trainer(callbacks, epochs=6)
-    trainer.fit(module, DataLoader(dataset, batch_size=64, shuffle=True))
-    return trainer, module
-
-
 def test_finds_planted_poisons_and_trains_a_model_without_the_backdoor() -> None:
-    train, test = digits()
-    trigger = attacks.BadNets()
-    poisoned = attacks.poison(train, trigger, target=0, rate=0.05)
-    attacked = attacks.triggered(test, trigger, target=0)
-    _, undefended = train_digits(poisoned, [])
-    assert share_right(undefended, attacked) > 0.6, "the attack must work for the defence to have something to do"
+    poisoned, (_, test) = poisoned_digits(), digits()
+    attacked = attacks.triggered(test, attacks.BadNets(), target=0)
+    plain = undefended(poisoned=True)
+    assert share_right(plain, attacked) > 0.6, "the attack must work for the defence to have something to do"
 
     callback = UltraCleanCallback()
     trainer, module = train_digits(poisoned, [callback])
 
     truth, removed = poisoned.poisoned, ~callback.verdict.keep
     assert (removed & truth).sum() >= 0.9 * truth.sum()
-    assert (removed & ~truth).sum() <= 0.01 * len(train)
+    assert (removed & ~truth).sum() <= 0.01 * len(truth)
     assert share_right(module, attacked) < 0.05
-    assert share_right(module, test) > share_right(undefended, test) - 0.05
+    assert share_right(module, test) > share_right(plain, test) - 0.05
     assert trainer.current_epoch == 6
     assert trainer.callback_metrics["backdoor/ultraclean/removed"] == removed.sum()
 
 
 def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> None:
-    train, _ = digits()
-    _, alone = train_digits(train, [])
+    (train, _), alone = digits(), undefended(poisoned=False)
     callback = UltraCleanCallback()
     trainer, module = train_digits(train, [callback])
     assert bool(callback.verdict.keep.all())
@@ -72,13 +64,12 @@ def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> 
 
 
 def test_a_second_scan_does_not_take_the_clean_rest_of_a_class_for_poisons() -> None:
-    train, _ = digits(1400)
-    poisoned = attacks.poison(train, attacks.BadNets(), target=0, rate=0.05)
+    poisoned = poisoned_digits(1400)
     callback = UltraCleanCallback(warmup_epochs=3, rescore_every=2)
     train_digits(poisoned, [callback])
     truth, removed = poisoned.poisoned, ~callback.verdict.keep
     assert (removed & truth).sum() >= 0.9 * truth.sum()
-    assert (removed & ~truth).sum() <= 0.01 * len(train)
+    assert (removed & ~truth).sum() <= 0.01 * len(truth)
 
 
 class Noisy(Net):
@@ -234,9 +225,9 @@ class Measuring(UltraCleanCallback):
     """Notes after which epochs early neighbors are measured."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        before = self._detector._early
+        before = self._procedure.detector._early
         super().on_train_epoch_end(trainer, pl_module)
-        if self._detector._early is not before:
+        if self._procedure.detector._early is not before:
             self.measured.append(trainer.current_epoch + 1)
 
 
@@ -295,12 +286,14 @@ def test_removes_what_the_early_neighbors_deny() -> None:
     values[:, 5] += 9 * (marked & ((labels == 0) | (torch.rand(2000, generator=generator) < 0.3)))
     callback = UltraCleanCallback()
     found = {"labels": labels, "responses": values, "movement": values[:, 5], "susceptibility": values[:, 5]}
-    assert bool(callback._detector.decide(found, callback.verdict).keep.all())
-    callback._detector._early = EarlyNeighbors(torch.where(marked & (labels == 0), 0.2, 0.7).half(), labels[:4])
-    decision = callback._detector.decide(found, callback.verdict)
+    assert bool(callback._procedure.detector.decide(found, callback.verdict).keep.all())
+    callback._procedure.detector._early = EarlyNeighbors(
+        torch.where(marked & (labels == 0), 0.2, 0.7).half(), labels[:4]
+    )
+    decision = callback._procedure.detector.decide(found, callback.verdict)
     assert torch.equal(~decision.keep, marked & (labels == 0))
-    callback.verdict = Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, labels)
-    again = callback._detector.decide(found, callback.verdict)
+    callback._procedure.verdict = Verdict(decision.scores, decision.keep, decision.threshold, decision.rule, labels)
+    again = callback._procedure.detector.decide(found, callback.verdict)
     assert (again.rule, again.num_flagged_before_cap) == (decision.rule, decision.num_flagged_before_cap), (
         "a scan that finds nothing says nothing new"
     )

@@ -126,7 +126,7 @@ def test_a_resumed_run_reads_the_images_through_the_same_transform(tmp_path: Pat
     class Telling(UltraCleanCallback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             super().on_train_start(trainer, pl_module)
-            self.source = self.session.scanner.transform.source
+            self.source = self._procedure.session.scanner.transform.source
 
     def train(callbacks: list[Any], ckpt: Path | None = None, **kwargs: Any) -> Any:
         torch.manual_seed(0)

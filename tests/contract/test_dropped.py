@@ -50,7 +50,7 @@ def test_samples_that_the_collate_drops_are_kept_and_counted(
 ) -> None:
     reported: dict[str, Any] = {}
     monkeypatch.setattr(
-        "lightning_backdoor.callbacks.base.write_report",
+        "lightning_backdoor.callbacks.reporting.write_report",
         lambda *args, evidence, **kwargs: reported.update(evidence.facts),
     )
     size = 2 if entry.name in ("ActivationClustering", "RandomFilter") else None  # one batch of a scan holds nothing

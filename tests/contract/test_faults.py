@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from lightning_backdoor.errors import DataError, ModelError
 from tests.callbacks.helpers import Pictures, loader_of, make_trainer
-from tests.contract.problem import BATCH, EPOCHS, WARNS, Net, assert_settled, fit, net_of, planted
+from tests.contract.problem import BATCH, EPOCHS, WARNS, Net, Run, assert_settled, fit, net_of, planted
 from tests.contract.registry import Entry, every_defense, every_kind_of_defense
 
 pytestmark = WARNS
@@ -160,29 +160,46 @@ def full_disk(path: Path) -> Iterator[Any]:
     yield
 
 
+Reported = Callable[[Entry], tuple[Path, Run]]
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """A fit with a report, once for each kind of defense, on data whose class names are code: folder and fit."""
+
+    made: dict[str, tuple[Path, Run]] = {}
+
+    def report_of(entry: Entry) -> tuple[Path, Run]:
+        if entry.name not in made:
+            data, folder = planted(), tmp_path_factory.mktemp(entry.name)
+            data.classes = [f"<script>alert('x')</script>{label}" for label in range(4)]
+            made[entry.name] = folder, fit([entry.make(report_dir=folder)], data)
+        return made[entry.name]
+
+    return report_of
+
+
 @every_kind_of_defense
 def test_a_full_disk_costs_the_report_and_nothing_else(
-    entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entry: Entry, reported: Reported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = fit([entry.make(report_dir=tmp_path)])
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    folder, old = reported(entry)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {"report.html", "verdict.csv"} <= before.keys()
     monkeypatch.setattr("lightning_backdoor.report.writer.atomic_file", full_disk)
-    callback = entry.make(report_dir=tmp_path)
+    callback = entry.make(report_dir=folder)
     with pytest.warns(UserWarning, match=r"report in .* is incomplete: OSError: .*No space left on device"):
         run = fit([callback])
     assert entry.acted(callback, run.trainer)
     assert run.trainer.current_epoch == old.trainer.current_epoch
     assert all(torch.equal(a, b) for a, b in zip(old.module.parameters(), run.module.parameters(), strict=True))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before, "the old report is whole"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, "the old report is whole"
 
 
 @every_kind_of_defense
-def test_names_of_classes_cannot_run_in_the_report(entry: Entry, tmp_path: Path) -> None:
-    data, evil = planted(), "<script>alert('x')</script>"
-    data.classes = [f"{evil}{label}" for label in range(4)]
-    run = fit([entry.make(report_dir=tmp_path)], data)
-    page = (tmp_path / "report.html").read_text()
+def test_names_of_classes_cannot_run_in_the_report(entry: Entry, reported: Reported) -> None:
+    folder, run = reported(entry)
+    page = (folder / "report.html").read_text()
     assert run.trainer.current_epoch == entry.epochs
     assert "<script" not in page
     assert "&lt;script&gt;alert" in page

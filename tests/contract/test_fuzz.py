@@ -127,7 +127,7 @@ def test_an_order_depends_on_the_seed_alone(mask: list[bool], size: int, seed: i
     cap=st.floats(0.02, 0.9),
     seed=st.integers(0, 10**6),
 )
-def test_further_looks_never_bring_a_sample_back_nor_break_the_cap(
+def test_further_detections_never_bring_a_sample_back_nor_break_the_cap(
     n: int, first: float, more: float, cap: float, seed: int
 ) -> None:
     assume(more > first)

@@ -120,7 +120,7 @@ def reached(cls: type) -> set[tuple[str, str]]:
 
 def test_messages_are_read() -> None:
     assert advised("Pass `mean` and `std`, or `a=1`. `b` is wrong") == {"mean", "std", "a"}
-    assert pieces("lightning_backdoor.loading.loaders")["require_enough"].advises == {"max_removed"}
+    assert pieces("lightning_backdoor.loading.loader_filter")["require_enough"].advises == {"max_removed"}
 
 
 @every
@@ -145,8 +145,8 @@ def test_what_a_response_advises_can_be_passed_to_the_defense(cls: type[Defense]
     """The name of the argument is chosen where the message is made, since a response serves several defenses."""
     callback: Any = cls()
     keep = torch.arange(8) % 2 > 0
-    callback.verdict = Verdict((~keep).float(), keep, 0.5, "known", labels=torch.arange(8) % 2)
-    session = Session(*([None] * 4), callback, 0.0)  # type: ignore[arg-type]
+    callback._procedure.verdict = Verdict((~keep).float(), keep, 0.5, "known", labels=torch.arange(8) % 2)
+    session = Session(*([None] * 4), callback._procedure, 0.0)  # type: ignore[arg-type]
     told = [response.why_not(session)]
     if isinstance(response, Unlearn):
         with pytest.warns(

@@ -133,7 +133,7 @@ def test_what_was_removed_stays_removed_whatever_the_detector_says_later(monkeyp
     callback = ScriptedDefense([poisons, []], ResetUnits(rounds=2, finetune_epochs=1, extra_epochs=3))
     fit([callback])
     assert callback.history[0].units
-    assert callback._detector.detections > 1, "there was a detection after the first round"
+    assert callback._procedure.detector.detections > 1, "there was a detection after the first round"
     assert (~callback.verdict.keep).nonzero().flatten().tolist() == poisons
 
 

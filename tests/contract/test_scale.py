@@ -38,7 +38,7 @@ def saved(value: Any) -> int:
 def test_state_in_a_checkpoint_takes_13_bytes_per_image_and_15_with_masks(entry: Entry, masks: bool) -> None:
     callback = entry.make()
     for n in SIZES:
-        callback.verdict = verdict_of(n, masks=masks)
+        callback._procedure.verdict = verdict_of(n, masks=masks)
         assert 13 * n <= saved(callback.state_dict()) <= (15 if masks else 13) * n + FIXED
 
 

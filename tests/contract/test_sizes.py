@@ -52,7 +52,7 @@ def test_a_collate_that_pads_to_the_largest_image_of_a_batch(
 ) -> None:
     shown: list[Tensor] = []
     monkeypatch.setattr(
-        "lightning_backdoor.callbacks.base.write_report",
+        "lightning_backdoor.callbacks.reporting.write_report",
         lambda *args, evidence, **kwargs: shown.append(evidence.images([15, 16, 17])),
     )
     callback, module = entry.make(batch_size=12, report_dir=tmp_path), net_of()

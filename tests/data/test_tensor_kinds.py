@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_backdoor._lightning import plain
 from lightning_backdoor.data import find_layout
 from lightning_backdoor.data.nesting import copied
-from lightning_backdoor.functional.kinds import plain
 from tests.data.tensor_kinds import CLASSES, KINDS, Meta
 
 X = torch.rand(4, 3, 8, 8)

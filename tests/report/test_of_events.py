@@ -123,7 +123,7 @@ class Once(DenoisedFeatures):
 
 def test_a_quiet_last_scan_leaves_what_was_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     callback = UltraCleanCallback(warmup_epochs=2, report_dir=tmp_path)
-    callback._detector = Once()
+    callback._procedure.detector = Once()
     with caplog.at_level(logging.INFO):
         trainer, _ = fit([callback], epochs=3)
     said = [record.getMessage() for record in caplog.records if "UltraClean" in record.getMessage()]

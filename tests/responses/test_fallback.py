@@ -142,12 +142,12 @@ def test_where_a_restart_is_ruled_out_the_warning_says_why(room: bool) -> None:
 
 def test_defaults_and_how_to_have_none() -> None:
     for make, kind in ((NONECallback, ResetUnits), (DBRCallback, Unlearn)):
-        assert isinstance(make()._response, WithFallback)
-        assert isinstance(make()._response.repair, kind)
-        assert isinstance(make(fallback=None)._response, kind)
-        assert not isinstance(make(response="continue")._response, WithFallback)
+        assert isinstance(make()._procedure.response, WithFallback)
+        assert isinstance(make()._procedure.response.repair, kind)
+        assert isinstance(make(fallback=None)._procedure.response, kind)
+        assert not isinstance(make(response="continue")._procedure.response, WithFallback)
         assert repr(make(fallback=None)) == f"{make.__name__}(fallback=None)"
-        assert isinstance(make.from_paper()._response, kind), "the authors' loops keep what has come of them"
+        assert isinstance(make.from_paper()._procedure.response, kind), "the authors' loops keep what has come of them"
         with pytest.raises(ArgumentError, match=r"`fallback` must be one of 'restart', None"):
             make(fallback="again")
 

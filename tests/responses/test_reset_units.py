@@ -80,12 +80,12 @@ def test_nothing_new_leaves_after_a_round_whose_images_have_their_own_label() ->
     for rate, left, rule in ((0.95, 100, "given"), (0.5, 250, "subpopulation(none)")):
         past = round_of(3, 100, accuracies=(1.0, 1.0), flagged_label_rates=(1.0, rate), undone_steps=(False,))
         session, response = session_of(earlier, [past]), ResetUnits()
-        response._rounds = 1
+        response._rounds_done = 1
         revised = response.revise(session, detection)
         assert (len(revised.verdict.removed), revised.num_flagged_before_cap) == (left, left)
         assert revised.verdict.rule == rule
         quota = ResetUnits(by_quota=True)
-        quota._rounds = 1
+        quota._rounds_done = 1
         assert len(quota.revise(session, detection).verdict.removed) == 250
 
 

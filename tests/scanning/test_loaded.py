@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback
-from lightning_backdoor.callbacks.base import Defense
+from lightning_backdoor.callbacks.base import Procedure
 from lightning_backdoor.data import loaded as loaded_module
 from lightning_backdoor.data import memory
 from lightning_backdoor.data.loaded import LoadedBatches, bytes_of
@@ -67,21 +67,21 @@ class Costs:
         self.reads: list[int] = []
         self.starts: list[int] = []
         started = 0
-        detect, collated = Defense._detect, ScanLoader.collated
+        detect, collated = Procedure.detect, ScanLoader.collated
 
         def counting(view: ScanLoader) -> Iterator[Any]:
             nonlocal started
             started += 1
             return collated(view)
 
-        def detecting(defense: Defense, epochs: int) -> None:
+        def detecting(procedure: Procedure, epochs: int | None = None) -> None:
             reads, starts = data.reads, started
-            detect(defense, epochs)
+            detect(procedure, epochs)
             self.reads.append(data.reads - reads)
             self.starts.append(started - starts)
 
         monkeypatch.setattr(ScanLoader, "collated", counting)
-        monkeypatch.setattr(Defense, "_detect", detecting)
+        monkeypatch.setattr(Procedure, "detect", detecting)
 
 
 def run(
@@ -333,10 +333,16 @@ def test_nothing_is_kept_after_a_detection(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(LoadedBatches, "__init__", noted)
     callback = DEFENSES["NONE"]()
     kept: list[int] = []
-    respond = callback._response.respond
-    callback._response.respond = lambda *args: (kept.append(len(callback.session.scanner.kept)), respond(*args))[1]
-    on_train_end = callback._response.on_train_end
-    callback._response.on_train_end = lambda session: (kept.append(len(session.scanner.kept)), on_train_end(session))[1]
+    respond = callback._procedure.response.respond
+    callback._procedure.response.respond = lambda *args: (
+        kept.append(len(callback._procedure.session.scanner.kept)),
+        respond(*args),
+    )[1]
+    on_train_end = callback._procedure.response.on_train_end
+    callback._procedure.response.on_train_end = lambda session: (
+        kept.append(len(session.scanner.kept)),
+        on_train_end(session),
+    )[1]
     fit([callback])
     assert stores
     assert kept[0] == 1
@@ -429,7 +435,7 @@ def test_steps_get_images_on_the_device_and_labels_on_the_cpu(monkeypatch: pytes
         monkeypatch.undo()
         raise Enough
 
-    callback._detector.detect = detect
+    callback._procedure.detector.detect = detect
     with pytest.raises(Enough):
         fit([callback])
     devices = {key: value.device.type for key, value in seen[0][0].items()}
@@ -492,7 +498,7 @@ def test_operations_of_a_batch(name: str) -> None:
             found[batches] = inner if isinstance(inner, Calls) else calls
         raise Enough
 
-    callback._detector.detect = detect
+    callback._procedure.detector.detect = detect
     with pytest.raises(Enough):
         fit([callback])
     added = found[4].found - found[2].found

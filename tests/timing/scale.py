@@ -24,7 +24,7 @@ from lightning_backdoor import Verdict
 from lightning_backdoor.detection.decision import decide
 from lightning_backdoor.functional import HyperplaneStatistics, neighbor_agreement
 from lightning_backdoor.loading.batch_schedule import Phases
-from lightning_backdoor.loading.loaders import batch_count, clone
+from lightning_backdoor.loading.loader_filter import batch_count, clone
 from lightning_backdoor.loading.samplers import KeepState, Kept
 from lightning_backdoor.report import Evidence, write_report
 from lightning_backdoor.scanning.early_neighbors import REFERENCES

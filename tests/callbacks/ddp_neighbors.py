@@ -1,4 +1,4 @@
-"""What each of two processes does in the test of D-ST's second look: ``python -m ... 2 FOLDER``."""
+"""What each of two processes does in the test of D-ST's neighbors: ``python -m ... 2 FOLDER``."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ASK = two_stage.neighbor_agreement
 def train(rank: int, *, fails: bool) -> DSTCallback:
     """One fit in which neighbours tell other processes than the first something else, and it nothing if it fails."""
 
-    def ask(*args: Any, **kwargs: Any) -> Tensor:
+    def measure(*args: Any, **kwargs: Any) -> Tensor:
         if fails and rank == 0:
             raise MemoryError("no room for an index")
         return ASK(*args, **kwargs) / (1 + rank)
 
-    two_stage.neighbor_agreement = ask
+    two_stage.neighbor_agreement = measure
     torch.manual_seed(0)
     given = Verdict(torch.arange(64).float(), torch.arange(64) % 16 > 0, 0.0, "known")
     callback = DSTCallback(verdict=given, trusted=0.4, views=torch.Tensor.clone)
