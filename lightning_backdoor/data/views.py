@@ -50,6 +50,7 @@ __all__ = [
     "is_ordinary",
     "key_of",
     "read_items",
+    "scan_batch_size",
     "scan_loader",
     "unrepeated",
     "unwrapped",
@@ -62,6 +63,8 @@ _DRAWN = 100_000  # keys, at most, by which the position is found among the rest
 
 _MASK = 2**64 - 1
 _DEFAULT_BATCH_SIZE = 128
+TIMES_ON_CUDA = 4  # the loader's batch: no activations are kept for a backward pass, and small ones wait for launches
+MOST_ON_CUDA = 512  # images, by multiplication: so many fill a GPU, and workers hold several batches in shared memory
 NOTICE = 0.5  # seconds between the end of a process and the signal of it, at most
 
 
@@ -432,6 +435,20 @@ def batch_size_of(loader: Any) -> int:
     holders = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
     sizes = [getattr(holder, "batch_size", None) for holder in holders]
     return next((size for size in sizes if isinstance(size, int) and size > 0), _DEFAULT_BATCH_SIZE)
+
+
+def scan_batch_size(loader: Any, device_type: str) -> int:
+    """Samples per batch of a scan, where the user gives no number.
+
+    Args:
+        loader: The training loader.
+        device_type: Where the network runs, such as ``"cuda"``.
+
+    Returns:
+        The batch size of the loader; for CUDA four times as many, but not more than 512 unless the loader has more.
+    """
+    size = batch_size_of(loader)
+    return size if device_type != "cuda" else max(size, min(TIMES_ON_CUDA * size, MOST_ON_CUDA))
 
 
 def scan_loader(

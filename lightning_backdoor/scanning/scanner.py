@@ -30,6 +30,7 @@ from lightning_backdoor.data.views import (
     finish_of,
     key_of,
     read_items,
+    scan_batch_size,
     scan_loader,
     unwrapped,
 )
@@ -69,7 +70,8 @@ class ScanOptions:
         eval_transform: Transform without augmentation.
         mean: Mean of the pixel normalisation, one number per channel in ``[0, 1]`` units, or ``"per_image"``.
         std: Standard deviation of the pixel normalisation, as ``mean``.
-        batch_size: Images per forward pass.
+        batch_size: Images per forward pass; by default the loader's, and more of them in a scan on a GPU, see
+            :func:`~lightning_backdoor.data.views.scan_batch_size`.
         num_workers: Worker processes of the reading loader.
         seed: Seed of whatever is random in the training transform.
         features: Whether penultimate features are needed at all; where not, no classifier head is searched.
@@ -164,7 +166,7 @@ class DatasetScanner:
         """
         if trainer.world_size > 1 or not self.kept:
             return
-        with self.read(range(len(self)), whole=True) as view:
+        with self.read(range(len(self)), batch_size=self._scanned(trainer), whole=True) as view:
             if view.stacks and self.kept[-1].may_keep:
                 for _ in view:
                     if not self.kept[-1].may_keep:
@@ -205,7 +207,8 @@ class DatasetScanner:
         with ExitStack() as stack:
             with raise_on_all_ranks(trainer, description):
                 wanted = mine if positions is None else positions[mine]
-                view = stack.enter_context(self.read(wanted, whole=positions is None))
+                whole, size = positions is None, self._scanned(trainer)
+                view = stack.enter_context(self.read(wanted, batch_size=size, whole=whole))
             read, found = scan_read(trainer, pl_module, view, sent, description=description, stay=stay)
         every = torch.arange(len(self)) if positions is None else positions
         if len(read) == len(every):
@@ -216,6 +219,10 @@ class DatasetScanner:
         rows = torch.randint(len(read), (len(every),), generator=generator)
         rows[present] = torch.arange(len(read))
         return {name: column[rows] for name, column in found.items()}
+
+    def _scanned(self, trainer: Trainer) -> int:
+        """Images per batch of a scan."""
+        return self.options.batch_size or scan_batch_size(self.loader, trainer.strategy.root_device.type)
 
     def _sends(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether the images of a batch may go to the device alone, before the rest."""
@@ -343,13 +350,19 @@ class DatasetScanner:
 
     @contextmanager
     def read(
-        self, indices: Sequence[int] | Tensor, num_workers: int | None = None, *, whole: bool = False
+        self,
+        indices: Sequence[int] | Tensor,
+        num_workers: int | None = None,
+        *,
+        batch_size: int | None = None,
+        whole: bool = False,
     ) -> Iterator[ScanLoader]:
         """A loader of ``(indices, batch)`` at some dataset positions, in their order and without augmentation.
 
         Args:
             indices: Dataset positions.
             num_workers: Worker processes; the user's by default.
+            batch_size: Images per batch; the user's, or the loader's, by default.
             whole: Whether these are all samples of this process, which :meth:`loaded` may keep.
 
         Raises:
@@ -368,7 +381,7 @@ class DatasetScanner:
                 source,
                 indices,
                 seed=self.options.seed,
-                batch_size=self.options.batch_size,
+                batch_size=self.options.batch_size if batch_size is None else batch_size,
                 num_workers=workers,
                 finish=self.finish,
             )

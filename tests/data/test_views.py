@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info as worker_info
 from torchvision.transforms import v2
 
 from lightning_backdoor.data import IndexedView, check_dataset, find_layout, scan_loader
-from lightning_backdoor.data.views import read_items
+from lightning_backdoor.data.views import read_items, scan_batch_size
 from lightning_backdoor.errors import DataError
 
 
@@ -149,6 +149,23 @@ def test_batch_size_is_the_loaders(settings: dict[str, Any], size: int) -> None:
     assert batch[0].shape == (min(size, 13), 1, 4, 4)
     assert positions.tolist() == list(range(min(size, 13)))
     assert scan_loader(DataLoader(Noisy(), **settings), range(13), seed=0, batch_size=3).batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "cpu", "cuda"),
+    [
+        ({"batch_size": 6}, 6, 24),
+        ({"batch_sampler": BatchSampler(SequentialSampler(range(13)), 5, drop_last=True)}, 5, 20),
+        ({"batch_sampler": [[0, 1], [2]]}, 128, 512),
+        ({"batch_size": None}, 128, 512),
+        ({"batch_size": 200}, 200, 512),
+        ({"batch_size": 600}, 600, 600),
+    ],
+    ids=["batch_size", "batch sampler", "list of lists", "no batching", "up to a limit", "beyond it"],
+)
+def test_scans_on_a_gpu_take_more_images_at_once(settings: dict[str, Any], cpu: int, cuda: int) -> None:
+    loader = DataLoader(Noisy(), **settings)
+    assert [scan_batch_size(loader, device) for device in ("cpu", "mps", "cuda")] == [cpu, cpu, cuda]
 
 
 def test_datasets_that_are_not_torch_datasets() -> None:

@@ -25,12 +25,14 @@ from lightning_backdoor.data import memory
 from lightning_backdoor.data.loaded import LoadedBatches, bytes_of
 from lightning_backdoor.data.memory import free_memory
 from lightning_backdoor.data.views import ScanLoader, scan_loader
+from lightning_backdoor.scanning import scanner as scanner_module
 from lightning_backdoor.scanning.early_neighbors import early_neighbors
 from lightning_backdoor.scanning.isolation import transfers_plainly
 from lightning_backdoor.scanning.measure_denoised import DenoisedScan
 from lightning_backdoor.scanning.measure_fct import Detector, _look
 from lightning_backdoor.scanning.measure_units import UnitScan, find_layers
-from tests.contract.problem import IMAGES, WARNS, fit, net_of, planted
+from lightning_backdoor.scanning.scanner import DatasetScanner
+from tests.contract.problem import BATCH, IMAGES, WARNS, fit, net_of, planted
 
 pytestmark = WARNS
 
@@ -114,6 +116,28 @@ def test_a_detection_reads_every_image_once(monkeypatch: pytest.MonkeyPatch, nam
     if name != "UltraClean":
         assert min(again[0].reads) >= 2 * IMAGES
     assert same(found, again)
+
+
+@pytest.mark.parametrize(("given", "scanned", "trained"), [(None, 2 * BATCH, BATCH), (16, 16, 16)])
+def test_larger_batches_of_scans_do_not_change_those_of_a_detector(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, scanned: int, trained: int
+) -> None:
+    """As on a GPU, for D-BR, whose copy of the model is trained from images that a scan has kept."""
+    monkeypatch.setattr(scanner_module, "scan_batch_size", lambda loader, device_type: 2 * BATCH)
+    sizes: dict[bool, list[int]] = {False: [], True: []}
+    outputs = DatasetScanner.outputs
+
+    def noted(*args: Any, gradients: bool = False, **kwargs: Any) -> Any:
+        sizes[gradients].append(len(args[3]["image"]))
+        return outputs(*args, gradients=gradients, **kwargs)
+
+    monkeypatch.setattr(DatasetScanner, "outputs", noted)
+    data = Counted(planted())
+    costs = Costs(monkeypatch, data)
+    fit([DBRCallback(warmup_epochs=2, detector_steps=2, response="report", batch_size=given)], data)
+    assert set(costs.reads) == {IMAGES}
+    assert max(sizes[False]) == scanned
+    assert sizes[True].count(trained) == 4
 
 
 @pytest.mark.filterwarnings("ignore:Counted augments its images at random")
