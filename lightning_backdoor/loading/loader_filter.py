@@ -314,7 +314,8 @@ class RepeatingLoader(DataLoader[Any]):
     """In the place of timm's MultiEpochsDataLoader: one iterator for all epochs that draw from the same samples.
 
     Attributes:
-        iterator: Goes over the samples again and again; ``None`` before the first epoch.
+        iterator: Goes over the samples again and again; before the first epoch ``None``, or that of the user's loader,
+            which some versions of timm start in the constructor: training goes on with it until samples are removed.
         state: What the samplers read.
         drawn_for: The kept samples and phases when the iterator began.
     """
@@ -347,7 +348,8 @@ def require_curable(loader: DataLoader[Any]) -> None:
     """Check what can be checked before anything is drawn.
 
     Raises:
-        DataError: If the dataset has no length or is empty, or the loader keeps an iterator of its own.
+        DataError: If the dataset has no length or is empty, or the loader keeps an iterator of its own and is not one
+            that a :class:`RepeatingLoader` stands in for.
     """
     try:
         size = len(loader.dataset)  # type: ignore[arg-type]
@@ -362,7 +364,7 @@ def require_curable(loader: DataLoader[Any]) -> None:
             "filter."
         )
     inner = unwrapped(loader)
-    for name in running_iterators(inner):
+    for name in () if _repeats(inner) else running_iterators(inner):
         raise DataError(
             f"{type(inner).__name__} keeps a running iterator in `{name}`, which would go on drawing removed "
             "samples. Pass a loader that was not iterated before, or use DataLoader(..., persistent_workers=True)."
@@ -429,13 +431,12 @@ def clone(loader: Any, state: KeepState) -> Any:
         outer = copy.copy(loader)
         vars(outer).update({"loader": clone(inner, state), _ORIGIN: loader})
         return outer
-    drawn = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    repeats = unrepeated(drawn) is not drawn
+    drawn, repeats = _drawn(loader), _repeats(loader)
     twin: DataLoader[Any] = object.__new__(RepeatingLoader if repeats else type(loader))
     twin.__dict__.update(vars(loader))
     changes: dict[str, Any] = {_ORIGIN: loader}
     if repeats:
-        changes.update(iterator=None, state=state, drawn_for=(None, None))
+        changes.update(iterator=vars(loader).get("iterator"), state=state, drawn_for=(None, None))
     if loader.batch_sampler is not None:
         batches = filtered(unrepeated(drawn), state, loader.dataset)
         changes["batch_sampler"] = _again(drawn, PhasedBatches(batches, state))
@@ -446,6 +447,16 @@ def clone(loader: Any, state: KeepState) -> Any:
     twin.__dict__.update(changes)
     forget_iterator(twin)
     return twin
+
+
+def _drawn(loader: DataLoader[Any]) -> Any:
+    """What a loader draws with."""
+    return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+
+def _repeats(loader: DataLoader[Any]) -> bool:
+    """Whether it goes over its samples for ever, as timm's MultiEpochsDataLoader does."""
+    return unrepeated(_drawn(loader)) is not _drawn(loader)
 
 
 def _again(like: Any, sampler: Any) -> Any:
@@ -464,8 +475,7 @@ def origin(loader: Any) -> Any:
 
 def batch_count(loader: Any) -> int:
     """Batches per epoch, counted by the samplers: a subclass may define another ``__len__``."""
-    inner = unwrapped(loader)
-    return len(unrepeated(inner.sampler if inner.batch_sampler is None else inner.batch_sampler))
+    return len(unrepeated(_drawn(unwrapped(loader))))
 
 
 def describe(loader: Any) -> str:

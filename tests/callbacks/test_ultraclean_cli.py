@@ -142,8 +142,8 @@ def test_every_shared_argument_is_explained(shared: type) -> None:
     assert explained.keys() == shared.__annotations__.keys()
     assert all(explained.values())
     assert " ".join(explained["batch_size"].split()) == (
-        "Images per forward pass of a scan; ``None`` takes the loader's, and on a CUDA device four times as many, up to "
-        "512: a scan keeps no activations for a backward pass."
+        "Images per forward pass of a scan; ``None`` takes the loader's, and on a CUDA device four times as many, up "
+        "to 512: a scan keeps no activations for a backward pass."
     )
 
 

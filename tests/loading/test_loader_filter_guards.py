@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning.utilities import CombinedLoader
-from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
+from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
@@ -67,11 +67,6 @@ class Unchanged(PrefetchLoader):
         return iter(self.loader)
 
 
-def started(loader: Any) -> Any:
-    next(iter(loader))
-    return loader
-
-
 REFUSED = {
     "iterable": (
         lambda: DataLoader(Stream(), batch_size=8),
@@ -85,10 +80,6 @@ REFUSED = {
     "combined": (
         lambda: CombinedLoader({"a": loader(), "b": loader()}),
         r"several map-style DataLoaders.*ConcatDataset",
-    ),
-    "timm": (
-        lambda: started(MultiEpochsDataLoader(Points(), batch_size=8)),
-        r"MultiEpochsDataLoader keeps a running iterator.*not iterated before, or .*persistent_workers=True",
     ),
     "timm, iterable": (
         lambda: Unchanged(DataLoader(Stream(), batch_size=8), device=torch.device("cpu")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,6 @@ from tests.loading.recording import (
 from tests.loading.test_loader_filter_guards import Unchanged
 
 # timm leaves closing its image files to the garbage collector
-OLD = tuple(map(int, version("timm").split(".")[:3])) < (1, 0, 20)
-starts_at_once = pytest.mark.skipif(OLD, reason="its MultiEpochsDataLoader starts in the constructor, which is refused")
 pytestmark = [
     *LIGHTNING_WARNS,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -132,7 +129,6 @@ def test_a_defense_behind_the_prefetcher_does_what_it_does_behind_torchs_loader(
     assert (dict(vars(outer)), dict(vars(inner))) == before, "the user's loaders are as they were"
 
 
-@starts_at_once
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_create_loader_makes(workers: int, tmp_path: Path) -> None:
     """timm's own function, with its defaults but for the device, for training and validation."""
@@ -158,15 +154,21 @@ MULTI = {
     "no worker": {},
     "worker": {"num_workers": 1},
     "persistent worker": {"num_workers": 1, "persistent_workers": True},
+    "no worker, at once": {"at_once": True},
+    "worker, at once": {"num_workers": 1, "at_once": True},
 }
 
 
-def multi(**settings: Any) -> MultiEpochsDataLoader:
-    return MultiEpochsDataLoader(Points(), **{"batch_size": BATCH, "shuffle": True, **settings})
+def multi(*, at_once: bool = False, **settings: Any) -> MultiEpochsDataLoader:
+    """A loader; with ``at_once`` it has started in its constructor, as before timm 1.0.27 or so."""
+    torch.manual_seed(1)
+    loader = MultiEpochsDataLoader(Points(), **{"batch_size": BATCH, "shuffle": True, **settings})
+    if at_once:
+        loader.iterator = DataLoader.__iter__(loader)
+    return loader
 
 
-@starts_at_once
-@pytest.mark.parametrize("kind", ["no worker", "persistent worker"])
+@pytest.mark.parametrize("kind", ["no worker", "persistent worker", "no worker, at once", "worker, at once"])
 def test_a_loader_that_never_ends_its_epoch_draws_what_is_kept(kind: str) -> None:
     module = fit(multi(**MULTI[kind]))
     expect_pruned(module)
@@ -174,15 +176,13 @@ def test_a_loader_that_never_ends_its_epoch_draws_what_is_kept(kind: str) -> Non
     assert module.validated == [0, 1, 2, 3]
 
 
-@starts_at_once
-@pytest.mark.parametrize("kind", ["no worker", "worker"])
+@pytest.mark.parametrize("kind", ["no worker", "worker", "no worker, at once", "worker, at once"])
 def test_it_trains_bit_by_bit_as_without_a_callback_until_samples_are_removed(kind: str) -> None:
     alone, beside = (fit(multi(**MULTI[kind]), pruner=pruners) for pruners in ([], [Pruner({})]))
     assert alone.batches == beside.batches
     assert same_weights(weights_of(alone), weights_of(beside))
 
 
-@starts_at_once
 def test_it_begins_anew_when_told_to() -> None:
     """After a restart the epoch number is another one, and so is the shuffle."""
 
@@ -198,16 +198,15 @@ def test_it_begins_anew_when_told_to() -> None:
     assert module.batches[2] == module.batches[0] != module.batches[1]
 
 
-@starts_at_once
-def test_the_users_loader_stays_as_it_was_and_serves_a_second_fit() -> None:
-    train = multi()
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_users_loader_stays_as_it_was_and_serves_a_second_fit(*, at_once: bool) -> None:
+    train = multi(at_once=at_once)
     before = dict(vars(train))
     expect_pruned(fit(train))
     assert vars(train) == before
     expect_pruned(fit(train))
 
 
-@starts_at_once
 def test_masks_growing_and_shrinking_inside_a_prefetcher() -> None:
     other = ~KEEP
     pruner = Pruner({0: KEEP, 1: None, 2: other})
