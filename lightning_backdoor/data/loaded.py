@@ -128,7 +128,7 @@ class LoadedBatches:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    return tensor.pin_memory()
+    return tensor.clone().pin_memory()  # which returns a tensor itself that is page-locked already
 
 
 def _is_stacked(node: Any, rows: int) -> bool:

@@ -253,8 +253,10 @@ def test_batches_of_a_users_function_are_kept_as_they_are() -> None:
     assert data.reads == 15
 
 
-def test_what_is_handed_out_is_a_copy() -> None:
-    data, store = Items("tuple"), LoadedBatches(10**6)
+@pytest.mark.parametrize("pin", [False, True], ids=["ordinary", "page-locked"])
+def test_what_is_handed_out_is_a_copy(monkeypatch: pytest.MonkeyPatch, *, pin: bool) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)  # as torch does where it is page-locked already
+    data, store = Items("tuple"), LoadedBatches(10**6, pin=pin)
     for _ in range(2):
         for indices, (images, labels) in whole(data, store):
             for tensor in (indices, images, labels):
