@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_backdoor.detection.splits import running_sums
 from lightning_backdoor.detection.subpopulations import (
+    FALSE_ALARM_RATE,
     Subpopulation,
     common_subpopulations,
     own_subpopulations,
@@ -196,6 +197,8 @@ def decide(
     removed: Tensor | None = None,
     all_to_all: bool = False,
     agreement: Tensor | None = None,
+    pictures: Tensor | None = None,
+    false_alarm_rate: float = FALSE_ALARM_RATE,
     max_removed: float = 0.3,
 ) -> Decision:
     """Decide which samples are removed: the subpopulations that pass a gate, or a share of all samples.
@@ -214,6 +217,9 @@ def decide(
             (:func:`~lightning_backdoor.functional.find_all_to_all_subpopulation`).
         agreement: Share of every sample's neighbours that had its label early in training, float, shape ``(N,)``, for
             the gate of early neighbours (:func:`~lightning_backdoor.functional.find_subpopulations`).
+        pictures: Small grey pictures of the samples, half, shape ``(N, 144)``, by which near-duplicates are known
+            (:func:`~lightning_backdoor.functional.thumbnails`).
+        false_alarm_rate: Chance at most that noise is taken for a subpopulation in a training.
         max_removed: Largest share of all samples that may be removed, in ``(0, 1)``.
 
     The values may be on another device than the rest; what takes long is computed there.
@@ -237,7 +243,9 @@ def decide(
     if by_ranking:
         scores = ranking.float().clone()
     else:
-        search = search_labels(values, labels, agreement=agreement)
+        search = search_labels(
+            values, labels, agreement=agreement, pictures=pictures, false_alarm_rate=false_alarm_rate
+        )
         eligible = set(torch.unique(labels[considered]).tolist())
         found = [one for one in own_subpopulations(search) if one.label in eligible]
         common = common_subpopulations(search) if all_to_all and not found else []

@@ -22,7 +22,9 @@ from lightning_backdoor.detection.directions import (
     sharpened_directions,
     split_labels,
 )
+from lightning_backdoor.detection.evidence import replication
 from lightning_backdoor.detection.label_groups import LabelGroups, block_size, group_by_label
+from lightning_backdoor.detection.near_duplicates import near_duplicates, usual_distance
 from lightning_backdoor.detection.splits import MIN_MEMBERS, split_units
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.verdict import GateFigure
@@ -274,8 +276,19 @@ def own_auroc(found: Subpopulation, values: Tensor, inside: Tensor, units: Tenso
 
 # The search over all labels.
 
+FALSE_ALARM_RATE = 0.01
+TESTED = 5000  # samples of a label, at most, drawn at random where there are more
+SCANS = 3  # of a training, at most, over which the rate is shared: half way, at the end, and after a restart
 
-def find_subpopulations(values: Tensor, labels: Tensor, *, agreement: Tensor | None = None) -> list[Subpopulation]:
+
+def find_subpopulations(
+    values: Tensor,
+    labels: Tensor,
+    *,
+    agreement: Tensor | None = None,
+    pictures: Tensor | None = None,
+    false_alarm_rate: float = FALSE_ALARM_RATE,
+) -> list[Subpopulation]:
     """Find the labels that hold two groups of samples, the second of which no other label holds.
 
     A backdoor gives one label a second group: the samples that carry the trigger. On some unit they lie far from the
@@ -301,6 +314,11 @@ def find_subpopulations(values: Tensor, labels: Tensor, *, agreement: Tensor | N
     units): where some labels are wrong, the class is the *upper* group and the lower one is a mixture of other classes;
     the class must not be removed then.
 
+    And the group must show again in samples that had no part in finding it: the search is repeated in two halves of the
+    label, and both must find the same samples, beyond chance (an exact test, see
+    :mod:`lightning_backdoor.detection.evidence`). With ``pictures``, ten different things at least must be among them:
+    shots of one thing lie close together in the features of any network.
+
     Labels with fewer than 20 samples are left out. With one label only there is no other to compare it with, and
     nothing is found.
 
@@ -309,15 +327,20 @@ def find_subpopulations(values: Tensor, labels: Tensor, *, agreement: Tensor | N
         labels: Labels as given, long, shape ``(N,)``.
         agreement: Share of every sample's neighbours that had its label early in training, float, shape ``(N,)``
             (:func:`~lightning_backdoor.functional.neighbor_agreement`); ``None`` if that is not known.
+        pictures: Small grey pictures of the samples, half ``(N, 144)``, by which near-duplicates are known
+            (:func:`~lightning_backdoor.functional.thumbnails`); ``None`` if all samples count as different.
+        false_alarm_rate: Chance at most that noise passes the test above in a training, over all labels and scans.
+            ``math.inf`` leaves the test out.
 
     Returns:
         At most one subpopulation per label, the one with the largest gap that passes a gate. Empty when nothing stands
         out.
 
     Raises:
-        ArgumentError: ``agreement`` has another shape than ``labels``.
+        ArgumentError: ``agreement`` or ``pictures`` are not as many as ``labels``, or the rate is not positive.
     """
-    return own_subpopulations(search_labels(values, labels, agreement=agreement))
+    search = search_labels(values, labels, agreement=agreement, pictures=pictures, false_alarm_rate=false_alarm_rate)
+    return own_subpopulations(search)
 
 
 @dataclass(frozen=True)
@@ -329,16 +352,26 @@ class Search:
         groups: The samples by label, on the device of the values.
         directions: For every label that has any, the directions that are far enough for a gate, largest gap first.
         agreement: Share of every sample's early neighbours that had its label, float ``(N,)``, on that device.
+        pictures: Small pictures of the samples, half ``(N, 144)``, on that device.
+        false_alarm_rate: Of a training; see :func:`find_subpopulations`.
     """
 
     values: Tensor
     groups: LabelGroups
     directions: dict[int, list[Direction]]
     agreement: Tensor | None
+    pictures: Tensor | None
+    false_alarm_rate: float
 
 
 def search_labels(
-    values: Tensor, labels: Tensor, *, agreement: Tensor | None = None, least: float | None = None
+    values: Tensor,
+    labels: Tensor,
+    *,
+    agreement: Tensor | None = None,
+    pictures: Tensor | None = None,
+    false_alarm_rate: float = FALSE_ALARM_RATE,
+    least: float | None = None,
 ) -> Search:
     """Search all labels of at least 20 samples for directions; see :func:`find_subpopulations` for the arguments.
 
@@ -348,11 +381,19 @@ def search_labels(
         raise ArgumentError(
             f"`agreement` must have shape (N,) as `labels`, got {tuple(agreement.shape)} and {tuple(labels.shape)}."
         )
+    if pictures is not None and (pictures.ndim != 2 or len(pictures) != len(labels)):
+        raise ArgumentError(
+            f"`pictures` must have shape (N, P) for `labels` of shape (N,), got {tuple(pictures.shape)} and "
+            f"{tuple(labels.shape)}."
+        )
+    if not false_alarm_rate > 0:
+        raise ArgumentError(f"`false_alarm_rate` must be positive, got {false_alarm_rate}. Pass for example 0.01.")
     groups = group_by_label(labels.to(values.device))
     if least is None:
         least = min(STRICT_GAP, OVERLAP_GAP) if agreement is None else EARLY_GAP
     directions = sharpened_directions(values, groups, least) if len(groups.sizes) > 1 else {}
-    return Search(values, groups, directions, None if agreement is None else agreement.to(values.device))
+    known = (None if column is None else column.to(values.device) for column in (agreement, pictures))
+    return Search(values, groups, directions, *known, false_alarm_rate)
 
 
 def own_subpopulations(search: Search) -> list[Subpopulation]:
@@ -362,11 +403,35 @@ def own_subpopulations(search: Search) -> list[Subpopulation]:
         inside, units = search.groups.labels == label, search.directions[label][0].fitted
         for candidate in _through_gates(candidates, search, units):
             auroc = own_auroc(candidate, search.values, inside, units)
-            if auroc >= OWN_AUROC:
+            if auroc < OWN_AUROC:
+                continue
+            figures = _replicated(candidate, search)
+            if figures is not None:
                 own = GateFigure("own_auroc", auroc, ">=", OWN_AUROC)
-                found.append(replace(candidate, figures=(*candidate.figures, own)))
+                found.append(replace(candidate, figures=(*candidate.figures, own, *figures)))
                 break
     return found
+
+
+def _replicated(found: Subpopulation, search: Search) -> tuple[GateFigure, ...] | None:
+    """What both halves of the label say about a subpopulation; None if they do not find the same, beyond chance."""
+    if search.false_alarm_rate == math.inf:
+        return ()
+    rows = search.groups.positions(found.label)
+    if len(rows) > TESTED:
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:TESTED].to(rows.device)]
+    values, things = search.values[rows], None
+    if search.pictures is not None:
+        things = near_duplicates(search.pictures[rows], usual_distance(search.pictures, search.groups.labels))
+    seen = replication(values, found.project(values) > found.threshold, things)
+    tests = SCANS * sum(size >= 2 * MIN_MEMBERS for size in search.groups.sizes.values())
+    bound = search.false_alarm_rate / tests
+    if seen.p_value > bound or seen.distinct < MIN_MEMBERS:
+        return None
+    return (
+        GateFigure("replication_p_value", seen.p_value, "<=", bound),
+        GateFigure("different_things", seen.distinct, ">=", MIN_MEMBERS),
+    )
 
 
 def _candidates(search: Search) -> dict[int, list[Subpopulation]]:

@@ -8,6 +8,7 @@ from lightning_backdoor.detection.decision import (
     natural_break,
     select_fraction,
 )
+from lightning_backdoor.detection.near_duplicates import thumbnails
 from lightning_backdoor.detection.neighbors import neighbor_agreement, reconsider_uncertain
 from lightning_backdoor.detection.subpopulations import (
     Subpopulation,
@@ -59,4 +60,5 @@ __all__ = [
     "strong_thresholds",
     "subpopulation_scores",
     "susceptibility_scores",
+    "thumbnails",
 ]

@@ -243,13 +243,15 @@ def test_a_subpopulation_that_covers_hide_passes_by_its_early_neighbors(share: f
 
 
 def test_a_subpopulation_carries_the_gate_that_it_passed_with_its_figures() -> None:
-    names = "standardized_gap", "enrichment"
+    names, tested = ("standardized_gap", "enrichment"), ("own_auroc", "replication_p_value", "different_things")
     (strict,) = find_subpopulations(*planted(1000, 5, 16, 0.05, 0, of_class=False)[:2])
     assert strict.gate == "strict"
     assert [figure.criterion for figure in strict.figures] == [
         "standardized_gap>=2.5",
         "enrichment>=20",
         "own_auroc>=0.75",
+        "replication_p_value<=0.000666667",
+        "different_things>=10",
     ]
     assert [figure.value for figure in strict.figures[:2]] == [strict.standardized_gap, strict.enrichment]
     (overlap,) = find_subpopulations(*leaning(0, shared=False)[:2])
@@ -261,11 +263,11 @@ def test_a_subpopulation_carries_the_gate_that_it_passed_with_its_figures() -> N
         "excess_variation",
         "largest_other_gap",
         "effective_labels",
-        "own_auroc",
+        *tested,
     ]
     values, labels, poisoned, agreement = with_covers(0.05, 0)
     (early,) = find_subpopulations(values, labels, agreement=torch.where(poisoned, agreement / 2, agreement))
-    assert [figure.name for figure in early.figures] == [*names, "member_share", "early_agreement_ratio", "own_auroc"]
+    assert [figure.name for figure in early.figures] == [*names, "member_share", "early_agreement_ratio", *tested]
     assert 0.4 < early.figures[3].value < 0.7, "half as often, and an allowance for chance"
     values, labels, _ = planted_in_all()
     first, *_ = find_all_to_all_subpopulation(values, labels)
@@ -287,7 +289,10 @@ def test_a_rule_names_every_gate_that_was_passed() -> None:
     assert [one.gate for one in decision.subpopulations] == ["early_neighbors", "strict"]
     early, strict = decision.rule.removeprefix("subpopulation(").removesuffix(")").split("; ")
     assert early.startswith("early_neighbors: standardized_gap>=2, ")
-    assert strict == "strict: standardized_gap>=2.5, enrichment>=20, own_auroc>=0.75"
+    assert strict == (
+        "strict: standardized_gap>=2.5, enrichment>=20, own_auroc>=0.75, replication_p_value<=0.000333333, "
+        "different_things>=10"
+    )
     assert decide(torch.randn(200, 3), torch.zeros(200), torch.arange(200) % 4).rule == "subpopulation(none)"
 
 
