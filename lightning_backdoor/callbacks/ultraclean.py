@@ -97,6 +97,7 @@ class DenoisedFeatures(Detector):
                 world_size=session.trainer.world_size,
                 cache_bytes=self._cache_bytes,
                 softmax=self._softmax,
+                pictures=self._fraction is None,
             )
         found = self._scan.run(session.trainer, session.module)
         decided = self.decide(found, session.case.verdict)
@@ -127,6 +128,7 @@ class DenoisedFeatures(Detector):
             by_ranking=paper and by_fraction,
             removed=None if old is None or not by_fraction else ~old.keep,
             agreement=found.get("agreement"),
+            pictures=found.get("pictures"),
             max_removed=self._max_removed,
         )
         if old is None:

@@ -33,6 +33,7 @@ def decide_by_units(
             measured.bias[rows],
             measured.labels[rows],
             all_to_all=all_to_all,
+            pictures=None if measured.pictures is None else measured.pictures[rows],
             max_removed=max_removed,
         )
     if earlier is None or keep is None:

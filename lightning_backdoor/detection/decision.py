@@ -243,9 +243,8 @@ def decide(
     if by_ranking:
         scores = ranking.float().clone()
     else:
-        search = search_labels(
-            values, labels, agreement=agreement, pictures=pictures, false_alarm_rate=false_alarm_rate
-        )
+        rate = false_alarm_rate if fraction is None else math.inf  # a share is removed whatever the evidence
+        search = search_labels(values, labels, agreement=agreement, pictures=pictures, false_alarm_rate=rate)
         eligible = set(torch.unique(labels[considered]).tolist())
         found = [one for one in own_subpopulations(search) if one.label in eligible]
         common = common_subpopulations(search) if all_to_all and not found else []

@@ -76,7 +76,7 @@ def near_duplicates(pictures: Tensor, usual: float) -> Tensor:
     size = max(BLOCK // max(n, 1), 1)
     pairs = [
         (rows @ pictures.T >= 1 - NEAR * usual).nonzero() + torch.tensor([start, 0], device=pictures.device)
-        for start, rows in zip(range(0, n, size), pictures.split(size), strict=True)
+        for start, rows in zip(range(0, n, size), torch.split(pictures, size), strict=True)
     ]
     one, other = torch.cat(pairs).T
     while True:
@@ -85,4 +85,5 @@ def near_duplicates(pictures: Tensor, usual: float) -> Tensor:
         if smallest.equal(numbers):
             break
         numbers = smallest
-    return torch.unique(numbers, return_inverse=True)[1]
+    found: Tensor = torch.unique(numbers, return_inverse=True)[1]
+    return found

@@ -392,8 +392,15 @@ def search_labels(
     if least is None:
         least = min(STRICT_GAP, OVERLAP_GAP) if agreement is None else EARLY_GAP
     directions = sharpened_directions(values, groups, least) if len(groups.sizes) > 1 else {}
-    known = (None if column is None else column.to(values.device) for column in (agreement, pictures))
-    return Search(values, groups, directions, *known, false_alarm_rate)
+    device = values.device
+    return Search(
+        values,
+        groups,
+        directions,
+        agreement=None if agreement is None else agreement.to(device),
+        pictures=None if pictures is None else pictures.to(device),
+        false_alarm_rate=false_alarm_rate,
+    )
 
 
 def own_subpopulations(search: Search) -> list[Subpopulation]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_backdoor.detection.near_duplicates import thumbnails
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.functional.denoising import local_median, nl_means, susceptibility_scores
 from lightning_backdoor.scanning.scanner import DatasetScanner
@@ -37,12 +38,15 @@ class DenoisedScan:
         world_size: Number of processes; each one keeps the denoised images of its own share.
         cache_bytes: Denoised images beyond this size go to a temporary file.
         softmax: Compare probabilities instead of logits.
+        pictures: Whether near-duplicates matter, so that small pictures are returned.
     """
 
-    def __init__(self, data: DatasetScanner, *, world_size: int, cache_bytes: int, softmax: bool) -> None:
+    def __init__(
+        self, data: DatasetScanner, *, world_size: int, cache_bytes: int, softmax: bool, pictures: bool = False
+    ) -> None:
         self.data = data
         self.world_size = world_size
-        self.softmax = softmax
+        self.softmax, self.pictures = softmax, pictures
         rows = math.ceil(len(data) / world_size)
         self._stores = [RowStore(rows, cache_bytes // len(DENOISERS)) for _ in DENOISERS]
 
@@ -52,7 +56,8 @@ class DenoisedScan:
         Returns:
             ``labels`` long ``(N,)``; ``susceptibility`` float ``(N,)``, the paper's score; ``responses`` half
             ``(N, 2 D)``, the penultimate features and how far each moved under denoising (twice the original minus both
-            denoised ones); ``movement`` float ``(N,)``, the mean square of the latter.
+            denoised ones); ``movement`` float ``(N,)``, the mean square of the latter; perhaps ``pictures`` half
+            ``(N, 144)``, see :func:`~lightning_backdoor.detection.near_duplicates.thumbnails`.
         """
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
@@ -75,6 +80,7 @@ class DenoisedScan:
                 "susceptibility": susceptibility_scores(outputs[0], outputs[1:]),
                 "movement": shift.square().mean(dim=1),
                 "responses": torch.cat([features, shift], dim=1).clamp(-_HALF, _HALF).half(),
+                **({"pictures": thumbnails(images)} if self.pictures else {}),
             }
 
         found = self.data.scan(trainer, pl_module, step, description="UltraClean scan", finite=True, stay=True)

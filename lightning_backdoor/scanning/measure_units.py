@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_backdoor.detection.near_duplicates import thumbnails
 from lightning_backdoor.functional.hyperplane import (
     HyperplaneStatistics,
     bias_scores,
@@ -46,6 +47,7 @@ class Measured:
         raw_bias: The same, of the responses as they are: the authors' score.
         activation_excess: How far each class drives each unit out of its usual range, double ``(U, K)``.
         unconfident: Classes without a confident sample, which were given another threshold.
+        pictures: Small grey pictures of the samples, half ``(N, 144)``; ``None`` if near-duplicates do not matter.
     """
 
     labels: Tensor
@@ -55,6 +57,7 @@ class Measured:
     raw_bias: Tensor
     activation_excess: Tensor
     unconfident: tuple[int, ...]
+    pictures: Tensor | None = None
 
 
 class UnitScan:
@@ -101,21 +104,23 @@ class UnitScan:
             bias_scores(of_tops),
             activation_excess,
             tuple(replaced),
+            found["pictures"],
         )
 
     def statistics(
         self, trainer: Trainer, pl_module: LightningModule, strong: float | Tensor
     ) -> tuple[HyperplaneStatistics, dict[str, Tensor]]:
-        """One pass: statistics of all units; ``labels``, ``predicted`` and ``confidence`` of the samples, ``(N,)``."""
+        """One pass: statistics of all units; ``labels``, ``predicted``, ``confidence`` and ``pictures`` of samples."""
         statistics = HyperplaneStatistics(sum(self.sizes), self.data.num_classes, strong=strong, weak=self.weak)
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
             labels = self.data.labels(batch).clone()  # transfer hooks may change a batch in place
+            pictures = thumbnails(self.data.layout.images(batch))
             logits, activations = self.data.activations(trainer, pl_module, batch, self.names)
             probabilities = logits.softmax(dim=1)
             statistics.update(activations, probabilities)
             confidence, predicted = probabilities.max(dim=1)
-            return {"labels": labels, "confidence": confidence, "predicted": predicted}
+            return {"labels": labels, "confidence": confidence, "predicted": predicted, "pictures": pictures}
 
         found = self.data.scan(trainer, pl_module, step, description="NONE statistics")
         self._merge(trainer, statistics)

@@ -123,7 +123,7 @@ def test_limit_removed_keeps_the_most_suspicious(rows: list[tuple[float, bool]],
         assert float(scores[~limited].min()) >= float(scores[spared].max())
 
 
-STRICT = "subpopulation(strict: standardized_gap>=2.5, enrichment>=20, own_auroc>=0.75)"
+STRICT = "subpopulation(strict: standardized_gap>=2.5, enrichment>=20, own_auroc>=0.75, replication_p_value<="
 
 
 def data(n: int = 600, poisons: int = 40, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -149,9 +149,9 @@ def test_says_if_early_neighbors_made_it_count() -> None:
     assert bool(decide(values, ranking, labels).keep.all())
     decision = decide(values, ranking, labels, agreement=torch.where(poisoned, 0.2, 0.6))
     assert torch.equal(~decision.keep, poisoned)
-    assert decision.rule == (
+    assert decision.rule.startswith(
         "subpopulation(early_neighbors: standardized_gap>=2, enrichment>=2, member_share<=0.55, "
-        "early_agreement_ratio<0.7, own_auroc>=0.75)"
+        "early_agreement_ratio<0.7, own_auroc>=0.75, replication_p_value<="
     )
 
 
@@ -162,7 +162,7 @@ def test_finds_what_was_planted() -> None:
     assert decision.threshold == 0.5
     assert decision.num_flagged_before_cap == 40
     assert [one.label for one in decision.subpopulations] == [1]
-    assert decision.rule == STRICT
+    assert decision.rule.startswith(STRICT)
 
 
 def test_finds_nothing_in_the_clean_twin() -> None:
@@ -220,7 +220,7 @@ def test_a_label_that_others_were_given_keeps_its_own_samples_and_no_more() -> N
     values, ranking, labels, kind = label_of_two(0.92, own=600, other=50)
     decision = decide(values, ranking, labels, max_removed=0.9)
     assert torch.equal(~decision.keep, kind)
-    assert decision.rule == STRICT
+    assert decision.rule.startswith(STRICT)
 
 
 def test_some_samples_of_every_label_stay_over_all_looks_together() -> None:
