@@ -207,7 +207,6 @@ def same_state(a: nn.Module | dict[str, Tensor], b: nn.Module | dict[str, Tensor
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-@functools.cache
 def digits(n: int = 700) -> tuple[TensorDataset, TensorDataset]:
     """scikit-learn's digits as uint8 (3, 16, 16): ``n`` to train on, 397 to test on."""
     data = pytest.importorskip("sklearn.datasets").load_digits()

@@ -53,7 +53,8 @@ def test_finds_planted_poisons_and_trains_a_model_without_the_backdoor() -> None
 
 
 def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> None:
-    (train, _), alone = digits(), undefended(poisoned=False)
+    train, _ = digits()
+    _, alone = train_digits(train, [])
     callback = UltraCleanCallback()
     trainer, module = train_digits(train, [callback])
     assert bool(callback.verdict.keep.all())
