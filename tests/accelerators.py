@@ -28,13 +28,13 @@ def choose(config: Any) -> None:
     """Take the option; on a GPU, kernels whose sums have one order, as with ``Trainer(deterministic=True)``."""
     global _chosen  # noqa: PLW0603
     _chosen = config.getoption("accelerator")
+    config.addinivalue_line("filterwarnings", "ignore:.*GPU available but not used")  # by a Trainer on the CPU
     if _chosen == "cpu":
         return
     config.option.markexpr = config.option.markexpr.replace("not gpu and ", "" if _chosen == "gpu" else "not gpu and ")
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # these two before CUDA starts
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # convolutions as exact as the tolerances of the tests want
     torch.use_deterministic_algorithms(True, warn_only=True)
-    config.addinivalue_line("filterwarnings", "ignore:.*GPU available but not used")
     config.addinivalue_line("filterwarnings", "ignore:.*frobenius_norm is deprecated")  # norms on an unknown device
     config.addinivalue_line(
         "filterwarnings", "ignore:CUDA is not available or torch_xla is imported. Disabling autocast"

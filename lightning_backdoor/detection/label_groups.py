@@ -61,7 +61,7 @@ class LabelGroups:
         return self.order[self.starts[label] : self.starts[label] + self.sizes[label]]
 
     def totals(self, values: Tensor) -> Tensor:
-        """Sum of the values ``(N,)`` of every label, in the order of ``sizes``."""
+        """Sum of whole numbers, long ``(N,)``, of every label, in the order of ``sizes``: exact on any device."""
         ends = torch.tensor([start + size - 1 for start, size in self._extents()])
         return values[self.order].cumsum(0)[ends.to(values.device)].diff(prepend=values.new_zeros(1))
 

@@ -37,7 +37,7 @@ def there(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     torch.use_deterministic_algorithms(True)
     with second_device():
         yield request.param
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(before, warn_only=before)
 
 
 def measured(kind: str, *, labels: int = 5, each: int = 80, units: int = 12) -> dict[str, Tensor]:
