@@ -89,15 +89,15 @@ def replication(values: Tensor, members: Tensor, groups: Tensor | None = None, *
 
 def first_half(groups: Tensor, seed: int) -> Tensor:
     """Divide samples into two halves of about the same size, all of a group into the same; bool, as ``groups``."""
-    groups = torch.unique(groups, return_inverse=True)[1]
-    sizes = torch.bincount(groups).cpu()
+    numbers = torch.unique(groups.cpu(), return_inverse=True)[1]
+    sizes = torch.bincount(numbers)
     order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
     order = order[sizes[order].argsort(descending=True, stable=True)]
     chosen, balance = torch.zeros(len(sizes), dtype=torch.bool), 0
     for group, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
         chosen[group] = balance <= 0
         balance += size if balance <= 0 else -size
-    return chosen.to(groups.device)[groups]
+    return chosen[numbers].to(groups.device)
 
 
 def _search(values: Tensor) -> list[_Direction]:

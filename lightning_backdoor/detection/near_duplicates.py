@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_backdoor.detection.directions import full_precision
+
 __all__ = ["SIDE", "effective_number", "near_duplicates", "thumbnails", "usual_distance"]
 
 SIDE = 12  # of a thumbnail, in pixels: coarse enough for a shift by a pixel or two, fine enough to tell things apart
@@ -74,10 +76,11 @@ def near_duplicates(pictures: Tensor, usual: float) -> Tensor:
     pictures, n = pictures.float(), len(pictures)
     numbers = torch.arange(n, device=pictures.device)
     size = max(BLOCK // max(n, 1), 1)
-    pairs = [
-        (rows @ pictures.T >= 1 - NEAR * usual).nonzero() + torch.tensor([start, 0], device=pictures.device)
-        for start, rows in zip(range(0, n, size), torch.split(pictures, size), strict=True)
-    ]
+    with full_precision():
+        pairs = [
+            (rows @ pictures.T >= 1 - NEAR * usual).nonzero() + torch.tensor([start, 0], device=pictures.device)
+            for start, rows in zip(range(0, n, size), torch.split(pictures, size), strict=True)
+        ]
     one, other = torch.cat(pairs).T
     while True:
         smallest = numbers.scatter_reduce(0, numbers[one], numbers[other], "amin")

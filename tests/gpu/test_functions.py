@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_backdoor import functional as F
 from lightning_backdoor import metrics
 from lightning_backdoor.detection.decision import findings_of, verdict_of
+from lightning_backdoor.detection.near_duplicates import near_duplicates
 from lightning_backdoor.functional.hyperplane import candidate_units, select_units, unit_shifts
 from lightning_backdoor.functional.inversion import rate_trigger
 from lightning_backdoor.functional.turning import turn_and_shift
@@ -131,7 +132,10 @@ FUNCTIONS: dict[str, Callable[[Put], Any]] = {
     "find_all_to_all_subpopulation": lambda put: [
         found.label for found in F.find_all_to_all_subpopulation(put(VALUES), put(LABELS))
     ],
+    "thumbnails": lambda put: F.thumbnails(put(IMAGES)).float(),
+    "near-duplicates": lambda put: near_duplicates(F.thumbnails(put(IMAGES[[0, 1, 0, 2, 3, 1]])), 0.5),
     "decide": lambda put: decision(put).keep,
+    "decide with pictures": lambda put: decision(put, pictures=F.thumbnails(put(draw(N, 12, 12)))).keep,
     "decide by a share": lambda put: decision(put, fraction=0.1, considered=put(~TRUSTED), removed=put(POISONED)).keep,
     "findings": lambda put: [found.positions for found in findings_of(decision(put), put(LABELS))],
     "verdict": lambda put: verdict_of(decision(put), put(LABELS)).removed,
