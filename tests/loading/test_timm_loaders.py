@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.loading.recording import (
 )
 from tests.loading.test_loader_filter_guards import Unchanged
 
+OLD = tuple(map(int, version("timm").split(".")[:3])) < (1, 0, 31)
 # timm leaves closing its image files to the garbage collector
 pytestmark = [
     *LIGHTNING_WARNS,
@@ -129,6 +131,7 @@ def test_a_defense_behind_the_prefetcher_does_what_it_does_behind_torchs_loader(
     assert (dict(vars(outer)), dict(vars(inner))) == before, "the user's loaders are as they were"
 
 
+@pytest.mark.skipif(OLD, reason="Lightning cannot validate on its PrefetchLoader")
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_create_loader_makes(workers: int, tmp_path: Path) -> None:
     """timm's own function, with its defaults but for the device, for training and validation."""
@@ -160,7 +163,7 @@ MULTI = {
 
 
 def multi(*, at_once: bool = False, **settings: Any) -> MultiEpochsDataLoader:
-    """A loader; with ``at_once`` it has started in its constructor, as before timm 1.0.27 or so."""
+    """A loader; with ``at_once`` it has started in its constructor, as before timm 1.0.31."""
     torch.manual_seed(1)
     loader = MultiEpochsDataLoader(Points(), **{"batch_size": BATCH, "shuffle": True, **settings})
     if at_once:
@@ -183,6 +186,7 @@ def test_it_trains_bit_by_bit_as_without_a_callback_until_samples_are_removed(ki
     assert same_weights(weights_of(alone), weights_of(beside))
 
 
+@pytest.mark.skipif(OLD, reason="its sampler begins a shuffle before the epoch has its number")
 def test_it_begins_anew_when_told_to() -> None:
     """After a restart the epoch number is another one, and so is the shuffle."""
 
