@@ -12,6 +12,7 @@ from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.callbacks.unread import spared
 from lightning_backdoor.detection.decision import Decision, add_removed, decide, verdict_of
+from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional.consistency import select_trusted
 from lightning_backdoor.responses.base import Detection, Session
@@ -62,6 +63,7 @@ class ConsistencyDetector(Detector):
         else:
             require_fraction("suspect", share)
         self.suspect: str | float = share
+        self.false_alarm_rate = require_fraction("false_alarm_rate", arguments["false_alarm_rate"])
         steps = require_positive("detector_steps", arguments["detector_steps"]) or 1
         metric = require_one_of("fct_metric", arguments["fct_metric"], ("auto", "mse", "cosine"))
         transforms = require_positive("num_transforms", arguments["num_transforms"]) or 1
@@ -105,8 +107,8 @@ class ConsistencyDetector(Detector):
         else:
             settings = replace(self._settings, initial=self._initial)
             found = distinguish(trainer, module, scanner, settings, units=self.suspect == "auto")
-            limits = {"trusted": self.trusted, "max_removed": self._max_removed}
-            detection = detection_of(found, earlier, suspect=self.suspect, **limits)
+            limits = {"max_removed": self._max_removed, "false_alarm_rate": self.false_alarm_rate}
+            detection = detection_of(found, earlier, suspect=self.suspect, trusted=self.trusted, **limits)
         detection = replace(detection, verdict=spared(detection.verdict, scanner.unread, earlier))
         agreed: Detection = trainer.strategy.broadcast(detection, src=0)  # float ties
         return agreed
@@ -124,7 +126,13 @@ class ConsistencyDetector(Detector):
 
 
 def detection_of(
-    found: Distinguished, earlier: Verdict | None, *, suspect: str | float, trusted: float, max_removed: float
+    found: Distinguished,
+    earlier: Verdict | None,
+    *,
+    suspect: str | float,
+    trusted: float,
+    max_removed: float,
+    false_alarm_rate: float = FALSE_ALARM_RATE,
 ) -> Detection:
     """Suspect the subpopulations of single labels, or a share of all samples; trust the most consistent ones.
 
@@ -134,10 +142,12 @@ def detection_of(
         suspect: Share of the samples with the largest FCT; ``"auto"`` looks for subpopulations.
         trusted: Share of the samples of each class with the smallest FCT.
         max_removed: Largest share of all samples that may be suspect.
+        false_alarm_rate: Chance at most that noise is taken for a subpopulation in a training.
     """
     if found.units is not None and isinstance(suspect, str):
         measured = replace(found.units, bias=found.fct)  # one of all labels may be a style: nothing could confirm it
-        decision = decide_by_units(measured, earlier, rule="auto", max_removed=max_removed, all_to_all=False)
+        limits = {"max_removed": max_removed, "false_alarm_rate": false_alarm_rate}
+        decision = decide_by_units(measured, earlier, rule="auto", all_to_all=False, **limits)
     else:
         decision = _share(found, earlier, float(suspect), max_removed)
     trust = select_trusted(found.fct, found.labels, decision.keep, trusted)

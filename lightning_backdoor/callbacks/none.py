@@ -15,9 +15,10 @@ from lightning_backdoor.callbacks.arguments import (
 )
 from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.callbacks.detector import Detector
-from lightning_backdoor.callbacks.options import ScanArguments
+from lightning_backdoor.callbacks.options import DECISION_DEFAULTS, DecisionArguments, without_rate
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.detection.decision import verdict_of
+from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.base import Continue, Detection, Response, Session
 from lightning_backdoor.responses.by_name import ResponseName, chosen_response
@@ -44,6 +45,7 @@ class UnitActivations(Detector):
     Args:
         rule: ``"auto"`` looks for subpopulations, ``"paper"`` cuts the authors' score at its natural break.
         max_removed: Largest share of all samples that may be flagged.
+        false_alarm_rate: Chance at most that noise is taken for a subpopulation in a training.
         joins: Whether what an earlier verdict removed stays removed.
         residual_mode: What belongs to a unit that enters a sum.
     """
@@ -56,9 +58,11 @@ class UnitActivations(Detector):
         *,
         rule: str = "auto",
         max_removed: float = 0.3,
+        false_alarm_rate: float = FALSE_ALARM_RATE,
         joins: bool = True,
         residual_mode: ResidualMode = "branch_only",
     ) -> None:
+        self._false_alarm_rate = false_alarm_rate
         self._rule, self._max_removed, self._joins, self._residual_mode = rule, max_removed, joins, residual_mode
         self.meaning, self.by_subpopulations = MEANINGS[rule], rule == "auto"
 
@@ -72,7 +76,8 @@ class UnitActivations(Detector):
         layers = find_layers(trainer, module, session.scanner, self._residual_mode)
         measured = UnitScan(session.scanner, layers).measure(trainer, module)
         earlier = session.case.verdict if self._joins else None
-        decided = decide_by_units(measured, earlier, rule=self._rule, max_removed=self._max_removed)
+        most, rate = self._max_removed, self._false_alarm_rate
+        decided = decide_by_units(measured, earlier, rule=self._rule, max_removed=most, false_alarm_rate=rate)
         decision = trainer.strategy.broadcast(decided, src=0)  # float ties must not tell ranks apart
         return Detection(
             verdict_of(decision, measured.labels, session.case.verdict),
@@ -139,7 +144,7 @@ class NONECallback(Defense):
             over a tenth of the removed images still get their label: ``"restart"`` trains all epochs anew from the
             weights at the start of the fit, without these images; ``None``: a warning. A quota
             of images is flagged whether or not there is a backdoor, and never leads to a restart.
-        **scan: See :class:`~lightning_backdoor.callbacks.options.ScanArguments`.
+        **scan: See :class:`~lightning_backdoor.callbacks.options.DecisionArguments`.
 
     Attributes:
         history: What each round found and did.
@@ -157,6 +162,8 @@ class NONECallback(Defense):
 
     method: ClassVar[str] = "NONE"
     title: ClassVar[str] = "NONE"
+    shared = DecisionArguments
+    shared_defaults = DECISION_DEFAULTS
 
     def __init__(
         self,
@@ -175,7 +182,7 @@ class NONECallback(Defense):
         max_removed: float = 0.3,
         response: ResponseName | Response = "reset",
         fallback: Literal["restart"] | None = "restart",
-        **scan: Unpack[ScanArguments],
+        **scan: Unpack[DecisionArguments],
     ) -> None:
         self.extra_epochs = require_count("extra_epochs", extra_epochs)
         self.rounds = require_positive("rounds", rounds)
@@ -186,6 +193,8 @@ class NONECallback(Defense):
         self.rule = require_one_of("rule", rule, ("auto", "paper"))
         self.samples = require_one_of("samples", samples, ("auto", "drop", "keep"))
         self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))
+        rate = require_fraction("false_alarm_rate", scan.get("false_alarm_rate", FALSE_ALARM_RATE))
+        self.false_alarm_rate = rate
         self.paper_loop, self.response = paper_loop, response
         self.fallback = require_one_of("fallback", fallback, ("restart", None))
         seed, drop = scan.get("seed", 0), samples != "keep"
@@ -217,13 +226,14 @@ class NONECallback(Defense):
             detector=UnitActivations(
                 rule=rule,
                 max_removed=require_fraction("max_removed", max_removed),
+                false_alarm_rate=rate,
                 joins=drop,
                 residual_mode=residual_mode,
             ),
             response=chosen_response(response, own, fallback=None if quota or paper_loop else self.fallback),
             warmup_epochs=require_positive("warmup_epochs", warmup_epochs),
             max_removed=max_removed,
-            **scan,
+            **without_rate(scan),
         )
 
     @classmethod

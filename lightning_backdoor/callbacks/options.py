@@ -10,17 +10,21 @@ from typing import Any, Literal, TypedDict
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.scanning.scanner import ScanOptions
 from lightning_backdoor.verdict import Verdict
 
 __all__ = [
+    "DECISION_DEFAULTS",
     "DEFAULTS",
     "DETECTOR_DEFAULTS",
+    "DecisionArguments",
     "DetectorArguments",
     "ScanArguments",
     "ScanOptions",
     "document_scan",
     "without_detector",
+    "without_rate",
 ]
 
 
@@ -74,6 +78,28 @@ def document_scan(extended: type) -> None:
     extended.__doc__ = f"{inspect.cleandoc(extended.__doc__ or '')}\n{arguments}"
 
 
+class DecisionArguments(ScanArguments, total=False):
+    """How much evidence a decision takes; and all of :class:`ScanArguments`.
+
+    Args:
+        false_alarm_rate: Chance at most, in ``(0, 1)``, that noise in the features of clean data is taken for a group
+            that stands out, in a training. A smaller one takes more evidence, which few images cannot give.
+    """
+
+    false_alarm_rate: float
+
+
+document_scan(DecisionArguments)
+DECISION_DEFAULTS: dict[str, Any] = {**DEFAULTS, "false_alarm_rate": FALSE_ALARM_RATE}
+
+
+def without_rate(arguments: DecisionArguments) -> ScanArguments:
+    """Those of the arguments that concern the scan."""
+    given: Any = {name: value for name, value in arguments.items() if name != "false_alarm_rate"}
+    scan: ScanArguments = given
+    return scan
+
+
 class DetectorArguments(ScanArguments, total=False):
     """How D-BR and D-ST tell suspects and trusted samples; and all of :class:`ScanArguments`.
 
@@ -82,6 +108,8 @@ class DetectorArguments(ScanArguments, total=False):
         trusted: Share of the images of every class that are trusted, in ``(0, 1)``.
         suspect: ``"auto"`` looks for subpopulations; a number in ``(0, 1)`` is the share of all images, those whose
             features move most, that is suspect in any case.
+        false_alarm_rate: Chance at most, in ``(0, 1)``, that noise in the features of clean data is taken for a group
+            that stands out, in a training. A smaller one takes more evidence, which few images cannot give.
         detector: ``"copy"`` starts from the model, ``"fresh"`` from the weights before training (kept in checkpoints).
             These are the weights at the start of ``fit``, before ``ckpt_path`` is loaded: where a suspicious model is
             handed to ``fit``, ``"fresh"`` is a copy, too. Or a network of your own: it takes the images of a batch
@@ -97,6 +125,7 @@ class DetectorArguments(ScanArguments, total=False):
     verdict: Verdict | None
     trusted: float
     suspect: Literal["auto"] | float
+    false_alarm_rate: float
     detector: Literal["copy", "fresh"] | nn.Module
     detector_steps: int
     fct_metric: Literal["auto", "mse", "cosine"]
@@ -110,6 +139,7 @@ DETECTOR_DEFAULTS: dict[str, Any] = {
     "verdict": None,
     "trusted": 0.5,
     "suspect": "auto",
+    "false_alarm_rate": FALSE_ALARM_RATE,
     "detector": "copy",
     "detector_steps": 200,
     "fct_metric": "auto",

@@ -17,6 +17,7 @@ from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.callbacks.options import ScanArguments
 from lightning_backdoor.detection.decision import Decision, add_removed, decide, verdict_of
+from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.events import Event
 from lightning_backdoor.responses.base import Detection, Response, Session
 from lightning_backdoor.responses.by_name import ResponseName, chosen_response
@@ -51,6 +52,7 @@ class DenoisedFeatures(Detector):
         fraction: Share of the considered samples that is flagged in any case; ``None``: subpopulations are.
         target_class: Only samples with this label are considered.
         max_removed: Largest share of all samples that may be flagged.
+        false_alarm_rate: Chance at most that noise is taken for a subpopulation in a training.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class DenoisedFeatures(Detector):
         fraction: float | None = None,
         target_class: int | None = None,
         max_removed: float = 0.3,
+        false_alarm_rate: float = FALSE_ALARM_RATE,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
+        self._false_alarm_rate = false_alarm_rate
         self._paper, self._softmax, self._fraction = score == "paper", output == "softmax", fraction
         self._target_class, self._max_removed, self._cache_bytes = target_class, max_removed, cache_bytes
         self._scan: DenoisedScan | None = None
@@ -129,6 +133,7 @@ class DenoisedFeatures(Detector):
             removed=None if old is None or not by_fraction else ~old.keep,
             agreement=found.get("agreement"),
             pictures=found.get("pictures"),
+            false_alarm_rate=self._false_alarm_rate,
             max_removed=self._max_removed,
         )
         if old is None:
@@ -198,6 +203,8 @@ class UltraCleanCallback(Defense):
         fraction: Share of the considered samples that ``rule="fraction"`` removes, in all, in ``(0, 1)``.
         max_removed: Largest share of the training set that may be removed, in ``(0, 1)``. With ``rule="auto"`` 15 % of
             each label stay in any case (of the median label, where a label is larger).
+        false_alarm_rate: Chance at most, in ``(0, 1)``, that noise in the features of clean data is taken for a group
+            that stands out, in a training. A smaller one takes more evidence, which few images cannot give.
         target_class: Only samples with this label are considered (the paper's known-class scenario).
         response: ``"restart"`` goes back to the start of fit after samples were removed, and trains anew on the rest;
             ``"continue"`` trains on from there, without a last scan; ``"reset"`` resets the units that removed samples
@@ -232,6 +239,7 @@ class UltraCleanCallback(Defense):
         rule: Literal["auto", "fraction"] = "auto",
         fraction: float = 0.2,
         max_removed: float = 0.3,
+        false_alarm_rate: float = FALSE_ALARM_RATE,
         target_class: int | None = None,
         response: ResponseName | Response = "restart",
         rescore_every: int | None = None,
@@ -242,6 +250,7 @@ class UltraCleanCallback(Defense):
         self.output = require_one_of("output", output, ("logits", "softmax"))
         self.rule = require_one_of("rule", rule, ("auto", "fraction"))
         self.fraction = require_fraction("fraction", fraction)
+        self.false_alarm_rate = require_fraction("false_alarm_rate", false_alarm_rate)
         self.target_class = require_class("target_class", target_class)
         self.response, self.rescore_every, self.cache_bytes = response, rescore_every, cache_bytes
         seed = scan.get("seed", 0)
@@ -257,6 +266,7 @@ class UltraCleanCallback(Defense):
                 fraction=fraction if rule == "fraction" else None,
                 target_class=target_class,
                 max_removed=require_fraction("max_removed", max_removed),
+                false_alarm_rate=false_alarm_rate,
                 cache_bytes=cache_bytes,
             ),
             response=chosen_response(response, own),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_backdoor.detection.decision import Decision, add_removed, decide, decide_by_break
+from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.scanning.measure_units import Measured
 from lightning_backdoor.verdict import Verdict
 
@@ -12,7 +13,13 @@ __all__ = ["decide_by_units"]
 
 
 def decide_by_units(
-    measured: Measured, earlier: Verdict | None, *, rule: str, max_removed: float, all_to_all: bool = True
+    measured: Measured,
+    earlier: Verdict | None,
+    *,
+    rule: str,
+    max_removed: float,
+    false_alarm_rate: float = FALSE_ALARM_RATE,
+    all_to_all: bool = True,
 ) -> Decision:
     """Decide on all samples by the activations of units; what an earlier verdict removed stays removed.
 
@@ -21,6 +28,7 @@ def decide_by_units(
         earlier: The verdict of an earlier round.
         rule: ``"auto"`` looks for subpopulations, ``"paper"`` cuts the raw bias at its natural break.
         max_removed: Largest share of the samples that may be removed in all, in ``(0, 1)``.
+        false_alarm_rate: Chance at most that noise is taken for a subpopulation in a training.
         all_to_all: Look for a subpopulation of all labels, too, as under an all-to-all attack.
     """
     keep = None if earlier is None or bool(earlier.keep.all()) else earlier.keep
@@ -34,6 +42,7 @@ def decide_by_units(
             measured.labels[rows],
             all_to_all=all_to_all,
             pictures=None if measured.pictures is None else measured.pictures[rows],
+            false_alarm_rate=false_alarm_rate,
             max_removed=max_removed,
         )
     if earlier is None or keep is None:

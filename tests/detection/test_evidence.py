@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.false_alarms import cases, made
+from lightning_backdoor import DBRCallback, DSTCallback, NONECallback, UltraCleanCallback
+from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.detection.evidence import first_half, overlap_log_p, replication
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import decide, find_subpopulations, thumbnails
+from lightning_backdoor.scanning.measure_units import Measured
 
 
 def noise(n: int, units: int, seed: int = 0) -> Tensor:
@@ -101,6 +104,20 @@ def test_a_rate_decides_how_much_evidence_is_needed() -> None:
     for rate in (0.0, -1.0, math.nan):
         with pytest.raises(ArgumentError, match="`false_alarm_rate` must be positive"):
             find_subpopulations(values, labels, false_alarm_rate=rate)
+
+
+@pytest.mark.parametrize("defense", [UltraCleanCallback, NONECallback, DBRCallback, DSTCallback])
+def test_every_defense_has_the_dial(defense: type) -> None:
+    assert "false_alarm_rate=0.05" in repr(defense(false_alarm_rate=0.05))
+    with pytest.raises(ArgumentError, match="`false_alarm_rate` must be a fraction"):
+        defense(false_alarm_rate=1.0)
+
+
+def test_the_dial_reaches_the_decision() -> None:
+    values, labels, pictures = planted(copies=1)
+    units = Measured(labels, labels, values, values[:, 0], values[:, 0], torch.zeros(32, 3), (), pictures)
+    assert not decide_by_units(units, None, rule="auto", max_removed=0.3).keep.all()
+    assert decide_by_units(units, None, rule="auto", max_removed=0.3, false_alarm_rate=1e-60).keep.all()
 
 
 @pytest.mark.slow
