@@ -7,10 +7,10 @@
 # Needed beside torch, torchvision, pytorch-lightning, timm, torchmetrics and pytest with pytest-xdist: kornia (with
 # kornia_rs) and faiss-cpu, for example as wheels installed into a folder on PYTHONPATH; cifar10_train.npz and
 # cifar10_test.npz (56 MB) in FOLDER; for fine-tuning the ImageNet weights of EfficientNet-Lite0 (19 MB).
-# Where git does not say which commit runs, set BENCHMARK_COMMIT. --dry-run: a few images on the CPU, no tests.
+# PYTHON names another interpreter than python3. Where git does not say which commit runs, set BENCHMARK_COMMIT. --dry-run: a few images on the CPU, no tests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-budget=700 data=../shared/data out=benchmarks/runs weights='' dry=''
+python=${PYTHON:-python3} budget=700 data=../shared/data out=benchmarks/runs weights='' dry=''
 while [ $# -gt 0 ]; do
   case $1 in
     --budget) budget=$2; shift 2 ;;
@@ -26,15 +26,15 @@ left() { echo $((budget - SECONDS)); }
 status=0
 if [ -z "$dry" ]; then
   device=cuda workers=12 size=()
-  timeout "$(($(left) / 3))" python -m pytest --accelerator gpu -n 12 -q -m 'not slow and not benchmark' -p no:benchmark \
+  timeout "$(($(left) / 3))" $python -m pytest --accelerator gpu -n 12 -q -m 'not slow and not benchmark' -p no:benchmark \
     tests/gpu tests/contract tests/scanning tests/responses tests/metrics >"$out/pytest.log" 2>&1 || status=1
   tail -n 15 "$out/pytest.log"
 else
   device=cpu workers=0 size=(--images 200 --epochs 2 --model resnet9-relu-0.26M)
 fi
-timeout "$(left)" python -m benchmarks.device_ratios --device $device >"$out/ratios.json" || status=1
+timeout "$(left)" $python -m benchmarks.device_ratios --device $device >"$out/ratios.json" || status=1
 cat "$out/ratios.json"
 [ -z "$weights" ] || size+=(--weights "$weights")
-timeout "$(($(left) + 5))" python -m benchmarks.device --data "$data" --cache "$out/cache" --results "$out/device.jsonl" \
+timeout "$(($(left) + 5))" $python -m benchmarks.device --data "$data" --cache "$out/cache" --results "$out/device.jsonl" \
   --device $device --workers $workers --budget "$(($(left) - 15))" "${size[@]}" || status=1
 exit $status

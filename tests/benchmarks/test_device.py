@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,3 +62,16 @@ def test_the_commit_may_be_told_by_the_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(rows, "__file__", str(tmp_path / "rows.py"))
     monkeypatch.setenv("BENCHMARK_COMMIT", "abc1234")
     assert rows.commit.__wrapped__() == "abc1234"
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_passes_a_dry_run(tmp_path: Path) -> None:
+    pack(tmp_path, "train", 2000, 0)
+    pack(tmp_path, "test", 40, 1)
+    script = Path(device.__file__).with_name("device.sh")
+    told = ["--dry-run", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--budget", "400"]
+    known = {**os.environ, "PYTHON": sys.executable}
+    found = subprocess.run([str(script), *told], env=known, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert (tmp_path / "out" / "ratios.json").read_text()
+    assert rows.read(tmp_path / "out" / "device.jsonl")
