@@ -128,7 +128,7 @@ def _search(values: Tensor) -> list[_Direction]:
 def _likeness(one: Tensor, other: Tensor) -> float:
     """Correlation of two divisions of the same samples, bool ``(n,)`` each."""
     a, b = (mask.double() - mask.double().mean() for mask in (one, other))
-    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))
+    return float((a * b).sum() / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)).clamp(min=1e-12))
 
 
 def overlap_log_p(one: Tensor, other: Tensor) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_backdoor.detection.directions import full_precision
 from lightning_backdoor.errors import ArgumentError
 
 __all__ = ["neighbor_agreement", "reconsider_uncertain"]
@@ -20,14 +22,15 @@ BLOCK = 2**13  # samples whose neighbours are searched at once
 def neighbor_agreement(features: Tensor, labels: Tensor, trusted: Tensor, k: int = 20, *, gpu: bool = True) -> Tensor:
     """Share of the ``k`` nearest trusted samples, by the cosine of their features, that have a sample's own label.
 
-    A trusted sample is not its own neighbour. The search is exact (faiss).
+    A trusted sample is not its own neighbour. The search is exact: by faiss for features in main memory, else on the
+    device of the features, by products with all trusted ones.
 
     Args:
-        features: Float ``(N, D)``.
+        features: Float ``(N, D)``, on any device.
         labels: Labels as given, long ``(N,)``.
         trusted: Samples among which neighbours are searched, bool ``(N,)``.
         k: At least 1; fewer where there are not so many trusted samples.
-        gpu: Search on all GPUs, where faiss has any; it takes a share of their memory.
+        gpu: Search features in main memory on all GPUs, where faiss has any; it takes a share of their memory.
 
     Returns:
         Float ``(N,)`` in ``[0, 1]``, on the CPU; for features of length zero any neighbours are as near as others.
@@ -52,10 +55,11 @@ def neighbor_agreement(features: Tensor, labels: Tensor, trusted: Tensor, k: int
     if k < 1 or len(own) < 2:
         raise ArgumentError(f"`k` must be at least 1 and two samples be trusted, got {k} and {len(own)}.")
     k = min(k, len(own) - 1)
-    index, given = _index(_directions(features[own]), gpu), labels.cpu()
+    given = labels.cpu()
+    nearest = _nearest(_directions(features[own.to(features.device)]), k + 1, gpu)
     shares = []
     for rows in torch.split(torch.arange(size), BLOCK):
-        near = own[torch.from_numpy(index.search(_directions(features[rows]).numpy(), k + 1)[1])]
+        near = own[nearest(_directions(features[rows.to(features.device)]))]
         itself = near == rows[:, None]
         drop = torch.where(itself.any(dim=1), itself.int().argmax(dim=1), k)  # itself, or the furthest
         others = near[torch.arange(k + 1) != drop[:, None]].view(len(rows), k)
@@ -64,7 +68,23 @@ def neighbor_agreement(features: Tensor, labels: Tensor, trusted: Tensor, k: int
 
 
 def _directions(features: Tensor) -> Tensor:
-    return F.normalize(features.detach().float().cpu(), dim=1).contiguous()
+    return F.normalize(features.detach().float(), dim=1).contiguous()
+
+
+def _nearest(references: Tensor, count: int, gpu: bool) -> Callable[[Tensor], Tensor]:
+    """A function from queries ``(B, D)`` to the places of the references with the largest inner product.
+
+    They are long ``(B, count)``, on the CPU.
+    """
+    if references.device.type == "cpu":
+        index = _index(references, gpu)
+        return lambda queries: torch.from_numpy(index.search(queries.numpy(), count)[1])
+
+    def on_device(queries: Tensor) -> Tensor:
+        with full_precision():
+            return (queries @ references.T).topk(count, dim=1).indices.cpu()
+
+    return on_device
 
 
 def _index(references: Tensor, gpu: bool) -> Any:

@@ -50,8 +50,8 @@ class EarlyNeighbors:
 def early_neighbors(trainer: Trainer, pl_module: LightningModule, data: DatasetScanner) -> EarlyNeighbors:
     """Share of every sample's neighbors that have its label, by the features as they are now.
 
-    Neighbors are searched in a random sample of the training set, by the first process, on the CPU. Every process
-    must call it and gets the same answer.
+    Neighbors are searched in a random sample of the training set, by the first process: on the device of the features
+    where these stay there, else on the CPU. Every process must call it and gets the same answer.
     """
 
     def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ def early_neighbors(trainer: Trainer, pl_module: LightningModule, data: DatasetS
         features = data.outputs(trainer, pl_module, batch)[1]
         return {"labels": labels, "features": features.clamp(-_HALF, _HALF).half()}
 
-    found = data.scan(trainer, pl_module, step, description="UltraClean early look", finite=True)
+    found = data.scan(trainer, pl_module, step, description="UltraClean early look", finite=True, stay=True)
     agreement = torch.empty(0)
     with raise_on_all_ranks(trainer, "UltraClean early look"):
         if trainer.is_global_zero:

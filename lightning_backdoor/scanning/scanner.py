@@ -301,12 +301,16 @@ class DatasetScanner:
     def features(
         self, trainer: Trainer, pl_module: LightningModule, *, description: str, positions: Tensor | None = None
     ) -> Tensor:
-        """Penultimate features of all samples, float32 ``(N, D)``, or of those at ``positions``, ``(M, D)``."""
+        """Penultimate features of all samples, float32 ``(N, D)``, or of those at ``positions``, ``(M, D)``.
+
+        They stay on the device if they fit there.
+        """
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
             return {"features": self.outputs(trainer, pl_module, batch)[1]}
 
-        return self.scan(trainer, pl_module, step, description=description, positions=positions)["features"]
+        found = self.scan(trainer, pl_module, step, description=description, positions=positions, stay=True)
+        return found["features"]
 
     def read_labels(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         """Labels of all samples, long ``(N,)``."""

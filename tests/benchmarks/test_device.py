@@ -69,7 +69,7 @@ def test_the_script_for_a_gpu_passes_a_dry_run(tmp_path: Path) -> None:
     pack(tmp_path, "train", 2000, 0)
     pack(tmp_path, "test", 40, 1)
     script = Path(device.__file__).with_name("device.sh")
-    told = ["--dry-run", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--budget", "400"]
+    told = ["--dry-run", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--budget", "150"]
     known = {**os.environ, "PYTHON": sys.executable}
     found = subprocess.run([str(script), *told], env=known, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
