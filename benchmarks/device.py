@@ -91,6 +91,7 @@ def run_training(cell: Cell, clean: TensorDataset, test: TensorDataset, options:
         **(judgement(defences, poisoned) if defences else {"removed": 0}),
         **meter.row(len(clean), 0),
         "workers": options.workers,
+        "test_images": len(test),
         **rows.circumstances("benchmarks.device", options.device),
     }
 

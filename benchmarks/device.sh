@@ -26,15 +26,15 @@ left() { echo $((budget - SECONDS)); }
 status=0
 if [ -z "$dry" ]; then
   device=cuda workers=12 size=()
-  timeout "$(($(left) / 3))" $python -m pytest --accelerator gpu -n 12 -q -m 'not slow and not benchmark' -p no:benchmark \
+  timeout -k 5 "$(($(left) / 3))" $python -m pytest --accelerator gpu -n 12 -q -m 'not slow and not benchmark' -p no:benchmark \
     tests/gpu tests/contract tests/scanning tests/responses tests/metrics >"$out/pytest.log" 2>&1 || status=1
   tail -n 15 "$out/pytest.log"
 else
   device=cpu workers=0 size=(--images 200 --epochs 2 --model resnet9-relu-0.26M)
 fi
-timeout "$(left)" $python -m benchmarks.device_ratios --device $device >"$out/ratios.json" || status=1
-cat "$out/ratios.json"
+timeout -k 5 "$(left)" $python -m benchmarks.device_ratios --device $device >"$out/device_ratios.jsonl" || status=1
+cat "$out/device_ratios.jsonl"
 [ -z "$weights" ] || size+=(--weights "$weights")
-timeout "$(($(left) + 5))" $python -m benchmarks.device --data "$data" --cache "$out/cache" --results "$out/device.jsonl" \
+timeout -k 5 "$(($(left) + 5))" $python -m benchmarks.device --data "$data" --cache "$out/cache" --results "$out/device.jsonl" \
   --device $device --workers $workers --budget "$(($(left) - 15))" "${size[@]}" || status=1
 exit $status

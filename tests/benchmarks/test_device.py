@@ -73,5 +73,5 @@ def test_the_script_for_a_gpu_passes_a_dry_run(tmp_path: Path) -> None:
     known = {**os.environ, "PYTHON": sys.executable}
     found = subprocess.run([str(script), *told], env=known, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
-    assert (tmp_path / "out" / "ratios.json").read_text()
+    assert (tmp_path / "out" / "device_ratios.jsonl").read_text()
     assert rows.read(tmp_path / "out" / "device.jsonl")
