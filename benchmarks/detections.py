@@ -84,18 +84,29 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@torch.no_grad()
+def one_pass(module: Classifier, loader: DataLoader[Any]) -> None:
+    """Read all images and show them to the network."""
+    module.eval()
+    for images, _ in loader:
+        module(images.to(module.device, non_blocking=True))
+    module.train()
+
+
 def detection(name: str, data: Dataset[Any], options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a detection, of an epoch of training, and of a pass over the images, with their ratio."""
     torch.manual_seed(0)
     defence, module = DEFENCES[name](), Classifier(options.model)
     seconds: dict[str, float] = {}
-    detect = defence.detect
+    loader = DataLoader(
+        data, options.batch_size, shuffle=True, num_workers=options.workers, pin_memory=options.device == "cuda"
+    )
+    detect = defence.on_train_epoch_end
 
-    def timed() -> None:
-        scanner, trainer = defence.session.scanner, defence.session.trainer
+    def timed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for what, work in (
-            ("pass", lambda: scanner.predict(trainer, module, description="one pass")),
-            ("detection", detect),
+            ("pass", lambda: one_pass(module, loader)),
+            ("detection", lambda: detect(trainer, pl_module)),
         ):
             finish(module.device)
             began = time.perf_counter()
@@ -103,7 +114,7 @@ def detection(name: str, data: Dataset[Any], options: argparse.Namespace) -> dic
             finish(module.device)
             seconds.setdefault(what, time.perf_counter() - began)
 
-    defence.detect = timed
+    defence.on_train_epoch_end = timed
     trainer = pl.Trainer(
         max_epochs=2,
         accelerator=options.device,
@@ -113,9 +124,6 @@ def detection(name: str, data: Dataset[Any], options: argparse.Namespace) -> dic
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-    )
-    loader = DataLoader(
-        data, options.batch_size, shuffle=True, num_workers=options.workers, pin_memory=options.device == "cuda"
     )
     trainer.fit(module, loader)
     found = {"epoch": module.epochs[-1], **seconds}

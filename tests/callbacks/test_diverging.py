@@ -25,7 +25,7 @@ def one_class() -> Pictures:
 def repair(lr: float, **kwargs: Any) -> tuple[DBRCallback, bool, bool]:
     """The callback, whether all weights are finite, and whether they are those of a training without it."""
     _, undefended = fit([], one_class())
-    callback = DBRCallback(verdict=GIVEN, epochs=2, extra_epochs=2, trusted=0.2, lr=lr, **kwargs)
+    callback = DBRCallback(verdict=GIVEN, epochs=2, extra_epochs=2, trusted=0.2, lr=lr, fallback=None, **kwargs)
     _, module = fit([callback], one_class())
     finite = all(bool(value.isfinite().all()) for value in module.state_dict().values())
     return callback, finite, same_state(undefended, module)

@@ -132,7 +132,7 @@ def test_units_of_layers_that_do_not_learn_are_measured_told_and_left_alone() ->
 
 def test_none_finds_poisons_by_units_that_are_frozen_and_says_that_they_stay() -> None:
     data, module = planted(192), Probed()
-    callback, before = NONECallback(), state_of(module.body)
+    callback, before = NONECallback(fallback=None), state_of(module.body)
     trainer = make_trainer([callback], 8)
     with (
         pytest.warns(UserWarning, match="can reset no unit: all weights that they need are frozen"),
@@ -205,7 +205,7 @@ class Settled(Probed):
 
 def test_what_was_found_while_units_were_frozen_is_reset_when_they_have_thawed() -> None:
     data, module = planted(192), Settled()
-    callback = NONECallback(warmup_epochs=6, finetune_epochs=1, extra_epochs=1, rounds=1)
+    callback = NONECallback(warmup_epochs=6, finetune_epochs=1, extra_epochs=1, rounds=1, fallback=None)
     with (
         pytest.warns(UserWarning, match="drive units of body.0, which do not learn"),
         pytest.warns(UserWarning, match="no unit that they drive can be reset"),

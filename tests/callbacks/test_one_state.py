@@ -70,7 +70,7 @@ def none(**kwargs: Any) -> NONECallback:
 
 
 def dbr(**kwargs: Any) -> DBRCallback:
-    return DBRCallback(**{"verdict": GIVEN, "epochs": 2, "lr": 0.05, "trusted": 0.2, **kwargs})
+    return DBRCallback(**{"verdict": GIVEN, "epochs": 2, "lr": 0.05, "trusted": 0.2, "fallback": None, **kwargs})
 
 
 def tuned(**kwargs: Any) -> FineTuneTrusted:

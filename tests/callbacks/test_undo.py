@@ -42,7 +42,7 @@ def none(**kwargs: Any) -> NONECallback:
 
 def dbr(**kwargs: Any) -> DBRCallback:
     """D-BR that unlearns four samples in three epochs, whatever the data look like."""
-    return DBRCallback(**{"verdict": GIVEN, "epochs": 3, "extra_epochs": 3, "trusted": 0.2, **kwargs})
+    return DBRCallback(**{"verdict": GIVEN, "epochs": 3, "extra_epochs": 3, "trusted": 0.2, "fallback": None, **kwargs})
 
 
 def undo(monkeypatch: pytest.MonkeyPatch, *, rounds: tuple[bool, ...] = (True,)) -> None:

@@ -156,9 +156,12 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3], ids=["clean", "planted"])
-def test_calls_do_not_grow_with_the_labels(share: float) -> None:
-    """On a GPU every call is a launch, and every value that Python reads waits for all of them."""
+@pytest.mark.parametrize(("share", "most"), [(0.0, 1500), (0.3, 8000)], ids=["clean", "planted"])
+def test_calls_do_not_grow_with_the_labels(share: float, most: int) -> None:
+    """On a GPU every call is a launch, and every value that Python reads waits for all of them.
+
+    A label in which a group stands out is searched again in several pairs of halves.
+    """
     counted = []
     for number in (10, 40):
         labels = torch.arange(number * 40) % number
@@ -172,5 +175,5 @@ def test_calls_do_not_grow_with_the_labels(share: float) -> None:
     print(counted)
     (few, told), (many, told_of_many) = counted
     assert many <= 1.2 * few
-    assert many < 1500
+    assert many < most
     assert told_of_many <= 1.5 * told + 10
