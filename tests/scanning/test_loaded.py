@@ -501,7 +501,7 @@ def denoised_scan(session: Any, scanner: Any) -> Any:
 SCANS: dict[str, tuple[Any, int]] = {
     "UltraClean": (denoised_scan, 110),
     "early neighbors": (lambda s, scanner: early_neighbors(s.trainer, s.module, scanner), 40),
-    "NONE statistics": (lambda s, scanner: unit_scan(s, scanner).statistics(s.trainer, s.module, 0.9), 80),
+    "NONE statistics": (lambda s, scanner: unit_scan(s, scanner).statistics(s.trainer, s.module, 0.9), 90),
     "NONE responses": (lambda s, scanner: unit_scan(s, scanner)._activations(s.trainer, s.module, torch.arange(8)), 35),
     "FCT": (fct_scan, 550),
     "predictions": (lambda s, scanner: scanner.predict(s.trainer, s.module, description=""), 35),
