@@ -101,9 +101,9 @@ class Event:
     def remaining(self) -> float | None:
         """Share of the flagged samples that get their label, as measured last; ``None`` if that is not known.
 
-        Samples that came back are not flagged any more.
+        Samples that came back are not flagged any more, and weights that training started anew without are gone.
         """
-        if self.reassigned:
+        if self.reassigned or self.restarts:  # the weights that this was measured of are gone
             return None
         if self.at_end is not None:
             return self.at_end[1]
@@ -133,5 +133,7 @@ def repaired(history: Sequence[Event]) -> bool | None:
     Returns:
         ``None`` if nothing was flagged, or it was not measured.
     """
-    known = [event for event in history if event.remaining is not None]
+    restarts = [place for place, event in enumerate(history) if event.restarts]
+    latest = history[restarts[-1] :] if restarts else history
+    known = [event for event in latest if event.remaining is not None]
     return None if not known else not known[-1].remains

@@ -207,7 +207,7 @@ class ABL(Defense):
         own = {"unlearn": unlearn, "restart": Restart(last_detection=False), "continue": Continue(), "report": Report()}
         super().__init__(
             detector=detector,
-            response=chosen_response(response, own, others=False, fallback=None),
+            response=chosen_response(response, own, others=False),
             warmup_epochs=require_positive("warmup_epochs", warmup_epochs),
             **given,
         )

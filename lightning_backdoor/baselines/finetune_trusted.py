@@ -138,5 +138,5 @@ class FineTuneTrusted(Defense):
             "continue": Continue(at_once=at_once),
             "report": Report(at_once=at_once),
         }
-        chosen = chosen_response(response, own, others=False, fallback=None)
+        chosen = chosen_response(response, own, others=False)
         super().__init__(detector=detector, response=chosen, warmup_epochs=warmup_epochs, **given)

@@ -452,7 +452,7 @@ class Procedure:
             "last_detection": self._last_detection,
             "history": [event.state_dict() for event in self.history],
             "detector": self.detector.state_dict(),
-            "response_name": self.response.name,
+            "response_name": self.response.written_as,
             "response": self.response.state_dict(),
         }
 
@@ -462,7 +462,7 @@ class Procedure:
         Raises:
             ArgumentError: Another release, or a defense with another response, wrote the checkpoint.
         """
-        require_own_state(state_dict, self.response.name)
+        require_own_state(state_dict, self.response.written_as)
         verdict = None if state_dict["verdict"] is None else Verdict.from_state_dict(state_dict["verdict"])
         if self._filter is not None and self.response.drops:
             self._filter.set_keep(self.defense.state_key, None if verdict is None else verdict.keep)

@@ -113,8 +113,8 @@ class NONECallback(Defense):
     Args:
         warmup_epochs: Epochs of ordinary training before the first detection. ``None``: as late as the plan leaves
             time for all rounds, which take half of it at most. With ``response="reset"`` there is a second detection
-            at the end if the first one found nothing or was undone; what is found then is removed and reported, and
-            reset if ``extra_epochs`` are left. With another response there is one detection: after half of the plan
+            at the end if the first one found nothing (or, with ``fallback=None``, was undone); what is found then is
+            removed and reported, and reset if ``extra_epochs`` are left. With another response there is one detection: after half of the plan
             (``"continue"``), when training is about to end (``"restart"``, which scans the new run once more, and
             ``"report"``), or as late as the plan leaves time for the repair (``"unlearn"``).
         extra_epochs: Epochs that fine-tuning may have beyond the plan. If they are as many as all rounds need, the
@@ -142,7 +142,8 @@ class NONECallback(Defense):
             :class:`~lightning_backdoor.responses.Response` with settings of its own.
         fallback: What follows a repair that leaves the backdoor in the model, because it was undone, had no epoch, or
             over a tenth of the removed images still get their label: ``"restart"`` trains all epochs anew from the
-            weights at the start of the fit, without these images; ``None``: a warning. A quota
+            weights at the start of the fit, without these images; This takes a
+            copy of the first weights and optimizer, in checkpoints too. ``None``: a warning. A quota
             of images is flagged whether or not there is a backdoor, and never leads to a restart.
         **scan: See :class:`~lightning_backdoor.callbacks.options.DecisionArguments`.
 

@@ -168,6 +168,8 @@ def _bytes(node: Any, counted: set[int]) -> int:
     """The same for a part of it; memory that was counted before is not counted again."""
     identity, size = id(node), sys.getsizeof(node)
     if isinstance(node, Tensor):
+        if node.device.type != "cpu":
+            raise TypeError("it is in another memory")
         storage = node.untyped_storage()  # sparse and nested tensors have none
         identity, size, node = storage.data_ptr(), storage.nbytes(), None
     if identity in counted:

@@ -403,6 +403,7 @@ def search_labels(
     )
 
 
+@full_precision()
 def own_subpopulations(search: Search) -> list[Subpopulation]:
     """The subpopulations of single labels: see :func:`find_subpopulations`."""
     found = []

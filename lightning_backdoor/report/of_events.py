@@ -56,6 +56,12 @@ def last_word(event: Event, verdict: Verdict) -> str:
     """
     if not event.remains or event.undone or event.no_room:
         return ""
+    if event.response == "fallback":
+        return (
+            f"ends with a model that gives {event.flagged_label_rates[-1] or 0.0:.1%} of the {len(verdict.removed):,} "
+            "removed images their label, though it was trained anew without them: their labels may be right "
+            "(clean-label attack, one kind of image). Look at the report."
+        )
     return (
         f"ends with a model that gives {event.flagged_label_rates[-1] or 0.0:.1%} of the {len(verdict.removed):,} "
         f"removed images their label{_outcome(event)}. To be sure, train anew without them."
@@ -200,7 +206,7 @@ def _of_unlearning(event: Event, total: int) -> str:
 def _of_fallback(event: Event, total: int) -> str:
     if event.rechecked:
         return _of_reset(event, total)
-    known = event.flagged_label_rates[0]
+    known = event.flagged_label_rates[0] if event.flagged_label_rates else None
     given = "" if known is None else f": {known:.1%} of the flagged images get their label"
     return f"could not repair the model{given}. Training starts again from its first weights, without these images."
 
@@ -342,7 +348,7 @@ def evidence(
     anew = [sentence([event], total) for event in history if event.response == "fallback"]
     if anew:
         facts["after the repair"] = " ".join(anew).rstrip(".")
-        treatment = f"{treatment} This left the backdoor in the model, which was then trained anew without the images."
+        treatment = f"{treatment or 'No repair was possible.'} Flagged images kept their label, so training began anew."
     return Evidence(
         classes=classes,
         images=images,

@@ -213,6 +213,11 @@ class Response:
         """
         return representation(self, {name.removeprefix("_"): value for name, value in vars(self).items()})
 
+    @property
+    def written_as(self) -> str:
+        """By which a checkpoint says whose state it holds."""
+        return self.name
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, title: str) -> None:
         """Forget an earlier fit, and raise where a setting of the Trainer rules the response out."""
 

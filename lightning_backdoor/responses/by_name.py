@@ -22,7 +22,7 @@ def chosen_response(
     own: Mapping[str, Response],
     *,
     others: bool = True,
-    fallback: Literal["restart"] | None = "restart",
+    fallback: Literal["restart"] | None = None,
 ) -> Response:
     """The response that a user's argument names.
 

@@ -45,8 +45,15 @@ class WithFallback(Response):
 
     def _forget(self) -> None:
         self._restart = Restart(last_detection=False, at_most=1)
-        self._fell_back = self._measured = False
+        self._fell_back = False
+        self._since = 0  # events of the present run, since another defense's restart
+        self._measured_at = 0  # epochs of the second training when it was measured last
         self._ruled_out = ""
+
+    @property
+    def written_as(self) -> str:
+        """The repair, and that a restart may follow it."""
+        return f"{self.name} with a fallback"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, title: str) -> None:
         """Prepare both."""
@@ -81,9 +88,11 @@ class WithFallback(Response):
         self.repair.after_first_detection(session)
 
     def on_other_restart(self, session: Session) -> None:
-        """Begin with the repair again."""
+        """Begin with the repair again; what was found before is no reason for a restart any more."""
         self.repair.on_other_restart(session)
-        self._fell_back = self._measured = False
+        self._restart.release()
+        self._restart.is_due = self._fell_back = False
+        self._since, self._measured_at = len(session.case.history), 0
 
     def on_train_epoch_start(self, session: Session) -> None:
         """Go back to the start if that was decided, or let the repair begin its epoch."""
@@ -120,11 +129,12 @@ class WithFallback(Response):
     def on_train_epoch_end(self, session: Session) -> bool:
         """Decide on a restart when the repair is over; after one, measure at the end of training what came of it."""
         if self._fell_back:
-            if not self._restart.is_due and not self._measured and about_to_end(session.trainer):
+            measured = session.epochs_done <= self._measured_at
+            if not self._restart.is_due and not measured and about_to_end(session.trainer):
                 self._measure(session)
             return True
         treated = self.repair.on_train_epoch_end(session)
-        if session.case.history and not self._fell_back and self._fall_back(session):
+        if self._fall_back(session):
             session.case.tell()
         return treated or self._fell_back
 
@@ -133,7 +143,7 @@ class WithFallback(Response):
         history = session.case.history
         if not self._fell_back:
             self.repair.on_train_end(session)
-            if history and history[-1].failed and self._ruled_out:
+            if history[self._since :] and history[-1].failed and self._ruled_out:
                 rank_zero_warn(
                     f"{session.case.title} could not train anew without the flagged images: {self._ruled_out}"
                 )
@@ -182,11 +192,6 @@ class WithFallback(Response):
         return not self._fell_back and self.repair.repeats
 
     @property
-    def changed_at(self) -> float:  # type: ignore[override]
-        """When the repair last changed weights."""
-        return self.repair.changed_at
-
-    @property
     def weights_before(self) -> dict[str, Any] | None:
         """While a repair lasts, the weights that it began with."""
         return self.repair.weights_before
@@ -196,7 +201,7 @@ class WithFallback(Response):
         history = session.case.history
         if session.case.verdict is None or self.repair.busy or self._ruled_out or not self._restart.can_return:
             return False
-        if not history[-1].failed:
+        if not history[self._since :] or not history[-1].failed:
             return False
         before = history[-1]
         self.repair.on_other_restart(session)
@@ -210,14 +215,14 @@ class WithFallback(Response):
                 response="fallback",
                 restarts=True,
                 accuracies=before.accuracies[-1:],
-                flagged_label_rates=(before.remaining,),
+                flagged_label_rates=() if before.remaining is None else (before.remaining,),
             )
         )
         return True
 
     def _measure(self, session: Session) -> None:
         """What the model that was trained anew makes of the flagged samples."""
-        self._measured = True
+        self._measured_at = session.epochs_done
         description = f"{session.case.title} check"
         predicted = session.scanner.predict(session.trainer, session.module, description=description)
         accuracy, rate = session.label_rates(predicted == labels_of(session.verdict))
@@ -247,11 +252,13 @@ class WithFallback(Response):
             "repair": self.repair.state_dict(),
             "restart": self._restart.state_dict(),
             "fell_back": self._fell_back,
-            "measured": self._measured,
+            "since": self._since,
+            "measured_at": self._measured_at,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
         self.repair.load_state_dict(state_dict["repair"])
         self._restart.load_state_dict(state_dict["restart"])
-        self._fell_back, self._measured = state_dict["fell_back"], state_dict["measured"]
+        self._fell_back, self._since = state_dict["fell_back"], state_dict["since"]
+        self._measured_at = state_dict["measured_at"]

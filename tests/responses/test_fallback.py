@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_backdoor import DBRCallback, NONECallback, Verdict
+from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback, Verdict
 from lightning_backdoor.callbacks import Defense, Detector
 from lightning_backdoor.errors import ArgumentError
-from lightning_backdoor.events import Event
+from lightning_backdoor.events import Event, repaired
 from lightning_backdoor.responses import Detection, ResetUnits, Response, Session, Unlearn, WithFallback
 from tests.callbacks.helpers import same_state, state_of
 from tests.callbacks.test_ultraclean_resume import SaveAll
@@ -158,5 +159,48 @@ def test_the_report_says_that_training_began_anew(tmp_path: Path) -> None:
         callback.report_dir = str(tmp_path / str(rate))
         fit([callback])
         page = (tmp_path / str(rate) / "report.html").read_text()
-        assert ("trained anew without the images" in page) is told
+        assert ("Flagged images kept their label, so training began anew" in page) is told
         assert ("20.0% of the flagged images get their label" in page) is told
+
+
+def test_a_repair_that_measured_nothing_falls_back_too() -> None:
+    class Unmeasured(Repair):
+        def respond(self, session: Session, detection: Detection, event: Event) -> Event:
+            return replace(event, no_room=True, suspects=len(FLAGGED))
+
+    callback = Scripts(Unmeasured(1.0))
+    fit([callback])
+    assert [event.restarts for event in callback.history] == [False, True, False]
+    assert callback.repaired is not callback.history[-1].remains
+
+
+def test_what_another_defense_has_made_obsolete_leads_to_no_restart() -> None:
+    repair = Repair(1.0)
+    response, history = WithFallback(repair), [Event(1, 10, 10, accuracies=(0.9,), flagged_label_rates=(0.99,))]
+    case: Any = SimpleNamespace(title="Scripts", verdict="any", history=history)
+    session = Session(None, None, None, None, case, 0.0)  # type: ignore[arg-type]
+    response._restart._start = {}
+    response.on_other_restart(session)
+    assert not response._fall_back(session)
+    assert not response.on_train_epoch_end(session)
+
+
+def test_a_figure_of_weights_that_are_gone_says_nothing_of_the_model() -> None:
+    before = Event(3, 10, 10, accuracies=(0.9,), flagged_label_rates=(0.99,))
+    again = Event(3, 0, 10, response="fallback", restarts=True, accuracies=(0.9,), flagged_label_rates=(0.99,))
+    assert repaired([before]) is False
+    assert repaired([before, again]) is None
+    assert repaired([before, again, Event(3, 0, 10, accuracies=(0.9,), flagged_label_rates=(0.02,))]) is True
+
+
+@pytest.mark.parametrize(("written", "resumed"), [(None, "restart"), ("restart", None)])
+def test_a_checkpoint_with_another_fallback_is_refused_in_words(written: Any, resumed: Any, tmp_path: Path) -> None:
+    saver = SaveAll(tmp_path)
+    fit([NONECallback(fallback=written), saver])
+    with pytest.raises(ArgumentError, match=r"was written with `response=.*fallback"):
+        fit([NONECallback(fallback=resumed)], ckpt=saver.paths[-1])
+
+
+def test_a_quota_of_another_defense_never_leads_to_a_restart() -> None:
+    for response, kind in (("reset", ResetUnits), ("unlearn", Unlearn)):
+        assert isinstance(UltraCleanCallback(rule="fraction", response=response)._procedure.response, kind)
