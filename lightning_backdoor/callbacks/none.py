@@ -116,7 +116,8 @@ class NONECallback(Defense):
             at the end if the first one found nothing (or, with ``fallback=None``, was undone); what is found then is
             removed and reported, and reset if ``extra_epochs`` are left. With another response there is one
             detection: after half of the plan (``"continue"``), when training is about to end (``"restart"``, which
-            scans the new run once more, and ``"report"``), or as late as the plan leaves time for the repair (``"unlearn"``).
+            scans the new run once more, and ``"report"``), or as late as the plan leaves time for the repair
+            (``"unlearn"``).
         extra_epochs: Epochs that fine-tuning may have beyond the plan. If they are as many as all rounds need, the
             first detection comes when training is about to end.
         rounds: Most detections in a row, each followed by its fine-tuning, as long as they find something, or the model
