@@ -3,8 +3,10 @@
 A search over many units finds two groups in any noise, the more so the fewer samples there are: what it finds is no
 evidence by itself. Here the search is repeated in two halves of the label that share no near-duplicates. A direction
 that was found in one half says which samples of the other half belong to the group; a search in the other half says so,
-too, without knowing it. If there is no group, the two have nothing to do with each other, and as many samples in common
-as were seen have a known probability (Fisher's exact test), whatever the distribution of the values is.
+too, from its own values alone. Where the values of a label are noise without a common axis, the two are independent,
+and as many samples in common as were seen have a known probability (Fisher's exact test), whatever the distribution of
+the noise is. An axis on which a label varies continuously (brightness, size) is found by both halves, too: that its
+samples fall into two groups is for the gates to say.
 """
 
 from __future__ import annotations
