@@ -82,6 +82,4 @@ def test_few_files_lie_between_fit_and_a_verdict() -> None:
         sys.setprofile(None)
     assert callback.verdict is not None
     print(len(seen), *sorted(seen), sep="\n")
-    assert len(seen) <= 32, sorted(
-        seen
-    )  # three of them are what decisions are computed with: labels, splits, directions
+    assert len(seen) <= 30, sorted(seen)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_backdoor.detection.splits import running_sums
+from lightning_backdoor.detection.directions import running_sums
 from lightning_backdoor.detection.subpopulations import (
     FALSE_ALARM_RATE,
     Subpopulation,

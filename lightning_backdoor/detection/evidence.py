@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_backdoor.detection.directions import MAX_UNITS, MIN_SHARE, ROUNDS, allowed_gap, discriminant
+from lightning_backdoor.detection.directions import MAX_UNITS, MIN_SHARE, ROUNDS, allowed_gap, discriminant, split_units
 from lightning_backdoor.detection.near_duplicates import effective_number
-from lightning_backdoor.detection.splits import split_units
 
 __all__ = ["Replication", "replication"]
 

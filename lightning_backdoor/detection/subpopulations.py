@@ -16,16 +16,19 @@ from torch import Tensor
 
 from lightning_backdoor.detection.directions import (
     ERRORS,
+    MIN_MEMBERS,
     Direction,
+    LabelGroups,
+    block_size,
     discriminant,
     full_precision,
+    group_by_label,
     sharpened_directions,
     split_labels,
+    split_units,
 )
 from lightning_backdoor.detection.evidence import replication
-from lightning_backdoor.detection.label_groups import LabelGroups, block_size, group_by_label
 from lightning_backdoor.detection.near_duplicates import near_duplicates, usual_distance
-from lightning_backdoor.detection.splits import MIN_MEMBERS, split_units
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.verdict import GateFigure
 

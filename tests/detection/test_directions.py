@@ -14,11 +14,11 @@ from lightning_backdoor.detection import directions as rooms
 from lightning_backdoor.detection.directions import (
     discriminant,
     full_precision,
+    group_by_label,
     inverse_root,
     sharpened_directions,
     split_labels,
 )
-from lightning_backdoor.detection.label_groups import group_by_label
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import decide
 from tests.detection import reference
@@ -77,7 +77,7 @@ def test_batches_of_labels_make_no_difference(monkeypatch: pytest.MonkeyPatch) -
     labels = torch.arange(400) % 8
     values = planted(torch.randn(400, 6, generator=generator()), labels)
     together = sharpened_directions(values, group_by_label(labels), 0.0)
-    monkeypatch.setattr("lightning_backdoor.detection.label_groups.block_size", lambda device: 1)
+    monkeypatch.setattr("lightning_backdoor.detection.directions.block_size", lambda device: 1)
     alone = sharpened_directions(values, group_by_label(labels), 0.0)
     assert sorted(together) == sorted(alone) == list(range(8))
     for label, found in together.items():

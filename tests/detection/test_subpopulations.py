@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_backdoor.detection.directions import RIDGE, discriminant, sharpened_directions
-from lightning_backdoor.detection.label_groups import group_by_label
+from lightning_backdoor.detection.directions import RIDGE, discriminant, group_by_label, sharpened_directions
 from lightning_backdoor.detection.subpopulations import Subpopulation, own_auroc
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import (
