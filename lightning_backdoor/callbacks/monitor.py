@@ -241,7 +241,7 @@ class BackdoorMonitor(CallbackBase):
         mine = [positions[index] for index in shard(len(positions), trainer)]
         settings: dict[str, Any] = {"batch_size": self.batch_size, "num_workers": self.num_workers}
         own = scan_loader(loader, mine, seed=0, finish=finish, **settings)
-        read, columns = scan_read(trainer, pl_module, own, step, description=description)
+        read, columns, _ = scan_read(trainer, pl_module, own, step, description=description)
         return columns, read.tolist()
 
     def _paint(self, images: Tensor) -> Tensor:

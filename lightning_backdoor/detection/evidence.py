@@ -28,19 +28,16 @@ MIN_HALF = 3  # members of either group in a half, at least: of 10 members, one 
 
 @dataclass(frozen=True)
 class Replication:
-    """What the two halves of a label say about each other.
+    """How far the two halves of a label find the same group.
 
     Attributes:
         p_value: Probability of an overlap as large as that seen, or larger, if there is no group: times the number of
             pairs of different divisions from which one was taken.
-        standardized_gap: The smaller of the two gaps: distance of the means over the sum of the standard deviations of
-            the groups into which a direction of one half divides the other.
         distinct: Effective number of different things among the members; see
             :func:`~lightning_backdoor.detection.near_duplicates.effective_number`.
     """
 
     p_value: float
-    standardized_gap: float
     distinct: float
 
 
@@ -64,7 +61,7 @@ def replication(values: Tensor, members: Tensor, groups: Tensor | None = None, *
         seed: Of the halves.
 
     Returns:
-        The figures; a p-value of 1 and a gap of 0 where a half cannot be searched.
+        The figures; a p-value of 1 where a half cannot be searched.
     """
     groups = torch.arange(len(values), device=values.device) if groups is None else groups
     distinct = effective_number(groups[members])
@@ -74,18 +71,16 @@ def replication(values: Tensor, members: Tensor, groups: Tensor | None = None, *
     for side in sides:
         candidates = _search(values[side].float())
         if not candidates:
-            return Replication(1.0, 0.0, distinct)
+            return Replication(1.0, distinct)
         found.append(max(candidates, key=lambda one: _likeness(one.upper, members[side])))
         tried *= len({tuple(one.upper.tolist()) for one in candidates})
-    log_p, gaps = 0.0, []
+    log_p = 0.0
     for direction, other, side in zip(found, found[::-1], sides[::-1], strict=True):
         positions = values[side][:, direction.units].float() @ direction.weights
-        upper = positions > direction.threshold
-        log_p += overlap_log_p(upper, other.upper)
-        gaps.append(_gap(positions, upper))
+        log_p += overlap_log_p(positions > direction.threshold, other.upper)
     # Fisher's combination of two p-values whose product is q: q (1 - log q).
     combined = math.exp(min(log_p + math.log(1 - log_p) + math.log(tried), 0.0))
-    return Replication(combined, min(gaps), distinct)
+    return Replication(combined, distinct)
 
 
 def first_half(groups: Tensor, seed: int) -> Tensor:
@@ -143,11 +138,3 @@ def overlap_log_p(one: Tensor, other: Tensor) -> float:
 
     terms = ways(a, common) + ways(n - a, b - common) - ways(n, torch.tensor(float(b), dtype=torch.float64))
     return min(float(torch.logsumexp(terms, dim=0)), 0.0)
-
-
-def _gap(positions: Tensor, upper: Tensor) -> float:
-    parts = positions[upper].double(), positions[~upper].double()
-    if min(map(len, parts)) < 2:
-        return 0.0
-    spread = float(parts[0].std() + parts[1].std())
-    return float(parts[0].mean() - parts[1].mean()) / max(spread, 1e-12)

@@ -7,8 +7,9 @@ and the subpopulation that most labels have in common.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from itertools import chain
 
 import torch
@@ -366,6 +367,19 @@ class Search:
     pictures: Tensor | None
     false_alarm_rate: float
 
+    def tested(self, label: int) -> tuple[Tensor, Tensor | None]:
+        """Samples of a label on which a group is tested, long ``(n,)``, and their numbers as near-duplicates."""
+        rows = self.groups.positions(label)
+        if len(rows) > TESTED:
+            drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:TESTED]
+            rows = rows[drawn.to(rows.device)]
+        return rows, None if self.pictures is None else near_duplicates(self.pictures[rows], self.usual_distance)
+
+    @cached_property
+    def usual_distance(self) -> float:
+        """Of two pictures of a label; 0 without pictures."""
+        return 0.0 if self.pictures is None else usual_distance(self.pictures, self.groups.labels)
+
 
 def search_labels(
     values: Tensor,
@@ -409,14 +423,14 @@ def search_labels(
 @full_precision()
 def own_subpopulations(search: Search) -> list[Subpopulation]:
     """The subpopulations of single labels: see :func:`find_subpopulations`."""
-    found = []
+    found, tested = [], cache(search.tested)
     for label, candidates in _candidates(search).items():
         inside, units = search.groups.labels == label, search.directions[label][0].fitted
         for candidate in _through_gates(candidates, search, units):
             auroc = own_auroc(candidate, search.values, inside, units)
             if auroc < OWN_AUROC:
                 continue
-            figures = _replicated(candidate, search)
+            figures = _replicated(candidate, search, tested)
             if figures is not None:
                 own = GateFigure("own_auroc", auroc, ">=", OWN_AUROC)
                 found.append(replace(candidate, figures=(*candidate.figures, own, *figures)))
@@ -424,16 +438,14 @@ def own_subpopulations(search: Search) -> list[Subpopulation]:
     return found
 
 
-def _replicated(found: Subpopulation, search: Search) -> tuple[GateFigure, ...] | None:
-    """What both halves of the label say about a subpopulation; None if they do not find the same, beyond chance."""
+def _replicated(
+    found: Subpopulation, search: Search, tested: Callable[[int], tuple[Tensor, Tensor | None]]
+) -> tuple[GateFigure, ...] | None:
+    """The figures of a subpopulation in both halves of its label; None if these do not find it, beyond chance."""
     if search.false_alarm_rate == math.inf:
         return ()
-    rows = search.groups.positions(found.label)
-    if len(rows) > TESTED:
-        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:TESTED].to(rows.device)]
-    values, things = search.values[rows], None
-    if search.pictures is not None:
-        things = near_duplicates(search.pictures[rows], usual_distance(search.pictures, search.groups.labels))
+    rows, things = tested(found.label)
+    values = search.values[rows]
     seen = replication(values, found.project(values) > found.threshold, things)
     tests = SCANS * sum(size >= 2 * MIN_MEMBERS for size in search.groups.sizes.values())
     bound = search.false_alarm_rate / tests

@@ -170,7 +170,7 @@ def scan(
             in number.
         ModelError: A result holds NaN.
     """
-    positions, results, expected = _scan(trainer, pl_module, loader, step, description=description)
+    positions, results, expected = scan_read(trainer, pl_module, loader, step, description=description)
     if len(positions) != expected:
         raise DataError(
             f"`loader` must yield every sample of its dataset, got {len(positions)} of {expected}. "
@@ -187,25 +187,15 @@ def scan_read(
     *,
     description: str,
     stay: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """As :func:`scan` of what ``loader`` yields, be it all or not: dataset positions, long ``(M,)``, and results.
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """As :func:`scan` of what ``loader`` yields, be it all or not.
 
     With ``stay``, results ``(N, D)`` that ``step`` made on a GPU remain there, if there is one process and they fit
     into a tenth of the GPU's free memory.
+
+    Returns:
+        Dataset positions in rising order, long ``(M,)``; results; the number of samples that were to be read.
     """
-    return _scan(trainer, pl_module, loader, step, description=description, stay=stay)[:2]
-
-
-def _scan(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    loader: DataLoader[Any],
-    step: Step,
-    *,
-    description: str,
-    stay: bool = False,
-) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Dataset positions in rising order, results, and the number of samples that were to be read."""
     with isolated_eval(trainer, pl_module):
         table = _Table(len(cast("Sized", loader.dataset)), alone=trainer.world_size == 1)
         with raise_on_all_ranks(trainer, description):

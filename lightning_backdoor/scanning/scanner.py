@@ -209,7 +209,7 @@ class DatasetScanner:
                 wanted = mine if positions is None else positions[mine]
                 whole, size = positions is None, self._scanned(trainer)
                 view = stack.enter_context(self.read(wanted, batch_size=size, whole=whole))
-            read, found = scan_read(trainer, pl_module, view, sent, description=description, stay=stay)
+            read, found, _ = scan_read(trainer, pl_module, view, sent, description=description, stay=stay)
         every = torch.arange(len(self)) if positions is None else positions
         if len(read) == len(every):
             return found

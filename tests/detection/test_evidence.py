@@ -51,7 +51,6 @@ def test_halves_keep_groups_together_and_are_of_a_size() -> None:
 def test_a_group_shows_in_both_halves(members: int) -> None:
     found = replication(*with_group(200, members, 64))
     assert found.p_value < 1e-5
-    assert found.standardized_gap > 2
     assert found.distinct == members
 
 
