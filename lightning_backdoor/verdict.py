@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from lightning_backdoor.files import atomic_file
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Finding", "GateFigure", "Verdict"]
+__all__ = ["Diagnosis", "Finding", "GateFigure", "Verdict"]
 
-_MASKS = ("keep", "trusted", "suspect")
+Diagnosis = Literal["wrong labels", "right labels", "unclear"]
+
+_MASKS = ("keep", "trusted", "suspect", "approved")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,17 @@ class Finding:
         units: Columns of the measured values that make up the direction, long ``(U,)``.
         weights: Their weights, float ``(U,)``.
         threshold: Samples of the label whose weighted sum of these columns is larger belong to the group.
+        diagnosis: ``"wrong labels"``: the content of the samples belongs to other classes. ``"right labels"``: it
+            belongs to their class: a clean-label attack, or a clean kind of image. ``"unclear"``: not known.
+        suggested_labels: The label that a model which never saw the group gives each of its samples, long ``(M,)`` in
+            the order of ``positions``, -1 where none is known; ``None`` without such a model.
+        suggested_confidences: The probability that it gives these labels, in ``[0, 1]``, float ``(M,)``.
+        reference_accuracy: Share, in ``[0, 1]``, of other samples that it never saw and gives their label.
+        reference_confidence: Mean probability, in ``[0, 1]``, of the labels that it gives those.
+        estimated_asr: Estimated attack success rate, in ``[0, 1]``: share of training images of other classes that the
+            model gives ``label`` when what the group has in common is put on them; ``None`` if it was not estimated.
+        control_asr: The same with ordinary samples of the label in the place of the group.
+        asr_method: How it was put on them: ``"difference"``, ``"blend"`` or ``"paste"``.
     """
 
     label: int
@@ -65,9 +78,24 @@ class Finding:
     units: Tensor
     weights: Tensor
     threshold: float
+    diagnosis: Diagnosis = "unclear"
+    suggested_labels: Tensor | None = None
+    suggested_confidences: Tensor | None = None
+    reference_accuracy: float | None = None
+    reference_confidence: float | None = None
+    estimated_asr: float | None = None
+    control_asr: float | None = None
+    asr_method: str | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def own_label_rate(self) -> float | None:
+        """Share of the samples that a model which never saw them gives their label; ``None`` without such a model."""
+        if self.suggested_labels is None:
+            return None
+        return float((self.suggested_labels == self.label).float().mean())
 
     def project(self, values: Tensor) -> Tensor:
         """Position of every sample along the direction, float ``(N,)``, for values ``(N, V)`` in the same columns."""
@@ -101,6 +129,8 @@ class Verdict:
         trusted: Samples that count as clean, bool, shape ``(N,)`` (D-BR and D-ST only).
         suspect: Samples that count as poisoned, bool, shape ``(N,)`` (D-BR and D-ST only).
         findings: The groups of samples that stand out, in the order in which they were found; no sample is in two.
+        approved: Samples that the user has declared to be fine, bool, shape ``(N,)``; they are always kept.
+        paths: File of every sample, ``N`` texts, empty where it has none; ``None`` where no sample has one.
 
     Raises:
         ArgumentError: If the shapes disagree, a mask is not boolean, or a field is of another type.
@@ -121,6 +151,8 @@ class Verdict:
     trusted: Tensor | None = None
     suspect: Tensor | None = None
     findings: tuple[Finding, ...] = ()
+    approved: Tensor | None = None
+    paths: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("scores", *_MASKS, "labels"):
@@ -144,6 +176,11 @@ class Verdict:
             raise ArgumentError(
                 f"`findings` must be a tuple of `Finding`, got {self.findings!r}. `Verdict.load` reads a saved record."
             )
+        if self.approved is not None and bool((self.approved & ~self.keep).any()):
+            first = int((self.approved & ~self.keep).nonzero()[0])
+            raise ArgumentError(f"`approved` samples must be kept, got one that is removed at position {first}.")
+        if self.paths is not None and len(self.paths) != len(self):
+            raise ArgumentError(f"`paths` must hold one text per sample, got {len(self.paths)} for {len(self)}.")
 
     @property
     def removed(self) -> Tensor:
@@ -159,41 +196,59 @@ class Verdict:
             indices[finding.positions] = index
         return indices
 
+    @property
+    def suggested_labels(self) -> Tensor:
+        """Label that the findings suggest for every sample, long ``(N,)``; -1 where there is no suggestion."""
+        suggested = torch.full((len(self),), -1)
+        for finding in self.findings:
+            if finding.suggested_labels is not None:
+                suggested[finding.positions] = finding.suggested_labels
+        return suggested
+
     def __len__(self) -> int:
         return len(self.scores)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return a pandas frame with the columns ``index``, ``label``, ``score``, ``keep``, ``finding`` and the masks.
+        """Return a pandas frame with one row per sample.
 
-        Labels that are unknown are ``-1``; ``finding`` is the index in :attr:`findings`, missing (``<NA>``) where a
-        sample is in none. Needs the ``report`` extra.
+        The columns are ``index``, ``path`` (if files are known), ``label``, ``score``, ``keep``, ``finding``,
+        ``suggested_label``, ``approved``, and the masks of D-BR and D-ST. Labels that are unknown are ``-1``.
+        ``finding`` is the index in :attr:`findings`, missing (``<NA>``) where a sample is in none, and so is
+        ``suggested_label`` where none is suggested. Needs the ``report`` extra.
         """
         import pandas as pd  # noqa: PLC0415  (an extra, loaded when used)
 
         unknown = torch.full((len(self),), -1, dtype=torch.long)
         columns: dict[str, Tensor | None] = {
-            "index": torch.arange(len(self)),
             "label": unknown if self.labels is None else self.labels,
             "score": self.scores,
             "keep": self.keep,
             "finding": self.finding_indices,
+            "suggested_label": self.suggested_labels,
+            "approved": torch.zeros_like(self.keep) if self.approved is None else self.approved,
             "trusted": self.trusted,
             "suspect": self.suspect,
         }
-        frame = pd.DataFrame({name: column.numpy() for name, column in columns.items() if column is not None})
-        frame["finding"] = frame["finding"].astype("Int64").mask(frame["finding"] < 0)
+        known: dict[str, Any] = {"index": range(len(self))} | ({} if self.paths is None else {"path": self.paths})
+        known |= {name: column.numpy() for name, column in columns.items() if column is not None}
+        frame = pd.DataFrame(known)
+        for name in ("finding", "suggested_label"):
+            frame[name] = frame[name].astype("Int64").mask(frame[name] < 0)
         return frame
 
     def state_dict(self) -> dict[str, Any]:
         """Return the record as tensors and plain values that load with ``weights_only=True``."""
         plain = {name: value for name, value in vars(self).items() if value is not None}
+        if self.paths is not None:
+            plain["paths"] = list(self.paths)
         return {**plain, "findings": [finding.state_dict() for finding in self.findings]}
 
     @classmethod
     def from_state_dict(cls, record: dict[str, Any]) -> Verdict:
         """Read what :meth:`state_dict` returned; ``findings`` may be absent, as in records of earlier releases."""
         findings = tuple(Finding.from_state_dict(finding) for finding in record.get("findings", ()))
-        return cls(**{**record, "findings": findings})
+        paths = record.get("paths")
+        return cls(**{**record, "findings": findings, "paths": None if paths is None else tuple(paths)})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the record to ``path``; if it is interrupted, an earlier file stays as it was."""

@@ -39,7 +39,7 @@ def test_is_frozen() -> None:
 
 def test_to_frame_has_one_row_per_sample() -> None:
     frame = verdict(labels=torch.tensor([4, 3, 2, 1, 0])).to_frame()
-    assert list(frame.columns) == ["index", "label", "score", "keep", "finding"]
+    assert list(frame.columns) == ["index", "label", "score", "keep", "finding", "suggested_label", "approved"]
     assert frame["finding"].isna().all()
     assert frame["index"].tolist() == [0, 1, 2, 3, 4]
     assert frame["label"].tolist() == [4, 3, 2, 1, 0]
@@ -62,7 +62,35 @@ FOUND = Finding(
     units=torch.tensor([0, 2]),
     weights=torch.tensor([1.0, -1.0]),
     threshold=0.5,
+    diagnosis="wrong labels",
+    suggested_labels=torch.tensor([4, 2]),
+    suggested_confidences=torch.tensor([0.9, 0.6]),
+    reference_accuracy=0.8,
+    reference_confidence=0.95,
+    estimated_asr=0.97,
+    control_asr=0.02,
+    asr_method="blend",
 )
+
+
+def test_a_finding_says_how_many_keep_their_label_without_having_been_seen() -> None:
+    assert FOUND.own_label_rate == 0.5
+    assert dataclasses.replace(FOUND, suggested_labels=None).own_label_rate is None
+    assert verdict(findings=(FOUND,)).suggested_labels.tolist() == [-1, 2, -1, 4, -1]
+
+
+def test_approved_samples_are_kept_and_paths_are_as_many_as_samples(tmp_path: Path) -> None:
+    approved = torch.tensor([True, False, True, False, False])
+    paths = ("a.png", "b.png", "", "d.png", "e.png")
+    verdict(approved=approved, paths=paths).save(tmp_path / "verdict.pt")
+    read = Verdict.load(tmp_path / "verdict.pt")
+    assert torch.equal(read.approved, approved)
+    assert read.paths == paths
+    assert read.to_frame()["approved"].tolist() == approved.tolist()
+    with pytest.raises(ArgumentError, match="removed at position 1"):
+        verdict(approved=torch.ones(5, dtype=torch.bool))
+    with pytest.raises(ArgumentError, match="got 2 for 5"):
+        verdict(paths=("a", "b"))
 
 
 def test_a_finding_is_applied_to_new_values() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import io
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_backdoor.verdict import Verdict
 
@@ -32,27 +35,43 @@ class ClassRow(NamedTuple):
 def csv_chunks(verdict: Verdict, rows: int = 100_000) -> Iterator[str]:
     """Yield the verdict as CSV text, some rows at a time.
 
-    The columns are those of :meth:`~lightning_backdoor.Verdict.to_frame`: ``index,label,score,keep,finding`` and the
-    masks that the verdict carries. Unknown labels are ``-1``; ``finding`` is empty where a sample is in none; scores
-    keep every digit that float32 has.
+    The columns are those of :meth:`~lightning_backdoor.Verdict.to_frame`. Unknown labels are ``-1``; ``finding`` and
+    ``suggested_label`` are empty where there is none; scores keep every digit that float32 has.
 
     Args:
         verdict: The verdict, ``N`` samples.
         rows: Rows per chunk, which bounds the memory.
     """
-    masks = {"trusted": verdict.trusted, "suspect": verdict.suspect}
-    present = {name: mask for name, mask in masks.items() if mask is not None}
-    findings = verdict.finding_indices
-    labels = torch.full((len(verdict),), -1) if verdict.labels is None else verdict.labels
+    unknown, none = torch.full((len(verdict),), -1), torch.zeros_like(verdict.keep)
+    columns: dict[str, Tensor | tuple[str, ...] | None] = {
+        "path": verdict.paths,
+        "label": unknown if verdict.labels is None else verdict.labels,
+        "score": verdict.scores,
+        "keep": verdict.keep,
+        "finding": verdict.finding_indices,
+        "suggested_label": verdict.suggested_labels,
+        "approved": none if verdict.approved is None else verdict.approved,
+        "trusted": verdict.trusted,
+        "suspect": verdict.suspect,
+    }
+    present = {name: column for name, column in columns.items() if column is not None}
     digits = ".17g" if verdict.scores.dtype == torch.float64 else ".9g"
-    yield ",".join(["index", "label", "score", "keep", "finding", *present]) + "\n"
+    yield _lines([["index", *present]])
     for start in range(0, len(verdict), rows):
         part = slice(start, start + rows)
-        found = ["" if index < 0 else index for index in findings[part].tolist()]
-        columns = [verdict.keep[part].tolist(), found, *(mask[part].tolist() for mask in present.values())]
-        scores = [format(score, digits) for score in verdict.scores[part].tolist()]
-        lines = zip(range(start, start + rows), labels[part].tolist(), scores, *columns, strict=False)
-        yield "".join(",".join(map(str, line)) + "\n" for line in lines)
+        cells: dict[str, list[object]] = {
+            name: list(c[part]) if isinstance(c, tuple) else c[part].tolist() for name, c in present.items()
+        }
+        cells["score"] = [format(score, digits) for score in verdict.scores[part].tolist()]
+        for name in ("finding", "suggested_label"):
+            cells[name] = ["" if number == -1 else number for number in cells[name]]
+        yield _lines(zip(range(start, start + rows), *cells.values(), strict=False))
+
+
+def _lines(rows: Iterable[Iterable[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def class_rows(verdict: Verdict) -> list[ClassRow]:

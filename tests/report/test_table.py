@@ -35,15 +35,23 @@ def test_csv_of_double_scores_is_exact():
 
 def test_csv_reads_back_as_the_frame(tmp_path):
     pd = pytest.importorskip("pandas")
-    found = tuple(Finding(k, torch.arange(2) + k, "strict", (), torch.arange(1), torch.ones(1), 0.5) for k in (0, 7))
-    masks = {"trusted": torch.arange(30) > 20, "suspect": torch.arange(30) < 3}
-    judged = Verdict(**{**vars(verdict(30, 3)), **masks, "findings": found})
+    suggested = torch.tensor([2, -1])
+    found = tuple(
+        Finding(k, torch.arange(2) + k, "strict", (), torch.arange(1), torch.ones(1), 0.5, suggested_labels=suggested)
+        for k in (0, 7)
+    )
+    judged = verdict(30, 3)
+    masks = {"trusted": torch.arange(30) > 20, "suspect": torch.arange(30) < 3, "approved": judged.keep}
+    paths = tuple(f'a "{i}", b.png' for i in range(30))
+    judged = Verdict(**{**vars(judged), **masks, "findings": found, "paths": paths})
     read_back = pd.read_csv(io.StringIO("".join(csv_chunks(judged))))
     frame = judged.to_frame()
     assert list(read_back.columns) == list(frame.columns)
     for column in frame.columns:
         assert read_back[column].astype(frame[column].dtype).equals(frame[column])
     assert frame["finding"].dropna().to_dict() == {0: 0, 1: 0, 7: 1, 8: 1}
+    assert frame["suggested_label"].dropna().to_dict() == {0: 2, 7: 2}
+    assert frame["path"].tolist() == list(paths)
 
 
 def test_class_rows_equal_counting_by_hand():
