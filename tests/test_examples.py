@@ -99,13 +99,14 @@ def test_every_attack_of_the_registry_poisons() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [None, str(ROOT)], ids=["plain", "PYTHONPATH=."])
-def test_the_timm_example_runs(tmp_path: Path, path: str | None) -> None:
+def test_the_fine_tuning_example_runs(tmp_path: Path, path: str | None) -> None:
     for split, images in {"train": 256, "test": 8}.items():
         write_folder(tmp_path / split, images)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "given.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    settings = f"--model test_resnet --data {tmp_path} --epochs 1 --workers 0"
+    settings = "--model test_resnet --weights given.pt --data . --size 32 --epochs 2 --workers 0 --poison 0.05"
     found = subprocess.run(
-        [sys.executable, str(ROOT / "examples/timm_imagefolder.py"), *settings.split()],
+        [sys.executable, str(ROOT / "examples/finetune_timm.py"), *settings.split()],
         cwd=tmp_path,
         env=environment if path is None else {**environment, "PYTHONPATH": path},
         capture_output=True,
@@ -114,25 +115,42 @@ def test_the_timm_example_runs(tmp_path: Path, path: str | None) -> None:
         timeout=900,
     )
     assert found.returncode == 0, found.stderr
-    rows = [line.split() for line in found.stdout.splitlines() if line[:5] in ("undef", "ultra", "perfe")]
-    assert [row[0] for row in rows] == ["undefended", "ultraclean", "perfect"]
-    assert all(0 <= float(row[-2]) <= 100 for row in rows)
+    shown = dict(line.split(": ") for line in found.stdout.splitlines() if line.endswith("%"))
+    assert shown.keys() == {"accuracy", "attack success rate"}
+    assert all(0 <= float(value.split()[0]) <= 100 for value in shown.values())
+    assert "of 256 images" in found.stdout
     assert (tmp_path / "backdoor_report/report.html").exists()
+    saved = torch.load(tmp_path / "finetuned.pt", weights_only=True)
+    timm.create_model("test_resnet", num_classes=2).load_state_dict(saved)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "timm_imagefolder", "secure_training", "repair_checkpoint"])
+def test_the_fine_tuning_example_puts_a_new_head_on_the_weights_of_a_file(tmp_path: Path) -> None:
+    given = timm.create_model("test_resnet")
+    torch.save(given.state_dict(), tmp_path / "given.pt")
+    example = runpy.run_path(str(ROOT / "examples" / "finetune_timm.py"))
+    network = example["pretrained"]("test_resnet", 3, str(tmp_path / "given.pt"))
+    assert network.get_classifier().out_features == 3
+    kept = network.state_dict()
+    same = [name for name, value in given.state_dict().items() if torch.equal(value, kept[name])]
+    assert len(same) == len(kept) - 2, "all but weight and bias of the head"
+    assert len(Path(ROOT / "examples" / "finetune_timm.py").read_text().splitlines()) < 100
+
+
+@pytest.mark.parametrize("name", ["quickstart", "finetune_timm", "secure_training", "repair_checkpoint"])
 def test_an_example_imports_and_its_model_gives_logits(name: str) -> None:
     example = runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
-    arguments = {"quickstart": (), "secure_training": ("test_resnet",)}.get(name, ("test_resnet", 10))
-    model = example["Classifier"](*arguments).eval()
-    kind = torch.float32 if name == "timm_imagefolder" else torch.uint8
+    network = timm.create_model("test_resnet", num_classes=10)
+    arguments = {"quickstart": (), "secure_training": ("test_resnet",), "finetune_timm": (network,)}
+    model = example["Classifier"](*arguments.get(name, ("test_resnet", 10))).eval()
+    kind = torch.float32 if name == "finetune_timm" else torch.uint8
     assert model(torch.zeros(2, 3, 32, 32, dtype=kind)).shape == (2, 10)
 
 
-def test_the_timm_example_augments_training_images_alone() -> None:
-    transforms = runpy.run_path(str(ROOT / "examples" / "timm_imagefolder.py"))["transforms"]
+def test_the_fine_tuning_example_augments_training_images_alone() -> None:
+    transforms = runpy.run_path(str(ROOT / "examples" / "finetune_timm.py"))["transforms"]
+    network = timm.create_model("test_resnet")
     image = Image.fromarray(np.arange(40 * 36 * 3, dtype=np.uint8).reshape(40, 36, 3))
-    plain, drawn = transforms(32, augment=False), transforms(32, augment=True)
+    plain, drawn = transforms(network, 32, augment=False), transforms(network, 32, augment=True)
     assert plain(image).shape == drawn(image).shape == (3, 32, 32)
     assert torch.equal(plain(image), plain(image))
     assert any(not torch.equal(drawn(image), plain(image)) for _ in range(8))
