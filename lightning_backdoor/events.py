@@ -78,7 +78,7 @@ class Event:
 
     @property
     def when(self) -> str:
-        """When it took place, for a reader: ``epoch 5``, ``epoch 5 of run 2``."""
+        """When it took place, for a reader, as ``epoch 5`` or ``epoch 5 of run 2``."""
         return f"epoch {self.epochs}" if self.run == 1 else f"epoch {self.epochs} of run {self.run}"
 
     @property
@@ -93,7 +93,7 @@ class Event:
 
     @property
     def outcome(self) -> tuple[float, float | None]:
-        """Accuracy and flagged label rate of the weights that stayed: those after the last step that was not undone."""
+        """Accuracy and flagged label rate of the weights after the last step that was not undone."""
         last = max((i + 1 for i, undone in enumerate(self.undone_steps) if not undone), default=0)
         return self.accuracies[last], self.flagged_label_rates[last]
 

@@ -190,7 +190,7 @@ class Verdict:
 
     @property
     def finding_indices(self) -> Tensor:
-        """Index in :attr:`findings` of every sample, long ``(N,)``; -1 where it is in none."""
+        """Index in ``findings`` of every sample, long ``(N,)``; -1 where it is in none."""
         indices = torch.full((len(self),), -1)
         for index, finding in enumerate(self.findings):
             indices[finding.positions] = index
@@ -213,7 +213,7 @@ class Verdict:
 
         The columns are ``index``, ``path`` (if files are known), ``label``, ``score``, ``keep``, ``finding``,
         ``suggested_label``, ``approved``, and the masks of D-BR and D-ST. Labels that are unknown are ``-1``.
-        ``finding`` is the index in :attr:`findings`, missing (``<NA>``) where a sample is in none, and so is
+        ``finding`` is the index in ``findings``, missing (``<NA>``) where a sample is in none, and so is
         ``suggested_label`` where none is suggested. Needs the ``report`` extra.
         """
         import pandas as pd  # noqa: PLC0415  (an extra, loaded when used)

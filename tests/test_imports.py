@@ -108,10 +108,15 @@ def test_one_module_imports_lightning(path: Path) -> None:
 
 
 def test_importing_the_package_needs_no_optional_dependency() -> None:
-    """As if they were not installed: a module that is ``None`` cannot be imported (torchmetrics uses matplotlib)."""
+    """As if they were not installed: a module that is ``None`` cannot be imported.
+
+    Lightning comes first: its torchmetrics imports matplotlib where it is installed.
+    """
     code = (
         "import sys\n"
-        "sys.modules.update(dict.fromkeys(['faiss', 'pandas', 'cv2', 'sklearn']))\n"
+        "sys.modules.update(dict.fromkeys(['faiss', 'kornia', 'pandas', 'cv2', 'sklearn', 'timm', 'datasets']))\n"
+        "import pytorch_lightning, torchmetrics\n"
+        "sys.modules['matplotlib'] = None\n"
         "import lightning_backdoor\n"
         "print(lightning_backdoor.Verdict.__name__)"
     )

@@ -171,7 +171,7 @@ class TrojanWatermark(Trigger):
     """Lay a translucent watermark over the image whose colours excite chosen neurons of a model.
 
     TrojanNN (`Liu et al., 2018 <https://doi.org/10.14722/ndss.2018.23291>`_) with a mark drawn here: a ring with a
-    vertical bar in the middle of the image, :func:`watermark`.
+    vertical bar in the middle of the image.
 
     Args:
         mark: Colours, uint8 ``(C, H, W)``.

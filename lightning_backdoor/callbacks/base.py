@@ -100,7 +100,7 @@ class Defense(CallbackBase):
 
     @property
     def state_key(self) -> str:
-        """Key of the state in checkpoints: the defense and the user's ``name``."""
+        """Key of the state in checkpoints, from the defense and the user's ``name``."""
         return ".".join(filter(None, ("lightning_backdoor", self.method, self.name)))
 
     @property
@@ -115,7 +115,7 @@ class Defense(CallbackBase):
 
     @property
     def repaired(self) -> bool | None:
-        """Whether the flagged samples lost their label, see :func:`~lightning_backdoor.events.repaired`."""
+        """Whether the model gives at most a tenth of the flagged samples their label; ``None`` if not measured."""
         return repaired(self.history)
 
     def __repr__(self) -> str:

@@ -319,9 +319,8 @@ def find_subpopulations(
     the class must not be removed then.
 
     And the group must show again in samples that had no part in finding it: the search is repeated in two halves of the
-    label, and both must find the same samples, beyond chance (an exact test, see
-    :mod:`lightning_backdoor.detection.evidence`). With ``pictures``, ten different things at least must be among them:
-    shots of one thing lie close together in the features of any network.
+    label, and both must find the same samples, beyond chance (an exact test). With ``pictures``, ten different things
+    at least must be among them: shots of one thing lie close together in the features of any network.
 
     Labels with fewer than 20 samples are left out. With one label only there is no other to compare it with, and
     nothing is found.

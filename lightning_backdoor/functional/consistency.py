@@ -16,12 +16,11 @@ __all__ = ["center_repulsion_loss", "fct_scores", "select_trusted", "split_by_ra
 def fct_scores(
     features: Tensor, transformed: Tensor, metric: Literal["mse", "normalized_mse", "cosine"] = "mse"
 ) -> Tensor:
-    """Feature consistency towards transformations (FCT, `Chen et al., 2022`_); larger is more suspicious.
+    """Feature consistency towards transformations (FCT); larger is more suspicious.
 
-    A network that has learned a trigger relies on it: a transformation that breaks the trigger moves the features of
-    triggered images further than those of clean ones.
-
-    .. _Chen et al., 2022: https://openreview.net/forum?id=AsH-Tx2U0Ug
+    The score of `Chen et al., 2022 <https://openreview.net/forum?id=AsH-Tx2U0Ug>`_. A network that has learned a
+    trigger relies on it: a transformation that breaks the trigger moves the features of triggered images further than
+    those of clean ones.
 
     Args:
         features: Penultimate features of the images, float ``(N, D)``.

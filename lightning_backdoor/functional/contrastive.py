@@ -16,12 +16,11 @@ BASE_TEMPERATURE = 0.07
 def ss_contrastive_loss(
     views: Tensor, labels: Tensor, trusted: Tensor, temperature: float = 0.1, *, reference_mask: bool = False
 ) -> Tensor:
-    """Semi-supervised contrastive loss of D-ST's first stage (`Chen et al., 2022`_, eq. 2).
+    """Semi-supervised contrastive loss of D-ST's first stage.
 
-    Every view is pulled towards the other view of its own image. Views of trusted images are also pulled towards those
-    of other trusted images with the same label. All other views of the batch are pushed away.
-
-    .. _Chen et al., 2022: https://openreview.net/forum?id=AsH-Tx2U0Ug
+    Equation 2 of `Chen et al., 2022 <https://openreview.net/forum?id=AsH-Tx2U0Ug>`_. Every view is pulled towards the
+    other view of its own image. Views of trusted images are also pulled towards those of other trusted images with the
+    same label. All other views of the batch are pushed away.
 
     Args:
         views: Projections of two views of each image, float ``(B, 2, D)``; they are scaled to length one here.

@@ -27,15 +27,14 @@ _LARGEST = 1e38
 
 
 class HyperplaneStatistics:
-    """The compromise score of every unit, from one pass over the data (NONE, `Wang et al., 2022`_, stage 2).
+    """The compromise score of every unit, from one pass over the data (stage 2 of NONE).
 
-    For a unit c and a class k, S_k are the inputs that the model assigns to k with a probability above ``strong``, W_k
-    those whose probability of k is below ``weak``. A unit that works as a hyperplane is driven by some input of S_k far
-    out of the range that it has on W_k: ``d[c, k] = max over S_k - (mean over W_k + 3 std over W_k)``. A class without
-    inputs in S_k or in W_k has d = 0. Memory is O(units x classes), whatever the number of samples; sums are held in
-    double precision, on the device of the first batch, so that no batch waits for a copy.
-
-    .. _Wang et al., 2022: https://arxiv.org/abs/2202.06382
+    As `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_ define it. For a unit c and a class k, S_k are the inputs
+    that the model assigns to k with a probability above ``strong``, W_k those whose probability of k is below ``weak``.
+    A unit that works as a hyperplane is driven by some input of S_k far out of the range that it has on W_k: ``d[c, k]
+    = max over S_k - (mean over W_k + 3 std over W_k)``. A class without inputs in S_k or in W_k has d = 0. Memory is
+    O(units x classes), whatever the number of samples; sums are held in double precision, on the device of the first
+    batch, so that no batch waits for a copy.
 
     Args:
         units: Number of units U.

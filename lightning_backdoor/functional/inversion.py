@@ -31,8 +31,8 @@ class InvertedTrigger:
         target: The class that it leads to.
         mask: Pixels that it covers, bool, shape ``(1, 1, H, W)``.
         pattern: Its colours, float in ``[0, 1]`` on the 8-bit grid, shape ``(1, C, H, W)``; 0 outside the mask.
-        success: Share of the images of other classes that it sends to ``target``, in ``[0, 1]``; from
-            :func:`rate_trigger`, which says on which images.
+        success: Share of the images of other classes that it sends to ``target``, in ``[0, 1]``; of those that
+            :func:`invert_trigger` was given.
         loss: Their mean cross-entropy towards ``target``, which ranks triggers that all fail.
     """
 

@@ -57,9 +57,9 @@ class ResetUnits(Response):
 
     Args:
         rounds: Most rounds; ``None``: 3, or 1 with ``by_quota``.
-        finetune_epochs: Epochs after a reset; ``None``: :func:`~.extra_epochs.enough_epochs`.
+        finetune_epochs: Epochs after a reset; ``None``: a tenth of all, and 100 steps at least.
         extra_epochs: Epochs that fine-tuning may have beyond the user's plan.
-        lr: Learning rate of fine-tuning; see :class:`~.extra_epochs.FineTuning`.
+        lr: Learning rate of fine-tuning; see :class:`~lightning_backdoor.NONECallback`.
         reset_fraction: Largest share of the units of a layer that a round resets, in ``(0, 1)``.
         reset: ``"reinit"`` draws units anew, ``"prune"`` zeroes them.
         by_quota: Reset the most compromised units of each layer, whatever was found.

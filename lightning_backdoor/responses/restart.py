@@ -209,7 +209,7 @@ class Restart(Response):
 
     @property
     def detects_again(self) -> bool:
-        """Whether another detection may follow: the first one, a periodic one, or the last one at the end."""
+        """Whether another detection may follow (the first one, a periodic one, or the last one at the end)."""
         return not self._detected or self.repeats
 
     @property

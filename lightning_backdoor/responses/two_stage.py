@@ -50,7 +50,7 @@ class Recipe:
         reassign_uncertain: Uncertain samples become trusted or suspect by their neighbors before the second stage.
         neighbors: Trusted samples that are looked up for that, and for the log.
         max_removed: Largest share of all samples that may be suspect.
-        views: See :class:`~lightning_backdoor.responses.flagged_batches.FlaggedBatches`.
+        views: As in :class:`~lightning_backdoor.DSTCallback`.
         feature_labels: Samples whose labels the first stage uses: the trusted ones or, for comparison, all or none.
         seed: Seed of order, views and projection.
     """

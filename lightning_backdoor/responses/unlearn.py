@@ -69,7 +69,7 @@ class Unlearn(Response):
     Args:
         epochs: Largest number of epochs.
         extra_epochs: Epochs that it may have beyond the user's plan.
-        lr: Learning rate; see :class:`~.extra_epochs.FineTuning`.
+        lr: Learning rate; see :class:`~lightning_backdoor.DBRCallback`.
         at_once: Treat the weights as they are at the start of the fit, which ends with the treatment.
         repeats: Whether a detection that found no suspects is followed by another when training is about to end.
         relearn: Whether epochs have batches of trusted samples. ``False``: of suspects alone, for comparison.

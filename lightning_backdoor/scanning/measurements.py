@@ -49,7 +49,7 @@ def measure(
         trainer: The running Trainer.
         pl_module: The LightningModule under training.
         dataloader: Its training loader.
-        what: Any of :data:`QUANTITIES`: ``"denoised"`` (UltraClean; three forward passes), ``"units"`` (NONE; two),
+        what: Any of ``"denoised"`` (UltraClean; three forward passes), ``"units"`` (NONE; two),
             ``"fct"`` (D-BR and D-ST; ``detector_steps`` of training and one pass for each transformation),
             ``"detector_units"`` (the units of the detector of ``"fct"``; two more passes).
         detector: Weights that the detector starts from: those of the module. ``"fresh"`` trains it at a higher rate.
