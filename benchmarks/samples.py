@@ -134,12 +134,21 @@ def digits(folder: Path, count: int, seed: int) -> Samples:
 SOURCES: dict[str, Callable[..., Samples]] = {"cifar10": cifar10, "gtsrb": gtsrb, "digits": digits}
 
 
-def pack(source: Path, folder: Path, each: int = 1000, signs: int = 8000) -> None:
-    """Write a part of both data sets in the same form: ``each`` images of a class of CIFAR-10, ``signs`` of GTSRB."""
+def pack(source: Path, folder: Path, *, fresh: bool = False, each: int = 1000, signs: int = 8000) -> None:
+    """Write a part of both data sets in the same form.
+
+    Args:
+        source: Folder of the data sets.
+        folder: Where to write.
+        fresh: Of the images that are not packed without it: a rule that was set with those can be judged on others.
+        each: Images of a class of CIFAR-10.
+        signs: Images of GTSRB, about, in whole tracks.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with np.load(source / "cifar10_train.npz") as packed:
         jpeg, offsets, labels, classes = (packed[name] for name in ("jpeg", "offsets", "labels", "classes"))
-    rows = np.sort(np.concatenate([np.flatnonzero(labels == label)[:each] for label in np.unique(labels)]))
+    taken = slice(each, 2 * each) if fresh else slice(each)
+    rows = np.sort(np.concatenate([np.flatnonzero(labels == label)[taken] for label in np.unique(labels)]))
     files = [jpeg[start:end] for start, end in pairwise(offsets)]
     files = [files[row] for row in rows]
     ends = np.cumsum([0, *map(len, files)])
@@ -147,6 +156,9 @@ def pack(source: Path, folder: Path, each: int = 1000, signs: int = 8000) -> Non
              classes=classes)  # fmt: skip
     signs_of = _gtsrb(source)
     rows = whole_tracks(signs_of["y"], signs_of["track"], signs, 0)
+    if fresh:
+        others = np.setdiff1d(np.arange(len(signs_of["y"])), rows)
+        rows = others[whole_tracks(signs_of["y"][others], signs_of["track"][others], signs, 0)]
     np.savez_compressed(folder / "gtsrb.npz", **{name: column[rows] for name, column in signs_of.items()})
 
 

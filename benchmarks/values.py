@@ -152,6 +152,21 @@ CASES: dict[str, Case] = {
 }
 """All cases, the most telling first."""
 
+CLEAN = {
+    "signs-clean": 8, "clean": 6, "two-clean": 6, "digits-clean": 6, "digits-tinted": 2, "long-tail": 4, "noise-10%": 4,
+    "noise-20%": 4, "cats-dogs-20%": 4, "near-duplicates": 4, "clean-gelu": 4, "clean-vit": 4, "clean-resnet18": 2,
+    "signs-clean-resnet18": 2,
+}  # fmt: skip
+"""Cases without a poison or a clean kind of image of one class, and with how many seeds they are trained."""
+CLEAN_TRAININGS = [f"{name}@{seed}" for name, seeds in CLEAN.items() for seed in range(1, seeds + 1)]
+
+
+def case_of(name: str, *, tiny: bool = False) -> Case:
+    """The case of a name; ``name@3`` is the case with another seed, a ``tiny`` one has a few images and epochs."""
+    base, _, seed = name.partition("@")
+    case = replace(CASES[base], seed=int(seed)) if seed else CASES[base]
+    return replace(case, count=400, epochs=2) if tiny else case
+
 
 # Training and measuring, with everything on one device.
 
@@ -243,9 +258,7 @@ def run(name: str, data: Path, folder: Path, device: str, *, tiny: bool = False)
 
     A ``tiny`` one has a few images and epochs, to see whether everything works.
     """
-    started, case = time.perf_counter(), CASES[name]
-    if tiny:
-        case = replace(case, count=400, epochs=2)
+    started, case = time.perf_counter(), case_of(name, tiny=tiny)
     samples = case.samples(data)
     versions = denoised(samples.images, device) if any("shift" in part for part in case.parts) else []
     stored: dict[str, Tensor] = {}
@@ -280,7 +293,7 @@ def run(name: str, data: Path, folder: Path, device: str, *, tiny: bool = False)
 
 def file_name(case: str) -> str:
     """The name of a case in letters that every file system takes."""
-    return re.sub(r"[^A-Za-z0-9.-]", "", case.replace("%", "pc"))
+    return re.sub(r"[^A-Za-z0-9.-]", "", case.replace("%", "pc").replace("@", "-seed"))
 
 
 def save(path: Path, samples: Samples, stored: dict[str, Tensor]) -> None:
@@ -372,6 +385,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the packed images")
     parser.add_argument("--pack", type=Path, help="write a part of the images to this folder, and end")
+    parser.add_argument("--fresh", action="store_true", help="with --pack: of the images that it leaves out otherwise")
     parser.add_argument("--out", type=Path, default=Path("values"), help="folder of the archives")
     parser.add_argument("--budget", type=float, default=3600, help="seconds")
     parser.add_argument("--reserve", type=float, default=20, help="seconds before the end when no case begins any more")
@@ -385,7 +399,7 @@ def main() -> None:
     if options.list:
         print(*CASES, sep="\n")
     elif options.pack is not None:
-        pack(options.data, options.pack)
+        pack(options.data, options.pack, fresh=options.fresh)
     else:
         names = options.only or CASES
         run_all([name for name in names if not name.startswith(tuple(options.skip))], options)

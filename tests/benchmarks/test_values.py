@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import values
+from benchmarks import judged, rows, values
 from benchmarks.networks import resnet9
 from benchmarks.samples import (
     KINDS,
@@ -124,3 +124,30 @@ def test_a_case_is_trained_and_measured(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_names_of_cases_are_names_of_files() -> None:
     assert len({values.file_name(name) for name in values.CASES}) == len(values.CASES)
+
+
+def test_decisions_on_a_planted_group_and_on_its_clean_twin_become_rows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    samples = pictures(each=200)
+    generator = torch.Generator().manual_seed(0)
+    poisoned = (samples.labels == 0) & (torch.arange(800) < 160)
+    clean = torch.randn(800, 16, generator=generator) + 3 * torch.nn.functional.one_hot(samples.labels, 16)
+    planted = clean.clone()
+    planted[poisoned, 8:] += 8
+    for name, columns, bad in (("clean@1", clean, poisoned & False), ("badnets-5%", planted, poisoned)):
+        found = {"units": columns, "labels": samples.labels, "poisoned": bad, "kind": poisoned & False}
+        for row in judged.judged(name, {**found, "end_predicted": samples.labels}, samples, 0.01):
+            assert row["with_test"]["poisons_removed"] == int(bad.sum())
+            assert row["with_test"]["others_removed"] == 0
+            rows.append(tmp_path / "rows.jsonl", row)
+    kept = rows.read(tmp_path / "rows.jsonl")
+    assert [row["taught"] for row in kept] == [None, 1.0]
+    judged.print_alarms(kept)
+    assert "| all | 1 | 0 | 0 | 0 | 0 |" in capsys.readouterr().out
+
+
+def test_sixty_clean_trainings_have_names_of_their_own() -> None:
+    assert len(set(values.CLEAN_TRAININGS)) == 60
+    assert values.case_of("clean@2") == values.replace(values.CASES["clean"], seed=2)
+    assert values.case_of("clean@2", tiny=True).count < 1000
