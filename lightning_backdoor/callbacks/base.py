@@ -27,6 +27,7 @@ from lightning_backdoor.callbacks.fabric import guard_hooks, guard_inherited_hoo
 from lightning_backdoor.callbacks.options import DEFAULTS, ScanArguments, ScanOptions
 from lightning_backdoor.callbacks.reporting import report_folder, report_verdict
 from lightning_backdoor.callbacks.unread import spared, warn_of_unread
+from lightning_backdoor.data.nesting import paths_of
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import unwrapped
 from lightning_backdoor.errors import ArgumentError, TrainerError
@@ -387,7 +388,7 @@ class Procedure:
 
         A verdict that cannot be carried out is an error and leaves the one before in place.
         """
-        before = self.verdict
+        before, verdict = self.verdict, self._with_paths(verdict)
         if self._session is not None and bool(self._session.scanner.unread.any()):
             warn_of_unread(self._session.scanner.unread, before, self.title)
             verdict = spared(verdict, self._session.scanner.unread, before)
@@ -476,6 +477,13 @@ class Procedure:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
         return {**self.__dict__, "_filter": None, "_session": None, "_watch": None, "_acts": False}
+
+    def _with_paths(self, verdict: Verdict) -> Verdict:
+        """The verdict with the file of every sample, where the training dataset names files."""
+        if self._session is None or verdict.paths is not None:
+            return verdict
+        paths = paths_of(self._session.scanner.loader.dataset)
+        return verdict if paths is None or len(paths) != len(verdict) else replace(verdict, paths=paths)
 
     def _put_in_force(self, verdict: Verdict) -> None:
         if self._filter is not None and self.response.drops:

@@ -1,7 +1,7 @@
 """The user's data: repeatable views, augmentation off, batches of any structure, pixel space."""
 
 from lightning_backdoor.data.batches import BatchFn, BatchLayout, find_layout
-from lightning_backdoor.data.nesting import transforms_of
+from lightning_backdoor.data.nesting import paths_of, transforms_of
 from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
 from lightning_backdoor.data.transforms import EvalTransform, choose_transform, transforms_swapped
 from lightning_backdoor.data.views import IndexedView, check_dataset, scan_loader
@@ -17,6 +17,7 @@ __all__ = [
     "choose_transform",
     "find_layout",
     "infer_pixel_space",
+    "paths_of",
     "scan_loader",
     "transforms_of",
     "transforms_swapped",

@@ -1,20 +1,23 @@
-"""Datasets inside datasets, with the image transforms on the way to the raw data; tensors inside nested batches."""
+"""Datasets inside datasets, with the transforms and the files of their images; tensors inside nested batches."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import json
+import os
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from lightning_backdoor._lightning import plain
+from lightning_backdoor.data.random_state import isolated_rng
 
 __all__ = [
     "Chain",
@@ -27,6 +30,7 @@ __all__ = [
     "image_transform",
     "is_standard",
     "leaves_of",
+    "paths_of",
     "positions_in",
     "put_at",
     "spelled",
@@ -35,6 +39,14 @@ __all__ = [
 
 _NO_DATASETS = {"builtins", "collections", "numpy", "pandas", "pyarrow", "h5py", "PIL", "torch"}
 _MAX_DEPTH = 12
+
+_FILES = {"samples", "imgs", "images", "paths", "path", "files", "file", "filenames", "filename", "filepaths"}
+_FILES |= {"image_paths", "image_path", "img_paths", "img_path", "image_files", "file_names", "file_name", "file_paths"}
+_FILES |= {"filepath", "data", "df", "dataframe"}
+_FOLDERS = ("root", "root_dir", "img_dir", "image_dir", "data_dir", "folder", "directory")
+_PICTURES = ("image", "img")
+_LONGEST = 4096  # characters of a path
+_PROBES = 64  # samples by which a wrapper is known to read the dataset inside in its order
 
 
 def attributes_of(node: Any) -> dict[str, Any]:
@@ -149,6 +161,164 @@ def positions_in(dataset: Any, indices: Tensor) -> list[Tensor]:
         dataset = inner[0]
         found.append(found[-1])
     return found
+
+
+def paths_of(dataset: Any) -> tuple[str, ...] | None:
+    """Return the file of every sample as the dataset names it, empty where it names none; no image is opened.
+
+    Files are named by attributes (``samples``, ``imgs``, ``paths``, ``image_paths``, ``files`` and the like) that hold
+    a path, a tuple that starts with one, or a mapping or table with one, for every sample, below the folder that
+    ``root`` or ``img_dir`` names; and by image columns of Hugging Face datasets. ``Subset`` and ``ConcatDataset`` are
+    followed, and so are other wrappers, by the positions that they read from the datasets inside.
+
+    Returns:
+        ``None`` where no sample has one, and for anything that is not understood.
+    """
+    try:
+        with isolated_rng():
+            found = _paths(dataset)
+    except Exception:  # of a class of the user's: a fit without paths is better than none
+        return None
+    return tuple(found) if found is not None and any(found) else None
+
+
+def _paths(node: Any, depth: int = 0) -> Sequence[str] | None:
+    if depth > _MAX_DEPTH:
+        return None
+    if isinstance(node, Subset):
+        inside = _paths(node.dataset, depth + 1)
+        return None if inside is None else [inside[int(index)] for index in node.indices]
+    own = _own_paths(node)
+    if own is not None:
+        return own
+    inner = _inner_datasets(node)
+    parts = [_paths(child, depth + 1) for child in inner]
+    if not any(parts):
+        return None
+    read = _positions_read(node, inner)
+    if read is None:
+        return None
+    return [(parts[child] or [""] * len(inner[child]))[index] for child, index in read]
+
+
+def _own_paths(node: Any) -> list[str] | None:
+    """Paths that a dataset holds itself."""
+    if type(node).__module__.partition(".")[0] == "datasets":
+        return _table_paths(node)
+    attributes = attributes_of(node)
+    for name, value in attributes.items():
+        found = _texts(value, node) if name.strip("_").lower() in _FILES else None
+        if found is not None:
+            folder = next(
+                (attributes[key] for key in _FOLDERS if isinstance(attributes.get(key), str | os.PathLike)), ""
+            )
+            return [_below(path, os.fspath(folder)) for path in found]
+    if isinstance(attributes.get("samples"), list) and callable(getattr(node, "filename", None)):
+        return [str(node.filename(index)) for index in range(len(node))]  # timm's readers of archives
+    return None
+
+
+def _below(path: str, folder: str) -> str:
+    inside = not path or path.startswith(folder) or os.path.isabs(path)
+    return path if inside else os.path.join(folder, path)
+
+
+def _texts(value: Any, node: Any) -> list[str] | None:
+    """One path for each sample of a dataset, from a value that may hold them."""
+    for name in map(str, getattr(value, "columns", ())):  # a data frame
+        if name.lower() in _FILES:
+            return _texts(value[name], node)
+    if isinstance(value, np.ndarray) or (hasattr(value, "tolist") and not isinstance(value, Tensor)):
+        value = value.tolist() if value.ndim == 1 else None
+    if not isinstance(value, list | tuple) or not value or len(value) != len(node):
+        return None
+    first, key = value[0], None
+    if isinstance(first, Mapping):
+        key = next((name for name in first if name in (*_FILES, *_PICTURES) and _is_path(first[name])), None)
+    elif isinstance(first, list | tuple) and first:
+        key = 0
+    if not _is_path(first if key is None else first[key]):
+        return None
+    entries = value if key is None else [entry[key] for entry in value]
+    return [os.fspath(entry) if _is_path(entry) else "" for entry in entries]
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, os.PathLike) or (isinstance(value, str) and len(value) < _LONGEST and "\n" not in value)
+
+
+def _table_paths(node: Any) -> list[str] | None:
+    """Paths in a Hugging Face dataset: of a column of images, which stay encoded, else of a column that names files."""
+    kinds = {name: type(feature).__name__ for name, feature in node.features.items()}
+    columns = [name for name, kind in kinds.items() if kind == "Image"]
+    columns += [name for name in kinds if name.lower() in _FILES]
+    order = attributes_of(node).get("_indices")
+    for name in columns:
+        column = node.data.column(name)
+        if kinds[name] == "Image":
+            column = [path for part in column.chunks for path in part.field("path").to_pylist()]
+        else:
+            column = column.to_pylist()
+        if any(map(_is_path, column)):
+            rows = range(len(column)) if order is None else order.column(0).to_pylist()
+            return [column[row] if _is_path(column[row]) else "" for row in rows]
+    return None
+
+
+class _ReadAt(BaseException):
+    """What a wrapper reads from a dataset inside; it passes by ``except Exception``."""
+
+
+class _Stand:
+    """In the place of a dataset inside of a wrapper: raises what is read from it."""
+
+    def __init__(self, dataset: Any, number: int) -> None:
+        self._dataset, self._number = dataset, number
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise _ReadAt(self._number, index)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+
+def _positions_read(node: Any, inner: list[Any]) -> list[tuple[int, int]] | None:
+    """Which of the datasets inside, and which position of it, a wrapper reads for each of its samples.
+
+    ``None`` if it reads nothing from them. The wrapper itself is not changed.
+    """
+    stands = {id(child): _Stand(child, number) for number, child in enumerate(inner)}
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [stands.get(id(item), item) for item in value] if value and id(value[0]) in stands else value
+        if isinstance(value, dict):
+            return {key: stands.get(id(item), item) for key, item in value.items()}
+        return stands.get(id(value), value)
+
+    twin = object.__new__(type(node))
+    twin.__dict__.update({name: replaced(value) for name, value in vars(node).items()})
+
+    def read(index: int) -> tuple[int, int] | None:
+        try:
+            twin[index]
+        except _ReadAt as asked:
+            number, position = asked.args
+            return number, int(position) % len(inner[number])
+        return None
+
+    size = len(node)
+    probes = [index * size // min(size, _PROBES) for index in range(min(size, _PROBES))]
+    seen = [read(index) for index in probes]
+    if None in seen:
+        return None
+    if size == len(inner[0]) and seen == [(0, index) for index in probes]:
+        return [(0, index) for index in range(size)]
+    everywhere = [read(index) for index in range(size)]
+    return None if None in everywhere else everywhere  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
