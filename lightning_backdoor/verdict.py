@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.files import atomic_file
+from lightning_backdoor.relabeling import RelabeledSubset, checked_dataset
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,6 +209,50 @@ class Verdict:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def subset(self, dataset: Dataset[Any]) -> Subset[Any]:
+        """Return the kept samples of a dataset.
+
+        Args:
+            dataset: The dataset that the verdict is on: map-style, ``N`` samples. It is not changed.
+
+        Raises:
+            ArgumentError: It is not map-style, or has another number of samples.
+        """
+        return Subset(checked_dataset(dataset, len(self)), self.keep.nonzero().flatten().tolist())
+
+    def relabeled(self, dataset: Dataset[Any]) -> Subset[Any]:
+        """Return a dataset in which removed samples have the label that the findings suggest, if they suggest another.
+
+        Kept samples are as they were. A removed sample is left out where no label is suggested, where the suggestion
+        is the label that it has (it would be back as it was, with the trigger that it may carry), and where its finding
+        has ``"right labels"``.
+
+        Args:
+            dataset: The dataset that the verdict is on: map-style, ``N`` samples, not changed. Its items are
+                ``(image, label, ...)``, or mappings with the label under ``label``, ``labels``, ``target``, ``targets``
+                or ``y``; a new label is of the type of the old one. They are checked when they are read.
+
+        Raises:
+            ArgumentError: It is not map-style, or has another number of samples.
+
+        Example:
+            >>> import torch
+            >>> finding = Finding(0, torch.tensor([1, 2]), "strict", (), torch.tensor([0]), torch.ones(1), 0.5,
+            ...                   diagnosis="wrong labels", suggested_labels=torch.tensor([3, -1]))
+            >>> verdict = Verdict(torch.arange(3.0), torch.tensor([True, False, False]), 0.5, "known",
+            ...                   findings=(finding,))
+            >>> list(verdict.relabeled([("cat", 0), ("dog", 0), ("owl", 0)]))
+            [('cat', 0), ('dog', 3)]
+        """
+        new: dict[int, int] = {}
+        for finding in self.findings:
+            if finding.suggested_labels is not None and finding.diagnosis != "right labels":
+                pairs = zip(finding.positions.tolist(), finding.suggested_labels.tolist(), strict=True)
+                new.update((place, label) for place, label in pairs if label not in (-1, finding.label))
+        new = {place: label for place, label in new.items() if not self.keep[place]}
+        positions = sorted({*self.keep.nonzero().flatten().tolist(), *new})
+        return RelabeledSubset(checked_dataset(dataset, len(self)), positions, new, self.labels)
 
     def to_frame(self) -> pd.DataFrame:
         """Return a pandas frame with one row per sample.
