@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,6 +107,12 @@ class Finding:
         """Samples above the threshold, bool ``(N,)``, for values ``(N, V)``; with ``labels``, of the label alone."""
         above = self.project(values) > self.threshold
         return above if labels is None else above & (labels == self.label)
+
+    def without(self, samples: Tensor) -> Finding:
+        """The same without some samples, bool ``(N,)``."""
+        rest = ~samples[self.positions]
+        suggested, sure = (x if x is None else x[rest] for x in (self.suggested_labels, self.suggested_confidences))
+        return replace(self, positions=self.positions[rest], suggested_labels=suggested, suggested_confidences=sure)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values that load with ``weights_only=True``."""

@@ -86,6 +86,8 @@ class LowestLoss(Detector):
 
         found = scanner.scan(trainer, session.module, step, description="ABL scan")
         scores, rule, most = found["scores"], f"lowest_loss({self._isolate:g})", self._max_removed
+        if session.case.approved is not None:
+            scores = scores.masked_fill(session.case.approved, -math.inf)  # select_fraction leaves these
         order = scores if old is None else scores.masked_fill(~old.keep, math.inf)  # what was isolated stays isolated
         decided = decision_of(scores, select_fraction(order, self._isolate)[0], rule, max_removed=most)
         if old is not None:

@@ -93,6 +93,9 @@ class Scored(Detector):
 
         found = scanner.scan(session.trainer, session.module, step, description=f"{session.case.title} scan")
         scores, keep, rule = self.judge(found)
+        approved = session.case.approved
+        if approved is not None and not bool(approved.all()):
+            keep, scores = keep | approved, scores.masked_fill(approved, float(scores[~approved].min()))
         decided = decision_of(scores, keep, rule, max_removed=self._max_removed)
         decision = session.trainer.strategy.broadcast(decided, src=0)  # float ties must not tell ranks apart
         return Detection(

@@ -21,6 +21,7 @@ from lightning_backdoor._lightning import (
     rank_zero_warn,
     validation_loaders,
 )
+from lightning_backdoor.callbacks.approved import approved_samples, detection_without, warn_of_other, with_approved
 from lightning_backdoor.callbacks.arguments import flat_signature, require_fraction, require_positive
 from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.callbacks.fabric import guard_hooks, guard_inherited_hooks
@@ -39,6 +40,7 @@ from lightning_backdoor.responses.checkpointing import save_training
 from lightning_backdoor.responses.limits import about_to_end
 from lightning_backdoor.responses.weight_copies import unwatch_averages, watch_averages
 from lightning_backdoor.scanning.isolation import require_unsharded, warn_of_evaluation_mode
+from lightning_backdoor.scanning.scan import raise_on_all_ranks
 from lightning_backdoor.scanning.scanner import open_scanner
 from lightning_backdoor.verdict import Verdict
 
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Defense", "Procedure", "is_due"]
 
-SCHEMA = 3  # of what checkpoints hold of any defense: a release that changes it counts up
+SCHEMA = 4  # of what checkpoints hold of any defense: a release that changes it counts up
 
 
 @guard_inherited_hooks
@@ -95,7 +97,7 @@ class Defense(CallbackBase):
         self._procedure = Procedure(self, detector, response, require_positive("rescore_every", every))
         self.warmup_epochs, self.max_removed = warmup_epochs, require_fraction("max_removed", max_removed)
         given: dict[str, Any] = {**DEFAULTS, **scan}
-        report_dir, self.name = given.pop("report_dir"), given.pop("name")
+        report_dir, self.name, self.approved = given.pop("report_dir"), given.pop("name"), given.pop("approved")
         self.report_dir = None if report_dir is None else str(report_dir)
         self.options = ScanOptions(**given, features=detector.features or response.features)
 
@@ -237,12 +239,15 @@ class Procedure:
     Attributes:
         verdict: The latest verdict, ``None`` before the first detection.
         history: What every detection found, what was done, and what came of it.
+        approved: Samples that the user has declared to be fine, bool ``(N,)``; ``None`` if nothing was said.
     """
 
     def __init__(self, defense: Defense, detector: Detector, response: Response, every: int | None) -> None:
         self.defense, self.detector, self.response, self._every = defense, detector, response, every
         self.verdict: Verdict | None = None
         self.history: list[Event] = []
+        self.approved: Tensor | None = None
+        self._resumed = False
         self._last_detection: int | None = None  # epochs before it, counted from the last restart
         self._filter: LoaderFilter | None = None
         self._session: Session | None = None
@@ -288,7 +293,7 @@ class Procedure:
             if other is not self:
                 require_compatible(self, other)
         self.detector.setup(trainer, pl_module)
-        self._acts, self._began, self._watched = False, time.time(), {}
+        self._acts, self._began, self._watched, self._resumed = False, time.time(), {}, False
         if self.response.starts_over:
             self.history = []
         if isinstance(self.response, Report):
@@ -316,8 +321,22 @@ class Procedure:
             if self.verdict.labels is not None:
                 scanner.unread[self.verdict.labels < 0] = True
         self._session = session
+        self._approve(session)
         self.detector.require(session)
         return session
+
+    def _approve(self, session: Session) -> None:
+        """Find out which samples are approved; those of an interrupted run stay the same."""
+        given, approved = self.defense.approved, None
+        if given is not None:
+            with raise_on_all_ranks(session.trainer, "reading of `approved`"):
+                approved = approved_samples(given, session.scanner)
+        if self._resumed:
+            warn_of_other(approved, self.approved, self.title)
+            return
+        self.approved = approved
+        if approved is not None and self.verdict is not None:
+            self.adopt(self.verdict)
 
     def notice_other_restart(self) -> None:
         """Begin anew, or count from zero, where another defense went back to the start of the fit."""
@@ -362,7 +381,10 @@ class Procedure:
 
     def _detect_and_respond(self, epochs: int) -> None:
         session, before, began = self.session, self.verdict, time.monotonic()
-        detection = self.response.revise(session, self.detector.detect(session))
+        detection = self.detector.detect(session)
+        if self.approved is not None:
+            detection = detection_without(detection, self.approved)
+        detection = self.response.revise(session, detection)
         removed = self.adopt(detection.verdict)
         kept = torch.ones_like(detection.verdict.keep) if before is None else before.keep
         detection = replace(detection, kept_before=kept)
@@ -392,6 +414,8 @@ class Procedure:
         if self._session is not None and bool(self._session.scanner.unread.any()):
             warn_of_unread(self._session.scanner.unread, before, self.title)
             verdict = spared(verdict, self._session.scanner.unread, before)
+        if self.approved is not None:
+            verdict = with_approved(verdict, self.approved)
         removed = int((~verdict.keep if before is None else before.keep & ~verdict.keep).sum())
         returned = before is not None and bool((~before.keep & verdict.keep).any())
         if removed or returned:
@@ -449,6 +473,7 @@ class Procedure:
         return {
             "schema": SCHEMA,
             "verdict": None if self.verdict is None else self.verdict.state_dict(),
+            "approved": self.approved,
             "copies": self._watch.state_dict() if self._watch else {},
             "last_detection": self._last_detection,
             "history": [event.state_dict() for event in self.history],
@@ -468,6 +493,7 @@ class Procedure:
         if self._filter is not None and self.response.drops:
             self._filter.set_keep(self.defense.state_key, None if verdict is None else verdict.keep)
         self.verdict = verdict
+        self.approved, self._resumed = state_dict["approved"], True
         self._watched = state_dict["copies"]
         self._last_detection = state_dict["last_detection"]
         self.history = [Event(**event) for event in state_dict["history"]]

@@ -107,8 +107,15 @@ class ConsistencyDetector(Detector):
         else:
             settings = replace(self._settings, initial=self._initial)
             found = distinguish(trainer, module, scanner, settings, units=self.suspect == "auto")
-            limits = {"max_removed": self._max_removed, "false_alarm_rate": self.false_alarm_rate}
-            detection = detection_of(found, earlier, suspect=self.suspect, trusted=self.trusted, **limits)
+            detection = detection_of(
+                found,
+                earlier,
+                suspect=self.suspect,
+                trusted=self.trusted,
+                max_removed=self._max_removed,
+                approved=session.case.approved,
+                false_alarm_rate=self.false_alarm_rate,
+            )
         detection = replace(detection, verdict=spared(detection.verdict, scanner.unread, earlier))
         agreed: Detection = trainer.strategy.broadcast(detection, src=0)  # float ties
         return agreed
@@ -132,6 +139,7 @@ def detection_of(
     suspect: str | float,
     trusted: float,
     max_removed: float,
+    approved: Tensor | None = None,
     false_alarm_rate: float = FALSE_ALARM_RATE,
 ) -> Detection:
     """Suspect the subpopulations of single labels, or a share of all samples; trust the most consistent ones.
@@ -142,14 +150,22 @@ def detection_of(
         suspect: Share of the samples with the largest FCT; ``"auto"`` looks for subpopulations.
         trusted: Share of the samples of each class with the smallest FCT.
         max_removed: Largest share of all samples that may be suspect.
+        approved: Samples that are not suspect, bool ``(N,)``; see :func:`~lightning_backdoor.functional.decide`.
         false_alarm_rate: Chance at most that noise is taken for a subpopulation in a training.
     """
     if found.units is not None and isinstance(suspect, str):
         measured = replace(found.units, bias=found.fct)  # one of all labels may be a style: nothing could confirm it
-        limits = {"max_removed": max_removed, "false_alarm_rate": false_alarm_rate}
-        decision = decide_by_units(measured, earlier, rule="auto", all_to_all=False, **limits)
+        decision = decide_by_units(
+            measured,
+            earlier,
+            rule="auto",
+            max_removed=max_removed,
+            approved=approved,
+            false_alarm_rate=false_alarm_rate,
+            all_to_all=False,
+        )
     else:
-        decision = _share(found, earlier, float(suspect), max_removed)
+        decision = _share(found, earlier, float(suspect), max_removed, approved)
     trust = select_trusted(found.fct, found.labels, decision.keep, trusted)
     verdict = verdict_of(decision, found.labels, earlier, trusted=trust, suspect=~decision.keep)
     gaps = tuple((found.label, found.standardized_gap) for found in decision.subpopulations)
@@ -170,11 +186,14 @@ def from_verdict(given: Verdict, labels: Tensor, *, trusted: float) -> Detection
     return Detection(replace(given, keep=keep, labels=labels, trusted=trust, suspect=suspect), int(suspect.sum()))
 
 
-def _share(found: Distinguished, earlier: Verdict | None, share: float, max_removed: float) -> Decision:
+def _share(
+    found: Distinguished, earlier: Verdict | None, share: float, max_removed: float, approved: Tensor | None
+) -> Decision:
     decision = decide(
         found.fct[:, None],
         found.fct,
         found.labels,
+        approved=approved,
         fraction=share,
         by_ranking=True,
         removed=None if earlier is None else ~earlier.keep,

@@ -76,8 +76,14 @@ class UnitActivations(Detector):
         layers = find_layers(trainer, module, session.scanner, self._residual_mode)
         measured = UnitScan(session.scanner, layers).measure(trainer, module)
         earlier = session.case.verdict if self._joins else None
-        most, rate = self._max_removed, self._false_alarm_rate
-        decided = decide_by_units(measured, earlier, rule=self._rule, max_removed=most, false_alarm_rate=rate)
+        decided = decide_by_units(
+            measured,
+            earlier,
+            rule=self._rule,
+            max_removed=self._max_removed,
+            approved=session.case.approved,
+            false_alarm_rate=self._false_alarm_rate,
+        )
         decision = trainer.strategy.broadcast(decided, src=0)  # float ties must not tell ranks apart
         return Detection(
             verdict_of(decision, measured.labels, session.case.verdict),

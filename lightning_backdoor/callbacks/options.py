@@ -18,6 +18,7 @@ __all__ = [
     "DECISION_DEFAULTS",
     "DEFAULTS",
     "DETECTOR_DEFAULTS",
+    "Approved",
     "DecisionArguments",
     "DetectorArguments",
     "ScanArguments",
@@ -28,10 +29,21 @@ __all__ = [
 ]
 
 
+Approved = Sequence[int] | Tensor | Verdict | str | Path
+"""Forms in which approved samples are passed."""
+
+
 class ScanArguments(TypedDict, total=False):
-    """How the training images are read and measured, and where the report goes. Every ``None`` is found out.
+    """What the user says of the data, how the images are read and measured, and where the report goes.
+
+    Every ``None`` of these is found out.
 
     Args:
+        approved: Images that you have looked at and found to be fine: they are never removed, unlearned or suspected,
+            and no group that is found rests on them. Dataset positions; a verdict or a file that ``Verdict.save`` wrote
+            (``.pt``), of which the approved samples are taken or, if it approves none by a mask of its own, all that it
+            removed and found; or the path of a CSV file with the columns ``index`` and ``approved``, such as the
+            report's, in which you have written ``yes`` (or ``true``, ``1``, ``x``) where an image is fine.
         report_dir: Folder for the report; with a ``name``, a folder of that name in it. ``None``: beside the logger's
             files; without a logger there is no report.
         forward_fn: ``forward_fn(pl_module, batch)`` returns logits ``(B, K)``, for models that cannot be called with
@@ -52,6 +64,7 @@ class ScanArguments(TypedDict, total=False):
         name: Tells two instances apart in checkpoints and report folders.
     """
 
+    approved: Approved | None
     report_dir: str | Path | None
     forward_fn: Callable[[Any, Any], Any] | None
     batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None

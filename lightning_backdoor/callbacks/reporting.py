@@ -62,6 +62,9 @@ def _shown(session: Session, detector: Detector, seconds: float, max_removed: fl
         seconds=seconds,
         max_removed=max_removed,
     )
+    approved, further = session.case.approved, {}
+    if approved is not None:
+        further["images that you have approved (kept)"] = int(approved.sum())
     if unread := int(scanner.unread.sum()):
-        return replace(shown, facts={**shown.facts, "images that `collate_fn` drops (kept, not looked at)": unread})
-    return shown
+        further["images that `collate_fn` drops (kept, not looked at)"] = unread
+    return replace(shown, facts={**shown.facts, **further})

@@ -104,6 +104,8 @@ class DenoisedFeatures(Detector):
                 pictures=self._fraction is None,
             )
         found = self._scan.run(session.trainer, session.module)
+        if session.case.approved is not None:
+            found["approved"] = session.case.approved
         decided = self.decide(found, session.case.verdict)
         decision = session.trainer.strategy.broadcast(decided, src=0)  # float ties must not tell ranks apart
         self._again = True
@@ -130,6 +132,7 @@ class DenoisedFeatures(Detector):
             considered=None if self._target_class is None else found["labels"] == self._target_class,
             fraction=self._fraction,
             by_ranking=paper and by_fraction,
+            approved=found.get("approved"),
             removed=None if old is None or not by_fraction else ~old.keep,
             agreement=found.get("agreement"),
             pictures=found.get("pictures"),

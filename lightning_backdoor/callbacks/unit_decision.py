@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from lightning_backdoor.detection.decision import Decision, add_removed, decide, decide_by_break
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.scanning.measure_units import Measured
@@ -18,6 +20,7 @@ def decide_by_units(
     *,
     rule: str,
     max_removed: float,
+    approved: Tensor | None = None,
     false_alarm_rate: float = FALSE_ALARM_RATE,
     all_to_all: bool = True,
 ) -> Decision:
@@ -28,18 +31,21 @@ def decide_by_units(
         earlier: The verdict of an earlier round.
         rule: ``"auto"`` looks for subpopulations, ``"paper"`` cuts the raw bias at its natural break.
         max_removed: Largest share of the samples that may be removed in all, in ``(0, 1)``.
+        approved: Samples that stay, bool ``(N,)``; see :func:`~lightning_backdoor.functional.decide`.
         false_alarm_rate: Chance at most that noise is taken for a subpopulation in a training.
         all_to_all: Look for a subpopulation of all labels, too, as under an all-to-all attack.
     """
     keep = None if earlier is None or bool(earlier.keep.all()) else earlier.keep
     rows = slice(None) if keep is None else keep  # a mask would copy the responses, which may be a gigabyte
+    fine = None if approved is None else approved[rows]
     if rule == "paper":
-        decision = decide_by_break(measured.raw_bias[rows], max_removed=max_removed)
+        decision = decide_by_break(measured.raw_bias[rows], approved=fine, max_removed=max_removed)
     else:
         decision = decide(
             measured.activations[rows],
             measured.bias[rows],
             measured.labels[rows],
+            approved=fine,
             all_to_all=all_to_all,
             pictures=None if measured.pictures is None else measured.pictures[rows],
             false_alarm_rate=false_alarm_rate,

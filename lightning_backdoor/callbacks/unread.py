@@ -26,7 +26,7 @@ def spared(verdict: Verdict, unread: Tensor, earlier: Verdict | None) -> Verdict
     trusted, suspect = (None if mask is None else mask & ~unread for mask in (verdict.trusted, verdict.suspect))
     labels = None if verdict.labels is None else verdict.labels.masked_fill(unread, -1)
     scores = verdict.scores.masked_fill(spare, float(verdict.scores[~spare].min()))
-    findings = tuple(replace(one, positions=one.positions[~unread[one.positions]]) for one in verdict.findings)
+    findings = tuple(one.without(unread) for one in verdict.findings)
     return replace(
         verdict,
         scores=scores,

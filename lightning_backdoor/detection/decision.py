@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_backdoor.detection.directions import running_sums
+from lightning_backdoor.detection.directions import LabelGroups, group_by_label, running_sums
 from lightning_backdoor.detection.subpopulations import (
     FALSE_ALARM_RATE,
+    Search,
     Subpopulation,
     common_subpopulations,
     own_subpopulations,
@@ -37,6 +39,8 @@ __all__ = [
 LEFT = (
     0.15  # of a label stays; poisons with right labels are seldom more than 80 % of it, and a class needs some samples
 )
+
+SEARCHES = 4  # at most, each without the approved samples of the groups that the one before has found
 
 OF_LABEL = f"left_of_label({LEFT:g})"
 """Stands in a rule where :func:`~lightning_backdoor.functional.limit_of_labels` kept some samples."""
@@ -192,6 +196,7 @@ def decide(
     labels: Tensor,
     *,
     considered: Tensor | None = None,
+    approved: Tensor | None = None,
     fraction: float | None = None,
     by_ranking: bool = False,
     removed: Tensor | None = None,
@@ -208,6 +213,9 @@ def decide(
         ranking: One general suspicion per sample, float, shape ``(N,)``; orders the samples outside subpopulations.
         labels: Labels as given, long, shape ``(N,)``.
         considered: Samples that may be removed, bool, shape ``(N,)``; all by default.
+        approved: Samples that the user has declared to be fine, bool, shape ``(N,)``: they stay, with the lowest score,
+            and count for no share. No subpopulation rests on them: where one that is found holds some, the search is
+            repeated without these, so that they hide no other one either. Elsewhere they are a part of their label.
         fraction: Remove this share of the considered samples, whatever the data look like; ``None`` removes the
             subpopulations that pass a gate, if there are any.
         by_ranking: With ``fraction``: cut ``ranking`` itself instead of the scores of the subpopulations.
@@ -238,18 +246,21 @@ def decide(
     if removed is not None and fraction is None:
         raise ArgumentError("`removed` counts towards `fraction`: pass it, or leave the removed samples out.")
     considered = torch.ones_like(labels, dtype=torch.bool) if considered is None else considered
+    if approved is not None:
+        considered = considered & ~approved
     found: list[Subpopulation] = []
     common: list[Subpopulation] = []
     if by_ranking:
         scores = ranking.float().clone()
     else:
         rate = false_alarm_rate if fraction is None else math.inf  # a share is removed whatever the evidence
-        search = search_labels(values, labels, agreement=agreement, pictures=pictures, false_alarm_rate=rate)
-        eligible = set(torch.unique(labels[considered]).tolist())
-        found = [one for one in own_subpopulations(search) if one.label in eligible]
-        common = common_subpopulations(search) if all_to_all and not found else []
-        found += common
-        scores = scores_in(values, search.groups, found, ranking)
+        evidence: dict[str, Any] = {"agreement": agreement, "pictures": pictures, "false_alarm_rate": rate}
+        found, common, groups = _search_beside(
+            approved, values, labels, considered=considered, all_to_all=all_to_all, **evidence
+        )
+        scores = scores_in(values, groups, found, ranking)
+    if approved is not None and not bool(approved.all()):
+        scores = scores.masked_fill(approved, float(scores[~approved].min()))
     order = scores if removed is None else scores.masked_fill(removed, math.inf)
     if fraction is not None:
         inside = considered.nonzero().squeeze(1)
@@ -269,6 +280,66 @@ def decide(
         threshold = float(scores[keep & considered & ~spared].max())
     found = [one.to(labels.device) for one in found]
     return Decision(scores, keep, threshold, rule, tuple(found), num_flagged_before_cap, bool(common))
+
+
+def _search_beside(
+    approved: Tensor | None,
+    values: Tensor,
+    labels: Tensor,
+    *,
+    considered: Tensor,
+    all_to_all: bool,
+    **evidence: Any,
+) -> tuple[list[Subpopulation], list[Subpopulation], LabelGroups]:
+    """The subpopulations of labels with considered samples, those of them that labels share, and all samples by label.
+
+    Approved samples of what was found are left out of the next search, until nothing that is found holds any.
+    """
+    eligible = set(torch.unique(labels[considered]).tolist())
+    left_out = torch.zeros_like(labels, dtype=torch.bool)
+    for _ in range(SEARCHES):
+        search = _search_without(left_out, values, labels, **evidence)
+        found = [one for one in own_subpopulations(search) if one.label in eligible]
+        common = common_subpopulations(search) if all_to_all and not found else []
+        found += common
+        groups = group_by_label(labels.to(values.device)) if bool(left_out.any()) else search.groups
+        if approved is None:
+            break
+        fine = approved & ~left_out & _members(values, groups, found).to(labels.device)
+        if not bool(fine.any()):
+            break
+        left_out |= fine
+    return found, common, groups
+
+
+def _search_without(
+    left_out: Tensor,
+    values: Tensor,
+    labels: Tensor,
+    *,
+    agreement: Tensor | None,
+    pictures: Tensor | None,
+    **settings: Any,
+) -> Search:
+    """Search all samples but some; a mask that keeps all would copy a gigabyte."""
+    if not bool(left_out.any()):
+        return search_labels(values, labels, agreement=agreement, pictures=pictures, **settings)
+    agreement, pictures = (
+        column if column is None else column[~left_out.to(column.device)] for column in (agreement, pictures)
+    )
+    rest = ~left_out
+    return search_labels(
+        values[rest.to(values.device)], labels[rest], agreement=agreement, pictures=pictures, **settings
+    )
+
+
+def _members(values: Tensor, groups: LabelGroups, found: list[Subpopulation]) -> Tensor:
+    """Samples of the subpopulations, bool ``(N,)``, on the device of the values."""
+    members = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    for one in found:
+        inside = groups.positions(one.label)
+        members[inside] |= one.project(values[inside]) > one.threshold
+    return members
 
 
 def _rule_of(found: list[Subpopulation]) -> str:
@@ -328,13 +399,16 @@ def add_removed(
     )
 
 
-def decide_by_break(scores: Tensor, *, max_removed: float = 0.3) -> Decision:
+def decide_by_break(scores: Tensor, *, approved: Tensor | None = None, max_removed: float = 0.3) -> Decision:
     """Remove the samples above the natural break of the scores, as NONE does; any data has such a break.
 
     Args:
         scores: Float, shape ``(N,)``; larger is more suspicious.
+        approved: Samples that stay, with the lowest score, bool ``(N,)``.
         max_removed: Largest share of the samples that may be removed, in ``(0, 1)``.
     """
+    if approved is not None:
+        scores = scores.masked_fill(approved, float(scores.min()))
     if bool((scores == scores[0]).all()):
         return Decision(scores, torch.ones_like(scores, dtype=torch.bool), math.inf, "natural_break", (), 0)
     threshold, rule = natural_break(scores), "natural_break"

@@ -58,10 +58,12 @@ class Case(Protocol):
     Attributes:
         verdict: The latest verdict, ``None`` before the first detection.
         history: What every detection found, what was done, and what came of it.
+        approved: Samples that the user has declared to be fine, bool ``(N,)``; ``None`` if nothing was said.
     """
 
     verdict: Verdict | None
     history: list[Event]
+    approved: Tensor | None
 
     @property
     def defense(self) -> Callback:

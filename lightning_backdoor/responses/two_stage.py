@@ -457,6 +457,7 @@ def reassigned_by_neighbors(
                 budget = int(max_removed * len(scanner)) - int(flags.suspect.sum())
                 uncertain = verdict.keep & ~flags.trusted & ~flags.suspect
                 more, fewer = reconsider_uncertain(agreement, flags.labels, flags.trusted, uncertain, most=budget)
+                fewer &= torch.ones_like(fewer) if verdict.approved is None else ~verdict.approved
                 keep, order = verdict.keep & ~fewer, verdict.scores.masked_fill(flags.suspect, math.inf)
                 fewer &= ~limit_of_labels(order, keep, flags.labels)
     mean, more, fewer = trainer.strategy.broadcast((mean, more, fewer), src=0)

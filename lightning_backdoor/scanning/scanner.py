@@ -320,6 +320,15 @@ class DatasetScanner:
 
         return self.scan(trainer, pl_module, step, description="reading labels")["labels"]
 
+    def labels_at(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Some dataset positions without those that are unread, long ``(n,)``, and their labels."""
+        with self.read(indices, num_workers=min(self.loader.num_workers, 1)) as view:
+            found = [(read, self.labels(batch).clone()) for read, batch in view]
+        if not found:
+            return torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        read, labels = zip(*found, strict=True)
+        return torch.cat(read), torch.cat(labels)
+
     def few(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[], Tensor]:
         """A function that takes a few images through the model and returns their logits; for finding layers."""
         return lambda: _logits(trainer, pl_module, self.layout, self.options, copied(self.some))

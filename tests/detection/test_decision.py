@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_backdoor.detection.decision import Decision, add_removed, decide, findings_of
+from lightning_backdoor.detection.decision import Decision, add_removed, decide, decide_by_break, findings_of
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import limit_removed, natural_break, select_fraction
 from lightning_backdoor.verdict import Verdict
@@ -421,3 +422,86 @@ def test_a_later_look_keeps_the_findings_and_adds_new_ones() -> None:
     before, new = findings_of(more, labels, earlier)
     assert before is earlier.findings[0]
     assert torch.equal(new.positions.sort().values, second.nonzero().squeeze(1))
+
+
+def kind_beside_attack(attack: bool = True, approve: str = "kind") -> tuple[Tensor, ...]:
+    """Label 1 of three holds a clean kind (columns 0 and 1), more far away, and an attack (columns 2 and 3)."""
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(600) % 3
+    own = (labels == 1).nonzero().squeeze(1)
+    kind, attacked = torch.zeros(600, dtype=torch.bool), torch.zeros(600, dtype=torch.bool)
+    kind[own[:70]] = True
+    attacked[own[70:100]] = attack
+    values = torch.randn(3, 12, generator=generator)[labels] + torch.randn(600, 12, generator=generator)
+    values[:, :4] = torch.randn(600, 4, generator=generator)
+    values[:, :2] += 12 * kind[:, None]
+    values[:, 2:4] += 8 * attacked[:, None]
+    approved = {"kind": kind, "others": (labels == 1) & ~attacked, "none": torch.zeros_like(kind)}[approve]
+    return values, torch.randn(600, generator=generator), labels, kind, attacked, approved
+
+
+def test_an_approved_kind_hides_no_attack_on_its_label() -> None:
+    values, ranking, labels, kind, attacked, approved = kind_beside_attack()
+    assert not bool((~decide(values, ranking, labels).keep & attacked).any()), "the kind stands out further"
+    decision = decide(values, ranking, labels, approved=approved)
+    assert torch.equal(~decision.keep, attacked)
+    assert decision.num_flagged_before_cap == 30
+    (found,) = findings_of(decision, labels)
+    assert torch.equal(found.positions.sort().values, attacked.nonzero().squeeze(1))
+    assert bool((decision.scores[kind] == decision.scores.min()).all())
+    capped = decide(values, ranking, labels, approved=approved, max_removed=0.04)
+    assert int((~capped.keep).sum()) == 24
+    assert not bool((~capped.keep & ~attacked).any())
+
+
+def test_an_approved_kind_alone_is_no_finding() -> None:
+    values, ranking, labels, _, _, approved = kind_beside_attack(attack=False)
+    assert not bool(decide(values, ranking, labels).keep.all())
+    decision = decide(values, ranking, labels, approved=approved)
+    assert bool(decision.keep.all())
+    assert (decision.threshold, decision.subpopulations, decision.num_flagged_before_cap) == (math.inf, (), 0)
+
+
+def test_approving_all_others_of_a_label_hides_no_attack_on_it() -> None:
+    values, ranking, labels, _, attacked, approved = kind_beside_attack(approve="others")
+    assert torch.equal(~decide(values, ranking, labels, approved=approved).keep, attacked)
+
+
+def test_where_none_is_approved_nothing_changes() -> None:
+    values, ranking, labels, *_, nobody = kind_beside_attack(approve="none")
+    plain, decision = decide(values, ranking, labels), decide(values, ranking, labels, approved=nobody)
+    assert torch.equal(plain.scores, decision.scores)
+    assert torch.equal(plain.keep, decision.keep)
+
+
+def test_some_approved_of_a_group_leave_the_others_in_it() -> None:
+    values, ranking, labels, poisoned = data()
+    approved = poisoned & (poisoned.cumsum(0) % 4 == 0)
+    decision = decide(values, ranking, labels, approved=approved)
+    assert torch.equal(~decision.keep, poisoned & ~approved)
+    assert decision.num_flagged_before_cap == 30
+
+
+def test_a_share_is_that_of_the_samples_that_are_not_approved() -> None:
+    values, ranking, labels, _ = data()
+    approved = ranking > ranking.quantile(0.75)
+    decision = decide(values, ranking, labels, approved=approved, fraction=0.2, by_ranking=True)
+    assert int((~decision.keep).sum()) == 90
+    assert not bool((~decision.keep & approved).any())
+
+
+def test_the_natural_break_is_that_of_the_samples_that_are_not_approved() -> None:
+    scores = torch.tensor([0.0, 1.0, 2.0, 8.0, 9.0, 99.0])
+    decision = decide_by_break(scores, approved=scores > 90, max_removed=0.9)
+    assert decision.keep.tolist() == [True, True, True, False, False, True]
+
+
+def test_all_of_one_kind_of_every_label_can_be_approved() -> None:
+    """A style that all labels have, as an all-to-all trigger has it."""
+    generator = torch.Generator().manual_seed(0)
+    labels, kind = torch.arange(600) % 4, torch.arange(600) < 120
+    values = 2 * torch.randn(4, 12, generator=generator)[labels] + torch.randn(600, 12, generator=generator)
+    values[:, :2] += 15 * kind[:, None]
+    settings: dict[str, Any] = {"all_to_all": True}
+    assert torch.equal(~decide(values, torch.zeros(600), labels, **settings).keep, kind)
+    assert bool(decide(values, torch.zeros(600), labels, **settings, approved=kind).keep.all())
