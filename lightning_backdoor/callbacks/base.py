@@ -402,8 +402,13 @@ class Procedure:
         self.history[-1] = self.response.respond(session, detection, event)
         self._seconds = time.monotonic() - began
         self.tell()
-        if not self.response.repeats and self._every is None:
+        if not self.detects_again:
             self.detector.close()
+
+    @property
+    def detects_again(self) -> bool:
+        """Whether another detection of the fit may follow the next or the last one."""
+        return self.response.repeats or self._every is not None
 
     def adopt(self, verdict: Verdict) -> int:
         """Put a verdict in force and return how many samples it removes that the one before had kept.

@@ -53,7 +53,7 @@ class Detector:
         return None
 
     def close(self) -> None:
-        """Forget what is kept between detections."""
+        """Forget what is kept between detections; after the last one, and at the end of a fit or after an error."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that load with ``weights_only=True``."""

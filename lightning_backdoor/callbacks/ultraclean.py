@@ -91,19 +91,15 @@ class DenoisedFeatures(Detector):
         """Measure neighbors half-way to the first scan, and before it by an epoch at least."""
         wanted = not self._paper and self._fraction is None and self._early is None
         if wanted and 2 * session.epochs_done >= first:
+            self._keep(session)
             self._early = early_neighbors(session.trainer, session.module, session.scanner)
 
     def detect(self, session: Session) -> Detection:
         """Measure every image as it is and denoised, and decide."""
-        if self._scan is None:
-            self._scan = DenoisedScan(
-                session.scanner,
-                world_size=session.trainer.world_size,
-                cache_bytes=self._cache_bytes,
-                softmax=self._softmax,
-                pictures=self._fraction is None,
-            )
-        found = self._scan.run(session.trainer, session.module)
+        if session.scanner.kept or session.case.detects_again:
+            self._keep(session)
+        found = self._scan_of(session).run(session.trainer, session.module)
+        session.scanner.forget_if_scarce(session.trainer)
         if session.case.approved is not None:
             found["approved"] = session.case.approved
         decided = self.decide(found, session.case.verdict)
@@ -115,6 +111,24 @@ class DenoisedFeatures(Detector):
             tuple((found.label, found.standardized_gap) for found in decision.subpopulations),
             correct=found["right"],
         )
+
+    def _scan_of(self, session: Session) -> DenoisedScan:
+        """What scans and stores denoised images, until :meth:`close`."""
+        if self._scan is None:
+            self._scan = DenoisedScan(
+                session.scanner,
+                world_size=session.trainer.world_size,
+                cache_bytes=self._cache_bytes,
+                softmax=self._softmax,
+                pictures=self._fraction is None,
+            )
+        return self._scan
+
+    def _keep(self, session: Session) -> None:
+        """Keep the images that the next scan reads for those that follow, beside the denoised ones."""
+        scan = self._scan_of(session)
+        if session.scanner.keep(session.trainer, session.module, scan.room):
+            scan.close()
 
     def decide(self, found: dict[str, Tensor], old: Verdict | None) -> Decision:
         """Decide on all samples by what the scan measured; what an earlier verdict removed stays removed."""
@@ -156,9 +170,10 @@ class DenoisedFeatures(Detector):
         return lambda indices: [denoise(session.scanner.images(indices)) for denoise in DENOISERS]
 
     def close(self) -> None:
-        """Forget the denoised images."""
+        """Forget the images, denoised and as they were read."""
         if self._scan is not None:
             self._scan.close()
+            self._scan.data.forget()
             self._scan = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,10 +203,12 @@ class UltraCleanCallback(Defense):
     Half-way through a warm-up of two epochs or more it notes how many of an image's neighbours have its label. Images
     that lay among other classes then, and are a population of their class later, need not stand out as far as others.
 
-    Assumes nothing: no clean data, no poison rate, no target class. Costs the epochs before a rewind once more; one
-    forward pass, and three per scan; the denoising, once; two uint8 copies of the images (in memory up to
-    ``cache_bytes``, else in a temporary file); four bytes per image and feature in a scan; the initial weights in
-    checkpoints.
+    Assumes no clean data, no poison rate and no target class, but that an image without augmentation is the same at
+    every scan: 64 are read again at each. Costs the epochs before a rewind once more; one forward pass, and three per
+    scan; reading and denoising the images, once; two uint8 copies of them (in memory up to ``cache_bytes``, else in a
+    temporary file) and, until the last scan, the images as they were read, where what is left of ``cache_bytes`` and a
+    quarter of the free memory hold them (else each scan reads them); four bytes per image and feature in a scan; the
+    initial weights in checkpoints.
 
     Differs from the paper: the score compares features class by class instead of adding up the outputs; the cut is
     estimated behind a no-poison gate instead of given; early neighbours; images are denoised as the network sees them.

@@ -36,15 +36,17 @@ class LoadedBatches:
 
     Args:
         room: Largest size in bytes; see :func:`room_for_batches`.
-        pin: Keep them in page-locked memory, from which a GPU copies without waiting.
+        pin: Keep them in page-locked memory, from which a GPU copies without waiting. It is handed out in powers of
+            two, and counted so.
         copies: Hand out copies. ``False`` where every tensor is copied to another device before anything may change it.
 
     Attributes:
         kept_bytes: Size of what is kept.
+        pin: As given.
     """
 
     def __init__(self, room: int, *, pin: bool = False, copies: bool = True) -> None:
-        self._room, self._pin, self._copies = room, pin, copies
+        self._room, self.pin, self._copies = room, pin, copies
         self.kept_bytes = 0
         self._filling = False
         self._batches: list[tuple[Tensor, Any]] | None = None
@@ -56,6 +58,25 @@ class LoadedBatches:
     def may_keep(self) -> bool:
         """Whether batches of the pass that is going on, or of the next one, may be kept."""
         return self._room > 0 and self._batches is None
+
+    @property
+    def serves(self) -> bool:
+        """Whether batches are kept or may still be; ``False`` once they have turned out to be too large."""
+        return self._room > 0
+
+    def some(self, count: int) -> tuple[Tensor, Any] | None:
+        """A copy of a batch of so many kept samples from all over the pass, in rising order of their places.
+
+        The last one as it was read where samples cannot be taken out of their batches; ``None`` where none is kept.
+        """
+        if not self._batches:
+            return None
+        if not self._has_rows:
+            indices, batch = self._batches[-1]
+            return indices.clone(), self._copied(batch)
+        kept = len(self._indices)
+        places = torch.arange(min(kept, count)) * kept // min(kept, count)
+        return self._indices[places], default_collate([self._row(place) for place in places.tolist()])
 
     def batches(self, loader: ScanLoader) -> Iterator[tuple[Tensor, Any]]:
         """What ``loader`` yields, from memory where it can be.
@@ -92,6 +113,8 @@ class LoadedBatches:
             for indices, batch in loader.read():
                 if self._room:
                     size = bytes_of(batch)
+                    if size is not None and self.pin:
+                        size = 1 << (size - 1).bit_length()
                     left = len(wanted) - len(indices) if not kept else 0  # as large as the first ones, it is assumed
                     if size is None or self.kept_bytes + size + size * left // len(indices) > self._room:
                         self._room = self.kept_bytes = 0  # also for the passes that follow: they read the same
@@ -109,7 +132,7 @@ class LoadedBatches:
                 self.kept_bytes = 0
 
     def _copied(self, batch: Any) -> Any:
-        return copied(batch, _pinned) if self._pin else copied(batch)
+        return copied(batch, _pinned) if self.pin else copied(batch)
 
     def _places(self, wanted: Tensor) -> Tensor | None:
         """Where samples are in the kept pass, long ``(M,)``; ``None`` if some are not, or cannot be taken out."""

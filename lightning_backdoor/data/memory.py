@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["free_memory"]
+import torch
+
+__all__ = ["free_memory", "return_page_locked"]
 
 _MEMINFO = Path("/proc/meminfo")
 _OWN_GROUPS = Path("/proc/self/cgroup")
@@ -19,6 +22,13 @@ def free_memory() -> int:
     On Linux what the kernel calls available, within the limits of the control groups of the process (a container's).
     """
     return max(min([_available(), *_left_in_groups()]), 0)
+
+
+def return_page_locked() -> None:
+    """Give page-locked memory that is no longer used back to the system; torch before 2.10 holds it for later use."""
+    empty: Any = getattr(torch.accelerator, "empty_host_cache", None)
+    if empty is not None:
+        empty()
 
 
 def _available() -> int:

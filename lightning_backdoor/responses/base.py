@@ -73,6 +73,10 @@ class Case(Protocol):
     def title(self) -> str:
         """Name of the defense for readers."""
 
+    @property
+    def detects_again(self) -> bool:
+        """Whether another detection of the fit may follow."""
+
     def adopt(self, verdict: Verdict) -> int:
         """Put a verdict in force; returns how many samples it removes that the one before had kept."""
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_backdoor.data.nesting import copied
 from lightning_backdoor.detection.near_duplicates import thumbnails
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.functional.denoising import local_median, nl_means, susceptibility_scores
@@ -33,6 +34,8 @@ _CANNOT_RESERVE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # the file sys
 class DenoisedScan:
     """Scans a training set, and stores the denoised images for the next scan.
 
+    Images are denoised once, and so taken to be the same at every scan.
+
     Args:
         data: The training set.
         world_size: Number of processes; each one keeps the denoised images of its own share.
@@ -47,8 +50,15 @@ class DenoisedScan:
         self.data = data
         self.world_size = world_size
         self.softmax, self.pictures = softmax, pictures
-        rows = math.ceil(len(data) / world_size)
-        self._stores = [RowStore(rows, cache_bytes // len(DENOISERS)) for _ in DENOISERS]
+        self._rows, self._cache_bytes = math.ceil(len(data) / world_size), cache_bytes
+        self._stores = [RowStore(self._rows, cache_bytes // len(DENOISERS)) for _ in DENOISERS]
+
+    @property
+    def room(self) -> int:
+        """Bytes of memory that the denoised images leave of ``cache_bytes``, if all have the size of the first one."""
+        image = self.data.layout.images(copied(self.data.some))[0]
+        denoised = len(DENOISERS) * self._rows * image.numel()
+        return self._cache_bytes - denoised * (denoised <= self._cache_bytes)
 
     def run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Measure every training sample.

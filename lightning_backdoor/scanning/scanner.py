@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor._lightning import rank_zero_info, rank_zero_warn
 from lightning_backdoor.data.batches import BatchLayout, find_layout
-from lightning_backdoor.data.loaded import LoadedBatches, room_for_batches
+from lightning_backdoor.data.loaded import SHARE, LoadedBatches, room_for_batches
+from lightning_backdoor.data.memory import return_page_locked
 from lightning_backdoor.data.nesting import copied, positions_in, spelled, transforms_of
 from lightning_backdoor.data.origins import Replaced, close
 from lightning_backdoor.data.pixels import PixelSpace, check_finite, infer_pixel_space
@@ -129,7 +130,7 @@ class DatasetScanner:
     source: DataLoader[Any] | None = None
     """What is read in place of that loader: one over ``eval_dataset``, or by position where its samplers do not."""
     kept: list[LoadedBatches] = field(default_factory=list)
-    """Inside of :meth:`loaded` the batches that were read there; else empty."""
+    """The batches that were read inside of :meth:`loaded` or since :meth:`keep`; else empty."""
 
     def __len__(self) -> int:
         return self.size
@@ -149,15 +150,77 @@ class DatasetScanner:
         most, for all processes of a machine together; a larger training set is read at every pass. On a GPU they are
         page-locked.
         """
-        if self.kept:
+        if self.kept and self.kept[-1].serves:
             yield
             return
-        room, pin = room_for_batches(trainer.num_devices), pl_module.device.type == "cuda"
-        self.kept.append(LoadedBatches(room, pin=pin, copies=not self._sends(trainer, pl_module)))
+        before = list(self.kept)
+        self._start_keeping(trainer, pl_module, room_for_batches(trainer.num_devices))
         try:
             yield
         finally:
-            self.kept.clear()
+            self.forget()
+            self.kept.extend(before)
+
+    def keep(self, trainer: Trainer, pl_module: LightningModule, room: int) -> bool:
+        """Keep the batches of the next scan of all samples for later scans, until :meth:`forget`.
+
+        An image without augmentation is taken to be the same at every scan of a fit. Where batches are kept already, up
+        to 64 of their samples are read again: if images or labels differ, or there is too little free memory now, the
+        kept ones are dropped, and the next scan reads all anew. Every process must call it.
+
+        Args:
+            trainer: The running Trainer.
+            pl_module: The LightningModule under training.
+            room: Bytes that may be taken at most, beside the share of :meth:`loaded` of the free memory.
+
+        Returns:
+            Whether samples of this process were seen to have changed.
+        """
+        changed = False
+        with isolated_eval(trainer, pl_module), raise_on_all_ranks(trainer, "second reading of some images"):
+            self.forget_if_scarce(trainer)
+            if self.kept and self._has_changed(self.kept[-1]):
+                changed = True
+                self.forget()
+        if not self.kept:
+            self._start_keeping(trainer, pl_module, min(room, room_for_batches(trainer.num_devices)))
+        return changed
+
+    def forget_if_scarce(self, trainer: Trainer) -> None:
+        """Drop what is kept if, of the memory that would be free without it, it takes more than the share."""
+        taken = sum(store.kept_bytes for store in self.kept)
+        if (1 - SHARE) * taken > room_for_batches(trainer.num_devices):
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop all batches that are kept."""
+        pinned = any(store.pin for store in self.kept)
+        self.kept.clear()
+        if pinned:
+            return_page_locked()
+
+    def _start_keeping(self, trainer: Trainer, pl_module: LightningModule, room: int) -> None:
+        pin, copies = pl_module.device.type == "cuda", not self._sends(trainer, pl_module)
+        self.kept.append(LoadedBatches(room, pin=pin, copies=copies))
+
+    def _has_changed(self, store: LoadedBatches) -> bool:
+        """Whether some of the kept samples have other images or labels when they are read again."""
+        some = store.some(_PROBE)
+        if some is None:
+            return False
+        indices, before = some
+        workers = min(self.loader.num_workers, 1)
+        with self.read(indices, workers, batch_size=len(indices)) as view:
+            positions, now = next(view.read(), (indices[:0], None))
+        if not torch.equal(positions, indices):
+            return True
+        return any(
+            old.shape != new.shape or old.dtype != new.dtype or not torch.equal(old, new)
+            for old, new in (
+                (self.layout.images(before), self.layout.images(now)),
+                (self.layout.labels(before), self.layout.labels(now)),
+            )
+        )
 
     def load(self, trainer: Trainer) -> None:
         """Inside of :meth:`loaded`, read all samples now if samples in another order can then be taken from memory.

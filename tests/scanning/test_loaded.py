@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -28,13 +29,15 @@ from lightning_backdoor.data.views import ScanLoader, scan_loader
 from lightning_backdoor.scanning import scanner as scanner_module
 from lightning_backdoor.scanning.early_neighbors import early_neighbors
 from lightning_backdoor.scanning.isolation import transfers_plainly
-from lightning_backdoor.scanning.measure_denoised import DenoisedScan
+from lightning_backdoor.scanning.measure_denoised import DenoisedScan, RowStore
 from lightning_backdoor.scanning.measure_fct import Detector, _look
 from lightning_backdoor.scanning.measure_units import UnitScan, find_layers
 from lightning_backdoor.scanning.scanner import DatasetScanner
-from tests.contract.problem import BATCH, IMAGES, WARNS, fit, net_of, planted
+from tests.contract.problem import BATCH, IMAGES, WARNS, clean, fit, net_of, planted
 
 pytestmark = WARNS
+
+COMPARED = 64  # images that UltraClean reads again before it uses the kept ones
 
 DEFENSES = {
     "UltraClean": lambda: UltraCleanCallback(warmup_epochs=2, response="report"),
@@ -108,14 +111,177 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("name", DEFENSES)
 def test_a_detection_reads_every_image_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """UltraClean has read them for its early neighbors, and reads 64 again to compare them."""
     found = run(monkeypatch, name, 0.25)
     assert found[0].reads
-    assert set(found[0].reads) == {IMAGES}
+    assert set(found[0].reads) == {COMPARED if name == "UltraClean" else IMAGES}
     assert set(found[0].starts) == {1}
     again = run(monkeypatch, name, 0.0)
-    if name != "UltraClean":
-        assert min(again[0].reads) >= 2 * IMAGES
+    assert min(again[0].reads) >= (IMAGES if name == "UltraClean" else 2 * IMAGES)
     assert same(found, again)
+
+
+class Passes:
+    """How often a fit has read all images: loaders that read every sample of this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.whole, self.compared = 0, 0
+        read = ScanLoader.read
+
+        def counting(view: ScanLoader) -> Iterator[Any]:
+            self.whole += view.whole
+            self.compared += not view.whole and len(view.dataset) == COMPARED
+            return read(view)
+
+        monkeypatch.setattr(ScanLoader, "read", counting)
+
+
+def fit_of_ultraclean(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    share: float = 0.25,
+    data: Any = None,
+    response: str = "restart",
+    cache_bytes: int = 2**31,
+    **kwargs: Any,
+) -> tuple[Passes, Any, Any, UltraCleanCallback]:
+    """Early neighbors after one epoch, a scan after two, and one at the end after three."""
+    with monkeypatch.context() as patched:
+        patched.setattr(loaded_module, "SHARE", share)
+        patched.setattr(scanner_module, "SHARE", share)
+        random.seed(0)
+        np.random.seed(0)
+        passes = Passes(patched)
+        callback = UltraCleanCallback(warmup_epochs=2, response=response, cache_bytes=cache_bytes)
+        done = fit([callback], clean() if data is None else data, **kwargs)
+    return passes, callback.verdict, done.module.state_dict(), callback
+
+
+@pytest.mark.parametrize("poisoned", [False, True], ids=["clean", "poisoned"])
+def test_a_fit_of_ultraclean_reads_every_image_once(monkeypatch: pytest.MonkeyPatch, *, poisoned: bool) -> None:
+    """Early neighbors and all scans, those after a restart included; measured is what a reading at each scan gives."""
+    data = planted() if poisoned else clean()
+    found = fit_of_ultraclean(monkeypatch, data=data)
+    scans = len(found[3].history)
+    assert scans >= 2
+    assert any(event.removed for event in found[3].history) == poisoned
+    assert (found[0].whole, found[0].compared) == (1, 1 + scans), "as many are read at the start of a fit"
+    again = fit_of_ultraclean(monkeypatch, data=data, share=0)
+    assert (again[0].whole, again[0].compared) == (1 + scans, 1)
+    assert same(found, again)
+
+
+def test_images_are_kept_within_the_bound_of_the_denoised_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two denoised copies of 96 images of 3 x 8 x 8 bytes; the images as they are, with labels and positions."""
+    item = clean()[0]
+    denoised = 2 * IMAGES * item["image"].numel()
+    images = IMAGES * item["image"].numel()
+    for cache_bytes, passes in ((denoised + 2 * images, 1), (denoised + images // 2, 3)):
+        assert fit_of_ultraclean(monkeypatch, cache_bytes=cache_bytes)[0].whole == passes
+
+
+@pytest.mark.parametrize("response", ["restart", "report"])
+def test_nothing_of_the_images_is_left_after_the_last_scan(monkeypatch: pytest.MonkeyPatch, response: str) -> None:
+    """Nor in the callback's state, nor in a pickle of it in the middle of a fit."""
+    scanners: list[DatasetScanner] = []
+    held: list[int] = []
+    sizes: list[int] = []
+    keep, on_train_epoch_end = DatasetScanner.keep, UltraCleanCallback.on_train_epoch_end
+
+    def noted(scanner: DatasetScanner, *args: Any) -> None:
+        scanners.append(scanner)
+        keep(scanner, *args)
+
+    def ended(callback: UltraCleanCallback, *args: Any) -> None:
+        on_train_epoch_end(callback, *args)
+        held.append(sum(store.kept_bytes for store in scanners[-1].kept))
+        sizes.append(len(pickle.dumps(callback._procedure.detector)))
+
+    monkeypatch.setattr(DatasetScanner, "keep", noted)
+    monkeypatch.setattr(UltraCleanCallback, "on_train_epoch_end", ended)
+    fit_of_ultraclean(monkeypatch, response=response)
+    assert [size > 0 for size in held] == ([True] * 3 if response == "restart" else [True, False, False])
+    assert not scanners[-1].kept
+    assert max(sizes) < 10_000 < held[0]
+
+
+def test_nothing_is_left_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    scanners: list[DatasetScanner] = []
+    keep = DatasetScanner.keep
+    monkeypatch.setattr(DatasetScanner, "keep", lambda scanner, *args: (scanners.append(scanner), keep(scanner, *args)))
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        assert scanners[-1].kept[-1].kept_bytes
+        raise Enough
+
+    monkeypatch.setattr(DenoisedScan, "run", failing)
+    with pytest.raises(Enough):
+        fit_of_ultraclean(monkeypatch)
+    assert not scanners[-1].kept
+
+
+class Curriculum(Counted):
+    """Images, or labels, that change after the early neighbors, at so many positions."""
+
+    def __init__(self, data: Any, what: str, changed: int) -> None:
+        super().__init__(data)
+        self.what, self.changed, self.epoch = what, changed, 0
+
+    def __getitem__(self, i: int) -> Any:
+        item = super().__getitem__(i)
+        if self.epoch > 1 and i < self.changed:
+            item[self.what] = 255 - item[self.what] if self.what == "image" else (item[self.what] + 1) % 4
+        return item
+
+
+class CountingEpochs(pl.Callback):
+    """Tells a dataset which epoch it is."""
+
+    def __init__(self, data: Curriculum) -> None:
+        self.data = data
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.data.epoch = trainer.current_epoch
+
+
+@pytest.mark.parametrize(("what", "changed", "passes"), [("image", 0, 1), ("image", 40, 2), ("label", 40, 2)])
+def test_images_that_change_during_the_fit_are_read_again(
+    monkeypatch: pytest.MonkeyPatch, what: str, changed: int, passes: int
+) -> None:
+    """And denoised again; where more than a third of 96 images change, one of the 64 that are compared does."""
+    denoised: list[int] = []
+    write = RowStore.write
+    monkeypatch.setattr(
+        RowStore, "write", lambda store, rows, *args: (denoised.append(len(rows)), write(store, rows, *args))
+    )
+    data = Curriculum(clean(), what, changed)
+    counted = Passes(monkeypatch)
+    fit([CountingEpochs(data), UltraCleanCallback(warmup_epochs=2)], data)
+    assert counted.whole == passes
+    assert sum(denoised) == passes * 2 * IMAGES
+
+
+def test_memory_that_has_become_scarce_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a scan, and before one; a quarter of what would be free without them has to hold the kept images."""
+    store = LoadedBatches(10**6)
+    list(whole(Items("tuple"), store))
+    free = 3 * store.kept_bytes
+    monkeypatch.setattr(loaded_module, "free_memory", lambda: free)
+    callback = DEFENSES["UltraClean"]()
+
+    def detect(session: Any) -> Any:
+        nonlocal free
+        session.scanner.kept[:] = [store]
+        session.scanner.forget_if_scarce(session.trainer)
+        assert session.scanner.kept
+        free -= 8
+        session.scanner.forget_if_scarce(session.trainer)
+        assert not session.scanner.kept
+        raise Enough
+
+    callback._procedure.detector.detect = detect
+    with pytest.raises(Enough):
+        fit([callback])
 
 
 @pytest.mark.parametrize(("given", "scanned", "trained"), [(None, 2 * BATCH, BATCH), (16, 16, 16)])
@@ -516,6 +682,7 @@ def test_operations_of_a_batch(name: str) -> None:
     found: dict[int, Calls] = {}
 
     def detect(session: Any) -> Any:
+        session.scanner.forget()  # of the early neighbors
         for batches in (2, 4):
             options = replace(session.scanner.options, batch_size=IMAGES // batches)
             scanner = replace(session.scanner, options=options)
