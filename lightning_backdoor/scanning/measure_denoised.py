@@ -114,7 +114,13 @@ class DenoisedScan:
         channels = () if images.ndim == 4 else (1,)
         fits = all(store.fits((*channels, *images.shape[1:])) for store in self._stores)
         if fits and all(store.has(rows) for store in self._stores):
-            return [store.read(rows) for store in self._stores]
+            stored = [store.read(rows) for store in self._stores]
+            # from page-locked memory, or the process would wait until the GPU has done all that it was given before
+            return (
+                [part.pin_memory().to(images.device, non_blocking=True) for part in stored]
+                if images.is_cuda
+                else stored
+            )
         pixels = self.data.pixels.to_pixels(images).to(device)
         denoised = [denoise(pixels) for denoise in DENOISERS]
         if fits:
@@ -145,6 +151,7 @@ class RowStore:
         self.written = torch.zeros(rows, dtype=torch.bool)
         self._values: np.ndarray | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._arriving: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
 
     @property
     def on_disk(self) -> bool:
@@ -162,6 +169,8 @@ class RowStore:
     def write(self, positions: Tensor, values: Tensor) -> None:
         """Write rows ``values``, uint8 ``(B, ...)``, at ``positions``, long ``(B,)``.
 
+        From a GPU they are stored with the next call, so that no process waits for what the GPU does at the moment.
+
         Raises:
             DataError: If the rows differ in shape from those written before, or the file cannot hold them all.
         """
@@ -171,22 +180,36 @@ class RowStore:
             raise DataError(
                 f"All rows must have one shape, got {tuple(values.shape[1:])} after {self._values.shape[1:]}."
             )
-        self._values[positions.numpy()] = values.cpu().numpy()
+        self._store_arrived()
+        host, arrival = _to_host(values)
+        if arrival is None:
+            self._values[positions.numpy()] = host.numpy()
+        else:
+            self._arriving = positions, host, arrival
         self.written[positions] = True
 
     def read(self, positions: Tensor) -> Tensor:
         """Return a copy of the rows at ``positions``, uint8 ``(B, ...)``."""
         if self._values is None or not self.has(positions):
             raise KeyError("rows that were never written")
+        self._store_arrived()
         return torch.from_numpy(self._values[positions.numpy()])
 
     def close(self) -> None:
         """Drop all rows and delete the file."""
-        self._values = None
+        self._values = self._arriving = None
         self.written.zero_()
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+    def _store_arrived(self) -> None:
+        """Store the rows that are on their way from a GPU."""
+        if self._arriving is not None and self._values is not None:
+            positions, host, arrival = self._arriving
+            arrival.synchronize()
+            self._values[positions.numpy()] = host.numpy()
+            self._arriving = None
 
     def _allocate(self, shape: tuple[int, ...]) -> np.ndarray:
         size = self.rows * math.prod(shape)
@@ -205,6 +228,16 @@ class RowStore:
                 f"which '{tempfile.gettempdir()}' cannot hold: {error.strerror}. Free space there, set TMPDIR to a "
                 "folder on a larger disk, or raise `cache_bytes` to keep them in memory."
             ) from error
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Values in main memory; from a GPU they are there once the event has come."""
+    if not values.is_cuda:
+        return values.cpu(), None
+    host = values.to("cpu", non_blocking=True)  # into page-locked memory
+    arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrival.record(torch.cuda.current_stream(values.device))
+    return host, arrival
 
 
 def _reserve(file: BinaryIO, size: int) -> None:

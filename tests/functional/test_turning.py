@@ -58,11 +58,42 @@ def test_every_pixel_is_one_of_the_image_or_black() -> None:
 
 
 def test_turns_and_shifts_cover_their_ranges_and_stay_within() -> None:
-    drawn = torch.stack([torch.rand(3, generator=turning._generator(0, i)) * 2 - 1 for i in range(400)])
+    drawn = turning._draws(torch.arange(400), 0)
     assert bool((drawn.abs() <= 1).all())
     assert bool((drawn.amax(dim=0) > 0.95).all())
     assert bool((drawn.amin(dim=0) < -0.95).all())
     assert (ANGLE, SHIFT) == (180.0, 0.2)
+
+
+def test_draws_are_those_of_a_generator_for_each_image() -> None:
+    """Numbers that are drawn for one image leave nothing behind for the next."""
+    for seed, indices in ((0, [0, 1, 2]), (7, [5, 10**9, 3]), (-1, [4])):
+        alone = [torch.rand(3, generator=turning._seeded(torch.Generator(), seed, index)) * 2 - 1 for index in indices]
+        assert torch.equal(turning._draws(torch.tensor(indices), seed), torch.stack(alone))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (9, 12)])
+def test_kornia_agrees(height: int, width: int) -> None:
+    from kornia.geometry.transform import get_affine_matrix2d, warp_affine  # noqa: PLC0415  (slow to import)
+
+    images, indices = pictures(40, height, width), torch.arange(40)
+    drawn, sides = turning._draws(indices, 3), torch.tensor([width, height])
+    center = ((sides - 1) / 2).expand(40, 2)
+    matrices = get_affine_matrix2d(
+        drawn[:, 1:] * SHIFT * sides, center=center, scale=torch.ones(40, 2), angle=drawn[:, 0] * ANGLE
+    )
+    theirs = warp_affine(images.float(), matrices[:, :2], (height, width), mode="nearest", padding_mode="zeros")
+    differ = turn_and_shift(images, indices, seed=3) != theirs
+    assert float(differ.float().mean()) < 1e-3, "where two pixels are equally near"
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_image_of_one_row_or_column_is_moved(side: int) -> None:
+    shape = [6, 3, 8, 8]
+    shape[2 + side] = 1
+    moved = turn_and_shift(torch.full(shape, 7, dtype=torch.uint8), torch.arange(6), seed=0)
+    assert {*moved.unique().tolist()} <= {0, 7}
+    assert bool((moved == 7).any())
 
 
 @pytest.mark.parametrize(("index", "seed"), [(0, 0), (5, 0), (17, 3)])
@@ -70,7 +101,7 @@ def test_a_literal_loop_agrees(index: int, seed: int) -> None:
     """Every pixel is that nearest to the place that it came from: shifted back, and turned back about the center."""
     image = pictures(1)
     _, _, height, width = image.shape
-    turn, right, down = (torch.rand(3, generator=turning._generator(seed, index)) * 2 - 1).tolist()
+    turn, right, down = turning._draws(torch.tensor([index]), seed)[0].tolist()
     angle = math.radians(turn * ANGLE)
     middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
     expected, near_an_edge = torch.zeros_like(image), torch.zeros(height, width, dtype=torch.bool)

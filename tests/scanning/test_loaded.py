@@ -669,7 +669,7 @@ SCANS: dict[str, tuple[Any, int]] = {
     "early neighbors": (lambda s, scanner: early_neighbors(s.trainer, s.module, scanner), 40),
     "NONE statistics": (lambda s, scanner: unit_scan(s, scanner).statistics(s.trainer, s.module, 0.9), 90),
     "NONE responses": (lambda s, scanner: unit_scan(s, scanner)._activations(s.trainer, s.module, torch.arange(8)), 35),
-    "FCT": (fct_scan, 550),
+    "FCT": (fct_scan, 220),
     "predictions": (lambda s, scanner: scanner.predict(s.trainer, s.module, description=""), 35),
 }
 """Every scan, with the most operations that a batch of it may take with a network of five layers."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.errors import DataError
+from lightning_backdoor.scanning import measure_denoised
 from lightning_backdoor.scanning.measure_denoised import RowStore
 
 SHAPE = (3, 4, 5)
@@ -73,6 +74,51 @@ def test_unwritten_rows_are_no_zeros(folder: Path, limit: int) -> None:
     with pytest.raises(KeyError, match="never written"):
         store.read(torch.tensor([0, 1]))
     store.close()
+
+
+class Arrival:
+    """Stands in for an event of a GPU: values are in main memory once it has been waited for."""
+
+    def __init__(self, host: Tensor, values: Tensor) -> None:
+        self.host, self.values, self.waits = host, values, 0
+
+    def synchronize(self) -> None:
+        self.waits += 1
+        self.host.copy_(self.values)
+
+
+@pytest.mark.parametrize("limit", [0, 2**31])
+def test_rows_from_a_gpu_are_waited_for_when_the_next_ones_come(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    arrivals: list[Arrival] = []
+
+    def to_host(values: Tensor) -> tuple[Tensor, Any]:
+        host = torch.zeros_like(values)
+        arrivals.append(Arrival(host, values))
+        return host, arrivals[-1]
+
+    monkeypatch.setattr(measure_denoised, "_to_host", to_host)
+    values, store = draw(20), RowStore(20, limit)
+    for number, positions in enumerate(torch.arange(20).split(5)):
+        store.write(positions, values[positions])
+        assert store.has(positions)
+        assert [arrival.waits for arrival in arrivals] == [1] * number + [0]
+    assert torch.equal(store.read(torch.arange(20)), values)
+    store.write(torch.tensor([0]), values[:1])
+    store.close()
+    assert [arrival.waits for arrival in arrivals] == [1] * 4 + [0]
+    store.write(torch.tensor([3]), values[3:4])
+    assert torch.equal(store.read(torch.tensor([3])), values[3:4])
+    store.close()
+
+
+@pytest.mark.gpu
+def test_rows_from_a_gpu() -> None:
+    values, store = draw(20), RowStore(20)
+    for positions in torch.arange(20).split(5):
+        store.write(positions, values[positions].cuda())
+    assert torch.equal(store.read(torch.arange(20)), values)
 
 
 def test_close_deletes_the_file_and_the_store_can_be_used_again(folder: Path) -> None:
