@@ -189,7 +189,7 @@ class DatasetScanner:
     def forget_if_scarce(self, trainer: Trainer) -> None:
         """Drop what is kept if, of the memory that would be free without it, it takes more than the share."""
         taken = sum(store.kept_bytes for store in self.kept)
-        if (1 - SHARE) * taken > room_for_batches(trainer.num_devices):
+        if taken and (1 - SHARE) * taken > room_for_batches(trainer.num_devices):
             self.forget()
 
     def forget(self) -> None:
