@@ -1,6 +1,6 @@
 """Training-time defence against backdoors, as drop-in callbacks for PyTorch Lightning.
 
-The defenses and ``measure`` are here. The modules:
+The defenses, ``audit`` and ``measure`` are here. The modules:
 
 - ``callbacks``: the bases of a defense of your own, ``Defense`` and ``Detector``.
 - ``responses``: what is done about a verdict, with settings of its own to pass as ``response=``, e.g. ``Unlearn``.
@@ -10,6 +10,7 @@ The defenses and ``measure`` are here. The modules:
 """
 
 from lightning_backdoor import attacks, baselines, callbacks, functional, metrics, report, responses
+from lightning_backdoor.audit import audit
 from lightning_backdoor.callbacks import BackdoorMonitor, DBRCallback, DSTCallback, NONECallback, UltraCleanCallback
 from lightning_backdoor.scanning.measurements import measure
 from lightning_backdoor.verdict import Finding, Verdict
@@ -25,6 +26,7 @@ __all__ = [
     "UltraCleanCallback",
     "Verdict",
     "attacks",
+    "audit",
     "baselines",
     "callbacks",
     "functional",

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUFFERS",
+    "CHILD",
     "LEDGER",
     "TORCH_LEDGER",
     "CallbackBase",
+    "attach",
     "before_batch_transfer",
     "buffers_of",
     "callbacks_of",
@@ -32,11 +34,14 @@ __all__ = [
     "forget_iterator",
     "forget_saved_step",
     "has_batch_norm",
+    "hosted",
+    "idle_trainer",
     "is_early_stopping",
     "is_fast_dev_run",
     "limited",
     "load_again",
     "may_stop_early",
+    "package_of",
     "plain",
     "put_buffer",
     "rank_zero_info",
@@ -56,7 +61,11 @@ __all__ = [
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 
+CHILD = "model"
+"""Name of a model within the LightningModule that stands for it."""
+
 LEDGER = {
+    "trainer._data_connector.attach_data": "an audit of a LightningModule is an error",
     "trainer.fit_loop.setup_data": "the training loader cannot be distinguished from others: nothing is removed",
     "trainer.strategy.process_dataloader": "the training loader cannot be replaced by its filtering clone: the same",
     "trainer.fit_loop.max_batches": "epoch lengths stay as they were before pruning",
@@ -122,6 +131,51 @@ else:
         _callback_classes(),
         {"__doc__": "A callback of every installed Lightning package at once.", "__module__": __name__},
     )
+
+
+def package_of(*users: Any) -> Any:
+    """The Lightning package that a module or datamodule comes from; the first that is installed if none is of one."""
+    names = [cls.__module__ for user in users for cls in type(user).__mro__]
+    installed = [cls.__module__.removesuffix(".callbacks.callback") for cls in CallbackBase.__bases__]
+    used = [package for package in PACKAGES if any(name.startswith(f"{package}.") for name in names)]
+    return importlib.import_module([*used, *installed][0])
+
+
+def hosted(model: nn.Module, package: Any) -> LightningModule:
+    """The model as a LightningModule; one with the model as its child :data:`CHILD`, if it is none."""
+    if any(cls.__module__ == f"{package.__name__}.core.module" for cls in type(model).__mro__):
+        return model  # type: ignore[return-value]
+    host: LightningModule = package.LightningModule()
+    host.add_module(CHILD, model)
+    host.validation_step = _nothing  # type: ignore[method-assign]  # without one, a datamodule has no validation set
+    return host
+
+
+def _nothing(*args: Any) -> None:
+    """Stand in for a step."""
+
+
+def idle_trainer(package: Any, *, accelerator: str, devices: Any, progress: bool) -> Trainer:
+    """A Trainer on one device that logs and saves nothing, whatever the job that it runs in has set for others."""
+    environments = importlib.import_module(f"{package.__name__}.plugins.environments")
+    bar = [package.callbacks.TQDMProgressBar()] if progress else []
+    trainer: Trainer = package.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        plugins=[environments.LightningEnvironment()],
+        callbacks=bar,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+    )
+    return trainer
+
+
+def attach(trainer: Trainer, pl_module: LightningModule, datamodule: Any = None) -> None:
+    """Connect a Trainer with a module as at the start of a fit, so that batches go through the hooks of both."""
+    trainer.strategy.connect(pl_module)
+    trainer._data_connector.attach_data(pl_module, datamodule=datamodule)
 
 
 def combined_loader(trainer: Trainer) -> Any | None:

@@ -71,6 +71,8 @@ class Finding:
             model gives ``label`` when what the group has in common is put on them; ``None`` if it was not estimated.
         control_asr: The same with ordinary samples of the label in the place of the group.
         asr_method: How it was put on them: ``"difference"``, ``"blend"`` or ``"paste"``.
+        detectors: In an audit, the names of the detectors that found it, first the one that these figures and this
+            direction are of.
     """
 
     label: int
@@ -88,6 +90,7 @@ class Finding:
     estimated_asr: float | None = None
     control_asr: float | None = None
     asr_method: str | None = None
+    detectors: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -116,12 +119,14 @@ class Finding:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values that load with ``weights_only=True``."""
-        return {**vars(self), "figures": [list(astuple(figure)) for figure in self.figures]}
+        figures = [list(astuple(figure)) for figure in self.figures]
+        return {**vars(self), "figures": figures, "detectors": list(self.detectors)}
 
     @classmethod
     def from_state_dict(cls, record: dict[str, Any]) -> Finding:
         """Read what :meth:`state_dict` returned."""
-        return cls(**{**record, "figures": tuple(GateFigure(*figure) for figure in record["figures"])})
+        figures = tuple(GateFigure(*figure) for figure in record["figures"])
+        return cls(**{**record, "figures": figures, "detectors": tuple(record.get("detectors", ()))})
 
 
 @dataclass(frozen=True)

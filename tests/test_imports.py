@@ -39,6 +39,7 @@ ALLOWED = {
     "responses": {*MODELS_AND_DATA, *TRAINER[:2], "report", "events", "verdict", "files", "errors", "_lightning"},
     "callbacks": {*MODELS_AND_DATA, *TRAINER[:3], "report", "events", "verdict", "files", "errors", "_lightning"},
     "baselines": {*MODELS_AND_DATA, *TRAINER[:4], "report", "events", "verdict", "files", "errors", "_lightning"},
+    "audit": {*MODELS_AND_DATA, "scanning", "callbacks", "report", "events", "verdict", "errors", "_lightning"},
 }
 """Which rooms the modules of a room may use, besides their own."""
 ALSO = {

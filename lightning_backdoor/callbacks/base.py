@@ -35,13 +35,13 @@ from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.events import Event, repaired
 from lightning_backdoor.loading.loader_filter import LoaderFilter, loader_filter_of
 from lightning_backdoor.report.of_events import majorities, sentence, unsolved
-from lightning_backdoor.responses.base import Report, Response, Session, representation
+from lightning_backdoor.responses.base import Detection, Report, Response, Session, representation
 from lightning_backdoor.responses.checkpointing import save_training
 from lightning_backdoor.responses.limits import about_to_end
 from lightning_backdoor.responses.weight_copies import unwatch_averages, watch_averages
 from lightning_backdoor.scanning.isolation import require_unsharded, warn_of_evaluation_mode
 from lightning_backdoor.scanning.scan import raise_on_all_ranks
-from lightning_backdoor.scanning.scanner import open_scanner
+from lightning_backdoor.scanning.scanner import DatasetScanner, open_scanner
 from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from lightning_backdoor.responses.mirrors import Watch
 
-__all__ = ["Defense", "Procedure", "is_due"]
+__all__ = ["Defense", "Procedure", "examine", "is_due", "validation_dataset"]
 
 SCHEMA = 4  # of what checkpoints hold of any defense: a release that changes it counts up
 
@@ -314,7 +314,7 @@ class Procedure:
             )
         warn_of_evaluation_mode(pl_module, self.title)
         self._watch = watch_averages(trainer, pl_module, self, self._watched)
-        scanner = open_scanner(trainer, pl_module, loader, options, _validation_dataset(trainer))
+        scanner = open_scanner(trainer, pl_module, loader, options, validation_dataset(trainer))
         session = Session(trainer, pl_module, scanner, self._filter, self, self._began)
         if self.verdict is not None:
             session.require_same_data(self.verdict)
@@ -379,8 +379,36 @@ class Procedure:
                 stack.enter_context(session.scanner.loaded(session.trainer, session.module))
             self._detect_and_respond(session.epochs_done if epochs is None else epochs)
 
+    def examine(self, trainer: Trainer, pl_module: LightningModule, scanner: DatasetScanner) -> None:
+        """Run the detector on a model as it is, without a fit: nothing is done about the verdict, nor is it logged.
+
+        Args:
+            trainer: A Trainer that is attached to the module.
+            pl_module: The LightningModule; nothing of it is changed.
+            scanner: Reads and measures the dataset.
+        """
+        self._session = Session(trainer, pl_module, scanner, loader_filter_of(trainer), self, time.time())
+        try:
+            self._approve(self._session)
+            self.detector.setup(trainer, pl_module)
+            self.detector.require(self._session)
+            self._detect(0)
+        finally:
+            self.detector.close()
+            self._session = None
+
     def _detect_and_respond(self, epochs: int) -> None:
-        session, before, began = self.session, self.verdict, time.monotonic()
+        began = time.monotonic()
+        detection = self._detect(epochs)
+        self.history[-1] = self.response.respond(self.session, detection, self.history[-1])
+        self._seconds = time.monotonic() - began
+        self.tell()
+        if not self.detects_again:
+            self.detector.close()
+
+    def _detect(self, epochs: int) -> Detection:
+        """Detect, put the verdict in force, and add an event."""
+        session, before = self.session, self.verdict
         detection = self.detector.detect(session)
         if self.approved is not None:
             detection = detection_without(detection, self.approved)
@@ -399,11 +427,7 @@ class Procedure:
             accuracies=() if detection.correct is None else (float(detection.correct.float().mean()),),
         )
         self.history.append(event)
-        self.history[-1] = self.response.respond(session, detection, event)
-        self._seconds = time.monotonic() - began
-        self.tell()
-        if not self.detects_again:
-            self.detector.close()
+        return detection
 
     @property
     def detects_again(self) -> bool:
@@ -522,6 +546,17 @@ class Procedure:
             self._filter.refresh()
 
 
+def examine(
+    defense: Defense, trainer: Trainer, pl_module: LightningModule, scanner: DatasetScanner
+) -> tuple[Verdict, Event]:
+    """The verdict of a defense on a model as it is, without a fit, and its event; see :meth:`Procedure.examine`."""
+    procedure = defense._procedure
+    procedure.examine(trainer, pl_module, scanner)
+    if procedure.verdict is None:
+        raise RuntimeError("a detector came to no verdict")
+    return procedure.verdict, procedure.history[-1]
+
+
 def require_compatible(procedure: Procedure, other: Procedure) -> None:
     """Check that two defenses can share a Trainer.
 
@@ -568,7 +603,7 @@ def require_own_state(state_dict: dict[str, Any], response: str) -> None:
         )
 
 
-def _validation_dataset(trainer: Trainer) -> Any:
+def validation_dataset(trainer: Trainer) -> Any:
     """Dataset of the first validation loader, if there is one."""
     with isolated_rng():
         loaders = validation_loaders(trainer)

@@ -32,6 +32,7 @@ class Evidence:
         max_removed: The limit that the user set, as a fraction of the training set.
         rewound: ``True`` if training started again from its first weights, ``False`` if it went on with the weights
             it had, ``None`` if this is not known.
+        acted: Whether flagged images left the training set; ``False`` where nothing was changed.
         treatment: What was done to the model itself, as sentences; empty if nothing was.
         figures: More pictures, title to PNG bytes, each shown in a section of its own after the classes.
         tables: More tables, title to ``(head, rows)``, shown before these pictures: the first 100 rows of each.
@@ -49,6 +50,7 @@ class Evidence:
     num_flagged_before_cap: int | None = None
     max_removed: float | None = None
     rewound: bool | None = None
+    acted: bool = True
     treatment: str = ""
     figures: Mapping[str, bytes] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)

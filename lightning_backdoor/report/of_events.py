@@ -358,6 +358,7 @@ def evidence(
         num_flagged_before_cap=max(0 if event.reassigned else event.num_flagged_before_cap for event in history),
         max_removed=max_removed,
         rewound=rewound.pop() if len(rewound) == 1 else None,  # some of the times is neither yes nor no
+        acted=latest.response != "report",
         treatment=treatment,
         tables=tables,
     )

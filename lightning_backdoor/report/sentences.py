@@ -87,6 +87,9 @@ def _where(rows: list[ClassRow], evidence: Evidence) -> str:
 def _done(removed: int, kept: int, evidence: Evidence) -> str:
     rest = f"on the {count(kept, 'image')} that {_were(kept)} kept"
     taken = "It was" if removed == 1 else "They were"
+    if not evidence.acted:
+        them = "it" if removed == 1 else "them"
+        return f"Nothing was changed. A new training without {them} would have {count(kept, 'image')}."
     if evidence.rewound:
         return f"{taken} taken out, and training started again from its first weights {rest}."
     if evidence.rewound is False:
@@ -160,8 +163,9 @@ def summarize(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evi
     if removed == 0:
         return _nothing(looked, total, evidence.treatment)
     stands = "One image stands" if removed == 1 else f"{count(removed, 'image')} stand"
+    happened = f"{_were(removed)} removed" if evidence.acted else f"stand{'s' * (removed == 1)} out"
     return Summary(
-        headline=f"{removed:,} of {total:,} training images {_were(removed)} removed",
+        headline=f"{removed:,} of {total:,} training images {happened}",
         looked=looked,
         found=f"{stands} out from the rest ({percent(removed, total)} of the training set).{where}",
         done=" ".join(filter(None, (_done(removed, total - removed, evidence), evidence.treatment))),

@@ -111,3 +111,10 @@ def test_a_treated_model_is_told_of_whether_images_were_removed_or_not():
     assert kept.done == f"All 200 images stay in training. {treatment}"
     removed = told(verdict(200, 20), evidence(treatment=treatment))
     assert removed.done.endswith(f"kept. {treatment}")
+
+
+def test_where_nothing_was_changed_the_page_does_not_say_that_images_are_gone():
+    summary = told(verdict(200, 20), evidence(acted=False))
+    assert summary.headline == "20 of 200 training images stand out"
+    assert summary.done == "Nothing was changed. A new training without them would have 180 images."
+    assert told(verdict(200, 1), evidence(acted=False)).headline == "1 of 200 training images stands out"
