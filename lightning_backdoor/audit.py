@@ -16,7 +16,7 @@ from lightning_backdoor.callbacks.arguments import require_fraction
 from lightning_backdoor.callbacks.base import Defense, examine, validation_dataset
 from lightning_backdoor.callbacks.dbr import DBRCallback
 from lightning_backdoor.callbacks.none import NONECallback
-from lightning_backdoor.callbacks.options import ScanOptions
+from lightning_backdoor.callbacks.options import Approved, ScanOptions
 from lightning_backdoor.callbacks.ultraclean import UltraCleanCallback
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import unwrapped
@@ -59,6 +59,7 @@ def audit(
     detectors: Sequence[DetectorName] = ("features", "units"),
     false_alarm_rate: float = FALSE_ALARM_RATE,
     max_removed: float = 0.3,
+    approved: Approved | None = None,
     report_dir: str | Path | None = None,
     forward_fn: Callable[[Any, Any], Any] | None = None,
     batch_fn: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
@@ -95,6 +96,9 @@ def audit(
         false_alarm_rate: Chance at most, in ``(0, 1)``, that noise in the features of clean data is taken for a group
             that stands out, by one detector.
         max_removed: Largest share of the images that the verdict may flag, in ``(0, 1)``.
+        approved: Images that you have looked at and found to be fine: they are in no finding, and no finding rests on
+            them. Dataset positions, a verdict or a saved one (``.pt``), or a reviewed table (``.csv``); see
+            :class:`~lightning_backdoor.callbacks.options.ScanArguments`.
         report_dir: Folder for the report, and for the verdict in ``verdict.pt``. ``None``: none is written.
         forward_fn: ``forward_fn(model, batch)`` returns logits ``(B, K)``, for models that cannot be called with the
             images alone.
@@ -133,7 +137,8 @@ def audit(
         (40, 0)
     """
     require_fraction("max_removed", max_removed)
-    defenses = _defenses(detectors, false_alarm_rate=false_alarm_rate, max_removed=max_removed, seed=seed)
+    decision = {"false_alarm_rate": false_alarm_rate, "max_removed": max_removed, "approved": approved, "seed": seed}
+    defenses = _defenses(detectors, **decision)
     is_datamodule = not hasattr(dataset, "__getitem__") and hasattr(dataset, "train_dataloader")
     with (
         isolated_rng(),

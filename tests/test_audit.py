@@ -226,6 +226,15 @@ def test_a_report_and_the_verdict_are_written(found: tuple[Verdict, Path]) -> No
     assert [finding.detectors for finding in read.findings] == [finding.detectors for finding in verdict.findings]
 
 
+def test_approved_images_are_in_no_finding(found: tuple[Verdict, Path]) -> None:
+    verdict, folder = found
+    again = audit(
+        undefended(poisoned=True), poisoned_digits(), detectors=("units",), approved=folder / "verdict.pt", **settings()
+    )
+    assert not again.findings
+    assert torch.equal(again.approved, ~verdict.keep)
+
+
 def test_a_model_that_has_not_learned_these_images_is_a_warning() -> None:
     data = poisoned_digits()
     shuffled = TensorDataset(torch.stack([data[i][0] for i in range(200)]), torch.arange(200) % 10)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from lightning_backdoor.detection.decision import limit_of_labels, limit_removed
 from lightning_backdoor.errors import ArgumentError
@@ -48,6 +47,7 @@ def join_verdicts(verdicts: Mapping[str, Verdict], *, max_removed: float) -> Ver
         "; ".join(f"{name}: {verdict.rule}" for name, verdict in verdicts.items()),
         every[0].labels,
         findings=_joined_findings(verdicts),
+        approved=every[0].approved,
         paths=every[0].paths,
     )
 
@@ -59,28 +59,15 @@ def _joined_findings(verdicts: Mapping[str, Verdict]) -> tuple[Finding, ...]:
     found: list[Finding] = []
     for place, name in enumerate(names):
         for finding in verdicts[name].findings:
-            free = ~taken[finding.positions]
-            if not bool(free.any()):
+            rest = finding.without(taken)
+            if not len(rest):
                 continue
             others = [other for other in names[place + 1 :] if _holds(verdicts[other], finding)]
             taken[finding.positions] = True
-            found.append(replace(_of_rows(finding, free), detectors=(name, *others)))
+            found.append(replace(rest, detectors=(name, *others)))
     return tuple(found)
 
 
 def _holds(verdict: Verdict, finding: Finding) -> bool:
     """Whether the findings of a verdict hold over half of the samples of another one's finding."""
     return float((verdict.finding_indices[finding.positions] >= 0).float().mean()) > SAME
-
-
-def _of_rows(finding: Finding, rows: Tensor) -> Finding:
-    """A finding with some of its samples; ``rows`` is bool ``(M,)`` in the order of its positions."""
-    if bool(rows.all()):
-        return finding
-    labels, sure = finding.suggested_labels, finding.suggested_confidences
-    return replace(
-        finding,
-        positions=finding.positions[rows],
-        suggested_labels=None if labels is None else labels[rows],
-        suggested_confidences=None if sure is None else sure[rows],
-    )
