@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightning_backdoor._lightning import rank_zero_warn
 from lightning_backdoor.callbacks.options import Approved
+from lightning_backdoor.data.nesting import paths_of
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.responses.base import Detection
@@ -31,11 +33,13 @@ class Approval:
     Attributes:
         samples: Bool ``(N,)``.
         labels: Labels, long ``(N,)``; -1 where none is known.
+        paths: Position to the file of the sample, where one is known.
         source: Where all of this comes from, for messages.
     """
 
     samples: Tensor
     labels: Tensor
+    paths: dict[int, str]
     source: str
 
 
@@ -50,10 +54,11 @@ def approved_samples(given: Approved, scanner: DatasetScanner) -> Tensor:
 
     Raises:
         ArgumentError: It is of another type, cannot be read, or holds a position that the dataset has not.
-        DataError: It was said of other data: another number of samples, or other labels at some positions.
+        DataError: It was said of other data: another number of samples, or other labels or files at some positions.
     """
     approval = _approval_of(given, len(scanner))
     require_same_labels(approval, scanner)
+    require_same_files(approval, paths_of(scanner.loader.dataset))
     return approval.samples
 
 
@@ -71,7 +76,7 @@ def _approval_of(given: Approved, size: int) -> Approval:
         )
     if isinstance(given, Verdict):
         return _of_verdict(given, size, "the verdict")
-    return Approval(_mask_of(given, size), torch.full((size,), -1), "the positions")
+    return Approval(_mask_of(given, size), torch.full((size,), -1), {}, "the positions")
 
 
 def _of_verdict(verdict: Verdict, size: int, source: str) -> Approval:
@@ -80,7 +85,8 @@ def _of_verdict(verdict: Verdict, size: int, source: str) -> Approval:
     samples = verdict.approved
     if samples is None:
         samples = ~verdict.keep | (verdict.finding_indices >= 0)
-    return Approval(samples, torch.full((size,), -1) if verdict.labels is None else verdict.labels, source)
+    labels = torch.full((size,), -1) if verdict.labels is None else verdict.labels
+    return Approval(samples, labels, dict(enumerate(verdict.paths or ())), source)
 
 
 def _mask_of(given: Any, size: int) -> Tensor:
@@ -112,7 +118,8 @@ def _mask_of(given: Any, size: int) -> Tensor:
 
 
 def _of_csv(path: Path, size: int) -> Approval:
-    """Read a table with the columns ``index`` and ``approved``, and ``label`` if it is there; rows may be missing."""
+    """Read a table with the columns ``index`` and ``approved``; ``label`` and ``path`` and some rows may be missing."""
+    paths: dict[int, str] = {}
     samples, labels = torch.zeros(size, dtype=torch.bool), torch.full((size,), -1)
     with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
         header = file.readline()
@@ -137,7 +144,8 @@ def _of_csv(path: Path, size: int) -> Approval:
             samples[index] = word in YES
             if (row.get("label") or "").strip():
                 labels[index] = _number(row["label"], "label", where)
-    return Approval(samples, labels, str(path))
+            paths[index] = (row.get("path") or "").strip()
+    return Approval(samples, labels, paths, str(path))
 
 
 def _number(text: str | None, column: str, where: str) -> int:
@@ -169,6 +177,27 @@ def require_same_labels(approval: Approval, scanner: DatasetScanner) -> None:
             f"sample {place} has label {int(approval.labels[place])} there and {int(labels[other][0])} in the training "
             "dataset",
         )
+
+
+def require_same_files(approval: Approval, paths: Sequence[str] | None) -> None:
+    """Compare the names of the files; folders may have moved.
+
+    Args:
+        approval: Samples that are approved.
+        paths: File of every sample of the training dataset, empty where it has none; ``None`` where none has.
+
+    Raises:
+        DataError: Some samples have other files.
+    """
+    for place, path in approval.paths.items() if paths is not None else ():
+        if path and paths[place] and _file_name(path) != _file_name(paths[place]):
+            raise _other_data(
+                approval.source, f"sample {place} is {path} there and {paths[place]} in the training dataset"
+            )
+
+
+def _file_name(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2]
 
 
 def _other_data(source: str, why: str) -> DataError:

@@ -22,6 +22,14 @@ from tests.callbacks.test_ultraclean_cli import CLIS, QUIET, cli_of, defense_of
 pytestmark = LIGHTNING_WARNS
 SIZE = 12
 LABELS = torch.arange(SIZE) % 3
+FILES = tuple(f"/moved/{place}.png" for place in range(SIZE))
+
+
+class SizedFiles(SimpleNamespace):
+    """A dataset that names its files."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
 
 class Scanner(SimpleNamespace):
@@ -29,7 +37,9 @@ class Scanner(SimpleNamespace):
 
     def __init__(self, labels: Tensor = LABELS) -> None:
         places = torch.tensor([0, 7])
-        super().__init__(all=labels, probe=(places, labels[places]))
+        files = [f"/photos/{place}.png" for place in range(len(labels))]
+        dataset = SizedFiles(paths=files)
+        super().__init__(all=labels, probe=(places, labels[places]), loader=SimpleNamespace(dataset=dataset))
 
     def __len__(self) -> int:
         return len(self.all)
@@ -73,6 +83,7 @@ def read(given: Any, labels: Tensor = LABELS) -> list[int]:
         (verdict(approved=mask(3)), [3]),
         (verdict(approved=mask()), []),
         (verdict(labels=None), [9, 11]),
+        (verdict(paths=FILES), [9, 11]),
     ],
 )
 def test_positions_masks_and_verdicts(given: Any, expected: list[int]) -> None:
@@ -82,7 +93,7 @@ def test_positions_masks_and_verdicts(given: Any, expected: list[int]) -> None:
 def test_files(tmp_path: Path) -> None:
     saved, table = tmp_path / "verdict.pt", tmp_path / "verdict.csv"
     verdict(approved=mask(3, 4)).save(saved)
-    table.write_text("".join(csv_chunks(verdict(approved=mask(3, 4), paths=tuple("abcdefghijkl")))))
+    table.write_text("".join(csv_chunks(verdict(approved=mask(3, 4), paths=FILES))))
     assert read(saved) == read(str(saved)) == read(table) == read(str(table)) == [3, 4]
 
 
@@ -142,6 +153,7 @@ def test_what_is_wrong_with_a_table_is_named(text: str, words: str, tmp_path: Pa
         ("index,approved\n12,\n", "is on sample 12, the training dataset has 12"),
         ("index,approved,label\n7,,2\n", "sample 7 has label 2 there and 1 in the training dataset"),
         ("index,approved,label\n2,yes,0\n", "sample 2 has label 0 there and 2 in the training dataset"),
+        ("index,path,approved\n3,a/3.png,\n4,a/3.png,\n", "sample 4 is a/3.png there and /photos/4.png in the"),
     ],
 )
 def test_a_table_of_another_dataset_is_refused(text: str, words: str, tmp_path: Path) -> None:
@@ -156,6 +168,8 @@ def test_a_verdict_on_another_dataset_is_refused() -> None:
         read(verdict(), LABELS[:9])
     with pytest.raises(DataError, match="sample 0 has label 0 there and 2 in the training"):
         read(verdict(), LABELS.flip(0))
+    with pytest.raises(DataError, match=r"sample 0 is /moved/11.png there and /photos/0.png"):
+        read(verdict(paths=FILES[::-1]))
 
 
 def test_a_verdict_with_approved_samples() -> None:
