@@ -189,7 +189,9 @@ def require_same_files(approval: Approval, paths: Sequence[str] | None) -> None:
     Raises:
         DataError: Some samples have other files.
     """
-    for place, path in approval.paths.items() if paths is not None else ():
+    if paths is None:
+        return
+    for place, path in approval.paths.items():
         if path and paths[place] and _file_name(path) != _file_name(paths[place]):
             raise _other_data(
                 approval.source, f"sample {place} is {path} there and {paths[place]} in the training dataset"

@@ -16,6 +16,7 @@ __all__ = [
     "require_one_of",
     "require_positive",
     "require_rate",
+    "require_share",
 ]
 
 
@@ -25,6 +26,11 @@ def require_fraction(name: str, value: float) -> float:
         hint = f" For {value:g} per cent, pass {value / 100:g}." if 1 <= value < 100 else ""
         raise ArgumentError(f"`{name}` must be a fraction between 0 and 1, got {value}.{hint}")
     return value
+
+
+def require_share(name: str, value: float) -> float:
+    """Return ``value`` if it lies above 0 and is at most 1, else explain the unit."""
+    return value if value == 1 else require_fraction(name, value)
 
 
 def require_positive(name: str, value: int | None) -> int | None:

@@ -22,7 +22,7 @@ from lightning_backdoor._lightning import (
     validation_loaders,
 )
 from lightning_backdoor.callbacks.approved import approved_samples, detection_without, warn_of_other, with_approved
-from lightning_backdoor.callbacks.arguments import flat_signature, require_fraction, require_positive
+from lightning_backdoor.callbacks.arguments import flat_signature, require_fraction, require_positive, require_share
 from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.callbacks.fabric import guard_hooks, guard_inherited_hooks
 from lightning_backdoor.callbacks.options import DEFAULTS, ScanArguments, ScanOptions
@@ -31,10 +31,11 @@ from lightning_backdoor.callbacks.unread import spared, warn_of_unread
 from lightning_backdoor.data.nesting import paths_of
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import unwrapped
+from lightning_backdoor.detection.majorities import without_majorities
 from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.events import Event, repaired
 from lightning_backdoor.loading.loader_filter import LoaderFilter, loader_filter_of
-from lightning_backdoor.report.of_events import majorities, sentence, unsolved
+from lightning_backdoor.report.of_events import kept_majority, majorities, sentence, unsolved
 from lightning_backdoor.responses.base import Detection, Report, Response, Session, representation
 from lightning_backdoor.responses.checkpointing import save_training
 from lightning_backdoor.responses.limits import about_to_end
@@ -65,6 +66,7 @@ class Defense(CallbackBase):
         warmup_epochs: Epochs before the first detection; ``None``: as the response needs it.
         every: Epochs between later detections; ``None``: none.
         max_removed: Largest share of the training set that may be flagged, in ``(0, 1)``.
+        max_removed_of_class: Share of a label that findings may take without further evidence, in ``(0, 1]``.
         **scan: See :class:`~lightning_backdoor.callbacks.options.ScanArguments`.
 
     Attributes:
@@ -90,11 +92,12 @@ class Defense(CallbackBase):
         response: Response,
         warmup_epochs: int | None,
         max_removed: float,
+        max_removed_of_class: float = 1.0,
         every: int | None = None,
         **scan: Unpack[ScanArguments],
     ) -> None:
         super().__init__()
-        self._procedure = Procedure(self, detector, response, require_positive("rescore_every", every))
+        self._procedure = Procedure(self, detector, response, every, max_removed_of_class)
         self.warmup_epochs, self.max_removed = warmup_epochs, require_fraction("max_removed", max_removed)
         given: dict[str, Any] = {**DEFAULTS, **scan}
         report_dir, self.name, self.approved = given.pop("report_dir"), given.pop("name"), given.pop("approved")
@@ -235,6 +238,7 @@ class Procedure:
         detector: Measures all samples and decides.
         response: What is done about the verdict.
         every: Epochs between later detections; ``None``: none.
+        most_of_label: See ``max_removed_of_class`` of the defense.
 
     Attributes:
         verdict: The latest verdict, ``None`` before the first detection.
@@ -242,8 +246,17 @@ class Procedure:
         approved: Samples that the user has declared to be fine, bool ``(N,)``; ``None`` if nothing was said.
     """
 
-    def __init__(self, defense: Defense, detector: Detector, response: Response, every: int | None) -> None:
-        self.defense, self.detector, self.response, self._every = defense, detector, response, every
+    def __init__(
+        self,
+        defense: Defense,
+        detector: Detector,
+        response: Response,
+        every: int | None,
+        most_of_label: float,
+    ) -> None:
+        self.defense, self.detector, self.response = defense, detector, response
+        self._every = require_positive("rescore_every", every)
+        self.most_of_label = require_share("max_removed_of_class", most_of_label)
         self.verdict: Verdict | None = None
         self.history: list[Event] = []
         self.approved: Tensor | None = None
@@ -413,6 +426,7 @@ class Procedure:
         if self.approved is not None:
             detection = detection_without(detection, self.approved)
         detection = self.response.revise(session, detection)
+        detection = self._without_majorities(detection)
         removed = self.adopt(detection.verdict)
         kept = torch.ones_like(detection.verdict.keep) if before is None else before.keep
         detection = replace(detection, kept_before=kept)
@@ -433,6 +447,19 @@ class Procedure:
     def detects_again(self) -> bool:
         """Whether another detection of the fit may follow the next or the last one."""
         return self.response.repeats or self._every is not None
+
+    def _without_majorities(self, detection: Detection) -> Detection:
+        """The detection without findings that may be a class itself; these are told once."""
+        if self.most_of_label == 1:
+            return detection
+        verdict, before = detection.verdict, self.verdict
+        kept = torch.ones_like(verdict.keep) if before is None else before.keep
+        verdict, spared = without_majorities(verdict, kept, self.most_of_label)
+        told = 0 if before is None else len(before.findings)
+        for place, finding in enumerate(verdict.findings):
+            if place >= told and any(finding is one for one in spared):
+                rank_zero_warn(f"{self.title} {kept_majority(finding, place, verdict)}")
+        return replace(detection, verdict=verdict)
 
     def adopt(self, verdict: Verdict) -> int:
         """Put a verdict in force and return how many samples it removes that the one before had kept.

@@ -132,6 +132,7 @@ class DBRCallback(Defense):
             response=chosen_response(response, own, fallback=None if quota or paper_loop else self.fallback),
             warmup_epochs=0 if now else require_positive("warmup_epochs", warmup_epochs),
             max_removed=max_removed,
+            max_removed_of_class=1.0 if arguments["verdict"] is not None else arguments["max_removed_of_class"],
             **without_detector(scan),
         )
 

@@ -125,6 +125,9 @@ class DSTCallback(Defense):
             response=chosen_response(response, own, others=False),
             warmup_epochs=None,
             max_removed=max_removed,
+            max_removed_of_class=1.0
+            if self.arguments["verdict"] is not None
+            else self.arguments["max_removed_of_class"],
             **without_detector(scan),
         )
 

@@ -18,6 +18,7 @@ from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.callbacks.options import DECISION_DEFAULTS, DecisionArguments, without_rate
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.detection.decision import verdict_of
+from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.base import Continue, Detection, Response, Session
@@ -203,6 +204,7 @@ class NONECallback(Defense):
         self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))
         rate = require_fraction("false_alarm_rate", scan.get("false_alarm_rate", FALSE_ALARM_RATE))
         self.false_alarm_rate = rate
+        self.max_removed_of_class = scan.get("max_removed_of_class", MAX_REMOVED_OF_CLASS)
         self.paper_loop, self.response = paper_loop, response
         self.fallback = require_one_of("fallback", fallback, ("restart", None))
         seed, drop = scan.get("seed", 0), samples != "keep"
@@ -241,6 +243,7 @@ class NONECallback(Defense):
             response=chosen_response(response, own, fallback=None if quota or paper_loop else self.fallback),
             warmup_epochs=require_positive("warmup_epochs", warmup_epochs),
             max_removed=max_removed,
+            max_removed_of_class=self.max_removed_of_class,
             **without_rate(scan),
         )
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.scanning.scanner import ScanOptions
 from lightning_backdoor.verdict import Verdict
@@ -97,18 +98,27 @@ class DecisionArguments(ScanArguments, total=False):
     Args:
         false_alarm_rate: Chance at most, in ``(0, 1)``, that noise in the features of clean data is taken for a group
             that stands out, in a training. A smaller one takes more evidence, which few images cannot give.
+        max_removed_of_class: Largest share of a label, in ``(0, 1]``, removed for standing out. A group by which
+            more would be gone may be the class itself. It is kept, with a warning, unless its labels are wrong, it came
+            in addition to as many images as other labels have, or what it has in common makes the model give its label
+            to other images. 1: no such limit.
     """
 
     false_alarm_rate: float
+    max_removed_of_class: float
 
 
 document_scan(DecisionArguments)
-DECISION_DEFAULTS: dict[str, Any] = {**DEFAULTS, "false_alarm_rate": FALSE_ALARM_RATE}
+DECISION_DEFAULTS: dict[str, Any] = {
+    **DEFAULTS,
+    "false_alarm_rate": FALSE_ALARM_RATE,
+    "max_removed_of_class": MAX_REMOVED_OF_CLASS,
+}
 
 
 def without_rate(arguments: DecisionArguments) -> ScanArguments:
     """Those of the arguments that concern the scan."""
-    given: Any = {name: value for name, value in arguments.items() if name != "false_alarm_rate"}
+    given: Any = {name: value for name, value in arguments.items() if name in DEFAULTS}
     scan: ScanArguments = given
     return scan
 
@@ -123,6 +133,10 @@ class DetectorArguments(ScanArguments, total=False):
             features move most, that is suspect in any case.
         false_alarm_rate: Chance at most, in ``(0, 1)``, that noise in the features of clean data is taken for a group
             that stands out, in a training. A smaller one takes more evidence, which few images cannot give.
+        max_removed_of_class: Largest share of a label, in ``(0, 1]``, removed for standing out. A group by which
+            more would be gone may be the class itself. It is kept, with a warning, unless its labels are wrong, it came
+            in addition to as many images as other labels have, or what it has in common makes the model give its label
+            to other images. 1: no such limit.
         detector: ``"copy"`` starts from the model, ``"fresh"`` from the weights before training (kept in checkpoints).
             These are the weights at the start of ``fit``, before ``ckpt_path`` is loaded: where a suspicious model is
             handed to ``fit``, ``"fresh"`` is a copy, too. Or a network of your own: it takes the images of a batch
@@ -139,6 +153,7 @@ class DetectorArguments(ScanArguments, total=False):
     trusted: float
     suspect: Literal["auto"] | float
     false_alarm_rate: float
+    max_removed_of_class: float
     detector: Literal["copy", "fresh"] | nn.Module
     detector_steps: int
     fct_metric: Literal["auto", "mse", "cosine"]
@@ -153,6 +168,7 @@ DETECTOR_DEFAULTS: dict[str, Any] = {
     "trusted": 0.5,
     "suspect": "auto",
     "false_alarm_rate": FALSE_ALARM_RATE,
+    "max_removed_of_class": MAX_REMOVED_OF_CLASS,
     "detector": "copy",
     "detector_steps": 200,
     "fct_metric": "auto",

@@ -17,6 +17,7 @@ from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.callbacks.options import ScanArguments
 from lightning_backdoor.detection.decision import Decision, add_removed, decide, verdict_of
+from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.events import Event
 from lightning_backdoor.responses.base import Detection, Response, Session
@@ -223,6 +224,10 @@ class UltraCleanCallback(Defense):
         fraction: Share of the considered samples that ``rule="fraction"`` removes, in all, in ``(0, 1)``.
         max_removed: Largest share of the training set that may be removed, in ``(0, 1)``. With ``rule="auto"`` 15 % of
             each label stay in any case (of the median label, where a label is larger).
+        max_removed_of_class: Largest share of a label, in ``(0, 1]``, removed for standing out. A group by which
+            more would be gone may be the class itself. It is kept, with a warning, unless its labels are wrong, it came
+            in addition to as many images as other labels have, or what it has in common makes the model give its label
+            to other images. 1: no such limit.
         false_alarm_rate: Chance at most, in ``(0, 1)``, that noise in the features of clean data is taken for a group
             that stands out, in a training. A smaller one takes more evidence, which few images cannot give.
         target_class: Only samples with this label are considered (the paper's known-class scenario).
@@ -259,6 +264,7 @@ class UltraCleanCallback(Defense):
         rule: Literal["auto", "fraction"] = "auto",
         fraction: float = 0.2,
         max_removed: float = 0.3,
+        max_removed_of_class: float = MAX_REMOVED_OF_CLASS,
         false_alarm_rate: float = FALSE_ALARM_RATE,
         target_class: int | None = None,
         response: ResponseName | Response = "restart",
@@ -272,6 +278,7 @@ class UltraCleanCallback(Defense):
         self.fraction = require_fraction("fraction", fraction)
         self.false_alarm_rate = require_fraction("false_alarm_rate", false_alarm_rate)
         self.target_class = require_class("target_class", target_class)
+        self.max_removed_of_class = max_removed_of_class
         self.response, self.rescore_every, self.cache_bytes = response, rescore_every, cache_bytes
         seed = scan.get("seed", 0)
         own: dict[str, Response] = {
@@ -293,6 +300,7 @@ class UltraCleanCallback(Defense):
             warmup_epochs=require_positive("warmup_epochs", warmup_epochs),
             every=rescore_every,
             max_removed=max_removed,
+            max_removed_of_class=max_removed_of_class if rule == "auto" else 1.0,
             **scan,
         )
 

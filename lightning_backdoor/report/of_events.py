@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lightning_backdoor.events import OWN_LABEL, Event
 from lightning_backdoor.report.evidence import Evidence, Table
-from lightning_backdoor.verdict import Verdict
+from lightning_backdoor.report.sentences import LIMIT
+from lightning_backdoor.verdict import Finding, Verdict
 
-__all__ = ["evidence", "last_word", "majorities", "reset_units", "sentence", "unsolved"]
+__all__ = ["evidence", "kept_majority", "last_word", "majorities", "reset_units", "sentence", "unsolved"]
 
 LITTLE = 0.5  # of the training images get their label
 NAMED = 5  # labels in a warning, at most
@@ -93,6 +94,25 @@ def majorities(verdict: Verdict, before: Verdict | None) -> str:
         "then not know. Look at them in the report. To keep those of label k and leave out the others, train without "
         "this callback on `torch.utils.data.Subset(dataset, positions)`, where `positions` are "
         "`(callback.verdict.keep | (callback.verdict.labels == k)).nonzero().flatten().tolist()`."
+    )
+
+
+def kept_majority(finding: Finding, place: int, verdict: Verdict) -> str:
+    """Say that a finding is kept because it is most of its label, and what to do in either case.
+
+    Args:
+        finding: It.
+        place: Its index among the findings of the verdict.
+        verdict: The verdict.
+    """
+    size = 0 if verdict.labels is None else int((verdict.labels == finding.label).sum())
+    figures = ", ".join(f"{one.name} {one.value:.3g} {one.relation} {one.bound:.3g}" for one in finding.figures)
+    return (
+        f"keeps {len(finding):,} of the {size:,} images with label {finding.label}, though they stand out "
+        f"({finding.gate}: {figures}). They are most of the label, and nothing says that they are poisoned rather than "
+        "the class itself, which the model would not know without them. Look at them in the report. If they are fine, "
+        f"name `callback.verdict.findings[{place}].positions` as `approved`. If they carry a trigger, train without "
+        f"these positions, or set {LIMIT} to 1."
     )
 
 

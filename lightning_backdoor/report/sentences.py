@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from lightning_backdoor.detection.decision import OF_LABEL
+from lightning_backdoor.detection.majorities import MOST_OF_LABEL
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.table import ClassRow
 from lightning_backdoor.verdict import Verdict
@@ -18,6 +19,12 @@ OF_ONE_LABEL = (
     "Nearly a whole label stood out, and some of its images stay so that the model knows the label. Compare the images "
     "on both sides of the line. If they show the same mark, take all of them out of the data set and train again. If "
     "they look ordinary, they are a kind of image that no other label has: train without this check."
+)
+LIMIT = "`max_removed_of_class`"  # no baseline has it, and none has findings
+OF_MOST = (
+    "Most of a label stood out, and nothing says that these images are poisoned rather than the class itself, so they "
+    "stay. Look at them. If they are fine, pass their positions as `approved`. If they share a mark that nobody can "
+    f"explain, take them out of the data set and train again, or pass a larger {LIMIT}."
 )
 
 __all__ = ["Summary", "count", "number", "percent", "score", "summarize"]
@@ -127,7 +134,8 @@ def _nothing(looked: str, total: int, treatment: str) -> Summary:
 def _capped(looked: str, where: str, rule: str, *, removed: int, total: int, evidence: Evidence) -> Summary:
     num_flagged_before_cap, max_removed = evidence.num_flagged_before_cap or 0, evidence.max_removed
     limit = "`max_removed`" if max_removed is None else f"`max_removed={max_removed:g}`"
-    if OF_LABEL in rule:  # a kind of image, or a trigger: whichever it is, `max_removed` would change nothing
+    of_label = OF_LABEL in rule or MOST_OF_LABEL in rule
+    if of_label:  # a kind of image, or a trigger: whichever it is, `max_removed` would change nothing
         limit = f"{limit} or the limit of a label" if "max_removed(" in rule else "the limit of a label"
     only = f"only the {removed:,} most suspicious {_were(removed)}" if removed else "none was"
     left = num_flagged_before_cap - removed
@@ -138,7 +146,7 @@ def _capped(looked: str, where: str, rule: str, *, removed: int, total: int, evi
         f"than {limit} allows.",
         done=f"The limit cut the removal short: {only} taken out.{where} "
         f"The other {count(left, 'image')} that stood out {'is' if left == 1 else 'are'} still in the training set.",
-        then=OF_ONE_LABEL if OF_LABEL in rule else OF_ALL,
+        then=OF_MOST if MOST_OF_LABEL in rule else OF_ONE_LABEL if of_label else OF_ALL,
     )
 
 
