@@ -40,6 +40,7 @@ ALLOWED = {
     "callbacks": {*MODELS_AND_DATA, *TRAINER[:3], "report", "events", "verdict", "files", "errors", "_lightning"},
     "baselines": {*MODELS_AND_DATA, *TRAINER[:4], "report", "events", "verdict", "files", "errors", "_lightning"},
     "audit": {*MODELS_AND_DATA, "scanning", "callbacks", "report", "events", "verdict", "errors", "_lightning"},
+    "__main__": {*TENSORS, "audit", "report", "verdict", "errors"},
 }
 """Which rooms the modules of a room may use, besides their own."""
 ALSO = {
