@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_backdoor.audit import DETECTORS, VERDICT, audit
+from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.report.words import described
@@ -98,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
         default=0.3,
         help="largest share that may be flagged (%(default)s)",
     )
+    add(
+        "--max-removed-of-class",
+        metavar="SHARE",
+        type=float,
+        default=MAX_REMOVED_OF_CLASS,
+        help="largest share of a class that is flagged without further evidence (%(default)s)",
+    )
     add("--approved", metavar="FILE", help="reviewed table (.csv) or verdict (.pt): these images are fine")
     add("--report-dir", metavar="DIR", type=Path, help="folder for the report and the verdict")
     add(
@@ -169,6 +177,7 @@ def _audit(options: argparse.Namespace, warned: list[str]) -> tuple[dict[str, An
         detectors=options.detectors,
         false_alarm_rate=options.false_alarm_rate,
         max_removed=options.max_removed,
+        max_removed_of_class=options.max_removed_of_class,
         approved=options.approved,
         report_dir=options.report_dir,
         feature_layer=options.feature_layer,

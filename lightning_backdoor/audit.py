@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,6 +22,7 @@ from lightning_backdoor.callbacks.ultraclean import UltraCleanCallback
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import unwrapped
 from lightning_backdoor.detection.joining import join_verdicts
+from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS, without_majorities
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.errors import ArgumentError, ModelError
 from lightning_backdoor.events import Event
@@ -59,6 +61,7 @@ def audit(
     detectors: Sequence[DetectorName] = ("features", "units"),
     false_alarm_rate: float = FALSE_ALARM_RATE,
     max_removed: float = 0.3,
+    max_removed_of_class: float = MAX_REMOVED_OF_CLASS,
     approved: Approved | None = None,
     report_dir: str | Path | None = None,
     forward_fn: Callable[[Any, Any], Any] | None = None,
@@ -96,6 +99,8 @@ def audit(
         false_alarm_rate: Chance at most, in ``(0, 1)``, that noise in the features of clean data is taken for a group
             that stands out, by one detector.
         max_removed: Largest share of the images that the verdict may flag, in ``(0, 1)``.
+        max_removed_of_class: Largest share of a label, in ``(0, 1]``, flagged for standing out. A group by which
+            more would be gone may be the class itself: it is a finding, but kept, unless more speaks against it.
         approved: Images that you have looked at and found to be fine: they are in no finding, and no finding rests on
             them. Dataset positions, a verdict or a saved one (``.pt``), or a reviewed table (``.csv``); see
             :class:`~lightning_backdoor.callbacks.options.ScanArguments`.
@@ -137,8 +142,14 @@ def audit(
         (40, 0)
     """
     require_fraction("max_removed", max_removed)
-    decision = {"false_alarm_rate": false_alarm_rate, "max_removed": max_removed, "approved": approved, "seed": seed}
-    defenses = _defenses(detectors, **decision)
+    defenses = _defenses(
+        detectors,
+        false_alarm_rate=false_alarm_rate,
+        max_removed=max_removed,
+        max_removed_of_class=max_removed_of_class,
+        approved=approved,
+        seed=seed,
+    )
     is_datamodule = not hasattr(dataset, "__getitem__") and hasattr(dataset, "train_dataloader")
     with (
         isolated_rng(),
@@ -170,6 +181,7 @@ def audit(
                     verdicts[name], event = examine(defense, trainer, module, scanner)
                 events.append(event)
         verdict = join_verdicts(verdicts, max_removed=max_removed)
+        verdict, _ = without_majorities(verdict, torch.ones_like(verdict.keep), max_removed_of_class)
         _warn_of_little(events)
         if report_dir is not None:
             seconds = time.monotonic() - began
