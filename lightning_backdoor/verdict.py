@@ -97,10 +97,9 @@ class Finding:
 
     @property
     def own_label_rate(self) -> float | None:
-        """Share of the samples that a model which never saw them gives their label; ``None`` without such a model."""
-        if self.suggested_labels is None:
-            return None
-        return float((self.suggested_labels == self.label).float().mean())
+        """Share of the samples that a model which never saw them gives their label; ``None`` without any."""
+        known = None if self.suggested_labels is None else self.suggested_labels[self.suggested_labels >= 0]
+        return None if known is None or not len(known) else float((known == self.label).float().mean())
 
     def project(self, values: Tensor) -> Tensor:
         """Position of every sample along the direction, float ``(N,)``, for values ``(N, V)`` in the same columns."""

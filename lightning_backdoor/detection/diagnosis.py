@@ -1,0 +1,117 @@
+"""Whether the labels of a group that stands out are right, by the answers of a model that never saw the group."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.verdict import Diagnosis, Finding
+
+__all__ = ["diagnose", "same_answer"]
+
+# Frozen after seven of the sets of ``benchmarks/values.py`` (digits-badnets-5%, digits-tinted-75, signs-sticker-5%,
+# badnets-5%, sig-80%, kind-drawing-40%, kind-watermark-20%); the other sets judge them.
+MIN_SAMPLES = 5  # of a group, of its label and of others: shares of fewer say nothing
+LEARNED = 0.25  # of the way from always answering the most frequent label to no mistake: a model that has learned
+KNOWN = 0.5  # of its accuracy, which the accuracy on the label must reach: else too little of the label was left
+# How often a group gets its label, from 0, as often as samples of other labels, to 1, as often as those of its own.
+# Groups with wrong labels were at 0 on all sets, clean kinds of image at 0.8 and 0.9.
+OTHER, ALIKE = 0.2, 0.5
+SURE = 0.7  # of the confidence on ordinary samples; these may have been trained on, which raises it by a quarter
+SEVERAL = 0.5  # of the different answers to samples of other labels; 0.3 for a clean-label attack, 0.9 for wrong labels
+# One other label for a whole group may also be what a strange kind of image looks like to a model. It counts as wrong
+# labels only if nearly all samples get it, as surely as ordinary ones.
+CLEAR, CLEARLY_SURE = 0.9, 0.95
+
+
+def same_answer(answers: Tensor) -> float:
+    """Chance that two different samples have the same answer; one over it is an effective number of answers.
+
+    Args:
+        answers: Classes, long ``(n,)``, n ≥ 2.
+
+    Example:
+        >>> import torch
+        >>> same_answer(torch.tensor([0, 0, 1, 1]))
+        0.3333333333333333
+    """
+    counts = torch.unique(answers, return_counts=True)[1].double()
+    n = len(answers)
+    return float((counts * (counts - 1)).sum() / (n * (n - 1)))
+
+
+def diagnose(
+    finding: Finding,
+    labels: Tensor,
+    predicted: Tensor,
+    confidence: Tensor,
+    *,
+    unseen: Tensor,
+    ordinary: Tensor,
+) -> Finding:
+    """Say by the answers of a model that never saw a group whether its labels are right.
+
+    ``"wrong labels"``: the group gets its label about as seldom as samples of other labels do, the model is about as
+    sure as on ordinary samples, and its answers are as varied as those to samples of other labels; or nearly all are
+    one label. ``"right labels"``: the group gets its label about as often as ordinary samples of it. Else, or if the
+    model has not learned (the label), ``"unclear"``.
+
+    Args:
+        finding: The group.
+        labels: Labels as given, long ``(N,)``, -1 where there is none.
+        predicted: The model's answer to every sample, long ``(N,)``, -1 where it was not asked.
+        confidence: The probability that it gives its answer, float ``(N,)``.
+        unseen: Samples that it never saw, bool ``(N,)``; others of the group have no part in the diagnosis.
+        ordinary: Samples that the group is compared with, bool ``(N,)``: best such that the model never saw either.
+
+    Returns:
+        The finding with diagnosis, suggested labels and what the model does with ordinary samples.
+    """
+    ordinary = ordinary & (predicted >= 0) & (labels >= 0)
+    asked = unseen[finding.positions] & (predicted[finding.positions] >= 0)
+    suggested = torch.where(asked, predicted[finding.positions], -1)
+    sure = confidence[finding.positions].float().where(asked, 0.0)
+    if not bool(asked.any()) or not bool(ordinary.any()):
+        return finding
+    return replace(
+        finding,
+        diagnosis=_diagnosis(finding.label, suggested[asked], sure[asked], labels, predicted, confidence, ordinary),
+        suggested_labels=suggested,
+        suggested_confidences=sure,
+        reference_accuracy=float((predicted == labels)[ordinary].float().mean()),
+        reference_confidence=float(confidence[ordinary].float().mean()),
+    )
+
+
+def _diagnosis(
+    label: int,
+    answers: Tensor,
+    sure: Tensor,
+    labels: Tensor,
+    predicted: Tensor,
+    confidence: Tensor,
+    ordinary: Tensor,
+) -> Diagnosis:
+    correct, own = (predicted == labels)[ordinary].float(), (labels == label)[ordinary]
+    if min(len(answers), int(own.sum()), int((~own).sum())) < MIN_SAMPLES:
+        return "unclear"
+    accuracy, of_own = float(correct.mean()), float(correct[own].mean())
+    of_others = float((predicted[ordinary][~own] == label).float().mean())
+    frequent = float(torch.unique(labels[ordinary], return_counts=True)[1].max()) / len(own)
+    if accuracy < frequent + LEARNED * (1 - frequent) or of_own < KNOWN * accuracy or of_own <= of_others:
+        return "unclear"
+    alike = (float((answers == label).float().mean()) - of_others) / (of_own - of_others)
+    if alike >= ALIKE:
+        return "right labels"
+    other = answers[answers != label]
+    if alike > OTHER or len(other) < MIN_SAMPLES:
+        return "unclear"
+    surer = float(sure.mean()) / float(confidence[ordinary].float().mean())
+    to_others = predicted[ordinary][~own]
+    usual, same = same_answer(to_others), same_answer(other)
+    varied = usual <= SEVERAL and same * SEVERAL <= usual and surer >= SURE
+    top = float(torch.unique(other, return_counts=True)[1].max()) / len(answers)
+    clear = top >= CLEAR * accuracy and surer >= CLEARLY_SURE
+    return "wrong labels" if varied or clear else "unclear"
