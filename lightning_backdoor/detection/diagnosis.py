@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,9 +75,10 @@ def diagnose(
     sure = confidence[finding.positions].float().where(asked, 0.0)
     if not bool(asked.any()) or not bool(ordinary.any()):
         return finding
+    compared = _Ordinary(labels[ordinary], predicted[ordinary], confidence[ordinary])
     return replace(
         finding,
-        diagnosis=_diagnosis(finding.label, suggested[asked], sure[asked], labels, predicted, confidence, ordinary),
+        diagnosis=_diagnosis(finding.label, suggested[asked], sure[asked], compared),
         suggested_labels=suggested,
         suggested_confidences=sure,
         reference_accuracy=float((predicted == labels)[ordinary].float().mean()),
@@ -85,21 +86,23 @@ def diagnose(
     )
 
 
-def _diagnosis(
-    label: int,
-    answers: Tensor,
-    sure: Tensor,
-    labels: Tensor,
-    predicted: Tensor,
-    confidence: Tensor,
-    ordinary: Tensor,
-) -> Diagnosis:
-    correct, own = (predicted == labels)[ordinary].float(), (labels == label)[ordinary]
+@dataclass(frozen=True)
+class _Ordinary:
+    """Samples that a group is compared with: label, answer of the model and its probability, ``(n,)`` each."""
+
+    labels: Tensor
+    predicted: Tensor
+    confidence: Tensor
+
+
+def _diagnosis(label: int, answers: Tensor, sure: Tensor, ordinary: _Ordinary) -> Diagnosis:
+    correct, own = (ordinary.predicted == ordinary.labels).float(), ordinary.labels == label
     if min(len(answers), int(own.sum()), int((~own).sum())) < MIN_SAMPLES:
         return "unclear"
+    to_others = ordinary.predicted[~own]
     accuracy, of_own = float(correct.mean()), float(correct[own].mean())
-    of_others = float((predicted[ordinary][~own] == label).float().mean())
-    frequent = float(torch.unique(labels[ordinary], return_counts=True)[1].max()) / len(own)
+    of_others = float((to_others == label).float().mean())
+    frequent = float(torch.unique(ordinary.labels, return_counts=True)[1].max()) / len(own)
     if accuracy < frequent + LEARNED * (1 - frequent) or of_own < KNOWN * accuracy or of_own <= of_others:
         return "unclear"
     alike = (float((answers == label).float().mean()) - of_others) / (of_own - of_others)
@@ -108,8 +111,7 @@ def _diagnosis(
     other = answers[answers != label]
     if alike > OTHER or len(other) < MIN_SAMPLES:
         return "unclear"
-    surer = float(sure.mean()) / float(confidence[ordinary].float().mean())
-    to_others = predicted[ordinary][~own]
+    surer = float(sure.mean()) / float(ordinary.confidence.float().mean())
     usual, same = same_answer(to_others), same_answer(other)
     varied = usual <= SEVERAL and same * SEVERAL <= usual and surer >= SURE
     top = float(torch.unique(other, return_counts=True)[1].max()) / len(answers)
