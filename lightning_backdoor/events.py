@@ -26,6 +26,7 @@ class Event:
         all_to_all: Whether most labels share one subpopulation.
         restarts: Whether training starts anew because of it.
         suspects: Samples to be unlearned, or that the classifier is turned away from.
+        left_out: Flagged samples that are not unlearned, since their labels may be right, but leave the training set.
         trusted: Samples to be learned anew, or whose labels count.
         units: Layer, unit, class and score of every unit that was reset.
         unconfident: Classes without a confident sample, whose threshold was replaced.
@@ -55,6 +56,7 @@ class Event:
     all_to_all: bool = False
     restarts: bool = False
     suspects: int = 0
+    left_out: int = 0
     trusted: int = 0
     units: tuple[tuple[str, int, int, float], ...] = ()
     unconfident: tuple[int, ...] = ()
@@ -111,7 +113,12 @@ class Event:
 
     @property
     def failed(self) -> bool:
-        """Whether samples were flagged, and the repair has left the backdoor in the model, or never began."""
+        """Whether samples were flagged, and the repair has left the backdoor in the model, or never began.
+
+        Samples that are not unlearned may be those of a clean-label attack, which the model has learned.
+        """
+        if self.left_out and not self.restarts:
+            return True
         if self.reassigned or self.remaining is not None:
             return self.remains
         return self.no_room or (bool(self.removed or self.suspects) and not self.treated)

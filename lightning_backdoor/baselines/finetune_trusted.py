@@ -54,6 +54,7 @@ class LearnTrusted(Unlearn):
     """Epochs on the trusted samples alone."""
 
     name = "finetune"
+    diagnoses = False
 
     def awaits_detection(self, session: Session) -> bool:
         """Whether they have not begun."""

@@ -31,13 +31,15 @@ from lightning_backdoor.callbacks.unread import spared, warn_of_unread
 from lightning_backdoor.data.nesting import paths_of
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import unwrapped
+from lightning_backdoor.detection.diagnosis import MIN_SAMPLES
 from lightning_backdoor.detection.majorities import without_majorities
 from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.events import Event, repaired
 from lightning_backdoor.loading.loader_filter import LoaderFilter, loader_filter_of
-from lightning_backdoor.report.of_events import kept_majority, majorities, sentence, unsolved
+from lightning_backdoor.report.of_events import findings_told, kept_majority, majorities, sentence, unsolved
 from lightning_backdoor.responses.base import Detection, Report, Response, Session, representation
 from lightning_backdoor.responses.checkpointing import save_training
+from lightning_backdoor.responses.explaining import diagnosed, with_estimated_asr
 from lightning_backdoor.responses.limits import about_to_end
 from lightning_backdoor.responses.weight_copies import unwatch_averages, watch_averages
 from lightning_backdoor.scanning.isolation import require_unsharded, warn_of_evaluation_mode
@@ -267,6 +269,7 @@ class Procedure:
         self._acts = False
         self._began = 0.0  # of the fit, in seconds since the epoch
         self._seconds = 0.0  # of the last detection
+        self._told = ""  # of the findings
         self._watch: Watch | None = None
         self._watched: dict[str, Any] = {}  # its state in the checkpoint that training goes on from
 
@@ -426,6 +429,7 @@ class Procedure:
         if self.approved is not None:
             detection = detection_without(detection, self.approved)
         detection = self.response.revise(session, detection)
+        detection = replace(detection, verdict=self._explained(detection.verdict))
         detection = self._without_majorities(detection)
         removed = self.adopt(detection.verdict)
         kept = torch.ones_like(detection.verdict.keep) if before is None else before.keep
@@ -481,6 +485,20 @@ class Procedure:
             rank_zero_warn(f"{self.title} {told}")
         return removed
 
+    def explain(self) -> None:
+        """Say of the findings of the verdict in force what a model that never saw them makes of them."""
+        self.verdict = self._explained(self.session.verdict)
+
+    def _explained(self, verdict: Verdict) -> Verdict:
+        """The verdict with the estimated attack success rate of its findings, and their diagnosis if it is known."""
+        session, unseen = self.session, self.response.unseen
+        if not self.detector.explains or all(len(finding) < MIN_SAMPLES for finding in verdict.findings):
+            return verdict
+        verdict = with_estimated_asr(session.trainer, session.module, session.scanner, verdict)
+        if unseen is None:
+            return verdict
+        return diagnosed(session.trainer, session.module, session.scanner, verdict, unseen=unseen)
+
     def count_from_zero(self) -> None:
         """Count the epochs before the next detection from the present one."""
         self._last_detection = 0
@@ -492,6 +510,8 @@ class Procedure:
         if metrics:
             session.module.log_dict({f"backdoor/{defense.method.lower()}/{name}": n for name, n in metrics.items()})
         told = f"{self.title} {sentence(self.history, len(session.verdict))}"
+        of_findings = findings_told(session.verdict, approved=session.takes("approved"))
+        told, self._told = told + (of_findings if of_findings != self._told else ""), of_findings
         (rank_zero_warn if unsolved(self.history[-1]) else rank_zero_info)(told)
         logs = trainer.log_dir  # a broadcast
         wanted = defense.report_dir is not None or (logs is not None and trainer.loggers)

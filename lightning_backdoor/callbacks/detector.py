@@ -22,12 +22,14 @@ class Detector:
     Attributes:
         meaning: What the score measures, in one sentence for the report.
         by_subpopulations: Whether subpopulations are looked for.
+        explains: Whether findings are explained: not if a share of all samples is flagged, whatever the evidence.
         features: Whether penultimate features are needed; where not, no classifier head is searched.
         rereads: Whether it reads the training images several times, so that they are kept in memory meanwhile.
     """
 
     meaning: str = ""
     by_subpopulations: bool = False
+    explains: bool = True
     features: bool = True
     rereads: ClassVar[bool] = False
 

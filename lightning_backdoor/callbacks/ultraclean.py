@@ -74,6 +74,7 @@ class DenoisedFeatures(Detector):
         self._early: EarlyNeighbors | None = None
         self._again = False  # whether there is a verdict of an earlier fit
         self.meaning = MEANINGS[score]
+        self.explains = fraction is None
         self.by_subpopulations = not (self._paper and fraction is not None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["WAYS", "agreed_region", "put_on"]
+__all__ = ["WAYS", "agreed_region", "put_on", "resized"]
 
-AGREED = 0.1  # of the variance of ordinary images: far below it in each pixel of a pasted trigger, also after JPEG
+AGREED = 0.1  # of the mean square that ordinary images lie away from the members, also after JPEG
 
 
 def add_difference(images: Tensor, members: Tensor, usual: Tensor, region: Tensor) -> Tensor:
@@ -35,26 +35,27 @@ WAYS: dict[str, Way] = {"difference": add_difference, "blend": blend, "paste": p
 
 
 def agreed_region(members: Tensor, ordinary: Tensor) -> Tensor:
-    """Pixels in which members vary by less than a tenth of what ordinary images of their label do.
+    """Pixels in which members lie far closer to their mean than ordinary images of their label do.
 
     Args:
-        members: uint8 ``(n, C, H, W)``.
-        ordinary: uint8 ``(m, C, H, W)``.
+        members: ``(n, C, H, W)``.
+        ordinary: ``(m, C, H, W)``.
 
     Returns:
-        bool ``(1, H, W)``.
+        bool ``(1, H, W)``: where the mean square is less than a tenth.
     """
-    own, usual = (images.float().var(dim=0, correction=0).mean(dim=0) for images in (members, ordinary))
+    mean = members.float().mean(dim=0)
+    own, usual = ((images.float() - mean).square().mean(dim=(0, 1)) for images in (members, ordinary))
     return (own < AGREED * usual)[None]
 
 
-def put_on(images: Tensor, positions: Tensor, members: Tensor, usual: Tensor, region: Tensor, way: str) -> Tensor:
+def put_on(images: Tensor, positions: Tensor, members: Tensor, *, usual: Tensor, region: Tensor, way: str) -> Tensor:
     """Put what members have in common on images, each with a member of its own.
 
     Args:
         images: uint8 ``(B, C, H, W)``.
         positions: Numbers of the images, long ``(B,)``, by which members are given to them in turn.
-        members: uint8 ``(n, C, h, w)``; where they differ in size from the images they are resized.
+        members: uint8 ``(n, C, h, w)``; where they differ in size from the images they are resized, as all else is.
         usual: Usual images of all labels, uint8 ``(m, C, h, w)``.
         region: Where members are pasted, bool ``(1, h, w)``.
         way: Key of :data:`WAYS`.
@@ -63,8 +64,12 @@ def put_on(images: Tensor, positions: Tensor, members: Tensor, usual: Tensor, re
         uint8 ``(B, C, H, W)``.
     """
     size = images.shape[2:]
-    if members.shape[2:] != size:
-        members, usual = (F.interpolate(part.float(), size, mode="bilinear") for part in (members, usual))
-        region = F.interpolate(region[None].float(), size)[0] > 0.5
-    members = members[positions.to(members.device) % len(members)] if way != "difference" else members
-    return WAYS[way](images, members, usual, region).round().clamp(0, 255).to(torch.uint8)
+    members, usual, region = resized(members, size), resized(usual, size), resized(region[None], size)[0] > 0.5
+    own = members if way == "difference" else members[positions.to(members.device) % len(members)]
+    return WAYS[way](images, own, usual, region).round().clamp(0, 255).to(torch.uint8)
+
+
+def resized(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Images ``(n, C, h, w)`` in this height and width, float ``(n, C, H, W)``."""
+    images = images.float()
+    return images if images.shape[2:] == torch.Size(size) else F.interpolate(images, list(size), mode="bilinear")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_backdoor.verdict import Diagnosis, Finding
 
-__all__ = ["diagnose", "same_answer"]
+__all__ = ["MIN_SAMPLES", "diagnose", "same_answer"]
 
 # Frozen after seven of the sets of ``benchmarks/values.py`` (digits-badnets-5%, digits-tinted-75, signs-sticker-5%,
 # badnets-5%, sig-80%, kind-drawing-40%, kind-watermark-20%); the other sets judge them.

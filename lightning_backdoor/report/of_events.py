@@ -9,13 +9,24 @@ from torch import Tensor
 
 from lightning_backdoor.events import OWN_LABEL, Event
 from lightning_backdoor.report.evidence import Evidence, Table
+from lightning_backdoor.report.of_findings import KEEP, diagnosis_sentence, success_sentence
 from lightning_backdoor.report.sentences import LIMIT
 from lightning_backdoor.verdict import Finding, Verdict
 
-__all__ = ["evidence", "kept_majority", "last_word", "majorities", "reset_units", "sentence", "unsolved"]
+__all__ = [
+    "evidence",
+    "findings_told",
+    "kept_majority",
+    "last_word",
+    "majorities",
+    "reset_units",
+    "sentence",
+    "unsolved",
+]
 
 LITTLE = 0.5  # of the training images get their label
 NAMED = 5  # labels in a warning, at most
+TOLD = 3  # findings on the console, the largest ones
 
 
 def sentence(history: Sequence[Event], total: int) -> str:
@@ -67,6 +78,23 @@ def last_word(event: Event, verdict: Verdict) -> str:
         f"ends with a model that gives {event.flagged_label_rates[-1] or 0.0:.1%} of the {len(verdict.removed):,} "
         f"removed images their label{_outcome(event)}. To be sure, train anew without them."
     )
+
+
+def findings_told(verdict: Verdict, *, approved: bool) -> str:
+    """Say of the largest findings what is known of their labels, after a space; empty where nothing is.
+
+    Args:
+        verdict: The verdict.
+        approved: Whether the defense has an argument of this name, by which images are kept.
+    """
+    known = [one for one in verdict.findings if one.own_label_rate is not None or one.estimated_asr is not None]
+    parts = []
+    for finding in sorted(known, key=len, reverse=True)[:TOLD]:
+        sentences = [diagnosis_sentence(finding), success_sentence(finding)]
+        if approved and finding.diagnosis != "wrong labels" and sentences[0]:
+            sentences.append(KEEP)
+        parts.append(f" {len(finding):,} images with label {finding.label}: {' '.join(filter(None, sentences))}")
+    return "".join(parts)
 
 
 def majorities(verdict: Verdict, before: Verdict | None) -> str:
@@ -124,6 +152,8 @@ def reset_units(history: Sequence[Event]) -> set[tuple[str, int]]:
 def _of_filter(history: Sequence[Event], total: int) -> str:
     """Of the responses that change the samples alone, and of a report."""
     *earlier, latest = history
+    if latest.rechecked:
+        return _of_reset(latest, total)
     before = sum(event.removed for event in earlier)
     if latest.response == "report":
         found = before + latest.removed
@@ -198,8 +228,14 @@ def _of_unlearning(event: Event, total: int) -> str:
             f"looked at {total:,} training images: {found}, and no epoch is left for a repair: a backdoor may still be "
             "there. Allow some epochs (`extra_epochs`), or train anew without the suspect images."
         )
+    if not event.suspects and event.left_out:
+        return (
+            f"looked at {total:,} training images: {event.left_out:,} are suspect. They are left out of training, not "
+            "unlearned, since their labels may be right."
+        )
     if not event.suspects and not event.treated:
         return f"looked at {total:,} training images: nothing stands out, nothing to repair."
+    left_out = f"; {event.left_out:,} others are left out, since their labels may be right" if event.left_out else ""
     if event.at_end is not None:
         accuracy, given = event.at_end
         return (
@@ -209,7 +245,7 @@ def _of_unlearning(event: Event, total: int) -> str:
     if not event.treated:
         return (
             f"looked at {total:,} training images: {event.suspects:,} will be unlearned, {event.trusted:,} learned "
-            "anew."
+            f"anew{left_out}."
         )
     accuracy, rate = event.outcome
     steps, undone = len(event.undone_steps), sum(event.undone_steps)

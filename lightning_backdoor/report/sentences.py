@@ -104,6 +104,25 @@ def _done(removed: int, kept: int, evidence: Evidence) -> str:
     return f"{taken} taken out; from then on the model was trained {rest}."
 
 
+def _then(verdict: Verdict) -> str:
+    """What to do about removed images, by what is known of their labels."""
+    known = [finding for finding in verdict.findings if finding.own_label_rate is not None]
+    wrong = [finding for finding in known if finding.diagnosis == "wrong labels"]
+    told = "Look at the removed images. "
+    if known and len(wrong) == len(verdict.findings):
+        return (
+            f"{told}Their labels look wrong: a model that was not trained on them gives them other labels. If they "
+            "share a patch or a pattern, it is a backdoor: ask where they came from. To use them all the same, give "
+            "them their right labels."
+        )
+    return (
+        f"{told}A mark that many of them share is a trigger, put there by an attacker, or harmless: a watermark, a "
+        "border, another camera, a kind of image that only one class has. Where the images came from tells the two "
+        "apart. A model that is trained without a harmless kind does not know it afterwards, so keep such images: pass "
+        "their positions as `approved` and train again."
+    )
+
+
 def _looked(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evidence) -> str:
     amount = count(len(verdict), "training image")
     scope = f" of {count(len(rows), 'class')}" if rows else ""
@@ -177,7 +196,5 @@ def summarize(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evi
         looked=looked,
         found=f"{stands} out from the rest ({percent(removed, total)} of the training set).{where}",
         done=" ".join(filter(None, (_done(removed, total - removed, evidence), evidence.treatment))),
-        then="Look at the removed images. A patch, a pattern or a wrong label that many of them share means that "
-        "somebody has touched the data: ask where they came from. If they look ordinary, little is lost; "
-        "a smaller `max_removed` or a stricter rule keeps more of them.",
+        then=_then(verdict),
     )

@@ -86,6 +86,9 @@ class Case(Protocol):
     def detect(self) -> None:
         """Run the detector, and the response to what it finds."""
 
+    def explain(self) -> None:
+        """Say of the findings of the verdict in force what a model that never saw them makes of them."""
+
     def count_from_zero(self) -> None:
         """Count the epochs before the next detection from the present one, since training has started anew."""
 
@@ -299,6 +302,11 @@ class Response:
     @property
     def weights_before(self) -> dict[str, Any] | None:
         """While a treatment lasts, the weights that it began with."""
+        return None
+
+    @property
+    def unseen(self) -> Tensor | None:
+        """Samples that the present weights were never trained on in this fit, bool ``(N,)``; ``None``: none is."""
         return None
 
     def state_dict(self) -> dict[str, Any]:

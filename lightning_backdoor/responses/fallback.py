@@ -11,9 +11,9 @@ from lightning_backdoor._lightning import rank_zero_warn
 from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.events import Event
 from lightning_backdoor.report.of_events import last_word
-from lightning_backdoor.responses.base import Detection, Response, Session, labels_of
+from lightning_backdoor.responses.base import Detection, Response, Session
 from lightning_backdoor.responses.limits import about_to_end
-from lightning_backdoor.responses.restart import Restart
+from lightning_backdoor.responses.restart import Restart, measure_removed
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -131,7 +131,8 @@ class WithFallback(Response):
         if self._fell_back:
             measured = session.epochs_done <= self._measured_at
             if not self._restart.is_due and not measured and about_to_end(session.trainer):
-                self._measure(session)
+                self._measured_at = session.epochs_done
+                measure_removed(session, run=2, response="fallback")
             return True
         treated = self.repair.on_train_epoch_end(session)
         if self._fall_back(session):
@@ -196,6 +197,11 @@ class WithFallback(Response):
         """While a repair lasts, the weights that it began with."""
         return self.repair.weights_before
 
+    @property
+    def unseen(self) -> Tensor | None:
+        """After a restart, what it was trained without."""
+        return self._restart.unseen if self._fell_back else None
+
     def _fall_back(self, session: Session) -> bool:
         """Decide on a restart if the repair is over and has failed; returns whether it was decided."""
         history = session.case.history
@@ -219,27 +225,6 @@ class WithFallback(Response):
             )
         )
         return True
-
-    def _measure(self, session: Session) -> None:
-        """What the model that was trained anew makes of the flagged samples."""
-        self._measured_at = session.epochs_done
-        description = f"{session.case.title} check"
-        predicted = session.scanner.predict(session.trainer, session.module, description=description)
-        accuracy, rate = session.label_rates(predicted == labels_of(session.verdict))
-        history = session.case.history
-        history.append(
-            Event(
-                session.epochs_done,
-                0,
-                history[-1].num_flagged_before_cap,
-                response="fallback",
-                run=2,
-                rechecked=int((~session.verdict.keep).sum()),
-                accuracies=(accuracy,),
-                flagged_label_rates=(rate,),
-            )
-        )
-        session.case.tell()
 
     def release(self) -> None:
         """Give back what belongs to the user."""

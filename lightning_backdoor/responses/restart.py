@@ -7,13 +7,15 @@ import dataclasses
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from lightning_backdoor._lightning import callbacks_of, forget_saved_step, load_again
 from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.events import Event
-from lightning_backdoor.responses.base import Detection, Response, Session
+from lightning_backdoor.responses.base import Detection, Response, Session, labels_of
 from lightning_backdoor.responses.checkpointing import tell_earlier_files
 from lightning_backdoor.responses.counters import counters, defines, put_counters, reset_metrics
-from lightning_backdoor.responses.limits import hold_open, release
+from lightning_backdoor.responses.limits import about_to_end, hold_open, release
 from lightning_backdoor.responses.weight_copies import averages, foreign, on_cpu, put_weights, weights
 
 if TYPE_CHECKING:
@@ -114,6 +116,8 @@ class Restart(Response):
         self.is_due = False
         self.count = 0
         self._detected = False
+        self._unseen: Tensor | None = None
+        self._measured_at = 0  # epochs of the present run when it was measured last
         self._start: dict[str, Any] | None = None
         self._before_checkpoint: dict[str, Any] | None = None
 
@@ -197,15 +201,31 @@ class Restart(Response):
         load_again(trainer)
         self.is_due = False
         self.count += 1
+        self._measured_at = 0
+        self._unseen = None if session.in_training is None else ~session.in_training
         _announce_again(trainer, session.case.defense)
         session.loader_filter.restart_iterator()
         session.case.count_from_zero()
         if not self.detects_again:
             self._start = None
 
+    def on_train_epoch_end(self, session: Session) -> bool:
+        """Measure what a run that began anew makes of the removed samples, where no detection will."""
+        found = session.case.verdict is not None and bool(session.case.verdict.findings)
+        last = found and self._unseen is not None and not self.is_due and not self.repeats
+        if last and session.epochs_done > self._measured_at and about_to_end(session.trainer):
+            self._measured_at = session.epochs_done
+            measure_removed(session, run=self.count + 1)
+        return False
+
     def awaits_detection(self, session: Session) -> bool:
         """Whether no restart is about to be carried out."""
         return not self.is_due
+
+    @property
+    def unseen(self) -> Tensor | None:
+        """Samples that were out of the training set when the present run began; none comes back."""
+        return self._unseen
 
     @property
     def detects_again(self) -> bool:
@@ -227,16 +247,51 @@ class Restart(Response):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; while a restart may come, the start that it goes back to."""
-        return {"is_due": self.is_due, "count": self.count, "start": self._start, "detected": self._detected}
+        return {
+            "is_due": self.is_due,
+            "count": self.count,
+            "start": self._start,
+            "detected": self._detected,
+            "unseen": self._unseen,
+            "measured_at": self._measured_at,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
         self.is_due, self.count, self._start = state_dict["is_due"], state_dict["count"], state_dict["start"]
-        self._detected = state_dict["detected"]
+        self._detected, self._unseen = state_dict["detected"], state_dict["unseen"]
+        self._measured_at = state_dict["measured_at"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running Trainer."""
         return {**self.__dict__, "_held": None}
+
+
+def measure_removed(session: Session, *, run: int, response: str = "restart") -> None:
+    """At the end of a run that began anew, say what its model makes of the samples that it was trained without.
+
+    Args:
+        session: The fit.
+        run: Number of the run.
+        response: Name of the response in the event.
+    """
+    history = session.case.history
+    predicted = session.scanner.predict(session.trainer, session.module, description=f"{session.case.title} check")
+    accuracy, rate = session.label_rates(predicted == labels_of(session.verdict))
+    history.append(
+        Event(
+            session.epochs_done,
+            0,
+            history[-1].num_flagged_before_cap,
+            response=response,
+            run=run,
+            rechecked=int((~session.verdict.keep).sum()),
+            accuracies=(accuracy,),
+            flagged_label_rates=(rate,),
+        )
+    )
+    session.case.explain()
+    session.case.tell()
 
 
 def require_rewindable(trainer: Trainer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from lightning_backdoor.loading.batch_schedule import Phases, require_batches
 from lightning_backdoor.responses.ascent import Ascent
 from lightning_backdoor.responses.base import Detection, Response, Session, labels_of
 from lightning_backdoor.responses.checkpointing import warn_of_treated_files
+from lightning_backdoor.responses.explaining import diagnosed, held_out
 from lightning_backdoor.responses.extra_epochs import FineTuning, conclude, is_finite
 from lightning_backdoor.responses.limits import (
     about_to_end,
@@ -27,8 +28,9 @@ from lightning_backdoor.responses.limits import (
     repair_begins,
     require_extendable,
 )
-from lightning_backdoor.responses.weight_copies import restart_averages, weights
+from lightning_backdoor.responses.weight_copies import on_cpu, restart_averages, weights
 from lightning_backdoor.scanning.isolation import require_automatic
+from lightning_backdoor.scanning.probe import fresh_weights, trained_without
 from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ MAX_LOSS = 0.05  # of accuracy on watched samples, beyond which an epoch is undo
 LEAST_STEPS = 10  # of ascent in an epoch
 TOLERANCE = 0.005  # of accuracy, within which the model is as good as before
 WATCHED = 1024
+PROBE_STEPS, LARGEST_PROBE = 200, 1000
+"""Steps in which a copy learns the labels of other samples: as many as the fit has had, within these bounds."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Unlearn(Response):
     undone with its last batch, before validation, and the next one has half its rate. The treatment is over when
     suspects get their label no more often than by mistake and accuracy is back.
 
+    A finding is unlearned if its labels look wrong to a copy of the network that is trained without it, in 200 to 1,000
+    steps from the weights at the start of the fit (with ``at_once``, where these are under repair, from new ones).
+    Other findings are left out of training. Suspects in no finding, by a quota or of another verdict, are unlearned in any
+    case. Costs a copy of the weights, also in checkpoints, until something is found.
+
     Args:
         epochs: Largest number of epochs.
         extra_epochs: Epochs that it may have beyond the user's plan.
@@ -80,6 +89,8 @@ class Unlearn(Response):
 
     name = "unlearn"
     starts_over = features = rereads = True
+    diagnoses: ClassVar[bool] = True
+    """Whether it matters if the labels of findings are right."""
 
     def __init__(
         self,
@@ -105,6 +116,7 @@ class Unlearn(Response):
         self._tuning = FineTuning()
         self._rate = 1.0  # share of the learning rate
         self._judged = self._detected = False
+        self._initial: dict[str, Any] | None = None  # weights at the start of the fit, until the detection
         self._before: dict[str, Any] | None = None
         self._phases: Phases | None = None
         self._split: Split | None = None
@@ -122,6 +134,8 @@ class Unlearn(Response):
         require_automatic(pl_module, f"{title} unlearns")
         require_extendable(trainer, title)
         self._forget()
+        if self.diagnoses and not (self.at_once or self._paper_loop):
+            self._initial = on_cpu(pl_module.state_dict())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the fit open for a treatment that was interrupted, or that begins at once."""
@@ -151,8 +165,10 @@ class Unlearn(Response):
 
     def on_other_restart(self, session: Session) -> None:
         """Stop, and forget what was done."""
+        initial = self._initial
         self._stop(session)
         self._forget()
+        self._initial = initial
 
     def on_train_epoch_start(self, session: Session) -> None:
         """Let averages start again with the first epoch; count batches from here."""
@@ -218,6 +234,12 @@ class Unlearn(Response):
                 "part of a backdoor may still be there, or their labels are true (clean-label attack). Look at the "
                 "report; to be sure, train anew without them."
             )
+        if latest is not None and latest.left_out:
+            rank_zero_warn(
+                f"{case.title} ends with a model that was trained on {latest.left_out:,} suspect images and has not "
+                "unlearned them, since their labels may be right. If they are a trigger's (clean-label attack), the "
+                "backdoor is there: train anew without `verdict.removed`."
+            )
         warn_of_treated_files(session.trainer, case.title, session.began, self.changed_at)
 
     def why_not(self, session: Session) -> str:
@@ -248,8 +270,11 @@ class Unlearn(Response):
     def respond(self, session: Session, detection: Detection, event: Event) -> Event:
         """Let a treatment by the verdict follow, or note that no epoch is left for one."""
         self._detected = True
+        self._diagnose(session)
         labels, suspect, trusted = masks_of(session.verdict)
-        event = replace(event, suspects=int(suspect.sum()), trusted=int(trusted.sum()))
+        unlearned = self._split_of(session).suspect
+        left_out = int((suspect & ~unlearned).sum())
+        event = replace(event, suspects=int(unlearned.sum()), left_out=left_out, trusted=int(trusted.sum()))
         present = torch.unique(labels[labels >= 0]).tolist()
         lacking = sorted(set(present) - set(labels[trusted].tolist()))
         if lacking:
@@ -269,7 +294,7 @@ class Unlearn(Response):
         epochs = most if left is None or (self.at_once and not left) else min(most, left)
         if not epochs:
             return replace(event, no_room=True)
-        self._split = split_of(session.verdict, self._seed)
+        self._split = self._split_of(session)
         self._measure(session)
         self._before = weights(trainer, session.module)
         beyond = end is not None and done + epochs > end
@@ -279,12 +304,40 @@ class Unlearn(Response):
 
     def _acted(self, history: list[Event]) -> bool:
         """Whether the latest detection of this run found suspects."""
-        return self._detected and bool(history) and bool(history[-1].suspects)
+        return self._detected and bool(history) and bool(history[-1].suspects or history[-1].left_out)
+
+    def _split_of(self, session: Session) -> Split:
+        """What is to become of the samples; suspects in a finding are unlearned if its labels are wrong."""
+        split = split_of(session.verdict, self._seed)
+        if self._paper_loop:
+            return split
+        spared = torch.zeros_like(split.suspect)
+        for finding in session.verdict.findings:
+            spared[finding.positions] = finding.diagnosis != "wrong labels"
+        return replace(split, suspect=split.suspect & ~spared)
+
+    def _diagnose(self, session: Session) -> None:
+        """Have findings diagnosed by a copy of the model that is trained without them and some other samples."""
+        verdict, trainer, module = session.verdict, session.trainer, session.module
+        suspect = masks_of(verdict)[1]
+        found = [finding for finding in verdict.findings if bool(suspect[finding.positions].any())]
+        if not self._paper_loop and any(finding.suggested_labels is None for finding in found):
+            initial = fresh_weights(module, self._seed) if self._initial is None else self._initial
+            steps = LARGEST_PROBE if self.at_once else min(max(trainer.global_step, PROBE_STEPS), LARGEST_PROBE)
+            ordinary = held_out(verdict)
+            unseen = suspect | (verdict.finding_indices >= 0)
+            without, seed = unseen | ordinary, self._seed
+            twin, data = trained_without(
+                trainer, module, session.scanner, left_out=without, initial=initial, steps=steps, seed=seed
+            )
+            session.case.adopt(diagnosed(trainer, twin, data, verdict, unseen=unseen, compared=ordinary))
+        if found or not self.repeats:
+            self._initial = None
 
     def _draw(self, session: Session) -> None:
         """Draw suspects and trusted samples from the next epoch on."""
         if self._split is None:
-            self._split = split_of(session.verdict, self._seed)
+            self._split = self._split_of(session)
         trainer, head = session.trainer, session.scanner.head
         if self._phases is None:
             self._ascent = Ascent(head.module if head.certain else None, bounded=not self._paper_loop)
@@ -323,7 +376,7 @@ class Unlearn(Response):
 
     def _measure(self, session: Session) -> tuple[float, float]:
         """Note and return the shares of the watched samples and of the suspects that get their label."""
-        split = self._split if self._split is not None else split_of(session.verdict, self._seed)
+        split = self._split if self._split is not None else self._split_of(session)
         measured = (split.watched | split.suspect).nonzero().squeeze(1)
         description = f"{session.case.title} check"
         predicted = session.scanner.predict(
@@ -388,6 +441,7 @@ class Unlearn(Response):
             "judged": self._judged,
             "detected": self._detected,
             "before": self._before,
+            "initial": self._initial,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -395,6 +449,7 @@ class Unlearn(Response):
         self._accuracies, self._rates = list(state_dict["accuracies"]), list(state_dict["rates"])
         self._undone, self._rate = list(state_dict["undone"]), state_dict["rate"]
         self._before, self._judged = state_dict["before"], state_dict["judged"]
+        self._initial = state_dict["initial"]
         self._detected = state_dict["detected"]
         self._tuning.load_state_dict(state_dict["tuning"])
 

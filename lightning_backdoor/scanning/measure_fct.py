@@ -26,7 +26,16 @@ from lightning_backdoor.surgery.units import find_units
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Detector", "Distinguished", "distinguish", "order_of_steps", "require_detector", "turn_and_shift"]
+__all__ = [
+    "Detector",
+    "Distinguished",
+    "distinguish",
+    "order_of_samples",
+    "order_of_steps",
+    "require_detector",
+    "trained_copy",
+    "turn_and_shift",
+]
 
 LR, LR_OF_COPY = 1e-3, 1e-4  # of AdamW, which trains convolutional networks and transformers alike
 HOSTED = "backdoor_detector"  # name of the user's own detector within a copy of the model
@@ -132,11 +141,7 @@ def distinguish(
         order = order_of_steps(
             trainer, pl_module, data, steps=detector.steps, all_steps=detector.all_steps, seed=detector.seed
         )
-        with raise_on_all_ranks(trainer, "training of the detector"):
-            twin, data = _twin(trainer, pl_module, data, detector)
-            with quiet(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
-                _train(trainer, twin, data, detector, order)  # batch norms keep what they learn: not `isolated_eval`
-        _agree(trainer, twin)
+        twin, data = trained_copy(trainer, pl_module, data, detector, order)
         found = _look(trainer, twin, data, detector)
         if len(torch.unique(found["labels"])) < 2:
             raise DataError(
@@ -151,6 +156,29 @@ def distinguish(
     automatic = "mse" if float(found["smallest"].min()) >= 0 else "cosine"
     metric = automatic if detector.metric == "auto" else detector.metric
     return Distinguished(found["labels"], found[metric], measured)
+
+
+def trained_copy(
+    trainer: Trainer, pl_module: LightningModule, data: DatasetScanner, detector: Detector, order: Tensor
+) -> tuple[LightningModule, DatasetScanner]:
+    """Train a copy of the model on samples in order; call within ``isolated_eval``.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule under training; left as it is.
+        data: The training set.
+        detector: The settings.
+        order: Positions of the samples of all steps.
+
+    Returns:
+        The copy, the same in all processes, and how the training set goes through it.
+    """
+    with raise_on_all_ranks(trainer, "training of the detector"):
+        twin, data = _twin(trainer, pl_module, data, detector)
+        with quiet(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
+            _train(trainer, twin, data, detector, order)  # batch norms keep what they learn: not `isolated_eval`
+    _agree(trainer, twin)
+    return twin, data
 
 
 def _twin(
@@ -244,12 +272,8 @@ def order_of_steps(
         all_steps: These, and those of centre repulsion after them.
         seed: Seed of the order.
     """
-    with raise_on_all_ranks(trainer, "training of the detector"), data.read([]) as loader:
-        size = min(int(loader.batch_size or 1), len(data))
-    needed = all_steps * size
-    generator = torch.Generator().manual_seed(seed)
-    shuffles = [torch.randperm(len(data), generator=generator) for _ in range(math.ceil(needed / len(data)))]
-    order = torch.cat(shuffles)[:needed]
+    size, generator = _batch_size(trainer, data, len(data)), torch.Generator().manual_seed(seed)
+    order = _shuffles(len(data), all_steps * size, generator)
     repelling = all_steps - steps
     if size < 2 or not repelling or LEAST_OF_CLASS * data.num_classes <= size:
         return order
@@ -258,6 +282,21 @@ def order_of_steps(
         return order
     read = (~data.unread).nonzero().squeeze(1)
     return torch.cat([order[: steps * size], read[_by_classes(labels[read], size, repelling, generator)]])
+
+
+def order_of_samples(trainer: Trainer, data: DatasetScanner, count: int, *, steps: int, seed: int) -> Tensor:
+    """Numbers below ``count`` for the batches of so many steps, one shuffle after the other."""
+    size = _batch_size(trainer, data, count)
+    return _shuffles(count, steps * size, torch.Generator().manual_seed(seed))
+
+
+def _batch_size(trainer: Trainer, data: DatasetScanner, count: int) -> int:
+    with raise_on_all_ranks(trainer, "training of the detector"), data.read([]) as loader:
+        return min(int(loader.batch_size or 1), count)
+
+
+def _shuffles(count: int, needed: int, generator: torch.Generator) -> Tensor:
+    return torch.cat([torch.randperm(count, generator=generator) for _ in range(math.ceil(needed / count))])[:needed]
 
 
 def _by_classes(labels: Tensor, size: int, batches: int, generator: torch.Generator) -> Tensor:

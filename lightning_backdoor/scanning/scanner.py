@@ -347,19 +347,32 @@ class DatasetScanner:
             logits = _logits(trainer, pl_module, self.layout, self.options, batch)
             return logits, torch.cat(list(taps.read().values()), dim=1)
 
-    def predict(
+    def logits(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Tensor:
+        """Logits ``(B, K)`` of a batch as the loader gave it, float32."""
+        return _logits(trainer, pl_module, self.layout, self.options, batch)
+
+    def answers(
         self, trainer: Trainer, pl_module: LightningModule, *, description: str, positions: Tensor | None = None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Classes that the model gives to all samples, long ``(N,)``, or to those at ``positions``, ``(M,)``.
 
-        -1 where logits are NaN: after weights have diverged, ``argmax`` would give some class.
+        -1 where logits are NaN: after weights have diverged, ``argmax`` would give some class. Beside them the
+        probabilities of these classes, float.
         """
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
-            logits = _logits(trainer, pl_module, self.layout, self.options, batch)
-            return {"predicted": logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)}
+            confidence, predicted = self.logits(trainer, pl_module, batch).softmax(dim=1).max(dim=1)
+            unknown = confidence.isnan()
+            return {"predicted": predicted.masked_fill(unknown, -1), "confidence": confidence.masked_fill(unknown, 0)}
 
-        return self.scan(trainer, pl_module, step, description=description, positions=positions)["predicted"]
+        found = self.scan(trainer, pl_module, step, description=description, positions=positions)
+        return found["predicted"], found["confidence"]
+
+    def predict(
+        self, trainer: Trainer, pl_module: LightningModule, *, description: str, positions: Tensor | None = None
+    ) -> Tensor:
+        """The classes of :meth:`answers` alone."""
+        return self.answers(trainer, pl_module, description=description, positions=positions)[0]
 
     def features(
         self, trainer: Trainer, pl_module: LightningModule, *, description: str, positions: Tensor | None = None

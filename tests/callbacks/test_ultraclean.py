@@ -51,6 +51,25 @@ def test_finds_planted_poisons_and_trains_a_model_without_the_backdoor() -> None
     assert trainer.current_epoch == 6
     assert trainer.callback_metrics["backdoor/ultraclean/removed"] == removed.sum()
 
+    (finding,) = callback.verdict.findings
+    assert finding.diagnosis == "wrong labels"
+    own = truth[finding.positions]
+    shown = poisoned.true_labels[finding.positions]
+    assert float((finding.suggested_labels == shown)[own].float().mean()) > 0.8
+    assert finding.reference_accuracy > 0.9
+    assert finding.estimated_asr > 0.6
+    assert finding.control_asr < 0.2
+
+
+def test_labels_of_a_clean_label_attack_are_not_called_wrong() -> None:
+    options: dict[str, Any] = {"rate": 0.8, "rate_of": "target_class", "labels": "clean"}
+    callback = UltraCleanCallback()
+    train_digits(attacks.poison(digits()[0], attacks.SIG(), target=0, **options), [callback])
+    (finding,) = callback.verdict.findings
+    assert finding.diagnosis != "wrong labels"
+    assert finding.own_label_rate > 0.5
+    assert finding.estimated_asr > finding.control_asr + 0.3
+
 
 def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> None:
     train, _ = digits()

@@ -1,0 +1,155 @@
+"""What findings are: their estimated attack success rate, and what a model that never saw them makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.detection.diagnosis import MIN_SAMPLES, diagnose
+from lightning_backdoor.scanning.estimate_asr import estimate_asr
+from lightning_backdoor.scanning.scanner import DatasetScanner
+from lightning_backdoor.verdict import Finding, Verdict
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["diagnosed", "held_out", "ordinary_samples", "with_estimated_asr"]
+
+COMPARED, OF_LABEL = 2048, 256  # ordinary samples of all labels, and further ones of the label of each finding
+HELD_OUT = 512, 64  # the same that a copy is not trained on
+LEAST = 0.3  # by which an estimated attack success rate exceeds its control where a model has a backdoor
+STILL = 0.5  # of that excess: a later model still has it
+
+
+def ordinary_samples(verdict: Verdict) -> Tensor:
+    """Samples with a label that are kept and in no finding, bool ``(N,)``."""
+    free = verdict.keep & (verdict.finding_indices < 0)
+    return free if verdict.labels is None else free & (verdict.labels >= 0)
+
+
+def with_estimated_asr(
+    trainer: Trainer, pl_module: LightningModule, scanner: DatasetScanner, verdict: Verdict
+) -> Verdict:
+    """The verdict with the estimated attack success rate of every finding that has none.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule, with weights that the findings were part of the training of.
+        scanner: Reads the training set.
+        verdict: With labels.
+    """
+    every = enumerate(verdict.findings)
+    missing = [place for place, one in every if one.estimated_asr is None and len(one) >= MIN_SAMPLES]
+    if not missing or verdict.labels is None:
+        return verdict
+    groups = [(verdict.findings[place].label, verdict.findings[place].positions) for place in missing]
+    ordinary = ordinary_samples(verdict)
+    estimates = estimate_asr(trainer, pl_module, scanner, groups, labels=verdict.labels, ordinary=ordinary)
+    findings = list(verdict.findings)
+    for place, found in zip(missing, estimates, strict=True):
+        if found is not None:
+            rates = {"estimated_asr": found.asr, "control_asr": found.control, "asr_method": found.method}
+            findings[place] = replace(findings[place], **rates)  # type: ignore[arg-type]
+    return replace(verdict, findings=tuple(findings))
+
+
+def diagnosed(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    scanner: DatasetScanner,
+    verdict: Verdict,
+    *,
+    unseen: Tensor,
+    compared: Tensor | None = None,
+) -> Verdict:
+    """The verdict with the diagnosis of every finding, by a model that was trained without some samples.
+
+    A group that gets its label is no group with right labels if what it has in common
+    still turns images of other classes into the label: then the model has learned the backdoor from samples that were
+    not found.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule with these weights.
+        scanner: Reads the training set.
+        verdict: With labels.
+        unseen: Samples that it was never trained on, bool ``(N,)``.
+        compared: Ordinary samples that it was never trained on either, bool ``(N,)``. ``None``: there are none, and the
+            findings are compared with at most 2,048 others, and 256 more of the label of each finding.
+    """
+    labels = verdict.labels
+    wanted = [finding for finding in verdict.findings if bool(unseen[finding.positions].any())]
+    if labels is None or not wanted:
+        return verdict
+    if compared is None:
+        compared = _sampled(verdict, ordinary_samples(verdict) & ~scanner.unread, COMPARED, OF_LABEL)
+    members = torch.cat([finding.positions for finding in wanted])
+    positions = compared.index_fill(0, members, True).nonzero().squeeze(1)
+    answers = scanner.answers(trainer, pl_module, description="diagnosis", positions=positions)
+    predicted = torch.full_like(labels, -1).index_copy(0, positions, answers[0].cpu())
+    confidence = torch.zeros(len(labels)).index_copy(0, positions, answers[1].float().cpu())
+    found = [
+        diagnose(finding, labels, predicted, confidence, unseen=unseen, ordinary=compared)
+        if any(finding is one for one in wanted)
+        else finding
+        for finding in verdict.findings
+    ]
+    return replace(verdict, findings=tuple(_doubted(trainer, pl_module, scanner, verdict, found)))
+
+
+def held_out(verdict: Verdict) -> Tensor:
+    """Ordinary samples to compare findings with that a copy of the model is not trained on, bool ``(N,)``.
+
+    At most 512, a tenth, of all labels, and 64 more of the label of each finding, a fifth.
+    """
+    ordinary = ordinary_samples(verdict)
+    return _sampled(verdict, ordinary, *HELD_OUT, shares=(0.1, 0.2))
+
+
+def _sampled(
+    verdict: Verdict, ordinary: Tensor, of_all: int, of_label: int, *, shares: tuple[float, float] = (1.0, 1.0)
+) -> Tensor:
+    """At most so many ordinary samples, and further ones of the label of each finding, as a mask; or these shares."""
+    found = _drawn(ordinary, min(of_all, round(shares[0] * int(ordinary.sum()))))
+    for finding in verdict.findings if verdict.labels is not None else ():
+        own = ordinary & (verdict.labels == finding.label)
+        found |= _drawn(own & ~found, min(of_label, round(shares[1] * int(own.sum()))))
+    return found
+
+
+def _drawn(mask: Tensor, count: int) -> Tensor:
+    """At most so many samples of a mask, drawn at random, as a mask."""
+    positions = mask.nonzero().squeeze(1)
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
+    return torch.zeros_like(mask).index_fill(0, positions[order[:count]], True)
+
+
+def _doubted(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    scanner: DatasetScanner,
+    verdict: Verdict,
+    findings: list[Finding],
+) -> list[Finding]:
+    """The findings, of which those are unclear whose labels seem right to a model that still has the backdoor."""
+    places = [place for place, found in enumerate(findings) if found.diagnosis == "right labels" and _excess(found) > 0]
+    if not places or verdict.labels is None:
+        return findings
+    groups = [(findings[place].label, findings[place].positions) for place in places]
+    ordinary = ordinary_samples(verdict)
+    now = estimate_asr(trainer, pl_module, scanner, groups, labels=verdict.labels, ordinary=ordinary)
+    for place, found in zip(places, now, strict=True):
+        if found is not None and found.asr - found.control > STILL * _excess(findings[place]):
+            findings[place] = replace(findings[place], diagnosis="unclear")
+    return findings
+
+
+def _excess(finding: Finding) -> float:
+    """By how much the estimated attack success rate exceeds its control, if that is a sign of a backdoor."""
+    if finding.estimated_asr is None or finding.control_asr is None:
+        return 0.0
+    excess = finding.estimated_asr - finding.control_asr
+    return excess if excess >= LEAST else 0.0

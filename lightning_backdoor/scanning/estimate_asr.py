@@ -1,0 +1,149 @@
+"""Estimated attack success rate: what groups of training images have in common, put on images of other classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_backdoor.detection.common_pattern import WAYS, agreed_region, put_on, resized
+from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.scanning.isolation import isolated_eval
+from lightning_backdoor.scanning.scan import raise_on_all_ranks
+from lightning_backdoor.scanning.scanner import DatasetScanner
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["Estimate", "estimate_asr"]
+
+IMAGES = 256  # of all classes, on which it is tried: a standard error of 3 points at most
+MEMBERS = 64  # of a group, and as many ordinary images of its label
+GROUPS = 10  # the largest ones; each costs as much as six passes over those images
+OBEYED = 0.5  # of the members get their label: else the model has not learned what they have in common
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a model does when the common pattern of a group is put on images of other classes.
+
+    Attributes:
+        asr: Share of these images that get the label of the group, in ``[0, 1]``.
+        control: The same with ordinary images of the label in the place of the group.
+        method: How it was put on them, a key of :data:`~lightning_backdoor.detection.common_pattern.WAYS`: the one for
+            which both differ most.
+    """
+
+    asr: float
+    control: float
+    method: str
+
+
+@dataclass(frozen=True)
+class _Group:
+    label: int
+    members: Tensor
+    ordinary: Tensor
+    region: Tensor
+
+
+def estimate_asr(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    data: DatasetScanner,
+    groups: Sequence[tuple[int, Tensor]],
+    *,
+    labels: Tensor,
+    ordinary: Tensor,
+    seed: int = 0,
+) -> list[Estimate | None]:
+    """Estimate the attack success rate of groups of training images, without knowing a trigger.
+
+    The difference of mean images is added, half of a member is blended in, and the region in which members agree far
+    more than ordinary images of their label is pasted. Reads at most 256 images of all classes, 64 of each group and 64
+    ordinary ones of its label. Weights, buffers, random streams and logs of the training stay as they are; every
+    process calls it and gets the same result.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule, with weights that have learned what the groups have in common.
+        data: The training set.
+        groups: Label and positions of each, most suspicious first.
+        labels: Labels as given, long ``(N,)``, -1 where there is none.
+        ordinary: Samples in no group, bool ``(N,)``.
+        seed: Of the choice of images.
+
+    Returns:
+        For each group the estimate; ``None`` if the model gives fewer than half of its members their label, if there
+        is no other image, or for groups beyond the ten largest.
+    """
+    estimates: list[Estimate | None] = [None] * len(groups)
+    try:
+        data.require_replaceable(trainer, pl_module)
+    except ArgumentError:
+        return estimates
+    ordinary = ordinary & (labels >= 0) & ~data.unread
+    usual = _some(ordinary, IMAGES, seed)
+    largest = sorted(range(len(groups)), key=lambda place: -len(groups[place][1]))[:GROUPS]
+    obeyed = _obeyed(trainer, pl_module, data, [groups[place] for place in largest])
+    places = [place for place, share in zip(largest, obeyed, strict=True) if share >= OBEYED]
+    places = [place for place in places if bool((ordinary & (labels == groups[place][0])).any())]
+    if not places or not len(usual):
+        return estimates
+    with isolated_eval(trainer, pl_module), raise_on_all_ranks(trainer, "estimate of the attack success rate"):
+        pixels = data.images(usual.tolist()).to(pl_module.device)
+        made = [_group(data, *groups[place], ordinary & (labels == groups[place][0]), seed) for place in places]
+        made = [_on(group, pl_module.device) for group in made]
+
+    def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
+        images = data.layout.images(batch)
+        shown = data.pixels.to_pixels(images).to(pl_module.device)
+        given = []
+        for group in made:
+            for way in WAYS:
+                for members in (group.members, group.ordinary):
+                    changed = put_on(shown, indices, members, usual=pixels, region=group.region, way=way)
+                    version = data.layout.with_images(batch, data.pixels.to_model(changed, like=images))
+                    given.append(data.logits(trainer, pl_module, version).argmax(dim=1) == group.label)
+        return {"given": torch.stack(given, dim=1)}
+
+    given = data.scan(trainer, pl_module, step, description="estimate of the attack success rate", positions=usual)
+    for place, table in zip(places, given["given"].view(len(usual), len(places), len(WAYS), 2).unbind(1), strict=True):
+        others = labels[usual] != groups[place][0]
+        if bool(others.any()):
+            rates = table[others].float().mean(dim=0)
+            best = int((rates[:, 0] - rates[:, 1]).argmax())
+            estimates[place] = Estimate(float(rates[best, 0]), float(rates[best, 1]), list(WAYS)[best])
+    return estimates
+
+
+def _some(mask: Tensor, count: int, seed: int) -> Tensor:
+    """At most so many positions of a mask, drawn at random, in rising order."""
+    positions = mask.nonzero().squeeze(1)
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
+    return positions[order[:count]].sort().values
+
+
+def _obeyed(
+    trainer: Trainer, pl_module: LightningModule, data: DatasetScanner, groups: list[tuple[int, Tensor]]
+) -> list[float]:
+    """Share of the first members of each group that get its label."""
+    first = [positions[:MEMBERS] for _, positions in groups]
+    every = torch.cat(first).unique()  # type: ignore[no-untyped-call]
+    description = "estimate of the attack success rate"
+    predicted = data.predict(trainer, pl_module, description=description, positions=every)
+    answers = [predicted[torch.searchsorted(every, positions)] for positions in first]
+    return [float((given == label).float().mean()) for given, (label, _) in zip(answers, groups, strict=True)]
+
+
+def _group(data: DatasetScanner, label: int, positions: Tensor, ordinary: Tensor, seed: int) -> _Group:
+    members = data.images(positions[:MEMBERS].tolist())
+    others = data.images(_some(ordinary, MEMBERS, seed).tolist())
+    return _Group(label, members, others, agreed_region(members, resized(others, members.shape[2:])))
+
+
+def _on(group: _Group, device: torch.device) -> _Group:
+    return _Group(group.label, group.members.to(device), group.ordinary.to(device), group.region.to(device))

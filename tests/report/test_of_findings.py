@@ -1,0 +1,69 @@
+"""A finding in words says whether its labels are right, by what, and how its images are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_backdoor.report.evidence import Evidence
+from lightning_backdoor.report.of_events import findings_told
+from lightning_backdoor.report.of_findings import KEEP, diagnosis_sentence, success_sentence
+from lightning_backdoor.report.sentences import summarize
+from lightning_backdoor.verdict import Diagnosis, Finding, Verdict
+
+PLAIN = Finding(2, torch.arange(4), "strict", (), torch.tensor([0]), torch.tensor([1.0]), 0.0)
+KNOWN = replace(
+    PLAIN,
+    suggested_labels=torch.tensor([3, 3, 5, 2]),
+    suggested_confidences=torch.full((4,), 0.9),
+    reference_accuracy=0.9,
+    reference_confidence=0.95,
+)
+TRIED = {"estimated_asr": 0.8, "control_asr": 0.1, "asr_method": "blend"}
+
+
+def verdict(finding: Finding) -> Verdict:
+    keep = torch.arange(10) >= 4
+    return Verdict((~keep).float(), keep, 0.5, "rule", torch.full((10,), 2), findings=(finding,))
+
+
+@pytest.mark.parametrize(
+    ("diagnosis", "begins"),
+    [
+        ("wrong labels", "The labels look wrong: "),
+        ("right labels", "The labels look right: "),
+        ("unclear", "Whether the labels are right is not clear: "),
+    ],
+)
+def test_the_diagnosis_and_its_evidence(diagnosis: Diagnosis, begins: str) -> None:
+    told = diagnosis_sentence(replace(KNOWN, diagnosis=diagnosis))
+    assert told.startswith(begins)
+    assert "gives label 2 to 25% of them, and 90% of ordinary images their label" in told
+    assert ("most often it says 3, 5 instead" in told) == (diagnosis == "wrong labels")
+
+
+def test_nothing_is_said_that_is_not_known() -> None:
+    assert diagnosis_sentence(PLAIN) == success_sentence(PLAIN) == findings_told(verdict(PLAIN), approved=True) == ""
+
+
+def test_the_estimated_success_stands_beside_that_of_ordinary_images() -> None:
+    told = success_sentence(replace(PLAIN, **TRIED))
+    assert "turns 80% of them into label 2 (ordinary images of the label: 10%)" in told
+
+
+@pytest.mark.parametrize(
+    ("diagnosis", "approved"), [("right labels", True), ("right labels", False), ("unclear", True)]
+)
+def test_how_images_are_kept(diagnosis: Diagnosis, approved: bool) -> None:
+    told = findings_told(verdict(replace(KNOWN, diagnosis=diagnosis)), approved=approved)
+    assert (KEEP in told) == approved
+    assert KEEP not in findings_told(verdict(replace(KNOWN, diagnosis="wrong labels")), approved=True)
+
+
+@pytest.mark.parametrize("diagnosis", ["wrong labels", "right labels", "unclear"])
+def test_the_report_calls_a_group_harmless_unless_its_labels_are_wrong(diagnosis: Diagnosis) -> None:
+    then = summarize(verdict(replace(KNOWN, diagnosis=diagnosis)), "Method", [], Evidence()).then
+    assert ("harmless" in then) == ("`approved`" in then) == (diagnosis != "wrong labels")
+    assert "somebody has touched" not in then
