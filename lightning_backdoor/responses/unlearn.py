@@ -72,8 +72,8 @@ class Unlearn(Response):
 
     A finding is unlearned if its labels look wrong to a copy of the network that is trained without it, in 200 to 1,000
     steps from the weights at the start of the fit (with ``at_once``, where these are under repair, from new ones).
-    Other findings are left out of training. Suspects in no finding, by a quota or of another verdict, are unlearned in any
-    case. Costs a copy of the weights, also in checkpoints, until something is found.
+    Other findings are left out of training. Suspects in no finding, by a quota or of another verdict, are unlearned in
+    any case. Costs a copy of the weights, also in checkpoints, until something is found.
 
     Args:
         epochs: Largest number of epochs.
