@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 from torchvision.datasets import CIFAR10
 
-JPEG, ORIGINAL = "CIFAR-10 (JPEG)", "CIFAR-10"
+JPEG, ORIGINAL, SIGNS = "CIFAR-10 (JPEG)", "CIFAR-10", "GTSRB"
 DOWNLOADED = "cifar10"
 """In the place of a folder: the original, which torchvision keeps below ``data`` and downloads if need be."""
 

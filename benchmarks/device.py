@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
     began = time.monotonic()
     command.begin(options)
     if options.weights is not None:
-        NETWORKS[PRETRAINED] = lambda: efficientnet_lite0(options.weights)
+        NETWORKS[PRETRAINED] = partial(efficientnet_lite0, options.weights)
     everything, test = (cifar10(options.data, split) for split in ("train", "test"))
     warm = per_class(everything, 50)
     warm_settings: set[Setting] = set()

@@ -27,6 +27,7 @@ class Recipe:
         drops: Shares of the training, in ``(0, 1)``; none leaves the rate as it is.
         optimizer: SGD has momentum 0.9.
         nesterov: Kind of the momentum.
+        mirror: Whether half of the images are mirrored; traffic signs change their meaning.
     """
 
     lr: float
@@ -35,6 +36,7 @@ class Recipe:
     drops: tuple[float, ...] = ()
     optimizer: Literal["sgd", "adamw"] = "sgd"
     nesterov: bool = False
+    mirror: bool = True
 
 
 RECIPES = {
@@ -44,6 +46,7 @@ RECIPES = {
     "UltraClean": Recipe(0.1, 5e-4, "steps"),  # 200 epochs, constant
     "BackdoorBench": Recipe(0.01, 5e-4, "cosine"),  # 100 epochs
     "adamw": Recipe(1e-3, 0.05, "one-cycle", optimizer="adamw"),
+    "adamw-signs": Recipe(1e-3, 0.05, "one-cycle", optimizer="adamw", mirror=False),
 }
 """By name; batches of 128 in all of them. For the papers' epochs see :mod:`benchmarks.protocols`."""
 
@@ -51,22 +54,22 @@ RECIPES = {
 class Classifier(pl.LightningModule):
     """Cross-entropy under a recipe, crop and flip on the batch."""
 
-    def __init__(self, steps: int, network: str = NAME, recipe: str = RECIPE) -> None:
+    def __init__(self, steps: int, network: str = NAME, recipe: str = RECIPE, classes: int = 10) -> None:
         super().__init__()
         self.steps, self.recipe = steps, RECIPES[recipe]
-        self.network = NETWORKS[network]().to(memory_format=torch.channels_last)
+        self.network = NETWORKS[network](classes=classes).to(memory_format=torch.channels_last)
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(STD).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 10) of uint8 images (B, 3, 32, 32)."""
+        """Logits (B, K) of uint8 images (B, 3, 32, 32)."""
         x = (images.float() - self.mean) / self.std
         return self.network(x.contiguous(memory_format=torch.channels_last))
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augment while training."""
         images, labels = batch
-        return (crop_and_flip(images) if self.trainer.training else images), labels
+        return (crop_and_flip(images, mirror=self.recipe.mirror) if self.trainer.training else images), labels
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch."""
@@ -93,12 +96,12 @@ class Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
-    """Shift every image by up to ``padding`` pixels (zeros move in) and mirror half of them."""
+def crop_and_flip(images: Tensor, padding: int = 4, *, mirror: bool = True) -> Tensor:
+    """Shift every image by up to ``padding`` pixels (zeros move in) and, if ``mirror``, mirror half of them."""
     size, side = len(images), images.shape[-1]
     padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
     device = images.device
     offsets = torch.randint(0, 2 * padding + 1, (2, size, 1), device=device) + torch.arange(side, device=device)
-    columns = torch.where(torch.rand(size, 1, device=device) < 0.5, offsets[1].flip(1), offsets[1])
+    columns = torch.where(torch.rand(size, 1, device=device) < 0.5 * mirror, offsets[1].flip(1), offsets[1])
     rows = torch.arange(size, device=device)[:, None, None], offsets[0][:, :, None], columns[:, None, :]
     return padded[rows].permute(0, 3, 1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -112,16 +113,18 @@ def efficientnet_lite0(weights: Path | None, classes: int = 10) -> nn.Module:
     return nn.Sequential(nn.Upsample(size=64, mode="bilinear"), network)
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
     NAME: resnet9,
     "preact-gelu": preact_gelu,
     "vit": small_vit,
     "convnext": small_convnext,
     "resnet18": resnet18,
     "preact-resnet18": preact_resnet18,
-    "vgg16-bn": lambda: vgg_bn(16),
-    "vgg19-bn": lambda: vgg_bn(19),
-    "convnext-atto": lambda: timm.create_model("convnext_atto", num_classes=10, patch_size=2),
-    "vit-tiny": lambda: timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=4),
+    "vgg16-bn": partial(vgg_bn, 16),
+    "vgg19-bn": partial(vgg_bn, 19),
+    "convnext-atto": lambda classes=10: timm.create_model("convnext_atto", num_classes=classes, patch_size=2),
+    "vit-tiny": lambda classes=10: timm.create_model(
+        "vit_tiny_patch16_224", num_classes=classes, img_size=32, patch_size=4
+    ),
 }
-"""Networks for ten classes of 32 x 32 pixels by name, built from random weights when asked for."""
+"""Networks for images of 32 x 32 pixels by name, built from random weights for a number of classes."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.cells import ADAPTIVE, ATTACKS, BASELINES, FURTHER, STANDARD
-from benchmarks.data import JPEG
+from benchmarks.data import JPEG, SIGNS
 from benchmarks.model import RECIPE
 from benchmarks.networks import NAME
 
@@ -63,6 +63,11 @@ class Setting:
     epochs: int = 12
     recipe: str = RECIPE
     dataset: str = JPEG
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the data."""
+        return 43 if self.dataset == SIGNS else 10
 
     def __str__(self) -> str:
         return f"{self.model}, {self.images:,} images, {self.epochs} epochs, recipe {self.recipe}"

@@ -82,7 +82,7 @@ def _cifar10(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _gtsrb(folder: Path) -> dict[str, np.ndarray]:
+def packed_signs(folder: Path) -> dict[str, np.ndarray]:
     with np.load(folder / "gtsrb.npz") as packed:
         return {name: packed[name] for name in ("x", "y", "track")}
 
@@ -103,7 +103,7 @@ def cifar10(folder: Path, count: int, seed: int, classes: tuple[int, ...] = tupl
 
 def gtsrb(folder: Path, count: int, seed: int) -> Samples:
     """About so many traffic signs of 43 classes, whole tracks, in random order; every class has two tracks at least."""
-    packed = _gtsrb(folder)
+    packed = packed_signs(folder)
     rows = whole_tracks(packed["y"], packed["track"], count, seed)
     rows = rows[drawn(len(rows), seed).numpy()]
     labels = torch.from_numpy(packed["y"][rows].astype(np.int64))
@@ -134,6 +134,18 @@ def digits(folder: Path, count: int, seed: int) -> Samples:
 SOURCES: dict[str, Callable[..., Samples]] = {"cifar10": cifar10, "gtsrb": gtsrb, "digits": digits}
 
 
+def pack_cifar10(source: Path, folder: Path, split: str, taken: slice) -> None:
+    """Write some images of every class of CIFAR-10 in the same form, by their places in the class."""
+    with np.load(source / f"cifar10_{split}.npz") as packed:
+        jpeg, offsets, labels, classes = (packed[name] for name in ("jpeg", "offsets", "labels", "classes"))
+    rows = np.sort(np.concatenate([np.flatnonzero(labels == label)[taken] for label in np.unique(labels)]))
+    files = [jpeg[start:end] for start, end in pairwise(offsets)]
+    files = [files[row] for row in rows]
+    ends = np.cumsum([0, *map(len, files)])
+    np.savez(folder / f"cifar10_{split}.npz", jpeg=np.concatenate(files), offsets=ends, labels=labels[rows],
+             classes=classes)  # fmt: skip
+
+
 def pack(source: Path, folder: Path, *, fresh: bool = False, each: int = 1000, signs: int = 8000) -> None:
     """Write a part of both data sets in the same form.
 
@@ -145,16 +157,8 @@ def pack(source: Path, folder: Path, *, fresh: bool = False, each: int = 1000, s
         signs: Images of GTSRB, about, in whole tracks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with np.load(source / "cifar10_train.npz") as packed:
-        jpeg, offsets, labels, classes = (packed[name] for name in ("jpeg", "offsets", "labels", "classes"))
-    taken = slice(each, 2 * each) if fresh else slice(each)
-    rows = np.sort(np.concatenate([np.flatnonzero(labels == label)[taken] for label in np.unique(labels)]))
-    files = [jpeg[start:end] for start, end in pairwise(offsets)]
-    files = [files[row] for row in rows]
-    ends = np.cumsum([0, *map(len, files)])
-    np.savez(folder / "cifar10_train.npz", jpeg=np.concatenate(files), offsets=ends, labels=labels[rows],
-             classes=classes)  # fmt: skip
-    signs_of = _gtsrb(source)
+    pack_cifar10(source, folder, "train", slice(each, 2 * each) if fresh else slice(each))
+    signs_of = packed_signs(source)
     rows = whole_tracks(signs_of["y"], signs_of["track"], signs, 0)
     if fresh:
         others = np.setdiff1d(np.arange(len(signs_of["y"])), rows)

@@ -37,15 +37,17 @@ def train_network(
     *,
     device: str = "cpu",
     workers: int = 0,
+    mixed: bool = True,
 ) -> model.Classifier:
-    """Train the network of a setting with callbacks, from a checkpoint on if there is one."""
+    """Train the network of a setting with callbacks, from a checkpoint on if there is one; ``mixed``: in bfloat16."""
     pl.seed_everything(seed, verbose=False)
     loader = DataLoader(
         dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
     )
-    network = model.Classifier(setting.epochs * len(loader), setting.model, setting.recipe)
+    network = model.Classifier(setting.epochs * len(loader), setting.model, setting.recipe, setting.classes)
     trainer = pl.Trainer(
-        max_epochs=setting.epochs, accelerator=device, devices=1, precision="bf16-mixed", callbacks=callbacks,
+        max_epochs=setting.epochs, accelerator=device, devices=1, callbacks=callbacks,
+        precision="bf16-mixed" if mixed else "32-true",
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(network, loader, ckpt_path=checkpoint)
@@ -70,12 +72,12 @@ def logits_of(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def accuracy(network: model.Classifier, dataset: Dataset[Any], device: str = "cpu") -> float:
-    """Share of the images that get the label of the dataset."""
+def accuracy(network: model.Classifier, dataset: Dataset[Any], device: str = "cpu", *, mixed: bool = True) -> float:
+    """Share of the images that get the label of the dataset; ``mixed``: in bfloat16."""
     metric = metrics.RecoveredAccuracy()
     network.to(device)
     for images, labels in DataLoader(dataset, batch_size=500):
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=mixed):
             logits = network(images.to(device))
         metric.update(logits.float().cpu(), labels)
     return float(metric.compute())

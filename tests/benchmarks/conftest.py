@@ -9,4 +9,4 @@ from benchmarks.networks import NAME, NETWORKS, resnet9
 
 @pytest.fixture(autouse=True)
 def _small_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NETWORKS, NAME, lambda: resnet9((4, 4, 8, 8)))
+    monkeypatch.setitem(NETWORKS, NAME, lambda classes=10: resnet9((4, 4, 8, 8), classes))
