@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -39,12 +39,19 @@ from lightning_backdoor.callbacks import Defense
 
 RESULTS = Path(__file__).with_name("finetune.jsonl")
 UNDEFENDED, PERFECT, TRUSTED = "undefended", "perfect", "fine-tune"
-DEFENCES: dict[str, type[Defense]] = {
+DEFENCES: dict[str, Callable[[], Defense]] = {
     "NONE": NONECallback,
     "ultraclean": UltraCleanCallback,
     "D-BR": DBRCallback,
     "D-ST": DSTCallback,
+    "NONE, redraw": partial(NONECallback, reset="reinit", fallback=None),
+    "NONE, start": partial(NONECallback, reset="start", fallback=None),
+    "NONE, unlearn": partial(NONECallback, response="unlearn", fallback=None),
+    "D-BR, no restart": partial(DBRCallback, fallback=None),
 }
+"""Each without arguments, and what repairs do by themselves."""
+
+REPAIRS = ("NONE, redraw", "NONE, start", "NONE, unlearn", "D-BR, no restart")
 IMAGES = 4_000
 PHOTOGRAPHS = Setting(PRETRAINED, IMAGES, 5, "adamw")
 TRAFFIC = Setting(PRETRAINED, IMAGES, 5, "adamw-signs", SIGNS)
@@ -93,6 +100,7 @@ STRONG = ("clean", STICKER, "badnets-5%", "blended-5%")
 CELLS = [
     *(cell for attack in STRONG for cell in product(attack, TUNED, USUAL)),
     *(cell for attack in STRONG for cell in product(attack, [TRANSFORMER], USUAL)),
+    *(cell for attack in STRONG[1:] for cell in product(attack, (*TUNED, TRANSFORMER), REPAIRS)),
     *(cell for attack in FURTHER for cell in product(attack, TUNED, USUAL)),
     *(cell for attack in (*STRONG, *FURTHER) for cell in product(attack, TUNED, [TRUSTED])),
     *(cell for attack in STRONG for cell in product(attack, TUNED, ["D-ST"])),
@@ -135,12 +143,12 @@ def trained_on(setting: Setting, folder: Path) -> TensorDataset:
     everything = loaded(folder, setting.dataset, "train")
     if setting.dataset != SIGNS:
         return per_class(everything, setting.images // 10)
-    return first(everything, setting.images)
+    return some(everything, setting.images)
 
 
-def first(dataset: TensorDataset, count: int) -> TensorDataset:
-    """The first so many samples."""
-    return TensorDataset(*(column[:count] for column in dataset.tensors))
+def some(dataset: TensorDataset, count: int) -> TensorDataset:
+    """So many samples, or all, at even distances."""
+    return TensorDataset(*(column[:: max(len(dataset) // count, 1)][:count] for column in dataset.tensors))
 
 
 def in_memory(dataset: Any) -> TensorDataset:
@@ -155,7 +163,7 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> rows.Row:
     """
     setting, recipe, device, mixed = cell.setting, ATTACKS[cell.attack], options.device, options.device == "cuda"
     clean = trained_on(setting, options.data)
-    test = first(loaded(options.data, setting.dataset, "test"), options.test_images)
+    test = some(loaded(options.data, setting.dataset, "test"), options.test_images)
     poisoned, dataset = torch.zeros(len(clean), dtype=torch.bool), clean
     if recipe.trigger is not None:
         attacked = recipe.train(clean, cell.seed)

@@ -131,19 +131,21 @@ class NONECallback(Defense):
             still gives over 10 % of the removed samples their label (after the second one: and it made them a quarter
             fewer). ``None``: 3; 1 where units are reset by quota.
         finetune_epochs: Epochs of fine-tuning after a reset. ``None``: a tenth of
-            ``max_epochs``; more, up to ``max_epochs``, where this is less than 100 steps. At most what is left.
-        lr: Learning rate at the start of fine-tuning, from where it falls to zero, with frozen batch-norm statistics.
+            ``max_epochs``; more, up to ``max_epochs``, where this is less than 100 steps. At most what is left. A round
+            that would be undone for its loss of accuracy goes on in the place of the rounds after it.
+        lr: Learning rate at the start of fine-tuning, from where it falls to zero.
             ``None``: within the plan that of the user's schedule, and ordinary training; beyond it 5 % of the largest
             so far.
         reset_fraction: Largest share of the units of a layer that one round resets, in ``(0, 1)``.
-        reset: ``"reinit"`` draws units anew and lets them learn; ``"prune"`` zeroes them.
+        reset: ``"reinit"`` draws units anew and lets them learn; ``"start"`` gives them the weights of the start of the
+            fit, which for a pretrained network are the pretrained ones; ``"prune"`` zeroes them.
         rule: ``"auto"`` acts on second populations that pass the no-poison gate; ``"paper"`` always resets
             ``reset_fraction`` of the units of each layer, and drops the samples above the natural break.
         samples: ``"drop"`` takes the samples out, ``"keep"`` leaves the data as they are and always resets the most
             compromised units, against backdoors that nobody planted (natural backdoors). ``"auto"`` is ``"drop"``.
         residual_mode: What belongs to a unit that enters a sum; see :func:`~lightning_backdoor.surgery.find_units`.
-        paper_loop: Fine-tune as the authors: at a constant rate, with the optimizer state of the reset weights, and
-            without going back where it costs accuracy.
+        paper_loop: Fine-tune as the authors: at a constant rate, with frozen batch-norm statistics and the optimizer
+            state of the reset weights, and without going back where it costs accuracy.
         max_removed: Largest share of the training set that may be removed, in ``(0, 1)``.
         response: ``"reset"``; ``"restart"`` trains anew on the rest, ``"continue"`` trains on without the removed
             images, ``"unlearn"`` unlearns them, ``"report"`` changes nothing. Or a
@@ -183,7 +185,7 @@ class NONECallback(Defense):
         finetune_epochs: int | None = None,
         lr: float | None = None,
         reset_fraction: float = 0.05,
-        reset: Literal["reinit", "prune"] = "reinit",
+        reset: Literal["reinit", "start", "prune"] = "reinit",
         rule: Literal["auto", "paper"] = "auto",
         samples: Literal["auto", "drop", "keep"] = "auto",
         residual_mode: Literal["branch_only", "reference", "full_group"] = "branch_only",
@@ -198,7 +200,7 @@ class NONECallback(Defense):
         self.finetune_epochs = require_positive("finetune_epochs", finetune_epochs)
         self.lr = require_rate("lr", lr)
         self.reset_fraction = require_fraction("reset_fraction", reset_fraction)
-        self.reset = require_one_of("reset", reset, ("reinit", "prune"))
+        self.reset = require_one_of("reset", reset, ("reinit", "start", "prune"))
         self.rule = require_one_of("rule", rule, ("auto", "paper"))
         self.samples = require_one_of("samples", samples, ("auto", "drop", "keep"))
         self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))

@@ -1,4 +1,4 @@
-"""Some epochs with a learning rate of their own and frozen batch-norm statistics."""
+"""Some epochs with a learning rate of their own."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ class FineTuning:
     """A phase of fine-tuning inside a fit: asked for at the end of an epoch, it takes the epochs that follow.
 
     An ordinary phase trains as ever: it only counts epochs, and keeps the fit from ending before. Any other one has a
-    learning rate of its own, which falls in a straight line to zero. It is in the optimizers during their steps alone
-    (Lightning calls ``training_step`` within them), so schedulers and monitors see their own one. Batch norms keep
-    their statistics and train their scale and shift. A steady phase does neither: its rate is constant, and batch norms
-    go on as ever.
+    learning rate of its own, which falls in a straight line to zero, or stays constant. It is in the optimizers during
+    their steps alone (Lightning calls ``training_step`` within them), so schedulers and monitors see their own one.
+
+    Batch norms may keep their statistics, and train their scale and shift alone. That is for batches that are unlike
+    what the model will see, such as samples to be unlearned. After units were reset, statistics must go on: those of
+    the units that were drawn anew are unknown, and without these units, those of all later layers have changed.
 
     Schedulers wait where they could not go on: beyond the plan of the user, and in an epoch for the steps by which it
     is longer than an ordinary one.
@@ -51,7 +53,7 @@ class FineTuning:
     def __init__(self) -> None:
         self.left = 0
         self.share = 1.0
-        self._ordinary = self._steady = self._constant = False
+        self._ordinary = self._constant = self._frozen_norms = False
         self._batches = 0  # of an ordinary epoch
         self._epochs = 0
         self._until = 0  # epochs that the fit has had at the end of the phase
@@ -70,8 +72,8 @@ class FineTuning:
         lr: float | None,
         *,
         ordinary: bool = False,
-        steady: bool = False,
         constant: bool = False,
+        frozen_norms: bool = False,
         beyond: bool = False,
         done: int | None = None,
     ) -> None:
@@ -82,14 +84,14 @@ class FineTuning:
             epochs: Length of the phase, at least 1.
             lr: Learning rate of its first step; ``None``: 5 % of the largest that each parameter group has had.
             ordinary: Leave the learning rate, its schedule and batch norms alone.
-            steady: Keep this rate to the end, and leave batch norms alone.
             constant: Keep this rate to the end.
+            frozen_norms: Let batch norms keep their statistics.
             beyond: The phase may exceed the user's ``max_steps`` and ``max_time``.
             done: Epochs that the fit has had; ``None``: with the one that ends.
         """
         self.left = self._epochs = epochs
         self._until = (trainer.current_epoch + 1 if done is None else done) + epochs
-        self._lr, self._ordinary, self._steady, self._constant = lr, ordinary, steady, constant
+        self._lr, self._ordinary, self._constant, self._frozen_norms = lr, ordinary, constant, frozen_norms
         self._batches, self._beyond = int(trainer.num_training_batches), beyond
         self._factor = self.share = 1.0
         self._fresh = True
@@ -111,7 +113,7 @@ class FineTuning:
             self.release()
 
     def prepare_step(self, trainer: Trainer, pl_module: nn.Module, batch_idx: int) -> None:
-        """Take the learning rate over, freeze batch-norm statistics; call in ``on_train_batch_start``.
+        """Take the learning rate over, freeze what is to be frozen; call in ``on_train_batch_start``.
 
         Not earlier: a run that is resumed within an epoch does not begin one.
         """
@@ -119,9 +121,7 @@ class FineTuning:
             return
         self._take_over(trainer)
         self._let_schedulers_wait(trainer, batch_idx)
-        if self._steady:
-            return
-        for module in pl_module.modules():
+        for module in pl_module.modules() if self._frozen_norms else ():
             if module.training and "BatchNorm" in type(module).__name__:
                 self._given_back.callback(setattr, module, "training", True)
                 module.training = False
@@ -129,6 +129,18 @@ class FineTuning:
             return
         done = self._epochs - self.left + batch_idx / max(trainer.num_training_batches, 1)
         self._factor = max(1 - done / self._epochs, 0.0)
+
+    def prolong(self, trainer: Trainer, epochs: int) -> None:
+        """Let so many epochs more follow; call in ``on_train_batch_end``, with the last batch of the phase."""
+        self.left += epochs
+        self._epochs += epochs
+        self._until += epochs
+        self._hold(trainer)
+
+    @property
+    def length(self) -> int:
+        """Epochs of the phase from its beginning to its end."""
+        return self._epochs
 
     def ends_now(self, trainer: Trainer) -> bool:
         """Whether the phase ends with this batch, by its length or with the plan; call in ``on_train_batch_end``.
@@ -212,9 +224,9 @@ class FineTuning:
             "until": self._until,
             "beyond": self._beyond,
             "lr": self._lr,
-            "steady": self._steady,
             "ordinary": self._ordinary,
             "constant": self._constant,
+            "frozen_norms": self._frozen_norms,
             "batches": self._batches,
             "fresh": self._fresh,
         }
@@ -223,7 +235,7 @@ class FineTuning:
         """Continue where the checkpoint was written."""
         self.left, self._epochs = state_dict["left"], state_dict["epochs"]
         self._until, self._beyond, self._lr = state_dict["until"], state_dict["beyond"], state_dict["lr"]
-        self._ordinary, self._steady = state_dict["ordinary"], state_dict["steady"]
+        self._ordinary, self._frozen_norms = state_dict["ordinary"], state_dict["frozen_norms"]
         self._constant, self._batches = state_dict["constant"], state_dict["batches"]
         self._fresh = state_dict["fresh"]
 

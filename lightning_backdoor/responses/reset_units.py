@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_backdoor._lightning import callbacks_of, rank_zero_info, rank_zero_warn
 from lightning_backdoor.errors import ModelError
@@ -24,11 +24,12 @@ from lightning_backdoor.responses.extra_epochs import FineTuning, conclude, enou
 from lightning_backdoor.responses.limits import (
     about_to_end,
     epochs_left,
+    plan_is_over,
     planned_end,
     repair_begins,
     require_extendable,
 )
-from lightning_backdoor.responses.weight_copies import restart_averages, weights
+from lightning_backdoor.responses.weight_copies import on_cpu, restart_averages, weights
 from lightning_backdoor.scanning.isolation import require_automatic
 from lightning_backdoor.scanning.measure_units import Measured, UnitScan, find_layers
 from lightning_backdoor.surgery.graph import ResidualMode
@@ -38,13 +39,14 @@ from lightning_backdoor.surgery.units import UnitLayer
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Chosen", "ResetUnits", "choose_units", "frozen_layers"]
+__all__ = ["Chosen", "ResetMode", "ResetUnits", "choose_units", "frozen_layers"]
 
 MAX_LOSS = 0.05  # of accuracy on the training images, by all rounds, beyond which the last one is undone
 MOST_KEPT = 0.75  # of the flagged label rate before a round: beyond that another round would not help
 ROUNDS = 3
 MIN_SHIFT = 1.0  # distance of two means over the sum of both standard deviations
 
+ResetMode = Literal["reinit", "start", "prune"]
 Chosen = tuple[int, int, int, float]
 """Place of the layer, unit, class that drives it furthest, and score."""
 
@@ -61,11 +63,13 @@ class ResetUnits(Response):
         extra_epochs: Epochs that fine-tuning may have beyond the user's plan.
         lr: Learning rate of fine-tuning; see :class:`~lightning_backdoor.NONECallback`.
         reset_fraction: Largest share of the units of a layer that a round resets, in ``(0, 1)``.
-        reset: ``"reinit"`` draws units anew, ``"prune"`` zeroes them.
+        reset: ``"reinit"`` draws units anew, ``"start"`` gives them the weights that they had at the start of the fit,
+            ``"prune"`` zeroes them.
         by_quota: Reset the most compromised units of each layer, whatever was found.
         drop: Whether flagged samples leave the training set.
         residual_mode: What belongs to a unit that enters a sum.
-        paper_loop: Constant rate, optimizer state is kept, and only weights that are no numbers are undone.
+        paper_loop: Constant rate, batch norms and optimizer keep their state, and only weights that are no numbers are
+            undone.
         seed: Seed of the redrawn units.
     """
 
@@ -82,7 +86,7 @@ class ResetUnits(Response):
         extra_epochs: int = 0,
         lr: float | None = None,
         reset_fraction: float = 0.05,
-        reset: Literal["reinit", "prune"] = "reinit",
+        reset: ResetMode = "reinit",
         by_quota: bool = False,
         drop: bool = True,
         residual_mode: ResidualMode = "branch_only",
@@ -103,6 +107,7 @@ class ResetUnits(Response):
         self._keep: Tensor | None = None  # samples that were kept before the last round
         self._due = False  # whether units are to be reset at the start of the next epoch
         self._before: dict[str, Any] | None = None  # until a round is judged, the weights to go back to
+        self._start: dict[str, Tensor] | None = None  # with reset="start", the weights at the start of the fit
         self.changed_at = 0.0
         self._tuning = FineTuning()
         self._layers: list[UnitLayer] = []
@@ -116,6 +121,8 @@ class ResetUnits(Response):
         require_automatic(pl_module, f"{title} fine-tunes")
         require_extendable(trainer, title)
         self._forget()
+        if self._reset == "start":
+            self._start = on_cpu(pl_module.state_dict())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue a fine-tuning that was interrupted."""
@@ -126,13 +133,15 @@ class ResetUnits(Response):
         self._layers = find_layers(session.trainer, session.module, session.scanner, self._residual_mode)
         check_resettable(session.trainer, self._layers, session.case.title, needed=self._by_quota)
         self._tuning.end_if_over()
+        if self._start is not None and session.trainer.ckpt_path is None:
+            self._start = on_cpu(session.module.state_dict())  # the same in all processes by now
 
     def on_other_restart(self, session: Session) -> None:
         """Begin with the first round again."""
         self._tuning.leave()
-        layers = self._layers
+        layers, start = self._layers, self._start
         self._forget()
-        self._layers = layers
+        self._layers, self._start = layers, start
 
     def on_train_epoch_start(self, session: Session) -> None:
         """Reset the units that the last detection chose; what monitors or saves has seen the epoch before."""
@@ -144,7 +153,8 @@ class ResetUnits(Response):
         chosen = [(places[name], unit, label, score) for name, unit, label, score in history[-1].units]
         seed = self._seed + len(history) * len(self._layers)
         optimizers = () if self._paper_loop else trainer.optimizers
-        reset_chosen(self._layers, chosen, mode=self._reset, optimizers=optimizers, seed=seed)
+        start = None if self._start is None else at_start(session.module, self._start)
+        reset_chosen(self._layers, chosen, mode=self._reset, optimizers=optimizers, seed=seed, start=start)
         restart_averages(trainer, session.module)
 
     def on_train_batch_start(self, session: Session, batch_idx: int) -> None:
@@ -154,7 +164,7 @@ class ResetUnits(Response):
     def on_train_batch_end(self, session: Session) -> None:
         """Measure what a round has led to with the last batch of its fine-tuning."""
         if self._before is not None and self._tuning.ends_now(session.trainer):
-            self._judge(session)
+            self._judge(session, left=self._epochs_after(session.trainer))
 
     def on_train_epoch_end(self, session: Session) -> bool:
         """End a round when its fine-tuning is over; detect again while rounds and epochs are left."""
@@ -272,7 +282,16 @@ class ResetUnits(Response):
             epochs = wanted if left is None else min(wanted, left)
             beyond = end is not None and event.epochs + epochs > end
             ordinary = self._lr is None and end is not None and not beyond
-            self._tuning.begin(trainer, epochs, self._lr, ordinary=ordinary, constant=self._paper_loop, beyond=beyond)
+            as_authors = self._paper_loop
+            self._tuning.begin(
+                trainer,
+                epochs,
+                self._lr,
+                ordinary=ordinary,
+                constant=as_authors,
+                frozen_norms=as_authors,
+                beyond=beyond,
+            )
         return replace(
             event,
             units=reset,
@@ -298,11 +317,25 @@ class ResetUnits(Response):
         """The latest rounds in a row that reset units."""
         return [past for past in session.case.history if past.units][-self._rounds_done :] if self._rounds_done else []
 
-    def _judge(self, session: Session) -> None:
-        """Compare with the model before the reset, and go back to it if this one is much worse."""
+    def _epochs_after(self, trainer: Trainer) -> int:
+        """Epochs that are left after the one that ends with the present batch; 0 where nothing limits them."""
+        left = epochs_left(trainer, planned_end(trainer), self._extra_epochs)
+        return 0 if left is None or plan_is_over(trainer) else max(left - 1, 0)
+
+    def _judge(self, session: Session, left: int = 0) -> None:
+        """Compare with the model before the reset, and go back to it if this one is much worse.
+
+        Not while epochs are ``left`` that were meant for all rounds: a network that is fine-tuned may need them, and
+        going back means to train anew, or to keep the backdoor.
+        """
         trainer, history = session.trainer, session.case.history
         predicted = session.scanner.predict(trainer, session.module, description=f"{session.case.title} check")
         judged = self._judged_event(session, history[-1], predicted)
+        epochs = self._finetune_epochs or enough_epochs(trainer)
+        more = min(epochs, left, self._most_rounds * epochs - self._tuning.length)
+        if judged.undone and more > 0 and not judged.reassigned and is_finite(session.module):
+            self._tuning.prolong(trainer, more)
+            return
         history[-1] = judged
         conclude(trainer, session.module, self._before if judged.undone else None)
         self._judged, self._before = session.epochs_done, None
@@ -388,6 +421,7 @@ class ResetUnits(Response):
             "keep": self._keep,
             "due": self._due,
             "before": self._before,
+            "start": self._start,
             "tuning": self._tuning.state_dict(),
         }
 
@@ -396,6 +430,7 @@ class ResetUnits(Response):
         self._rounds_done, self._judged = state_dict["rounds"], state_dict["judged"]
         self._correct, self._keep = state_dict["correct"], state_dict["keep"]
         self._due, self._before = state_dict["due"], state_dict["before"]
+        self._start = state_dict["start"]
         self._tuning.load_state_dict(state_dict["tuning"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -504,13 +539,20 @@ def reset_chosen(
     layers: Sequence[UnitLayer],
     chosen: Sequence[Chosen],
     *,
-    mode: Literal["reinit", "prune"],
+    mode: ResetMode,
     optimizers: Iterable[torch.optim.Optimizer],
     seed: int,
+    start: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """Reset the chosen units; see :func:`~lightning_backdoor.surgery.reset_units`."""
     for i, layer in enumerate(layers):
         units = torch.tensor([unit for place, unit, *_ in chosen if place == i], dtype=torch.long)
         if len(units) == 0:  # reset_units refuses layers that do not learn
             continue
-        reset_units(layer, units, mode=mode, optimizers=optimizers, seed=seed + i)
+        reset_units(layer, units, mode=mode, optimizers=optimizers, seed=seed + i, start=start)
+
+
+def at_start(module: nn.Module, start: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Of each parameter and buffer of a module, the value that a state dict from the start of the fit has for it."""
+    values = {id(tensor): start[name] for name, tensor in module.state_dict(keep_vars=True).items()}
+    return lambda tensor: values[id(tensor)]

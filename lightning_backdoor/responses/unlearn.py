@@ -298,7 +298,10 @@ class Unlearn(Response):
         self._measure(session)
         self._before = weights(trainer, session.module)
         beyond = end is not None and done + epochs > end
-        self._tuning.begin(trainer, epochs, self._lr, steady=self._paper_loop, beyond=beyond, done=done)
+        as_authors = self._paper_loop
+        self._tuning.begin(
+            trainer, epochs, self._lr, constant=as_authors, frozen_norms=not as_authors, beyond=beyond, done=done
+        )
         self._draw(session)
         return event
 

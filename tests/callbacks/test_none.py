@@ -111,7 +111,8 @@ def test_fine_tunes_beyond_the_plan_on_what_is_kept_and_gives_everything_back() 
     assert 0 < 64 - len(kept) <= 0.3 * 64
     assert [(epoch, positions == kept) for epoch, positions in module.epochs()][4:] == [(4, True), (5, True)]
     assert module.epochs()[3][1] == list(range(64))
-    assert moved(moments.weights[4], state_of(module)) < 1e-20, "a rate of 1e-30, and batch norms that are frozen"
+    before = {name: moments.weights[4][name] for name, _ in module.named_parameters()}
+    assert moved(before, state_of(module)) < 1e-20, "a rate of 1e-30"
     assert moved(moments.weights[3], moments.weights[4]) > 0
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.7**4)
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4, "the schedule waited at its end"
@@ -156,12 +157,13 @@ def test_inside_the_plan_schedules_go_on_and_training_does_not_get_longer() -> N
     assert [len(positions) for _, positions in module.epochs()] == [64] + 3 * [int(callback.verdict.keep.sum())]
 
 
-def test_batch_norm_statistics_stand_still_and_their_weights_learn() -> None:
+@pytest.mark.parametrize("paper_loop", [False, True])
+def test_batch_norms_learn_and_their_statistics_go_on_but_in_the_authors_loop(paper_loop: bool) -> None:
     moments = Moments()
-    _, module = fit([acting(), moments])
+    _, module = fit([acting(paper_loop=paper_loop), moments])
     before, after = moments.weights[4], state_of(module)
-    assert torch.equal(before["body.1.running_mean"], after["body.1.running_mean"])
-    assert torch.equal(before["body.1.num_batches_tracked"], after["body.1.num_batches_tracked"])
+    assert torch.equal(before["body.1.running_mean"], after["body.1.running_mean"]) is paper_loop
+    assert torch.equal(before["body.1.num_batches_tracked"], after["body.1.num_batches_tracked"]) is paper_loop
     assert not torch.equal(before["body.1.weight"], after["body.1.weight"])
 
 
@@ -174,6 +176,36 @@ def test_a_round_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert same_state(undefended, module)
     assert [past.undone for past in callback.history] == [True]
     assert "cost too much accuracy" in (tmp_path / "report.html").read_text()
+
+
+def test_a_round_that_costs_accuracy_goes_on_in_the_place_of_those_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, undefended = fit([], epochs=1)
+    monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", -2.0)
+    callback = acting(rounds=3, finetune_epochs=1, extra_epochs=2)
+    with pytest.warns(UserWarning, match="the backdoor may still be there"):
+        _, module = fit([callback], epochs=2)
+    assert [epoch for epoch, _ in module.epochs()] == [0, 1, 2, 3], "two epochs beyond the plan"
+    assert [(past.epochs, past.undone) for past in callback.history] == [(1, True)]
+    assert same_state(undefended, module)
+
+
+def test_units_go_back_to_the_start_of_the_fit_and_learn_again(tmp_path: Path) -> None:
+    callback, moments = acting(reset="start", finetune_epochs=1, reset_fraction=0.3), Moments()
+    saver = SaveAll(tmp_path)
+    _, module = fit([callback, moments, saver])
+    start, before, after = moments.weights[0], moments.weights[3], moments.weights[4]
+    units = [unit for name, unit, *_ in callback.history[0].units if name == "body.0"]
+    assert units
+    for name in ("body.0.weight", "body.0.bias", "body.1.weight", "body.1.running_mean"):
+        assert torch.equal(after[name][units], start[name][units])
+        assert not torch.equal(before[name][units], start[name][units])
+    columns = [4 * unit + place for unit in units for place in range(4)]
+    assert torch.equal(after["head.weight"][:, columns], start["head.weight"][:, columns])
+    assert not torch.equal(state_of(module)["body.0.weight"][units], start["body.0.weight"][units])
+    saved = torch.load(saver.paths[0], weights_only=True)["callbacks"]["lightning_backdoor.NONE"]
+    again = NONECallback(reset="start", rule="paper")
+    again.load_state_dict(saved)
+    assert torch.equal(again._procedure.response._start["head.weight"], start["head.weight"])
 
 
 def test_rounds_follow_each_other() -> None:
