@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.values import CASES, file_name, load
-from lightning_backdoor.detection.diagnosis import diagnose
-from lightning_backdoor.verdict import Finding
+from lightning_backdoor import Finding
+from lightning_backdoor.functional import diagnose
 
 FIXED_ON = {
     "digits-badnets-5%",

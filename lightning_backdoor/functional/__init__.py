@@ -8,6 +8,7 @@ from lightning_backdoor.detection.decision import (
     natural_break,
     select_fraction,
 )
+from lightning_backdoor.detection.diagnosis import diagnose
 from lightning_backdoor.detection.near_duplicates import thumbnails
 from lightning_backdoor.detection.neighbors import neighbor_agreement, reconsider_uncertain
 from lightning_backdoor.detection.subpopulations import (
@@ -39,6 +40,7 @@ __all__ = [
     "center_repulsion_loss",
     "compromise_scores",
     "decide",
+    "diagnose",
     "fct_scores",
     "find_all_to_all_subpopulation",
     "find_subpopulations",
