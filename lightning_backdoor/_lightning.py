@@ -42,8 +42,10 @@ __all__ = [
     "load_again",
     "may_stop_early",
     "package_of",
+    "parameters_of",
     "plain",
     "put_buffer",
+    "put_parameter",
     "rank_zero_info",
     "rank_zero_warn",
     "restart_fetcher",
@@ -315,6 +317,16 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
 def put_buffer(module: nn.Module, name: str, buffer: Tensor) -> None:
     """Make a tensor the buffer of this name, without ``__setattr__``, which the user's class may override."""
     module._buffers[name] = buffer
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module itself, without those that are ``None``."""
+    return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+
+
+def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Make a parameter the one of this name, as :func:`put_buffer` does."""
+    module._parameters[name] = parameter
 
 
 def with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> nn.Module:

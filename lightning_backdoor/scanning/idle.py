@@ -16,7 +16,9 @@ from lightning_backdoor._lightning import (
     hosted,
     idle_trainer,
     package_of,
+    parameters_of,
     put_buffer,
+    put_parameter,
     trainer_of,
 )
 
@@ -69,18 +71,20 @@ def _place(model: nn.Module, accelerator: str) -> tuple[str, Any]:
 @contextmanager
 def _moved(module: LightningModule, device: torch.device) -> Iterator[None]:
     """The module on a device; afterwards its parameters, gradients and buffers are the tensors of before."""
-    own, values = module.device, [(parameter, parameter.data, parameter.grad) for parameter in module.parameters()]
-    grads = [None if grad is None else grad.data for _, _, grad in values]
-    buffers = [(part, name, buffer) for part in module.modules() for name, buffer in buffers_of(part).items()]
+    own, parts = module.device, list(module.modules())
+    parameters = [(part, name, each) for part in parts for name, each in parameters_of(part).items()]
+    values = [(each, each.data, each.grad, None if each.grad is None else each.grad.data) for _, _, each in parameters]
+    buffers = [(part, name, each) for part in parts for name, each in buffers_of(part).items()]
     try:
         module.to(device)
         yield
     finally:
         module.to(own)  # for the device that the LightningModule names
-        for (parameter, data, grad), of_grad in zip(values, grads, strict=True):
-            parameter.data = data
+        for part, name, parameter in parameters:
+            put_parameter(part, name, parameter)
+        for parameter, data, grad, of_grad in values:
             if grad is not None and of_grad is not None:
                 grad.data = of_grad
-            parameter.grad = grad
+            parameter.data, parameter.grad = data, grad  # a gradient must be where its parameter is
         for part, name, buffer in buffers:
             put_buffer(part, name, buffer)

@@ -9,9 +9,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from lightning_backdoor import audit
 from lightning_backdoor.detection.subpopulations import search_labels
-from lightning_backdoor.scanning import scan
-from tests.contract.problem import EPOCHS, WARNS, assert_settled, fit
+from lightning_backdoor.scanning import idle, scan
+from tests.callbacks.helpers import make_trainer
+from tests.contract.problem import EPOCHS, WARNS, assert_settled, fit, net_of, planted
 from tests.contract.registry import of
 from tests.gpu.strict import DEVICE, StrictTensor, accelerator_of, second_device
 
@@ -89,3 +91,24 @@ def test_a_decision_is_made_where_the_responses_are(monkeypatch: pytest.MonkeyPa
     run = fit([of("UltraCleanCallback").make(response="continue")], **accelerator_of(pl))
     assert run.trainer.strategy.root_device == DEVICE
     assert set(devices) == {(DEVICE.type, "cpu")}
+
+
+@pytest.mark.filterwarnings("ignore:The model gives only")
+def test_an_audit_leaves_the_model_on_the_cpu_with_its_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, places = net_of(), []
+    module.register_forward_hook(lambda part, images, logits: places.append(type(images[0])))
+    module(planted().images).sum().backward()
+    tensors = [*module.parameters(), *module.buffers(), *(weight.grad for weight in module.parameters())]
+    before = [(id(tensor), tensor.data_ptr(), tensor.clone()) for tensor in tensors]
+    here = audit(module, planted(), accelerator="cpu", progress=False)
+    places.clear()
+    monkeypatch.setattr(
+        idle, "idle_trainer", lambda package, **_: make_trainer([], package=package, **accelerator_of(package))
+    )
+    there = audit(module, planted(), progress=False)
+    assert {*places} == {StrictTensor}
+    assert torch.allclose(there.scores, here.scores, atol=1e-4)
+    after = [*module.parameters(), *module.buffers(), *(weight.grad for weight in module.parameters())]
+    assert all((id(tensor), tensor.data_ptr()) == known[:2] for tensor, known in zip(after, before, strict=True))
+    assert all(torch.equal(tensor, known[2]) for tensor, known in zip(after, before, strict=True))
+    assert module.device == torch.device("cpu")
