@@ -3,8 +3,8 @@
 For clean data and every standard attack the undefended network is trained to its end with the callbacks of UltraClean
 and NONE beside it, which report alone; then ``audit`` looks at the network. Printed is, for the callbacks and for the
 audit, how many poisons and how many other images are in a finding, and the time of the audit as a multiple of one
-evaluation pass over the same images. With ``--digits`` these are scikit-learn's digits. Rows go to ``audited.jsonl``; a run that was interrupted goes on with the first
-missing one.
+evaluation pass over the same images. With ``--digits`` these are scikit-learn's digits. Rows go to ``audited.jsonl``; a
+run that was interrupted goes on with the first missing one.
 """
 
 from __future__ import annotations
