@@ -79,8 +79,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
 
     class Trainer(pl.Trainer):
         def __init__(self, *, max_epochs: int = 1, **settings: Any) -> None:
-            quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False)
-            super().__init__(max_epochs=min(max_epochs, 2), accelerator="cpu", **{"logger": False, **quiet, **settings})
+            quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+            super().__init__(max_epochs=min(max_epochs, 2), **{**quiet, **settings})
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # pictures take seconds; other tests draw them
