@@ -157,13 +157,14 @@ def _nothing(*args: Any) -> None:
     """Stand in for a step."""
 
 
-def idle_trainer(package: Any, *, accelerator: str, devices: Any, progress: bool) -> Trainer:
+def idle_trainer(package: Any, *, accelerator: str, devices: Any, precision: str, progress: bool) -> Trainer:
     """A Trainer on one device that logs and saves nothing, whatever the job that it runs in has set for others."""
     environments = importlib.import_module(f"{package.__name__}.plugins.environments")
     bar = [package.callbacks.TQDMProgressBar()] if progress else []
     trainer: Trainer = package.Trainer(
         accelerator=accelerator,
         devices=devices,
+        precision=precision,
         plugins=[environments.LightningEnvironment()],
         callbacks=bar,
         enable_progress_bar=progress,

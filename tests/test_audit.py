@@ -168,6 +168,22 @@ def test_modules_of_both_packages(package: Any) -> None:
         _ = module.trainer
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_get_images_of_it(dtype: torch.dtype) -> None:
+    model, data = Scaled().to(dtype), Pairs(40)
+    verdict = audit(model, TensorDataset(data.images.float() / 255, data.targets), **settings())
+    assert verdict.scores.dtype == torch.float32
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+
+
+@pytest.mark.slow
+def test_three_detectors_agree_on_planted_poisons() -> None:
+    detectors = ("features", "units", "consistency")
+    verdict = audit(undefended(poisoned=True), poisoned_digits(), detectors=detectors, **settings())
+    assert verdict.findings[0].detectors == detectors
+    assert not audit(undefended(poisoned=False), digits()[0], detectors=detectors, **settings()).findings
+
+
 def traces(model: nn.Module) -> list[Any]:
     """The objects that a model is made of, its modes, its hooks, and what its instances hold."""
     parts = list(model.modules())

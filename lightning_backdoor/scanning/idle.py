@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CHILD", "with_idle_trainer"]
 
+PRECISIONS = {torch.float16: "16-true", torch.bfloat16: "bf16-true", torch.float64: "64-true"}
+
 
 @contextmanager
 def with_idle_trainer(
@@ -48,7 +50,8 @@ def with_idle_trainer(
     attached = [(part, trainer_of(part)) for part in module.modules() if hasattr(type(part), "trainer")]
     before = getattr(datamodule, "trainer", None)
     kind, devices = _place(model, accelerator)
-    trainer = idle_trainer(package, accelerator=kind, devices=devices, progress=progress)
+    settings: dict[str, Any] = {"accelerator": kind, "devices": devices, "precision": _precision(model)}
+    trainer = idle_trainer(package, **settings, progress=progress)
     try:
         attach(trainer, module, datamodule)
         with _moved(module, trainer.strategy.root_device):
@@ -66,6 +69,12 @@ def _place(model: nn.Module, accelerator: str) -> tuple[str, Any]:
     if accelerator == "auto" and len(devices) == 1 and (device := devices.pop()).type == "cuda":
         return "cuda", [device.index or 0]
     return accelerator, 1
+
+
+def _precision(model: nn.Module) -> str:
+    """The precision of a Trainer that turns images into the type of the weights."""
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return PRECISIONS.get(types.pop(), "32-true") if len(types) == 1 else "32-true"
 
 
 @contextmanager
