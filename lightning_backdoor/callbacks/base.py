@@ -517,7 +517,16 @@ class Procedure:
         wanted = defense.report_dir is not None or (logs is not None and trainer.loggers)
         if wanted and trainer.is_global_zero:
             folder = report_folder(defense.report_dir, defense.name, self.own_name, logs)
-            report_verdict(session, self.detector, folder, seconds=self._seconds, max_removed=defense.max_removed)
+            rate = getattr(defense, "false_alarm_rate", getattr(self.detector, "false_alarm_rate", None))
+            report_verdict(
+                session,
+                self.detector,
+                folder,
+                seconds=self._seconds,
+                max_removed=defense.max_removed,
+                callback=type(defense).__name__,
+                false_alarm_rate=rate,
+            )
 
     def save_training(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what was trained if an exception is this defense's: it acts at the moment, or a treatment lasts."""

@@ -30,7 +30,16 @@ def report_folder(report_dir: str | None, name: str | None, own: str, logs: str 
     return Path(report_dir) if name is None else Path(report_dir) / own
 
 
-def report_verdict(session: Session, detector: Detector, folder: Path, *, seconds: float, max_removed: float) -> None:
+def report_verdict(
+    session: Session,
+    detector: Detector,
+    folder: Path,
+    *,
+    seconds: float,
+    max_removed: float,
+    callback: str = "",
+    false_alarm_rate: float | None = None,
+) -> None:
     """Write the report of the verdict in force; a failure is a warning. Call it on one process only.
 
     Args:
@@ -39,8 +48,11 @@ def report_verdict(session: Session, detector: Detector, folder: Path, *, second
         folder: Where to write.
         seconds: Duration of the last detection.
         max_removed: The user's ``max_removed``.
+        callback: Name of the class of the defense.
+        false_alarm_rate: The user's ``false_alarm_rate``; ``None`` where the defense has none.
     """
     shown = _shown(session, detector, seconds, max_removed)
+    shown = replace(shown, callback=callback, false_alarm_rate=false_alarm_rate)
     with isolated_rng():
         try:
             write_report(folder, session.verdict, method=session.case.title, evidence=shown)

@@ -20,10 +20,10 @@ class Evidence:
 
     Args:
         classes: Class names, indexed by label. Labels without a name appear as ``class 7``.
-        images: Function from dataset positions to their pixels, uint8, shape ``(n, C, H, W)``. Called once, with at
-            most 24 positions.
+        images: Function from dataset positions to their pixels, uint8, shape ``(n, C, H, W)``. Called several times,
+            with at most 64 positions each, and about 540 in all; most of them are of findings.
         denoised: Function from dataset positions to the denoised variants of these images, each uint8,
-            shape ``(n, C, H, W)``; one tensor for each name in ``variants``.
+            shape ``(n, C, H, W)``; one tensor for each name in ``variants``. Called once, with at most 24 positions.
         variants: Names of the denoised variants.
         facts: Rows for the table of facts, as name and value: epoch, seconds, gate statistic...
         score_meaning: One sentence that says what the score measures.
@@ -35,6 +35,9 @@ class Evidence:
         acted: Whether flagged images left the training set; ``False`` where nothing was changed.
         treatment: What was done to the model itself, as sentences; empty if nothing was.
         figures: More pictures, title to PNG bytes, each shown in a section of its own after the classes.
+        callback: Name of the class of the defense, such as ``"UltraCleanCallback"``, for lines of code to copy; empty
+            in an audit.
+        false_alarm_rate: Chance at most, in ``[0, 1]``, that noise is taken for a finding in a training.
         tables: More tables, title to ``(head, rows)``, shown before these pictures: the first 100 rows of each.
 
     Raises:
@@ -52,6 +55,8 @@ class Evidence:
     rewound: bool | None = None
     acted: bool = True
     treatment: str = ""
+    callback: str = ""
+    false_alarm_rate: float | None = None
     figures: Mapping[str, bytes] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
 

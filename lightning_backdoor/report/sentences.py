@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning_backdoor.detection.decision import OF_LABEL
 from lightning_backdoor.detection.majorities import MOST_OF_LABEL
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.table import ClassRow
-from lightning_backdoor.verdict import Verdict
+from lightning_backdoor.verdict import Finding, Verdict
 
 OF_ALL = (
     "Compare the images on both sides of the line. If the kept ones show the same mark, raise `max_removed` and train "
-    "again. If they look ordinary, the rule was misled: lower `max_removed`, or choose another rule."
+    "again. If they look ordinary, they may be fine: mark them, and train again with `approved`."
 )
 OF_ONE_LABEL = (
     "Nearly a whole label stood out, and some of its images stay so that the model knows the label. Compare the images "
     "on both sides of the line. If they show the same mark, take all of them out of the data set and train again. If "
-    "they look ordinary, they are a kind of image that no other label has: train without this check."
+    "they look ordinary, they are a kind of image that no other label has: mark them, and train again with `approved`."
 )
 LIMIT = "`max_removed_of_class`"  # no baseline has it, and none has findings
 OF_MOST = (
@@ -27,11 +28,23 @@ OF_MOST = (
     f"explain, take them out of the data set and train again, or pass a larger {LIMIT}."
 )
 
-__all__ = ["Summary", "count", "number", "percent", "score", "summarize"]
+WRONG_LABELS = (
+    "Look at these images. Their labels look wrong. If they share a patch or a pattern, it is a backdoor: ask where "
+    "they came from. `verdict.relabeled(dataset)` has them back with the suggested labels."
+)
+MAY_BE_FINE = (
+    "Look at these images. A mark that many of them share is a trigger, or harmless: a watermark, a border, another "
+    "camera, a kind of image that only one class has. Where they came from tells the two apart. Mark what is fine, "
+    "download `reviewed.csv`, and pass its path as `approved` when you train again."
+)
+NAMED = 3  # findings in the summary
+OBEYED = 0.5  # estimated attack success rate, and twice the control at least: the summary calls it a trigger
+
+__all__ = ["Summary", "count", "listed", "number", "percent", "score", "summarize"]
 
 
 class Summary(NamedTuple):
-    """The five texts of the summary, in the order in which the page shows them."""
+    """The five texts of the summary: the title, what was looked at, found and done, and what to do next."""
 
     headline: str
     looked: str
@@ -44,6 +57,11 @@ def count(amount: int, noun: str = "") -> str:
     """Write a count with its noun: ``1 image``, ``20,000 images``."""
     ending = "" if amount == 1 else "es" if noun.endswith("s") else "s"
     return f"{amount:,} {noun}{ending}" if noun else f"{amount:,}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Write names as a list: ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def number(value: str | int | float) -> str:
@@ -105,22 +123,9 @@ def _done(removed: int, kept: int, evidence: Evidence) -> str:
 
 
 def _then(verdict: Verdict) -> str:
-    """What to do about removed images, by what is known of their labels."""
-    known = [finding for finding in verdict.findings if finding.own_label_rate is not None]
-    wrong = [finding for finding in known if finding.diagnosis == "wrong labels"]
-    told = "Look at the removed images. "
-    if known and len(wrong) == len(verdict.findings):
-        return (
-            f"{told}Their labels look wrong: a model that was not trained on them gives them other labels. If they "
-            "share a patch or a pattern, it is a backdoor: ask where they came from. To use them all the same, give "
-            "them their right labels."
-        )
-    return (
-        f"{told}A mark that many of them share is a trigger, put there by an attacker, or harmless: a watermark, a "
-        "border, another camera, a kind of image that only one class has. Where the images came from tells the two "
-        "apart. A model that is trained without a harmless kind does not know it afterwards, so keep such images: pass "
-        "their positions as `approved` and train again."
-    )
+    """What to do about images that stand out, by what is known of their labels."""
+    wrong = bool(verdict.findings) and all(finding.diagnosis == "wrong labels" for finding in verdict.findings)
+    return WRONG_LABELS if wrong else MAY_BE_FINE
 
 
 def _looked(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evidence) -> str:
@@ -183,18 +188,57 @@ def summarize(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evi
     """
     total, removed = len(verdict), int((~verdict.keep).sum())
     looked = _looked(verdict, method, rows, evidence)
-    where = _where(rows, evidence)
+    where = "" if verdict.findings else _where(rows, evidence)
     if evidence.num_flagged_before_cap is not None and evidence.num_flagged_before_cap > removed:
         capped = _capped(looked, where, verdict.rule, removed=removed, total=total, evidence=evidence)
+        if verdict.findings:
+            capped = capped._replace(found=f"{_groups(verdict, evidence)} {capped.found}")
         return capped._replace(done=" ".join(filter(None, (capped.done, evidence.treatment))))
-    if removed == 0:
+    if removed == 0 and not verdict.findings:
         return _nothing(looked, total, evidence.treatment)
     stands = "One image stands" if removed == 1 else f"{count(removed, 'image')} stand"
+    found = f"{stands} out from the rest ({percent(removed, total)} of the training set).{where}"
+    done = _done(removed, total - removed, evidence)
     happened = f"{_were(removed)} removed" if evidence.acted else f"stand{'s' * (removed == 1)} out"
-    return Summary(
-        headline=f"{removed:,} of {total:,} training images {happened}",
-        looked=looked,
-        found=f"{stands} out from the rest ({percent(removed, total)} of the training set).{where}",
-        done=" ".join(filter(None, (_done(removed, total - removed, evidence), evidence.treatment))),
-        then=_then(verdict),
+    headline = f"{removed:,} of {total:,} training images {happened}"
+    if verdict.findings:
+        found = _groups(verdict, evidence)
+    if removed == 0:
+        members = sum(map(len, verdict.findings))
+        headline = (
+            f"{members:,} of {total:,} training images {'stands' if members == 1 else 'stand'} out, none was removed"
+        )
+        done = f"All {count(total, 'image')} stay in training." if evidence.acted else "Nothing was changed."
+    done = " ".join(filter(None, (done, evidence.treatment)))
+    return Summary(headline=headline, looked=looked, found=found, done=done, then=_then(verdict))
+
+
+def _groups(verdict: Verdict, evidence: Evidence) -> str:
+    """Name the findings by size, label and diagnosis, and the one that works best as a trigger."""
+    findings = verdict.findings
+    phrases = {
+        "wrong labels": "labels look wrong",
+        "right labels": "labels look right",
+        "unclear": "labels may be right",
+    }
+    told = [
+        f"{len(found):,} of “{evidence.class_name(found.label)}” ({phrases[found.diagnosis]})"
+        for found in findings[:NAMED]
+    ]
+    if len(findings) > NAMED:
+        told.append(f"{len(findings) - NAMED:,} more")
+    what = f"{len(findings):,} groups of images stand out from their classes"
+    if len(findings) == 1:
+        what = "One group of images stands out from its class"
+    return f"{what}: {listed(told)}.{_trigger(findings, evidence)}"
+
+
+def _trigger(findings: Sequence[Finding], evidence: Evidence) -> str:
+    known = [(f.estimated_asr, f.control_asr or 0.0, f) for f in findings if f.estimated_asr is not None]
+    rate, control, finding = max(known, key=lambda each: each[0], default=(0.0, 0.0, None))
+    if finding is None or rate < OBEYED or rate < 2 * control:
+        return ""
+    return (
+        f" What those of “{evidence.class_name(finding.label)}” have in common works as a trigger: with it, an "
+        f"estimated {percent(rate)} of other images get this label."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["ClassRow", "class_rows", "csv_chunks"]
+__all__ = ["ClassRow", "class_rows", "csv_chunks", "csv_columns", "csv_rows"]
 
 
 class ClassRow(NamedTuple):
@@ -37,35 +37,46 @@ def csv_chunks(verdict: Verdict, rows: int = 100_000) -> Iterator[str]:
 
     The columns are those of :meth:`~lightning_backdoor.Verdict.to_frame`. Unknown labels are ``-1``; ``finding`` and
     ``suggested_label`` are empty where there is none; scores keep every digit that float32 has.
-
-    Args:
-        verdict: The verdict, ``N`` samples.
-        rows: Rows per chunk, which bounds the memory.
     """
-    unknown, none = torch.full((len(verdict),), -1), torch.zeros_like(verdict.keep)
+    yield _lines([csv_columns(verdict)])
+    for part in torch.split(torch.arange(len(verdict)), rows):
+        yield _lines(csv_rows(verdict, part))
+
+
+def csv_columns(verdict: Verdict) -> list[str]:
+    """Names of the columns of :func:`csv_chunks`."""
+    return ["index", *_columns(verdict)]
+
+
+def csv_rows(verdict: Verdict, positions: Tensor) -> Iterator[tuple[Any, ...]]:
+    """The cells of some samples, in the order of :func:`csv_columns`: numbers and booleans, and scores as text."""
+    digits = ".17g" if verdict.scores.dtype == torch.float64 else ".9g"
+    cells: dict[str, list[Any]] = {}
+    for name, column in _columns(verdict).items():
+        if isinstance(column, tuple):
+            cells[name] = [column[position] for position in positions.tolist()]
+        else:
+            cells[name] = column[positions].tolist()
+    cells["score"] = [format(score, digits) for score in cells["score"]]
+    for name in ("finding", "suggested_label"):
+        cells[name] = ["" if number == -1 else number for number in cells[name]]
+    return zip(positions.tolist(), *cells.values(), strict=True)
+
+
+def _columns(verdict: Verdict) -> dict[str, Tensor | tuple[str, ...]]:
+    """Every column but the first, by name, ``(N,)``."""
     columns: dict[str, Tensor | tuple[str, ...] | None] = {
         "path": verdict.paths,
-        "label": unknown if verdict.labels is None else verdict.labels,
+        "label": torch.full((len(verdict),), -1) if verdict.labels is None else verdict.labels,
         "score": verdict.scores,
         "keep": verdict.keep,
         "finding": verdict.finding_indices,
         "suggested_label": verdict.suggested_labels,
-        "approved": none if verdict.approved is None else verdict.approved,
+        "approved": torch.zeros_like(verdict.keep) if verdict.approved is None else verdict.approved,
         "trusted": verdict.trusted,
         "suspect": verdict.suspect,
     }
-    present = {name: column for name, column in columns.items() if column is not None}
-    digits = ".17g" if verdict.scores.dtype == torch.float64 else ".9g"
-    yield _lines([["index", *present]])
-    for start in range(0, len(verdict), rows):
-        part = slice(start, start + rows)
-        cells: dict[str, list[object]] = {
-            name: list(c[part]) if isinstance(c, tuple) else c[part].tolist() for name, c in present.items()
-        }
-        cells["score"] = [format(score, digits) for score in verdict.scores[part].tolist()]
-        for name in ("finding", "suggested_label"):
-            cells[name] = ["" if number == -1 else number for number in cells[name]]
-        yield _lines(zip(range(start, start + rows), *cells.values(), strict=False))
+    return {name: column for name, column in columns.items() if column is not None}
 
 
 def _lines(rows: Iterable[Iterable[object]]) -> str:

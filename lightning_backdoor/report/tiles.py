@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.verdict import Verdict
 
-__all__ = ["Exhibit", "Group", "choose", "collect", "three_channels"]
+__all__ = ["Exhibit", "Group", "choose", "collect", "fetched", "fitted", "three_channels"]
 
 _LARGEST = 160  # pixels: what a tile needs on a sharp screen
 _BRIGHTEST = 16  # the strongest amplification; beyond it one grey level of rounding looks like a pattern
@@ -74,13 +75,30 @@ def three_channels(images: Tensor) -> Tensor:
     return images.float().mean(dim=1, keepdim=True).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
-def _fitted(images: Tensor) -> Tensor:
+def fitted(images: Tensor) -> Tensor:
     """Shrink float images ``(n, 3, H, W)`` whose longer side exceeds the largest tile."""
     height, width = images.shape[-2:]
     scale = _LARGEST / max(height, width)
     if scale >= 1:
         return images
     return interpolate(images, size=(max(1, round(height * scale)), max(1, round(width * scale))), mode="area")
+
+
+def fetched(positions: Sequence[int], evidence: Evidence) -> Tensor:
+    """Call ``images`` of the evidence, which must be there, and check what it returns: uint8 ``(n, C, H, W)``.
+
+    Raises:
+        ArgumentError: It returns another type or shape.
+    """
+    if evidence.images is None:
+        raise ArgumentError("`images` must be there for pictures in a report, got None.")
+    images = evidence.images(positions)
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(positions):
+        raise ArgumentError(
+            f"`images` must return uint8 pixels of shape ({len(positions)}, C, H, W), "
+            f"got {images.dtype} {tuple(images.shape)}. Convert them to 8-bit pixels first."
+        )
+    return images.cpu()
 
 
 def _amplification(differences: Tensor) -> int:
@@ -101,12 +119,7 @@ def collect(groups: list[Group], evidence: Evidence) -> list[Exhibit]:
     positions = [position for group in groups for position in group.positions]
     if evidence.images is None or not positions:
         return []
-    images = evidence.images(positions)
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(positions):
-        raise ArgumentError(
-            f"`images` must return uint8 pixels of shape ({len(positions)}, C, H, W), "
-            f"got {images.dtype} {tuple(images.shape)}. Convert them to 8-bit pixels first."
-        )
+    images = fetched(positions, evidence)
     variants = [] if evidence.denoised is None else list(evidence.denoised(positions))
     if evidence.denoised is not None and len(variants) != len(evidence.variants):
         raise ArgumentError(
@@ -118,9 +131,9 @@ def collect(groups: list[Group], evidence: Evidence) -> list[Exhibit]:
         raise ArgumentError(
             f"`denoised` must return tensors of the shape of `images` {tuple(images.shape)}, got {shapes}."
         )
-    pixels = three_channels(images.cpu()).float()
+    pixels = three_channels(images).float()
     differences = [(three_channels(variant.cpu()).float() - pixels).abs() for variant in variants]
     factor = _amplification(torch.stack(differences)) if differences else 1
-    shown = [_fitted(pixels), *(_fitted((difference * factor).clamp(max=255)) for difference in differences)]
+    shown = [fitted(pixels), *(fitted((difference * factor).clamp(max=255)) for difference in differences)]
     tiles = torch.stack(shown, dim=1).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
     return [Exhibit(position, tile, factor) for position, tile in zip(positions, tiles, strict=True)]

@@ -11,6 +11,7 @@ from lightning_backdoor.files import atomic_file
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.figures import contact_sheet, histogram
 from lightning_backdoor.report.page import page
+from lightning_backdoor.report.portraits import portray
 from lightning_backdoor.report.sentences import summarize
 from lightning_backdoor.report.table import class_rows, csv_chunks
 from lightning_backdoor.report.tiles import choose, collect
@@ -46,7 +47,8 @@ def write_report(
     """Write a verdict as a table, pictures and one page to read.
 
     ``folder`` receives ``verdict.csv``, ``histogram.png``, ``suspicious.png`` (if the evidence has images) and
-    ``report.html``, which holds the pictures and loads nothing. The table is written first, so it is there even if
+    ``report.html``, which holds the pictures and loads nothing; on it images can be marked as fine, and the table with
+    the marks be downloaded as ``reviewed.csv``. The table is written first, so it is there even if
     a picture fails. Each file appears under its name when it is complete. Without matplotlib the two PNG files and
     the histogram on the page are left out, and the page states it. Call it on one process only.
 
@@ -78,6 +80,7 @@ def write_report(
             file.write(chunk.encode())
     groups, rows, drawn = choose(verdict), class_rows(verdict), _matplotlib_is_here()
     exhibits = collect(groups, evidence)
+    portraits, pixels = portray(verdict, evidence)
     picture = histogram(verdict) if drawn else None
     summary = summarize(verdict, method, rows, evidence)
     note = "" if drawn else _WITHOUT_MATPLOTLIB
@@ -89,7 +92,10 @@ def write_report(
         rows=rows,
         groups=groups,
         exhibits=exhibits,
+        portraits=portraits,
+        pixels=pixels,
         histogram=picture,
+        folder=folder,
         note=note,
     )
     _put(folder / "histogram.png", picture)

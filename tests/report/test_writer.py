@@ -13,6 +13,7 @@ import torch
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.files import atomic_file
 from lightning_backdoor.report import write_report
+from lightning_backdoor.report.review import policy
 from lightning_backdoor.verdict import Verdict
 from tests.report.helpers import evidence, verdict
 
@@ -32,7 +33,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -44,6 +45,13 @@ class Reader(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.words).split())
+
+
+def own_scripts(page: Reader) -> bool:
+    """Whether the only scripts of a page are its rows, which are data, and the one that its policy allows."""
+    kinds = [attrs.get("type") for tag, attrs in page.tags if tag == "script"]
+    (allowed,) = (attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    return kinds == ["application/json", None] and allowed == policy(reviewing=True)
 
 
 def written(folder, judged=None, **changes) -> Reader:
@@ -69,7 +77,8 @@ def test_the_page_is_self_contained(tmp_path):
     page = written(tmp_path)
     links = [attrs[key] for _, attrs in page.tags for key in ("src", "href") if key in attrs]
     assert [link for link in links if not link.startswith("data:image/png;base64,")] == ["verdict.csv"]
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe"}
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "base"}
+    assert own_scripts(page)
     assert "url(" not in (tmp_path / "report.html").read_text("utf-8")
     assert sum(tag == "img" for tag, _ in page.tags) >= 24 * 3
 
@@ -83,7 +92,7 @@ def test_the_page_shows_sentences_facts_classes_and_rows(tmp_path):
     assert "Epoch of the scan 3" in page.text
     assert "Seconds 12.35" in page.text
     assert "The first 100 removed images" in page.text
-    rows = re.findall(r"<tr><td>(\d+)</td><td>dog</td>", (tmp_path / "report.html").read_text("utf-8"))
+    rows = re.findall(r"<tr data[^>]*><td>(\d+)</td><td>dog</td>", (tmp_path / "report.html").read_text("utf-8"))
     assert [int(row) for row in rows] == judged.removed[:100].tolist()
     assert re.search(r"dog 212 150 70\.8 %", page.text)
 
@@ -93,6 +102,7 @@ def test_found_nothing_has_its_own_page(tmp_path):
     assert "Nothing suspicious was found" in page.text
     assert "Threshold none" in page.text
     assert "removed images" not in page.text
+    assert not [tag for tag, _ in page.tags if tag in ("script", "input", "button")], "there is nothing to mark"
 
 
 def test_names_from_strangers_are_escaped(tmp_path):
@@ -107,7 +117,8 @@ def test_names_from_strangers_are_escaped(tmp_path):
     )
     judged = Verdict(**{**vars(verdict()), "rule": evil})
     text = write_report(tmp_path, judged, method=evil, evidence=hostile).read_text("utf-8")
-    assert "<script" not in text
+    assert own_scripts(Reader(text))
+    assert text.count("<script") == 2
     assert "&lt;script&gt;alert" in text
     assert not any("onload" in attrs for _, attrs in Reader(text).tags)
 
