@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
@@ -288,16 +287,3 @@ def test_what_cannot_work_is_one_error() -> None:
 class Two(Images):
     def train_dataloader(self) -> Any:
         return [super().train_dataloader(), super().train_dataloader()]
-
-
-def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = list((Path(__file__).parents[1] / "docs").rglob("audit_a_checkpoint.md"))
-    if not pages:
-        pytest.skip("an installed package has no docs")
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", pages[0].read_text(encoding="utf-8"), flags=re.DOTALL)
-    defined: dict[str, Any] = {"model": Net(), "dataset": Pairs(40)}
-    for block in blocks:
-        exec(compile(block, str(pages[0]), "exec"), defined)
-    assert len(blocks) == 2
-    assert (tmp_path / "audit" / "report.html").exists()
