@@ -69,7 +69,8 @@ class Finding:
         reference_confidence: Mean probability, in ``[0, 1]``, of the labels that it gives those.
         estimated_asr: Estimated attack success rate, in ``[0, 1]``: share of training images of other classes that the
             model gives ``label`` when what the group has in common is put on them; ``None`` if it was not estimated.
-        control_asr: The same with ordinary samples of the label in the place of the group.
+        control_asr: The same with ordinary samples in the place of the group, for the label that they have: those of
+            ``label``, or the upper quartile of other labels, whichever is larger.
         asr_method: How it was put on them: ``"difference"``, ``"blend"`` or ``"paste"``.
         detectors: In an audit, the names of the detectors that found it, first the one that these figures and this
             direction are of.

@@ -33,7 +33,7 @@ def success_sentence(finding: Finding) -> str:
         return ""
     return (
         f"What they have in common, put on images of other classes, turns {finding.estimated_asr:.0%} of them into "
-        f"label {finding.label} (ordinary images of the label: {finding.control_asr or 0.0:.0%})."
+        f"label {finding.label} (ordinary images: {finding.control_asr or 0.0:.0%})."
     )
 
 

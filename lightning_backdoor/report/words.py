@@ -57,7 +57,7 @@ def _described(finding: Finding, place: int, verdict: Verdict, evidence: Evidenc
         f"labels: {LABELS[finding.diagnosis]}{_suggested(finding, evidence)}",
     ]
     if finding.estimated_asr is not None:
-        control = "" if finding.control_asr is None else f", {percent(finding.control_asr)} with others of the label"
+        control = "" if finding.control_asr is None else f", {percent(finding.control_asr)} with ordinary images"
         lines.append(f"estimated attack success rate: {percent(finding.estimated_asr)}{control}")
     lines += [f"gate “{finding.gate}”: {figures}"] if figures else []
     return "\n  ".join([*lines, f"images: {shown}{more}"])

@@ -18,11 +18,13 @@ from lightning_backdoor.scanning.scanner import DatasetScanner
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Estimate", "estimate_asr"]
+__all__ = ["Estimate", "control_rates", "estimate_asr"]
 
 IMAGES = 256  # of all classes, on which it is tried: a standard error of 3 points at most
 MEMBERS = 64  # of a group, and as many ordinary images of its label
 GROUPS = 10  # the largest ones; each costs as much as six passes over those images
+OTHER_LABELS = 6  # those with the most ordinary images
+QUARTILE = 0.75  # of what these labels reach is no sign of a trigger
 OBEYED = 0.5  # of the members get their label: else the model has not learned what they have in common
 
 
@@ -32,7 +34,9 @@ class Estimate:
 
     Attributes:
         asr: Share of these images that get the label of the group, in ``[0, 1]``.
-        control: The same with ordinary images of the label in the place of the group.
+        control: The same with ordinary images in the place of the group, for the label that they have: those of the
+            label of the group, or the upper quartile of other labels, whichever is larger. Where the group is nearly
+            all of its label, ordinary images of the label are few and odd.
         method: How it was put on them, a key of :data:`~lightning_backdoor.detection.common_pattern.WAYS`: the one for
             which both differ most.
     """
@@ -44,6 +48,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Group:
+    """A label, images that may have something in common, those that they are compared with, and where they agree."""
+
     label: int
     members: Tensor
     ordinary: Tensor
@@ -63,9 +69,9 @@ def estimate_asr(
     """Estimate the attack success rate of groups of training images, without knowing a trigger.
 
     The difference of mean images is added, half of a member is blended in, and the region in which members agree far
-    more than ordinary images of their label is pasted. Reads at most 256 images of all classes, 64 of each group and 64
-    ordinary ones of its label. Weights, buffers, random streams and logs of the training stay as they are; every
-    process calls it and gets the same result.
+    more than ordinary images of their label is pasted. Reads at most 256 images of all classes, 64 of each group, and
+    64 ordinary ones of its label and of each of six other labels. Weights, buffers, random streams and logs of the
+    training stay as they are; every process calls it and gets the same result.
 
     Args:
         trainer: The running Trainer.
@@ -97,27 +103,67 @@ def estimate_asr(
         pixels = data.images(usual.tolist()).to(pl_module.device)
         made = [_group(data, *groups[place], ordinary & (labels == groups[place][0]), seed) for place in places]
         made = [_on(group, pl_module.device) for group in made]
+        other_labels = _other_labels(labels[ordinary], [label for label, _ in groups])
+        others = [_other(data, label, ordinary & (labels == label), pixels.cpu(), seed) for label in other_labels]
+        others = [_on(other, pl_module.device) for other in others]
 
     def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
         images = data.layout.images(batch)
         shown = data.pixels.to_pixels(images).to(pl_module.device)
+        pairs = [(group, members) for group in made for members in (group.members, group.ordinary)]
+        pairs += [(other, other.members) for other in others]
         given = []
-        for group in made:
+        for group, members in pairs:
             for way in WAYS:
-                for members in (group.members, group.ordinary):
-                    changed = put_on(shown, indices, members, usual=pixels, region=group.region, way=way)
-                    version = data.layout.with_images(batch, data.pixels.to_model(changed, like=images))
-                    given.append(data.logits(trainer, pl_module, version).argmax(dim=1) == group.label)
+                changed = put_on(shown, indices, members, usual=pixels, region=group.region, way=way)
+                version = data.layout.with_images(batch, data.pixels.to_model(changed, like=images))
+                given.append(data.logits(trainer, pl_module, version).argmax(dim=1) == group.label)
         return {"given": torch.stack(given, dim=1)}
 
     given = data.scan(trainer, pl_module, step, description="estimate of the attack success rate", positions=usual)
-    for place, table in zip(places, given["given"].view(len(usual), len(places), len(WAYS), 2).unbind(1), strict=True):
-        others = labels[usual] != groups[place][0]
-        if bool(others.any()):
-            rates = table[others].float().mean(dim=0)
-            best = int((rates[:, 0] - rates[:, 1]).argmax())
-            estimates[place] = Estimate(float(rates[best, 0]), float(rates[best, 1]), list(WAYS)[best])
+    table, shown_labels = given["given"].view(len(usual), -1, len(WAYS)), labels[usual]
+    columns = iter(table.unbind(1))
+    of_groups = [(next(columns), next(columns)) for _ in places]
+    elsewhere = [_share(column, shown_labels != label) for label, column in zip(other_labels, columns, strict=True)]
+    for place, (with_members, with_ordinary) in zip(places, of_groups, strict=True):
+        others_shown = shown_labels != groups[place][0]
+        if bool(others_shown.any()):
+            rates = _share(with_members, others_shown)
+            control = control_rates(_share(with_ordinary, others_shown), elsewhere)
+            best = int((rates - control).argmax())
+            estimates[place] = Estimate(float(rates[best]), float(control[best]), list(WAYS)[best])
     return estimates
+
+
+def control_rates(of_label: Tensor, of_others: Sequence[Tensor]) -> Tensor:
+    """What ordinary images reach in each way, float ``(W,)``.
+
+    Args:
+        of_label: Share of images of other classes that get the label of ordinary images of a group's label.
+        of_others: The same of ordinary images of other labels, ``(W,)`` each.
+
+    Returns:
+        The larger of the first, and the upper quartile of the others.
+
+    Example:
+        >>> import torch
+        >>> control_rates(torch.tensor([0.25]), [torch.tensor([rate]) for rate in (0.0, 0.5, 0.5, 0.5)])
+        tensor([0.5000])
+    """
+    if not len(of_others):
+        return of_label
+    return torch.maximum(of_label, torch.stack(list(of_others)).quantile(QUARTILE, dim=0))
+
+
+def _share(given: Tensor, shown: Tensor) -> Tensor:
+    return given[shown].float().mean(dim=0) if bool(shown.any()) else torch.zeros(given.shape[1])
+
+
+def _other_labels(labels: Tensor, without: list[int]) -> list[int]:
+    """The labels with the most ordinary images, without those of groups."""
+    present, counts = torch.unique(labels, return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    return [label for label in present[order].tolist() if label not in without][:OTHER_LABELS]
 
 
 def _some(mask: Tensor, count: int, seed: int) -> Tensor:
@@ -143,6 +189,12 @@ def _group(data: DatasetScanner, label: int, positions: Tensor, ordinary: Tensor
     members = data.images(positions[:MEMBERS].tolist())
     others = data.images(_some(ordinary, MEMBERS, seed).tolist())
     return _Group(label, members, others, agreed_region(members, resized(others, members.shape[2:])))
+
+
+def _other(data: DatasetScanner, label: int, ordinary: Tensor, usual: Tensor, seed: int) -> _Group:
+    """Ordinary images of a label, as if they were a group that is compared with usual images of all labels."""
+    members = data.images(_some(ordinary, MEMBERS, seed).tolist())
+    return _Group(label, members, usual, agreed_region(members, resized(usual, members.shape[2:])))
 
 
 def _on(group: _Group, device: torch.device) -> _Group:

@@ -50,7 +50,7 @@ def test_nothing_is_said_that_is_not_known() -> None:
 
 def test_the_estimated_success_stands_beside_that_of_ordinary_images() -> None:
     told = success_sentence(replace(PLAIN, **TRIED))
-    assert "turns 80% of them into label 2 (ordinary images of the label: 10%)" in told
+    assert "turns 80% of them into label 2 (ordinary images: 10%)" in told
 
 
 @pytest.mark.parametrize(
