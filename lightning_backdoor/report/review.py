@@ -49,6 +49,7 @@ function show() {
     box.indeterminate = marked > 0 && marked < positions.length;
   }
   document.getElementById("marked").textContent = fine.size.toLocaleString("en") + " marked as fine";
+  document.getElementById("nothing").hidden = fine.size === 0;
 }
 
 function mark(positions, yes) {

@@ -63,6 +63,7 @@ tr.fine td { background: var(--code); }
 .common { display: grid; gap: .75rem; grid-template-columns: repeat(3, minmax(0, 11rem)); }
 .common figure { margin: 0; }
 .common img { width: 100%; display: block; image-rendering: pixelated; border-radius: 6px; }
+.common img, .tiles img { outline: 1px solid var(--line); outline-offset: -1px; }
 .common figcaption { font-size: .85rem; line-height: 1.35; color: var(--soft); margin-top: .3rem; }
 details { margin: 1.5rem 0 0; } summary { cursor: pointer; font-weight: 600; }
 .note { border-left: 3px solid var(--removed); padding: .25rem 0 .25rem .9rem; margin-top: 1.25rem; }
@@ -109,7 +110,8 @@ footer { margin-top: 2.5rem; padding-top: 1rem; border-top: 1px solid var(--line
   main { padding: 1.5rem 1rem 3rem; }
   dl { grid-template-columns: minmax(0, 1fr); gap: .1rem; padding: 1rem; } dd + dt { margin-top: .7rem; }
   .bar { width: 2.5rem; }
-  .bar-below { padding: .5rem 1rem; gap: .5rem; font-size: .9rem; }
+  .bar-below { padding: .5rem .75rem; gap: .5rem; font-size: .85rem; line-height: 1.25; flex-wrap: nowrap; }
+  .bar-below button { padding: .4rem .5rem; white-space: nowrap; }
 }
 @media print { .bar-below, .filters { display: none; } .tall { max-height: none; }
   .card, .picture { break-inside: avoid; } }

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_backdoor.callbacks.approved import _approval_of
 from lightning_backdoor.report import write_report
 from lightning_backdoor.report.review import file_link, reviewable
 from lightning_backdoor.verdict import Verdict
@@ -82,6 +83,7 @@ def test_marks_are_downloaded_and_read_back(page: Page, folder: Path, tmp_path: 
     for row in reviewed:
         assert {**row, "approved": ""} == {**whole[row["index"]], "approved": ""}
     assert {int(row["index"]) for row in reviewed} >= {*range(20), *range(50, 80), *range(90, 95)}
+    assert set(_approval_of(tmp_path / "reviewed.csv", 200).samples.nonzero().flatten().tolist()) == approved
     assert page.complaints() == []
 
 
@@ -124,7 +126,9 @@ def test_names_run_no_code_and_a_small_screen_is_enough(page: Page) -> None:
     assert page.run("typeof window.hacked") == "undefined"
     assert page.run(f"JSON.parse(document.getElementById('rows').textContent).rows[1][1] === {EVIL!r}") is True
     page.resize(390, 844)
+    page.run("document.querySelector('[data-whole=\"0\"]').click()")
     assert page.run("document.documentElement.scrollWidth") == 390
+    assert page.run("document.querySelector('.bar-below').offsetHeight") < 60, "one line"
     assert page.complaints() == []
 
 
