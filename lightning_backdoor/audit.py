@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,7 @@ from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS, withou
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.errors import ArgumentError, ModelError
 from lightning_backdoor.events import Event
+from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.of_events import LITTLE, evidence
 from lightning_backdoor.report.writer import write_report
 from lightning_backdoor.scanning.idle import CHILD, with_idle_trainer
@@ -185,7 +187,8 @@ def audit(
         _warn_of_little(events)
         if report_dir is not None:
             seconds = time.monotonic() - began
-            _write(Path(report_dir), verdict, scanner, events, seconds=seconds, max_removed=max_removed)
+            shown = _shown(verdict, scanner, events, seconds=seconds, max_removed=max_removed)
+            _write(Path(report_dir), verdict, replace(shown, false_alarm_rate=false_alarm_rate))
     return verdict
 
 
@@ -262,17 +265,11 @@ def _warn_of_little(events: Sequence[Event]) -> None:
         )
 
 
-def _write(
-    folder: Path,
-    verdict: Verdict,
-    scanner: DatasetScanner,
-    events: Sequence[Event],
-    *,
-    seconds: float,
-    max_removed: float,
-) -> None:
-    """Write the verdict and its report."""
-    shown = evidence(
+def _shown(
+    verdict: Verdict, scanner: DatasetScanner, events: Sequence[Event], *, seconds: float, max_removed: float
+) -> Evidence:
+    """What the report shows beside the verdict."""
+    return evidence(
         events,
         len(verdict),
         images=scanner.images,
@@ -284,6 +281,10 @@ def _write(
         seconds=seconds,
         max_removed=max_removed,
     )
+
+
+def _write(folder: Path, verdict: Verdict, shown: Evidence) -> None:
+    """Write the verdict and its report."""
     folder.mkdir(parents=True, exist_ok=True)
     verdict.save(folder / VERDICT)
     write_report(folder, verdict, method="The audit", evidence=shown)

@@ -237,6 +237,7 @@ def test_a_report_and_the_verdict_are_written(found: tuple[Verdict, Path]) -> No
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "training images stand out" in page
     assert "Nothing was changed" in page
+    assert "It was found by features and units." in page
     read = Verdict.load(folder / "verdict.pt")
     assert torch.equal(read.keep, verdict.keep)
     assert [finding.detectors for finding in read.findings] == [finding.detectors for finding in verdict.findings]

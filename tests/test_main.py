@@ -126,8 +126,10 @@ def test_a_poisoned_checkpoint_is_found_and_the_verdict_is_shown(run: Any, poiso
         f"Looked at 700 images: {sum(map(len, Verdict.load(tmp_path / 'verdict.pt').findings))} stand out"
     )
     assert f"Finding 0: {first['images']} images labeled “class_0”" in out
-    assert "found by features, units" in out
+    assert "found by features and units" in out
     assert first["paths"][0] in out
+    assert "Estimated attack success rate: " in out
+    assert first["estimated_asr"] > 0.5 > first["control_asr"]
     code, out, _ = run("show", tmp_path / "verdict.pt", "--json")
     assert json.loads(out)["findings"] == record["findings"]
 

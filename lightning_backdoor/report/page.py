@@ -310,9 +310,10 @@ def _gate(finding: Finding, evidence: Evidence) -> str:
             "most (<code>false_alarm_rate</code>). A clean kind of image is not noise."
         )
     table = _table(["measured", "value", "bound"], rows, "figures", [1]) if rows else ""
+    by = f" It was found by {escape(listed(finding.detectors))}." if finding.detectors else ""
     return (
         f"<details><summary>Why it was found: the figures of the test</summary><p>It passed the test "
-        f"<code>{escape(finding.gate)}</code>.{rate}</p>{table}</details>"
+        f"<code>{escape(finding.gate)}</code>.{by}{rate}</p>{table}</details>"
     )
 
 
