@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["diagnosed", "held_out", "ordinary_samples", "with_estimated_asr"]
 
 COMPARED, OF_LABEL = 2048, 256  # ordinary samples of all labels, and further ones of the label of each finding
-HELD_OUT = 512, 64  # the same that a copy is not trained on
+HELD_OUT = 512, 64  # the same, at most, that a copy is not trained on
+FEWEST = 10  # of a label among these, where it has twice as many
 LEAST = 0.3  # by which an estimated attack success rate exceeds its control where a model has a backdoor
 STILL = 0.5  # of that excess: a later model still has it
 
@@ -85,7 +86,7 @@ def diagnosed(
     if labels is None or not wanted:
         return verdict
     if compared is None:
-        compared = _sampled(verdict, ordinary_samples(verdict) & ~scanner.unread, COMPARED, OF_LABEL)
+        compared = _some(verdict, ordinary_samples(verdict) & ~scanner.unread)
     members = torch.cat([finding.positions for finding in wanted])
     positions = compared.index_fill(0, members, True).nonzero().squeeze(1)
     answers = scanner.answers(trainer, pl_module, description="diagnosis", positions=positions)
@@ -103,20 +104,22 @@ def diagnosed(
 def held_out(verdict: Verdict) -> Tensor:
     """Ordinary samples to compare findings with that a copy of the model is not trained on, bool ``(N,)``.
 
-    At most 512, a tenth, of all labels, and 64 more of the label of each finding, a fifth.
+    At most 512, a tenth, of all labels, and of the label of each finding at most 64, a fifth; or ten, up to a half.
     """
     ordinary = ordinary_samples(verdict)
-    return _sampled(verdict, ordinary, *HELD_OUT, shares=(0.1, 0.2))
-
-
-def _sampled(
-    verdict: Verdict, ordinary: Tensor, of_all: int, of_label: int, *, shares: tuple[float, float] = (1.0, 1.0)
-) -> Tensor:
-    """At most so many ordinary samples, and further ones of the label of each finding, as a mask; or these shares."""
-    found = _drawn(ordinary, min(of_all, round(shares[0] * int(ordinary.sum()))))
+    found = _drawn(ordinary, min(HELD_OUT[0], int(ordinary.sum()) // 10))
     for finding in verdict.findings if verdict.labels is not None else ():
         own = ordinary & (verdict.labels == finding.label)
-        found |= _drawn(own & ~found, min(of_label, round(shares[1] * int(own.sum()))))
+        count = int(own.sum())
+        found |= _drawn(own, min(HELD_OUT[1], max(count // 5, min(FEWEST, count // 2))))
+    return found
+
+
+def _some(verdict: Verdict, ordinary: Tensor) -> Tensor:
+    """At most 2,048 ordinary samples, and 256 more of the label of each finding."""
+    found = _drawn(ordinary, COMPARED)
+    for finding in verdict.findings if verdict.labels is not None else ():
+        found |= _drawn(ordinary & (verdict.labels == finding.label), OF_LABEL)
     return found
 
 

@@ -1,0 +1,94 @@
+"""A finding is unlearned if its labels are wrong to a model that never saw it; else it is left out of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_backdoor import Finding, Verdict
+from lightning_backdoor.callbacks import Defense, Detector
+from lightning_backdoor.responses import Detection, Response, Session, Unlearn, WithFallback
+from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pictures, fit, same_state, state_of
+
+pytestmark = [*LIGHTNING_WARNS, pytest.mark.filterwarnings("ignore:.* ends with a model")]
+SIZE, MEMBERS = 160, 20
+
+
+def pictures(*, wrong: bool) -> tuple[Pictures, Tensor]:
+    """Twenty of 160 images are of classes 1 to 3 with the label 0, or of class 0; their positions."""
+    data = Pictures(SIZE)
+    members = ((data.targets > 0) if wrong else (data.targets == 0)).nonzero().squeeze(1)[:MEMBERS]
+    data.targets[members] = 0
+    return data, members
+
+
+class Scripted(Detector):
+    """Finds one group."""
+
+    def __init__(self, members: Tensor) -> None:
+        self.members = members
+
+    def detect(self, session: Session) -> Detection:
+        labels = session.scanner.read_labels(session.trainer, session.module)
+        keep = torch.ones(len(labels), dtype=torch.bool).index_fill(0, self.members, False)
+        found = Finding(0, self.members, "scripted", (), torch.tensor([0]), torch.tensor([1.0]), 0.0)
+        return Detection(Verdict((~keep).float(), keep, 0.5, "scripted", labels, findings=(found,)), len(self.members))
+
+
+class Scripts(Defense):
+    """Unlearns what is found, after three epochs."""
+
+    method = title = "Scripts"
+
+    def __init__(self, members: Tensor, response: Response) -> None:
+        super().__init__(detector=Scripted(members), response=response, warmup_epochs=3, max_removed=0.5)
+
+
+def unlearning(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Unlearn:
+    monkeypatch.setattr("lightning_backdoor.responses.unlearn.PROBE_STEPS", 120)
+    return Unlearn(epochs=2, **options)
+
+
+def drawn_after(module: Net, epoch: int) -> set[int]:
+    return {position for at, _, positions in module.drawn if at >= epoch for position in positions}
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_wrong_labels_are_unlearned_and_others_left_out(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, members = pictures(wrong=wrong)
+    callback = Scripts(members, unlearning(monkeypatch))
+    _, module = fit([callback], epochs=5, dataset=data)
+    (finding,), (event,) = callback.verdict.findings, callback.history
+    assert finding.diagnosis == ("wrong labels" if wrong else "right labels")
+    assert (event.suspects, event.left_out) == ((MEMBERS, 0) if wrong else (0, MEMBERS))
+    assert event.treated == wrong
+    assert event.failed == (not wrong)
+    assert (drawn_after(module, 3) & set(members.tolist()) == set(members.tolist())) == wrong
+    assert wrong or not drawn_after(module, 3) & set(members.tolist())
+
+
+def test_what_is_not_unlearned_is_followed_by_a_training_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, members = pictures(wrong=False)
+    callback = Scripts(members, WithFallback(unlearning(monkeypatch)))
+    _, module = fit([callback], epochs=5, dataset=data)
+    assert [event.response for event in callback.history] == ["unlearn", "fallback", "fallback"]
+    assert len(module.epochs()) == 3 + 5
+    assert callback.verdict.findings[0].diagnosis == "right labels"
+
+
+def test_the_copy_leaves_the_training_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, members = pictures(wrong=False)
+    kept = torch.ones(SIZE, dtype=torch.bool).index_fill(0, members, False)
+
+    def run(diagnoses: bool) -> dict[str, Tensor]:
+        monkeypatch.setattr(Unlearn, "diagnoses", diagnoses)
+        monkeypatch.setattr(Unlearn, "respond", Unlearn.respond if diagnoses else lambda self, session, _, event: event)
+        callback = Scripts(members, unlearning(monkeypatch))
+        _, module = fit([callback], epochs=5, dataset=data)
+        assert torch.equal(callback.verdict.keep, kept)
+        return state_of(module)
+
+    assert same_state(run(True), run(False))
