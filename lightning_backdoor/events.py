@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["OWN_LABEL", "STILL_LABELED", "Event", "repaired"]
+__all__ = ["STILL_LABELED", "Event", "own_label", "repaired"]
 
-OWN_LABEL = 0.9  # of the removed samples get their label without having been trained on: it may well be the right one
+OWN_LABEL = 0.9  # of the accuracy on ordinary samples: more removed ones that get their label may have the right one
 STILL_LABELED = 0.1  # of the flagged samples get their label: the backdoor, or a part of it, may still be there
 
 
@@ -127,6 +127,16 @@ class Event:
     def remains(self) -> bool:
         """Whether over a tenth of the flagged samples get their label, as measured last."""
         return self.remaining is not None and self.remaining > STILL_LABELED
+
+
+def own_label(event: Event) -> bool:
+    """Whether removed samples get their label about as often as ordinary samples get theirs: it may be the right one.
+
+    Both are those after the last step of a treatment, by which the model has not been trained on them.
+    """
+    rate = event.flagged_label_rates[-1] if event.flagged_label_rates else None
+    accuracy = event.accuracies[-1] if event.accuracies else 1.0
+    return rate is not None and rate > max(OWN_LABEL * accuracy, STILL_LABELED)
 
 
 def repaired(history: Sequence[Event]) -> bool | None:

@@ -36,7 +36,14 @@ from lightning_backdoor.detection.majorities import without_majorities
 from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.events import Event, repaired
 from lightning_backdoor.loading.loader_filter import LoaderFilter, loader_filter_of
-from lightning_backdoor.report.of_events import findings_told, kept_majority, majorities, sentence, unsolved
+from lightning_backdoor.report.of_events import (
+    findings_told,
+    kept_majority,
+    majorities,
+    nothing_learned,
+    sentence,
+    unsolved,
+)
 from lightning_backdoor.responses.base import Detection, Report, Response, Session, representation
 from lightning_backdoor.responses.checkpointing import save_training
 from lightning_backdoor.responses.explaining import diagnosed, with_estimated_asr
@@ -512,6 +519,8 @@ class Procedure:
         told = f"{self.title} {sentence(self.history, len(session.verdict))}"
         of_findings = findings_told(session.verdict, approved=session.takes("approved"))
         told, self._told = told + (of_findings if of_findings != self._told else ""), of_findings
+        if useless := nothing_learned(self.history[-1], session.verdict):
+            rank_zero_warn(f"{self.title} {useless}")
         (rank_zero_warn if unsolved(self.history[-1]) else rank_zero_info)(told)
         logs = trainer.log_dir  # a broadcast
         wanted = defense.report_dir is not None or (logs is not None and trainer.loggers)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_backdoor.events import OWN_LABEL, Event
+from lightning_backdoor.events import Event, own_label
 from lightning_backdoor.report.evidence import Evidence, Table
 from lightning_backdoor.report.of_findings import KEEP, diagnosis_sentence, success_sentence
 from lightning_backdoor.report.sentences import LIMIT
@@ -19,12 +19,14 @@ __all__ = [
     "kept_majority",
     "last_word",
     "majorities",
+    "nothing_learned",
     "reset_units",
     "sentence",
     "unsolved",
 ]
 
 LITTLE = 0.5  # of the training images get their label
+CHANCE = 0.05  # of the way from the most frequent label for all to no mistake
 NAMED = 5  # labels in a warning, at most
 TOLD = 3  # findings on the console, the largest ones
 
@@ -95,6 +97,26 @@ def findings_told(verdict: Verdict, *, approved: bool) -> str:
             sentences.append(KEEP)
         parts.append(f" {len(finding):,} images with label {finding.label}: {' '.join(filter(None, sentences))}")
     return "".join(parts)
+
+
+def nothing_learned(event: Event, verdict: Verdict) -> str:
+    """Say that a verdict tells nothing, since the model gives its label to hardly more samples than by one answer.
+
+    Args:
+        event: The latest detection.
+        verdict: Its verdict.
+    """
+    if event.removed or event.rechecked or not event.accuracies or verdict.labels is None:
+        return ""
+    counts = torch.unique(verdict.labels[verdict.labels >= 0], return_counts=True)[1]
+    frequent = float(counts.max() / counts.sum())
+    if event.accuracies[0] > frequent + CHANCE * (1 - frequent):
+        return ""
+    return (
+        f"has no verdict on these data: the model has learned nothing. It gives {event.accuracies[0]:.0%} of the "
+        f"training images their label, and one answer to all of them would be right for {frequent:.0%}. Look at the "
+        "learning rate, or train longer before the detection."
+    )
 
 
 def majorities(verdict: Verdict, before: Verdict | None) -> str:
@@ -213,7 +235,7 @@ def _outcome(event: Event) -> str:
         return "; the rounds cost too much accuracy, so the weights went back: the backdoor may still be there"
     if not event.remains:
         return ""
-    if (event.flagged_label_rates[-1] or 0.0) > OWN_LABEL:
+    if own_label(event):
         return (
             "; the backdoor may still be there, or these may be clean images of one kind or have true labels "
             "(clean-label attack): look at the report"

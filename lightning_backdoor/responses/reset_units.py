@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_backdoor._lightning import callbacks_of, rank_zero_info, rank_zero_warn
 from lightning_backdoor.errors import ModelError
-from lightning_backdoor.events import OWN_LABEL, STILL_LABELED, Event
+from lightning_backdoor.events import STILL_LABELED, Event, own_label
 from lightning_backdoor.functional.hyperplane import select_units
 from lightning_backdoor.report.of_events import last_word
 from lightning_backdoor.report.of_events import reset_units as reset_units_of
@@ -237,7 +237,7 @@ class ResetUnits(Response):
             verdict = replace(verdict, keep=verdict.keep & before)
             detection = replace(detection, verdict=verdict)
         new, training, treated = before & ~verdict.keep, session.in_training, self._treated(session)
-        own_labels = bool(treated) and (treated[-1].flagged_label_rates[-1] or 0.0) > OWN_LABEL
+        own_labels = bool(treated) and own_label(treated[-1])
         gone = training is not None and bool(new.any()) and not bool((new & training).any())
         unlearned = gone and correct is not None and float(correct[new].float().mean()) <= STILL_LABELED
         withdrawn = not self._by_quota and (own_labels or unlearned)

@@ -14,9 +14,9 @@ from lightning_backdoor import UltraCleanCallback, Verdict
 from lightning_backdoor.callbacks.ultraclean import DenoisedFeatures
 from lightning_backdoor.detection.decision import Decision, add_removed
 from lightning_backdoor.detection.subpopulations import Subpopulation
-from lightning_backdoor.events import Event
-from lightning_backdoor.report.of_events import last_word, reset_units, sentence
-from tests.callbacks.helpers import LIGHTNING_WARNS, fit
+from lightning_backdoor.events import Event, own_label
+from lightning_backdoor.report.of_events import last_word, nothing_learned, reset_units, sentence
+from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pictures, fit, loader_of, make_trainer
 
 pytestmark = LIGHTNING_WARNS
 
@@ -48,6 +48,31 @@ def test_sentences_say_what_came_of_a_round() -> None:
     back = sentence([replace(undone, reassigned=True)], 100)
     assert "without having seen them, so all of this was undone" in back
     assert "backdoor" not in back
+
+
+@pytest.mark.parametrize(("accuracy", "rate", "own"), [(0.62, 0.878, True), (0.62, 0.5, False), (0.98, 0.878, False)])
+def test_how_often_images_get_their_label_is_compared_with_the_accuracy(
+    accuracy: float, rate: float, own: bool
+) -> None:
+    event = replace(ROUND, accuracies=(accuracy, accuracy), flagged_label_rates=(1.0, rate))
+    assert own_label(event) == own
+    assert ("have true labels" in sentence([event], 100)) == own
+
+
+@pytest.mark.parametrize(("accuracy", "told"), [(0.26, True), (0.4, False)])
+def test_a_model_that_has_learned_nothing_has_no_verdict(accuracy: float, told: bool) -> None:
+    verdict = Verdict(torch.zeros(100), torch.ones(100, dtype=torch.bool), 1.0, "rule", torch.arange(100) % 4)
+    event = Event(3, 0, 0, accuracies=(accuracy,))
+    assert ("has learned nothing" in nothing_learned(event, verdict)) == told
+    assert nothing_learned(replace(event, removed=1), verdict) == ""
+
+
+def test_a_rate_at_which_nothing_is_learned_is_told() -> None:
+    torch.manual_seed(0)
+    module = Net(lr=1e4)
+    trainer = make_trainer([UltraCleanCallback(warmup_epochs=2)], 2)
+    with pytest.warns(UserWarning, match="UltraClean has no verdict on these data: the model has learned nothing"):
+        trainer.fit(module, loader_of(Pictures()))
 
 
 def test_sentences_say_what_a_scan_found_where_no_unit_is_reset() -> None:
