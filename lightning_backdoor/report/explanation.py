@@ -108,7 +108,7 @@ def trigger_sentence(finding: Finding, evidence: Evidence) -> str:
     way = _WAYS.get(finding.asr_method or "", "") or f"by {finding.asr_method or 'an unknown way'}"
     control = ""
     if finding.control_asr is not None:
-        control = f", and {percent(finding.control_asr)} with ordinary images of {name} in the place of the group"
+        control = f", and {percent(finding.control_asr)} with ordinary images in the place of the group"
     return (
         f"Estimated attack success rate: {percent(finding.estimated_asr)}{control}. What they have in common was put "
         f"on training images of other classes ({way}); counted is how many of these the model then labels {name}."
