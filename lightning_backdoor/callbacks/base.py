@@ -636,7 +636,7 @@ def require_compatible(procedure: Procedure, other: Procedure) -> None:
     if other.response is procedure.response or other.detector is procedure.detector:
         raise ArgumentError("`response` must be one object for each defense, got one that another defense has, too.")
     if procedure.response.alone:
-        remedy = "train on what it keeps: `Subset(dataset, callback.verdict.keep.nonzero().flatten().tolist())`"
+        remedy = "train on what it keeps: `callback.verdict.subset(dataset)`"
         if "verdict" in inspect.signature(type(procedure.defense)).parameters:
             remedy = f"pass its verdict: {type(procedure.defense).__name__}(verdict=...)"
         raise TrainerError(

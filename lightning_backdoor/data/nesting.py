@@ -7,8 +7,9 @@ import dataclasses
 import json
 import os
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -244,7 +245,9 @@ def _texts(value: Any, node: Any) -> list[str] | None:
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, os.PathLike) or (isinstance(value, str) and len(value) < _LONGEST and "\n" not in value)
+    if isinstance(value, str):
+        return len(value) < _LONGEST and "\n" not in value
+    return isinstance(value, os.PathLike)
 
 
 def _table_paths(node: Any) -> list[str] | None:
@@ -285,7 +288,7 @@ class _Stand:
         return getattr(self._dataset, name)
 
 
-def _positions_read(node: Any, inner: list[Any]) -> list[tuple[int, int]] | None:
+def _positions_read(node: Any, inner: list[Any]) -> Iterable[tuple[int, int]] | None:
     """Which of the datasets inside, and which position of it, a wrapper reads for each of its samples.
 
     ``None`` if it reads nothing from them. The wrapper itself is not changed.
@@ -316,7 +319,7 @@ def _positions_read(node: Any, inner: list[Any]) -> list[tuple[int, int]] | None
     if None in seen:
         return None
     if size == len(inner[0]) and seen == [(0, index) for index in probes]:
-        return [(0, index) for index in range(size)]
+        return zip(repeat(0), range(size))
     everywhere = [read(index) for index in range(size)]
     return None if None in everywhere else everywhere  # type: ignore[return-value]
 
