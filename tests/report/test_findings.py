@@ -46,9 +46,7 @@ def test_right_and_unclear_labels_say_that_the_images_may_be_fine() -> None:
 
 def test_the_estimated_attack_success_rate_has_its_control_and_its_way() -> None:
     told = trigger_sentence(WRONG, evidence())
-    assert (
-        "Estimated attack success rate: 93 %, and 2 % with ordinary images in the place of the group" in told
-    )
+    assert "Estimated attack success rate: 93 %, and 2 % with ordinary images in the place of the group" in told
     assert "by pasting the region that the group shares" in told
     assert trigger_sentence(RIGHT, evidence()).startswith("Not estimated")
     alone = replace(WRONG, control_asr=None, asr_method="a way of tomorrow")

@@ -100,7 +100,7 @@ def test_two_stages_beside_another_defense_are_refused_with_an_argument_that_exi
     other = RandomFilter(warmup_epochs=1, response="continue")
     name = type(callback).__name__
     takes = "verdict" in inspect.signature(type(callback)).parameters
-    remedy = rf"pass its verdict: {name}\(verdict=" if takes else r"train on what it keeps: `callback\.verdict\.subset\("
+    remedy = rf"pass its verdict: {name}\(verdict=" if takes else r"train on what it keeps: `callback.verdict.subset\("
     with pytest.raises(
         TrainerError, match=f"cannot share a Trainer with RandomFilter. Fit with that one first.*{remedy}"
     ):
