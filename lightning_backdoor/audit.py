@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor._lightning import rank_zero_warn
 from lightning_backdoor.callbacks.arguments import require_fraction
-from lightning_backdoor.callbacks.base import Defense, examine, validation_dataset
+from lightning_backdoor.callbacks.base import Defense, examine, require_examinable, validation_dataset
 from lightning_backdoor.callbacks.dbr import DBRCallback
 from lightning_backdoor.callbacks.none import NONECallback
 from lightning_backdoor.callbacks.options import Approved, ScanOptions
@@ -88,7 +88,8 @@ def audit(
 
     Weights, buffers, modes, hooks, random streams and the dataset stay as they are; a datamodule that has no data yet
     is set up. The time is that of about five passes over the images without gradients (``"features"`` three,
-    ``"units"`` two), and of the denoising; ``"consistency"`` adds 400 steps of training, of a copy of the model.
+    ``"units"`` two) and of the denoising, and of a few thousand images more where something is found;
+    ``"consistency"`` adds 400 steps of training, of a copy of the model, and three passes.
 
     Args:
         model: A classifier that is trained: a LightningModule, or any other module that takes images and returns
@@ -177,10 +178,12 @@ def audit(
         loader = _loader_of(dataset, batch_size) if not is_datamodule else _loader_of_datamodule(dataset)
         scanner = open_scanner(trainer, module, loader, options, _validation_dataset(trainer))
         began, verdicts, events = time.monotonic(), {}, []
+        for name, defense in defenses.items():
+            with _named(name, len(defenses)):
+                require_examinable(defense, trainer, module, scanner)
         with scanner.loaded(trainer, module):
             for name, defense in defenses.items():
-                with _named(name, len(defenses)):
-                    verdicts[name], event = examine(defense, trainer, module, scanner)
+                verdicts[name], event = examine(defense, trainer, module, scanner)
                 events.append(event)
         verdict = join_verdicts(verdicts, max_removed=max_removed)
         verdict, _ = without_majorities(verdict, torch.ones_like(verdict.keep), max_removed_of_class)

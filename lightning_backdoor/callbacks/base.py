@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
     from lightning_backdoor.responses.mirrors import Watch
 
-__all__ = ["Defense", "Procedure", "examine", "is_due", "validation_dataset"]
+__all__ = ["Defense", "Procedure", "examine", "is_due", "require_examinable", "validation_dataset"]
 
 SCHEMA = 4  # of what checkpoints hold of any defense: a release that changes it counts up
 
@@ -402,20 +402,24 @@ class Procedure:
                 stack.enter_context(session.scanner.loaded(session.trainer, session.module))
             self._detect_and_respond(session.epochs_done if epochs is None else epochs)
 
-    def examine(self, trainer: Trainer, pl_module: LightningModule, scanner: DatasetScanner) -> None:
+    def examine(
+        self, trainer: Trainer, pl_module: LightningModule, scanner: DatasetScanner, *, detect: bool = True
+    ) -> None:
         """Run the detector on a model as it is, without a fit: nothing is done about the verdict, nor is it logged.
 
         Args:
             trainer: A Trainer that is attached to the module.
             pl_module: The LightningModule; nothing of it is changed.
             scanner: Reads and measures the dataset.
+            detect: ``False``: only raise where data or model rule the detector out.
         """
         self._session = Session(trainer, pl_module, scanner, loader_filter_of(trainer), self, time.time())
         try:
             self._approve(self._session)
             self.detector.setup(trainer, pl_module)
             self.detector.require(self._session)
-            self._detect(0)
+            if detect:
+                self._detect(0)
         finally:
             self.detector.close()
             self._session = None
@@ -620,6 +624,11 @@ def examine(
     if procedure.verdict is None:
         raise RuntimeError("a detector came to no verdict")
     return procedure.verdict, procedure.history[-1]
+
+
+def require_examinable(defense: Defense, trainer: Trainer, pl_module: LightningModule, scanner: DatasetScanner) -> None:
+    """Raise where data or model rule out that :func:`examine` comes to a verdict."""
+    defense._procedure.examine(trainer, pl_module, scanner, detect=False)
 
 
 def require_compatible(procedure: Procedure, other: Procedure) -> None:

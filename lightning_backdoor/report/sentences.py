@@ -163,13 +163,20 @@ def _capped(looked: str, where: str, rule: str, *, removed: int, total: int, evi
         limit = f"{limit} or the limit of a label" if "max_removed(" in rule else "the limit of a label"
     only = f"only the {removed:,} most suspicious {_were(removed)}" if removed else "none was"
     left = num_flagged_before_cap - removed
+    headline = f"{removed:,} of {total:,} training images {_were(removed)} removed, then the limit was reached"
+    done = (
+        f"The limit cut the removal short: {only} taken out.{where} "
+        f"The other {count(left, 'image')} that stood out {'is' if left == 1 else 'are'} still in the training set."
+    )
+    if not evidence.acted:
+        headline = f"{num_flagged_before_cap:,} of {total:,} training images stand out, more than the limit allows"
+        done = f"Nothing was changed. Within the limit a new training would leave out {removed:,} of them.{where}"
     return Summary(
-        headline=f"{removed:,} of {total:,} training images {_were(removed)} removed, then the limit was reached",
+        headline=headline,
         looked=looked,
         found=f"{count(num_flagged_before_cap, 'image')} ({percent(num_flagged_before_cap, total)}) stood out, more "
         f"than {limit} allows.",
-        done=f"The limit cut the removal short: {only} taken out.{where} "
-        f"The other {count(left, 'image')} that stood out {'is' if left == 1 else 'are'} still in the training set.",
+        done=done,
         then=OF_MOST if MOST_OF_LABEL in rule else OF_ONE_LABEL if of_label else OF_ALL,
     )
 

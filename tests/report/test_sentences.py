@@ -118,3 +118,6 @@ def test_where_nothing_was_changed_the_page_does_not_say_that_images_are_gone():
     assert summary.headline == "20 of 200 training images stand out"
     assert summary.done == "Nothing was changed. A new training without them would have 180 images."
     assert told(verdict(200, 1), evidence(acted=False)).headline == "1 of 200 training images stands out"
+    capped = told(verdict(200, 20), evidence(acted=False, num_flagged_before_cap=60, max_removed=0.1))
+    assert capped.headline == "60 of 200 training images stand out, more than the limit allows"
+    assert capped.done.startswith("Nothing was changed. Within the limit a new training would leave out 20 of them.")
