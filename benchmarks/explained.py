@@ -148,18 +148,20 @@ def right(network: pl.LightningModule, dataset: Dataset[Any]) -> float:
     return float(torch.cat(found).mean())
 
 
-def trained(source: str, dataset: Dataset[Any], epochs: int, callbacks: list[pl.Callback]) -> pl.LightningModule:
+def trained(
+    source: str, dataset: Dataset[Any], epochs: int, callbacks: list[pl.Callback], device: str
+) -> pl.LightningModule:
     """The small network of a source after a training with callbacks."""
     pl.seed_everything(0, verbose=False)
     batch = 64 if source == "digits" else 128
     loader = DataLoader(dataset, batch, shuffle=True, drop_last=True)
     network = digits.Classifier() if source == "digits" else model.Classifier(epochs * len(loader))
     trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=False,
+        max_epochs=epochs, accelerator=device, callbacks=callbacks, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(network, loader)
-    return network.eval()
+    return network.cpu().eval()
 
 
 def told(finding: Finding, truth: Tensor) -> dict[str, Any]:
@@ -180,12 +182,14 @@ def told(finding: Finding, truth: Tensor) -> dict[str, Any]:
     }
 
 
-def run(source: str, name: str, defence: str, data: tuple[TensorDataset, TensorDataset], epochs: int) -> rows.Row:
+def run(
+    source: str, name: str, defence: str, data: tuple[TensorDataset, TensorDataset], epochs: int, device: str = "cpu"
+) -> rows.Row:
     """Train and measure; the row of a case and a defence."""
     started, case, (train, test) = time.perf_counter(), CASES[name], data
     dataset, truth = made(case, train)
     callback = DEFENCES[defence](truth)
-    network = trained(source, dataset, epochs, [callback])
+    network = trained(source, dataset, epochs, [callback], device)
     verdict = callback.verdict
     removed = torch.zeros_like(truth) if verdict is None else ~verdict.keep
     return {
@@ -202,7 +206,7 @@ def run(source: str, name: str, defence: str, data: tuple[TensorDataset, TensorD
         "unlearned": sum(event.suspects for event in callback.history if event.response == "unlearn"),
         "findings": [told(finding, truth) for finding in (() if verdict is None else verdict.findings)],
         "seconds": round(time.perf_counter() - started),
-        **rows.circumstances("benchmarks.explained", "cpu"),
+        **rows.circumstances("benchmarks.explained", device),
     }
 
 
@@ -261,6 +265,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CASES), help="names of cases")
     parser.add_argument("--defences", nargs="*", default=list(DEFENCES))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "explained.jsonl")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--show", action="store_true", help="print and draw what is there, and end")
     options = parser.parse_args()
@@ -277,7 +282,7 @@ def main() -> None:
                 clean = cifar10(options.data, "train") if options.source == "cifar10" else None
                 data = digits.digits() if clean is None else (per_class(clean, options.images // 10),
                                                               cifar10(options.data, "test"))  # fmt: skip
-            row = run(options.source, name, defence, data, options.epochs)
+            row = run(options.source, name, defence, data, options.epochs, options.device)
             rows.append(options.out, row)
             print(table([row]).splitlines()[-1], row["seconds"], "s", flush=True)
     found = rows.read(options.out)
