@@ -183,7 +183,7 @@ def told(finding: Finding, truth: Tensor) -> dict[str, Any]:
 
 
 def run(
-    source: str, name: str, defence: str, data: tuple[TensorDataset, TensorDataset], epochs: int, device: str = "cpu"
+    source: str, name: str, defence: str, data: tuple[TensorDataset, TensorDataset], *, epochs: int, device: str
 ) -> rows.Row:
     """Train and measure; the row of a case and a defence."""
     started, case, (train, test) = time.perf_counter(), CASES[name], data
@@ -282,7 +282,7 @@ def main() -> None:
                 clean = cifar10(options.data, "train") if options.source == "cifar10" else None
                 data = digits.digits() if clean is None else (per_class(clean, options.images // 10),
                                                               cifar10(options.data, "test"))  # fmt: skip
-            row = run(options.source, name, defence, data, options.epochs, options.device)
+            row = run(options.source, name, defence, data, epochs=options.epochs, device=options.device)
             rows.append(options.out, row)
             print(table([row]).splitlines()[-1], row["seconds"], "s", flush=True)
     found = rows.read(options.out)

@@ -33,12 +33,14 @@ class DBRCallback(Defense):
     <https://openreview.net/forum?id=AsH-Tx2U0Ug>`_) inside a Trainer. When as many epochs are left as the repair may
     need (or after ``warmup_epochs``), a copy of the model is trained without augmentation, so that it relies on a
     trigger wherever there is one. Images are trusted if its features stay where they are when the image is turned and
-    shifted; they are suspect if they are a second population inside their class. Then every epoch unlearns the suspects
-    and learns the trusted images anew, by the user's own ``training_step`` and optimizer. If nothing is suspect,
-    nothing changes.
+    shifted; they are suspect if they are a second population inside their class. Another copy is then trained without
+    such a population, from the weights at the start of the fit: if its labels look wrong to that one, every epoch of
+    repair unlearns the suspects and learns the trusted images anew, by the user's own ``training_step`` and optimizer.
+    Other suspects, of a clean-label attack or a harmless kind of image, leave the training set and are not unlearned;
+    see ``fallback``. If nothing is suspect, nothing changes.
 
-    Assumes nothing: no clean data, no poison rate, no target class. Detection costs about three epochs of training, the
-    repair up to ``epochs`` epochs over suspects and trusted images. They are epochs of the plan (``max_epochs``,
+    Assumes nothing: no clean data, no poison rate, no target class. Detection costs about three epochs of training, and
+    200 to 1,000 steps more if something is suspect; the repair up to ``epochs`` epochs over suspects and trusted images. They are epochs of the plan (``max_epochs``,
     ``max_steps``, ``max_time``), unless ``extra_epochs`` are allowed; what is left of the plan is ordinary training on
     the images that are not suspect. An epoch of repair is judged and undone with its last batch, before validation.
 
@@ -63,7 +65,7 @@ class DBRCallback(Defense):
             them, ``"reset"`` resets the units that they drive, ``"report"`` changes nothing. Or a
             :class:`~lightning_backdoor.responses.Response` with settings of its own.
         fallback: What follows a repair that leaves the backdoor in the model, because it was undone, had no epoch, or
-            over a tenth of the removed images still get their label: ``"restart"`` trains all epochs anew from the
+            over a tenth of the removed images still get their label, or that leaves suspects out: ``"restart"`` trains all epochs anew from the
             weights at the start of the fit, without these images; ``None``: a warning. A quota
             of images is flagged whether or not there is a backdoor, and never leads to a restart.
         **scan: See :class:`~lightning_backdoor.callbacks.options.DetectorArguments`.
