@@ -65,10 +65,10 @@ class DBRCallback(Defense):
         response: ``"unlearn"``; ``"restart"`` trains anew without the suspect images, ``"continue"`` trains on without
             them, ``"reset"`` resets the units that they drive, ``"report"`` changes nothing. Or a
             :class:`~lightning_backdoor.responses.Response` with settings of its own.
-        fallback: What follows a repair that leaves the backdoor in the model, because it was undone, had no epoch, over a
-            tenth of the removed images still get their label, or suspects were left out of it: ``"restart"`` trains all
-            epochs anew from the weights at the start of the fit, without these images; ``None``: a warning. A quota
-            of images is flagged whether or not there is a backdoor, and never leads to a restart.
+        fallback: What follows a repair that leaves the backdoor in the model, because it was undone, had no epoch,
+            left suspects out, or over a tenth of the removed images still get their label: ``"restart"`` trains all
+            epochs anew from the weights at the start of the fit, without these images; ``None``: a warning. A quota of
+            images is flagged whether or not there is a backdoor, and never leads to a restart.
         **scan: See :class:`~lightning_backdoor.callbacks.options.DetectorArguments`.
 
     Attributes:
