@@ -21,6 +21,7 @@ PICTURED = 24  # findings with pictures, at most: the first ones
 FETCHED = 512  # images in all, of the findings and ordinary ones together
 COMPARED = 64  # images of a finding, and as many ordinary ones, whose means are compared
 SHOWN, FEWEST_ORDINARY = 24, 4  # images of a finding that are shown; a third as many ordinary ones, and no fewer
+LARGE, SMALL, MANY = 160, 96, 4  # pixels of the longer side: of up to so many findings, and of more of them
 PART = 64  # images that are fetched at once
 _STRONGEST = 32  # amplification of a difference: beyond it rounding looks like a pattern
 
@@ -71,7 +72,7 @@ def portray(verdict: Verdict, evidence: Evidence) -> tuple[list[Portrait], dict[
         others = free if verdict.labels is None else free & (verdict.labels == finding.label)
         chosen.append((spread(finding.positions, each), spread(others.nonzero().flatten(), each)))
     wanted = torch.unique(torch.cat([part for pair in chosen for part in pair]))
-    pixels = _thumbnails(wanted, evidence)
+    pixels = _thumbnails(wanted, evidence, LARGE if len(findings) <= MANY else SMALL)
     portraits = []
     for members, ordinary in chosen:
         shown = spread(members, SHOWN)
@@ -93,11 +94,11 @@ def spread(values: Tensor, amount: int) -> Tensor:
     return values[torch.linspace(0, len(values) - 1, amount, dtype=torch.float64).round().long()]
 
 
-def _thumbnails(positions: Tensor, evidence: Evidence) -> Tensor:
+def _thumbnails(positions: Tensor, evidence: Evidence, largest: int) -> Tensor:
     """Small images at some positions, uint8 ``(n, 3, h, w)``; images of another size than the first are resized."""
     parts: list[Tensor] = []
     for some in torch.split(positions, PART):
-        images = fitted(three_channels(fetched(some.tolist(), evidence)).float())
+        images = fitted(three_channels(fetched(some.tolist(), evidence)).float(), largest)
         if parts and images.shape != (len(images), *parts[0].shape[1:]):
             images = interpolate(images, size=parts[0].shape[2:], mode="area")
         parts.append(images.round().to(torch.uint8))

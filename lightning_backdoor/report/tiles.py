@@ -75,10 +75,10 @@ def three_channels(images: Tensor) -> Tensor:
     return images.float().mean(dim=1, keepdim=True).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
-def fitted(images: Tensor) -> Tensor:
-    """Shrink float images ``(n, 3, H, W)`` whose longer side exceeds the largest tile."""
+def fitted(images: Tensor, largest: int = _LARGEST) -> Tensor:
+    """Shrink float images ``(n, 3, H, W)`` whose longer side exceeds the largest tile, in pixels."""
     height, width = images.shape[-2:]
-    scale = _LARGEST / max(height, width)
+    scale = largest / max(height, width)
     if scale >= 1:
         return images
     return interpolate(images, size=(max(1, round(height * scale)), max(1, round(width * scale))), mode="area")

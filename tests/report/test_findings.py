@@ -145,7 +145,7 @@ def test_images_are_fetched_in_small_parts_and_not_too_many() -> None:
 
     def images(positions: list[int]) -> Tensor:
         asked.append(len(positions))
-        return torch.zeros(len(positions), 3, 8, 8, dtype=torch.uint8)
+        return torch.zeros(len(positions), 3, 200, 100, dtype=torch.uint8)
 
     many = tuple(finding(place % 4, torch.arange(place * 80, place * 80 + 80)) for place in range(30))
     judged = replace(verdict(4000, 2400), findings=many)
@@ -154,6 +154,9 @@ def test_images_are_fetched_in_small_parts_and_not_too_many() -> None:
     assert max(asked) <= PART
     assert sum(asked) <= FETCHED
     assert len(pixels) <= 350
+    assert {tile.shape for tile in pixels.values()} == {(96, 48, 3)}, "many of them are smaller"
+    _, few = portray(replace(judged, findings=many[:1]), evidence(images=images))
+    assert {tile.shape for tile in few.values()} == {(160, 80, 3)}
 
 
 def test_images_of_several_sizes_are_compared_in_one() -> None:
