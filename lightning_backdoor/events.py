@@ -39,6 +39,9 @@ class Event:
         reassigned: Whether the removed samples came back, because the model gives them their label without having
             trained on them.
         at_end: Both shares at the end of training, if it went on after the treatment.
+        harmed: Label, and share of its samples that got it before and after a step that was undone because of it.
+        of_labels: For labels of which samples are removed, most first: label, share of its kept samples that get it,
+            and of its removed ones, as measured last.
         feature_epochs: Epochs of the contrastive stage.
         losses: Mean loss of every epoch of the two stages.
         agreement: Epoch, and share of the neighbors of trusted samples that have their label.
@@ -67,6 +70,8 @@ class Event:
     undone_steps: tuple[bool, ...] = ()
     reassigned: bool = False
     at_end: tuple[float, float | None] | None = None
+    harmed: tuple[int, float, float] | None = None
+    of_labels: tuple[tuple[int, float, float], ...] = ()
     feature_epochs: int = 0
     losses: tuple[float, ...] = ()
     agreement: tuple[tuple[int, float], ...] = ()

@@ -48,7 +48,8 @@ class DBRCallback(Defense):
     Differs from the paper: suspects come from evidence instead of a share, which unlearns clean images on clean data;
     the detector may start from the model; all classes are trusted equally; batches of suspects and of trusted images
     alternate; the ascent is on ``-log(1 - p)`` and ends for each image when it has lost its label; batch norms are
-    frozen; an epoch that costs over five points of accuracy is undone; the repair ends when it is complete.
+    frozen; an epoch that costs over five points of accuracy, or one class over ten, is undone; the repair ends when it
+    is complete.
 
     Args:
         warmup_epochs: Epochs of ordinary training before detection; ``None``: as late as the plan leaves time for the

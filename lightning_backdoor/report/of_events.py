@@ -198,7 +198,7 @@ def _of_reset(event: Event, total: int) -> str:
     if event.rechecked:
         return (
             f"at the end of training: accuracy on training images {event.accuracies[0]:.1%}; of {event.rechecked:,} "
-            f"removed images {before or 0.0:.1%} are given their label{_outcome(event)}."
+            f"removed images {before or 0.0:.1%} are given their label{_outcome(event)}.{_of_labels(event)}"
         )
     if not event.units and event.no_room:
         given = "" if before is None else f", {before:.1%} of all that are removed given their label"
@@ -227,12 +227,32 @@ def _of_reset(event: Event, total: int) -> str:
     return f"after fine-tuning: {accuracy}{given}{_outcome(event)}."
 
 
+def _harm(event: Event) -> str:
+    """Which class a step that was undone cost too much, in brackets after a space."""
+    if event.harmed is None:
+        return ""
+    label, before, after = event.harmed
+    return f" (label {label}: {before:.1%} -> {after:.1%} of its images given it)"
+
+
+def _of_labels(event: Event) -> str:
+    """What the model makes of kept and of removed images of the labels in question, as a sentence after a space."""
+    if not event.of_labels:
+        return ""
+    told = [
+        f"label {label}: {kept:.1%} of its kept images get it, {removed:.1%} of its removed ones"
+        for label, kept, removed in event.of_labels
+    ]
+    return f" {'; '.join(told)[0].upper()}{'; '.join(told)[1:]}."
+
+
 def _outcome(event: Event) -> str:
     """What followed from a round that is over, for the end of a sentence."""
     if event.reassigned:
         return "; the model gives the removed images their label without having seen them, so all of this was undone"
     if event.undone:
-        return "; the rounds cost too much accuracy, so the weights went back: the backdoor may still be there"
+        cost = f"; the rounds cost too much accuracy{_harm(event)}"
+        return f"{cost}, so the weights went back: the backdoor may still be there"
     if not event.remains:
         return ""
     if own_label(event):
@@ -262,7 +282,7 @@ def _of_unlearning(event: Event, total: int) -> str:
         accuracy, given = event.at_end
         return (
             f"at the end of training: accuracy on training images {accuracy:.1%}, of suspects given their label "
-            f"{given or 0.0:.1%}."
+            f"{given or 0.0:.1%}.{_of_labels(event)}"
         )
     if not event.treated:
         return (
@@ -272,7 +292,7 @@ def _of_unlearning(event: Event, total: int) -> str:
     accuracy, rate = event.outcome
     steps, undone = len(event.undone_steps), sum(event.undone_steps)
     epochs = f"{steps} epoch{'s' if steps > 1 else ''}"
-    back = f"; {undone} of them cost too much accuracy and were undone" if undone else ""
+    back = f"; {undone} of them cost too much accuracy{_harm(event)} and were undone" if undone else ""
     first = event.flagged_label_rates[0] or 0.0
     suspects = f", of suspects given their label {first:.1%} -> {rate or 0.0:.1%}" if event.suspects else ""
     return (

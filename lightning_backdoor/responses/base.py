@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WARMUP", "Case", "Continue", "Detection", "Report", "Response", "Session", "labels_of", "representation"]
 
+NAMED = 5  # labels in an event
 WARMUP = "warmup_epochs"  # argument of the defenses that do not detect before the first epoch
 
 
@@ -161,6 +162,23 @@ class Session:
         removed, known = ~verdict.keep, labels_of(verdict) >= 0
         kept = correct[(verdict.keep if training is None else training) & known].float().mean()
         return float(kept), float(correct[removed].float().mean()) if bool(removed.any()) else None
+
+    def rates_of_labels(self, correct: Tensor) -> tuple[tuple[int, float, float], ...]:
+        """The same of the labels that removed samples have: label, and both shares; five at most, most removed first.
+
+        Labels without a sample in training are left out.
+        """
+        verdict, training = self.verdict, self.in_training
+        labels, removed = labels_of(verdict), ~verdict.keep
+        kept = (verdict.keep if training is None else training) & (labels >= 0)
+        present, counts = torch.unique(labels[removed & (labels >= 0)], return_counts=True)
+        found = []
+        for label in present[counts.argsort(descending=True, stable=True)][:NAMED].tolist():
+            own = labels == label
+            if bool((own & kept).any()):
+                shares = (float(correct[own & part].float().mean()) for part in (kept, removed))
+                found.append((label, *shares))
+        return tuple(found)
 
 
 def labels_of(verdict: Verdict) -> Tensor:

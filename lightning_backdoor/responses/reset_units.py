@@ -21,6 +21,7 @@ from lightning_backdoor.report.of_events import reset_units as reset_units_of
 from lightning_backdoor.responses.base import WARMUP, Detection, Response, Session, labels_of
 from lightning_backdoor.responses.checkpointing import warn_of_treated_files
 from lightning_backdoor.responses.extra_epochs import FineTuning, conclude, enough_epochs, is_finite
+from lightning_backdoor.responses.harm import harmed_class
 from lightning_backdoor.responses.limits import (
     about_to_end,
     epochs_left,
@@ -345,6 +346,8 @@ class ResetUnits(Response):
     def _judged_event(self, session: Session, event: Event, predicted: Tensor) -> Event:
         """The event of a round after its fine-tuning; it is undone if all rounds together cost too much accuracy.
 
+        That of all images, or that of one class (:func:`~lightning_backdoor.responses.harm.harmed_class`).
+
         Samples of an all-to-all subpopulation come back if the model, which has not trained on them, gives most of
         them their label: an all-to-all attack changes labels.
         """
@@ -356,14 +359,20 @@ class ResetUnits(Response):
         before = torch.ones_like(verdict.keep) if self._correct is None else self._correct
         lost = float(before[verdict.keep if training is None else training].float().mean()) - after
         reassigned, undone = event.all_to_all and own_label, lost > MAX_LOSS
+        kept = (verdict.keep if training is None else training) & (labels >= 0)
+        affected = torch.unique(labels[~verdict.keep]).tolist()
+        harmed = harmed_class(before[kept], (predicted == labels)[kept], labels[kept], affected)
+        undone = undone or harmed is not None
         if self._paper_loop:
-            reassigned, undone = False, not is_finite(session.module)
+            reassigned, undone, harmed = False, not is_finite(session.module), None
         return replace(
             event,
             accuracies=(*event.accuracies, after),
             flagged_label_rates=(*event.flagged_label_rates, rate),
             undone_steps=(reassigned or undone,),
             reassigned=reassigned,
+            harmed=None if reassigned else harmed,
+            of_labels=session.rates_of_labels(predicted == labels),
         )
 
     def _reassign(self, session: Session) -> None:
@@ -388,7 +397,8 @@ class ResetUnits(Response):
         history, verdict = session.case.history, session.verdict
         description = f"{session.case.title} check"
         predicted = session.scanner.predict(session.trainer, session.module, description=description)
-        accuracy, rate = session.label_rates(predicted == labels_of(verdict))
+        correct = predicted == labels_of(verdict)
+        accuracy, rate = session.label_rates(correct)
         self._judged = session.epochs_done
         history.append(
             Event(
@@ -399,6 +409,7 @@ class ResetUnits(Response):
                 rechecked=int((~verdict.keep).sum()),
                 accuracies=(accuracy,),
                 flagged_label_rates=(rate,),
+                of_labels=session.rates_of_labels(correct),
             )
         )
         session.case.tell()

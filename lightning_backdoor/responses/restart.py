@@ -277,7 +277,8 @@ def measure_removed(session: Session, *, run: int, response: str = "restart") ->
     """
     history = session.case.history
     predicted = session.scanner.predict(session.trainer, session.module, description=f"{session.case.title} check")
-    accuracy, rate = session.label_rates(predicted == labels_of(session.verdict))
+    correct = predicted == labels_of(session.verdict)
+    accuracy, rate = session.label_rates(correct)
     history.append(
         Event(
             session.epochs_done,
@@ -288,6 +289,7 @@ def measure_removed(session: Session, *, run: int, response: str = "restart") ->
             rechecked=int((~session.verdict.keep).sum()),
             accuracies=(accuracy,),
             flagged_label_rates=(rate,),
+            of_labels=session.rates_of_labels(correct),
         )
     )
     session.case.explain()

@@ -19,6 +19,7 @@ from lightning_backdoor.responses.base import Detection, Response, Session, labe
 from lightning_backdoor.responses.checkpointing import warn_of_treated_files
 from lightning_backdoor.responses.explaining import diagnosed, held_out
 from lightning_backdoor.responses.extra_epochs import FineTuning, conclude, is_finite
+from lightning_backdoor.responses.harm import LEAST, Harm, drawn_by_label, harmed_class
 from lightning_backdoor.responses.limits import (
     about_to_end,
     epochs_left,
@@ -44,6 +45,7 @@ TOLERANCE = 0.005  # of accuracy, within which the model is as good as before
 WATCHED = 1024
 PROBE_STEPS, LARGEST_PROBE = 200, 1000
 """Steps in which a copy learns the labels of other samples: as many as the fit has had, within these bounds."""
+OF_CLASS, OF_CLASSES = 100, 10_000  # samples of a class on which its own accuracy is watched, and of all, at most
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,22 @@ class Split:
         suspect: Samples to unlearn, bool ``(N,)``.
         trusted: Samples to learn anew, bool ``(N,)``.
         watched: Samples on which accuracy is watched, bool ``(N,)``.
+        by_class: Samples on which that of every class is watched, bool ``(N,)``.
     """
 
     labels: Tensor
     suspect: Tensor
     trusted: Tensor
     watched: Tensor
+    by_class: Tensor
 
 
 class Unlearn(Response):
     """Epochs that alternate batches of suspects, with the loss turned around, and batches of trusted samples.
 
-    So what is unlearned is the trigger rather than the class. An epoch that costs more than five points of accuracy is
-    undone with its last batch, before validation, and the next one has half its rate. The treatment is over when
-    suspects get their label no more often than by mistake and accuracy is back.
+    So what is unlearned is the trigger rather than the class. An epoch that costs more than five points of accuracy, or
+    one class more than ten beyond chance, is undone with its last batch, before validation, and the next one has half
+    its rate. The treatment is over when suspects get their label no more often than by mistake and accuracy is back.
 
     A finding is unlearned if its labels look wrong to a copy of the network that is trained without it, in 200 to 1,000
     steps from the weights at the start of the fit (with ``at_once``, where these are under repair, from new ones).
@@ -113,6 +117,8 @@ class Unlearn(Response):
         self._accuracies: list[float] = []
         self._rates: list[float] = []
         self._undone: list[bool] = []
+        self._correct: Tensor | None = None  # samples of `Split.by_class` that got their label before the first epoch
+        self._harmed: Harm | None = None  # class because of which an epoch was undone
         self._tuning = FineTuning()
         self._rate = 1.0  # share of the learning rate
         self._judged = self._detected = False
@@ -219,6 +225,7 @@ class Unlearn(Response):
             accuracies=(*self._accuracies,),
             flagged_label_rates=(*self._rates,),
             undone_steps=(*self._undone,),
+            harmed=self._harmed,
         )
         session.case.tell()
         session.trainer.should_stop = session.trainer.should_stop or self.at_once
@@ -295,7 +302,7 @@ class Unlearn(Response):
         if not epochs:
             return replace(event, no_room=True)
         self._split = self._split_of(session)
-        self._measure(session)
+        self._correct = self._measure(session)
         self._before = weights(trainer, session.module)
         beyond = end is not None and done + epochs > end
         as_authors = self._paper_loop
@@ -366,21 +373,34 @@ class Unlearn(Response):
         """Measure what an epoch has led to, and undo it if it costs too much or the weights are not finite."""
         trainer, module = session.trainer, session.module
         self._ascent.release()
-        accuracy, _ = self._measure(session)
-        harmful = not is_finite(module) or (not self._paper_loop and self._accuracies[0] - accuracy > MAX_LOSS)
+        harmed = self._harmed_by(self._measure(session), session)
+        costly = self._accuracies[0] - self._accuracies[-1] > MAX_LOSS or harmed is not None
+        harmful = not is_finite(module) or (not self._paper_loop and costly)
         self._undone.append(harmful)
         conclude(trainer, module, self._before if harmful else None)
         if harmful:
             self._rate /= 2
+            self._harmed = None if self._paper_loop else harmed or self._harmed
         elif not self._paper_loop:
             self._before = weights(trainer, module)
         self._judged = True
         self.changed_at = time.time()
 
-    def _measure(self, session: Session) -> tuple[float, float]:
-        """Note and return the shares of the watched samples and of the suspects that get their label."""
+    def _harmed_by(self, correct: Tensor, session: Session) -> Harm | None:
+        """The class that has lost too much of its accuracy since the start, if any; that of the suspects first."""
         split = self._split if self._split is not None else self._split_of(session)
-        measured = (split.watched | split.suspect).nonzero().squeeze(1)
+        before = correct if self._correct is None else self._correct
+        affected = torch.unique(split.labels[split.suspect]).tolist()
+        return harmed_class(before, correct, split.labels[split.by_class], affected)
+
+    def _measure(self, session: Session) -> Tensor:
+        """Note the shares of the watched samples and of the suspects that get their label.
+
+        Returns:
+            The samples of every class that do, bool, one value for each sample of ``Split.by_class``.
+        """
+        split = self._split if self._split is not None else self._split_of(session)
+        measured = (split.watched | split.suspect | split.by_class).nonzero().squeeze(1)
         description = f"{session.case.title} check"
         predicted = session.scanner.predict(
             session.trainer, session.module, description=description, positions=measured
@@ -388,7 +408,7 @@ class Unlearn(Response):
         correct = (predicted == split.labels[measured]).float()
         self._accuracies.append(float(correct[split.watched[measured]].mean()))
         self._rates.append(float(correct[split.suspect[measured]].sum()) / max(int(split.suspect.sum()), 1))
-        return self._accuracies[-1], self._rates[-1]
+        return correct[split.by_class[measured]] > 0
 
     def _by_mistake(self, session: Session) -> float:
         """Twice the share of images that get some wrong label by mistake: forgotten suspects get theirs as seldom."""
@@ -404,7 +424,9 @@ class Unlearn(Response):
             return
         description = f"{session.case.title} check"
         predicted = session.scanner.predict(trainer, session.module, description=description)
-        history[-1] = replace(latest, at_end=session.label_rates(predicted == labels_of(session.verdict)))
+        correct = predicted == labels_of(session.verdict)
+        at_end, of_labels = session.label_rates(correct), session.rates_of_labels(correct)
+        history[-1] = replace(latest, at_end=at_end, of_labels=of_labels)
         session.case.tell()
 
     def _stop(self, session: Session) -> None:
@@ -439,6 +461,8 @@ class Unlearn(Response):
             "accuracies": list(self._accuracies),
             "rates": list(self._rates),
             "undone": list(self._undone),
+            "correct": self._correct,
+            "harmed": self._harmed,
             "tuning": self._tuning.state_dict(),
             "rate": self._rate,
             "judged": self._judged,
@@ -451,6 +475,7 @@ class Unlearn(Response):
         """Continue where the checkpoint was written."""
         self._accuracies, self._rates = list(state_dict["accuracies"]), list(state_dict["rates"])
         self._undone, self._rate = list(state_dict["undone"]), state_dict["rate"]
+        self._correct, self._harmed = state_dict["correct"], state_dict["harmed"]
         self._before, self._judged = state_dict["before"], state_dict["judged"]
         self._initial = state_dict["initial"]
         self._detected = state_dict["detected"]
@@ -464,15 +489,20 @@ class Unlearn(Response):
 def split_of(verdict: Verdict, seed: int) -> Split:
     """What a verdict means for a treatment, and up to 1024 samples outside of it on which accuracy is watched.
 
-    Where there are none of these, trusted ones.
+    And up to 100 of each class (10,000 of all, 20 of each in any case). Where there are none of these, trusted ones.
     """
     labels, suspect, trusted = masks_of(verdict)
     pool = verdict.keep & ~trusted & (labels >= 0)
     positions = (pool if bool(pool.any()) else trusted).nonzero().squeeze(1)
-    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
     watched = torch.zeros_like(trusted)
-    watched[positions[order[:WATCHED]]] = True
-    return Split(labels, suspect, trusted, watched)
+    watched[positions[torch.randperm(len(positions), generator=generator)[:WATCHED]]] = True
+    classes = torch.unique(labels[labels >= 0])
+    most = min(OF_CLASS, max(OF_CLASSES // max(len(classes), 1), LEAST))
+    counts = torch.bincount(labels[pool], minlength=int(labels.max()) + 1)
+    few = (labels >= 0) & (counts[labels] < LEAST)  # of classes that are nearly all trusted, these
+    by_class = drawn_by_label(pool | (trusted & few), labels, most, generator)
+    return Split(labels, suspect, trusted, watched, by_class)
 
 
 def masks_of(verdict: Verdict) -> tuple[Tensor, Tensor, Tensor]:
