@@ -15,7 +15,7 @@ from lightning_backdoor.attacks.raw import RawSource, from_pixels, label_like, t
 from lightning_backdoor.attacks.triggers import CraftedTrigger
 from lightning_backdoor.errors import ArgumentError
 
-__all__ = ["PoisonedDataset", "poison", "poisoned_mask", "triggered"]
+__all__ = ["PoisonedDataset", "carried", "poison", "poisoned_mask", "triggered"]
 
 RateOf = Literal["dataset", "non_target", "target_class"]
 Labels = Literal["dirty", "clean", "all_to_all"]
@@ -157,7 +157,7 @@ def poison(  # noqa: PLR0917  (the order is promised to users)
     classes = _count_classes(source)
     _check_target(target, classes)
     nothing = torch.zeros(len(source.labels), dtype=torch.bool)
-    poisons, screens = (nothing if mask is None else mask for mask in map(partial(_carried, dataset), _MASKS))
+    poisons, screens = (nothing if mask is None else mask for mask in map(partial(carried, dataset), _MASKS))
     in_target, in_sources = source.labels == target, _in_sources(source.labels, sources, classes)
     base = {"dataset": ~nothing, "non_target": ~in_target, "target_class": in_target}[rate_of]
     usable = {"dirty": ~in_target, "clean": in_target, "all_to_all": ~nothing}[labels] & in_sources
@@ -172,7 +172,7 @@ def poison(  # noqa: PLR0917  (the order is promised to users)
         source, trigger, torch.arange(len(chosen)), chosen, attacked, covers=screen, crafted=crafted
     )
     result.poisoned, result.covers = chosen | poisons, screen | screens
-    truth = _carried(dataset, "true_labels")
+    truth = carried(dataset, "true_labels")
     result.true_labels = source.labels if truth is None else truth
     return result
 
@@ -221,14 +221,14 @@ def triggered(
 
 def poisoned_mask(dataset: Any) -> Tensor | None:
     """Return the ground truth that ``dataset`` carries, bool ``(N,)``, also through ``Subset``, or ``None``."""
-    mask = _carried(dataset, "poisoned")
+    mask = carried(dataset, "poisoned")
     return None if mask is None else mask.bool()
 
 
-def _carried(dataset: Any, name: str) -> Tensor | None:
+def carried(dataset: Any, name: str) -> Tensor | None:
     """Return the per-sample attribute ``name`` of a dataset, seen through ``Subset``."""
     if isinstance(dataset, Subset):
-        values = _carried(dataset.dataset, name)
+        values = carried(dataset.dataset, name)
         return None if values is None else values[torch.as_tensor(dataset.indices)]
     values = getattr(dataset, name, None)
     return None if values is None else torch.as_tensor(values)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_backdoor._lightning import CallbackBase, callbacks_of
 from lightning_backdoor.attacks import poisoned_mask
 from lightning_backdoor.attacks import triggered as make_triggered
+from lightning_backdoor.attacks.poisoning import carried
 from lightning_backdoor.callbacks.fabric import guard_inherited_hooks
 from lightning_backdoor.callbacks.validation_set import batch_size, first_loader, loaders_in, positions_used
 from lightning_backdoor.data.batches import BatchLayout, find_layout
@@ -49,6 +50,11 @@ class BackdoorMonitor(CallbackBase):
 
     Values that are undefined, such as the TPR on clean data, are left out. Training stays bit-identical.
 
+    With ``per_class`` each value is logged for every class as well, with the class after its name: ``clean_accuracy_3``
+    and ``recovered_accuracy_3`` of the images of class 3; ``attack_success_rate_3`` of those that the attacker wants to
+    have label 3 and, where true labels are known, ``attack_success_rate_source_3`` of those of class 3; ``tpr_3`` and
+    so on of the training images with label 3, ``tpr_source_3`` of those whose true label is 3.
+
     Costs two evaluation passes over the validation set. ``limit_val_batches`` and ``fast_dev_run`` shorten them to a
     random part, the same each time.
 
@@ -66,6 +72,7 @@ class BackdoorMonitor(CallbackBase):
         mean: With ``std``, one number per channel: the validation images are already normalised, pixel =
             255 (image * std + mean), and the trigger is painted on the batches. ``"per_image"`` alone: each by itself.
         std: See ``mean``.
+        per_class: Log every value for every class, too.
         name: Inserted into the logged names (``backdoor/<name>/...``), to tell two monitors apart.
 
     Raises:
@@ -87,6 +94,7 @@ class BackdoorMonitor(CallbackBase):
         batch_fn: Callable[..., Any] | None = None,
         mean: Sequence[float] | Literal["per_image"] | None = None,
         std: Sequence[float] | None = None,
+        per_class: bool = False,
         name: str | None = None,
     ) -> None:
         if (triggered is None) == (trigger is None):
@@ -108,7 +116,7 @@ class BackdoorMonitor(CallbackBase):
         self.forward_fn = forward_fn
         self.batch_fn = batch_fn
         self.space = space_of(mean, std)
-        self.name = name
+        self.name, self.per_class = name, per_class
         self._built: tuple[Any, Any] = (None, None)  # a validation set and its triggered twin
         self._has_logged = False
 
@@ -139,7 +147,7 @@ class BackdoorMonitor(CallbackBase):
         if trainer.sanity_checking:
             return
         prefix = "backdoor" if self.name is None else f"backdoor/{self.name}"
-        values = {**self._attack(trainer, pl_module), **_detection(trainer)}
+        values = {**self._attack(trainer, pl_module), **_detection(trainer, per_class=self.per_class)}
         defined = {f"{prefix}/{key}": value for key, value in values.items() if not math.isnan(value)}
         pl_module.log_dict(defined, batch_size=1, sync_dist=True)
         self._has_logged = True
@@ -185,6 +193,13 @@ class BackdoorMonitor(CallbackBase):
             recovered = RecoveredAccuracy(sync_on_compute=False)
             recovered.update(predictions, true_labels)
             values["recovered_accuracy"] = recovered.compute().item()
+        if self.per_class:
+            accuracy = _share_per_class(clean["prediction"], clean["label"])
+            values |= _named("clean_accuracy", accuracy)
+            values |= _named("attack_success_rate", _share_per_class(predictions, aims))
+            if true_labels is not None:
+                values |= _named("attack_success_rate_source", _share_per_class(predictions, aims, true_labels))
+                values |= _named("recovered_accuracy", _share_per_class(predictions, true_labels))
         return values
 
     def _on_triggered(
@@ -251,8 +266,29 @@ class BackdoorMonitor(CallbackBase):
         return self.space.to_model(trigger(self.space.to_pixels(images)), images)
 
 
-def _detection(trainer: Trainer) -> dict[str, float]:
+def _named(name: str, values: Tensor) -> dict[str, float]:
+    """The values of all classes, with the class after the name."""
+    return {f"{name}_{label}": value for label, value in enumerate(values.reshape(-1).tolist())}
+
+
+def _share_per_class(predictions: Tensor, wanted: Tensor, classes: Tensor | None = None) -> Tensor:
+    """Share of the predictions that are as wanted, for every class; by default the wanted one."""
+    count = 1 + max(int(part.max()) if len(part) else 0 for part in (wanted, wanted if classes is None else classes))
+    metric = AttackSuccessRate(average=None, num_classes=count, sync_on_compute=False)
+    metric.update(predictions, wanted, classes)
+    return metric.compute()
+
+
+def _detection_per_class(verdict: Verdict, poisoned: Tensor, classes: Tensor, suffix: str = "") -> dict[str, float]:
+    """The detection rates of every class."""
+    rates = DetectionRates(average=None, num_classes=1 + int(classes.max()), sync_on_compute=False)
+    rates.update(verdict.scores, verdict.keep, poisoned, classes)
+    return {name: one for key, of_all in rates.compute().items() for name, one in _named(key + suffix, of_all).items()}
+
+
+def _detection(trainer: Trainer, *, per_class: bool) -> dict[str, float]:
     """Return the detection rates of every defence that has a verdict, against the ground truth if there is one."""
+    truths = [carried(loader.dataset, "true_labels") for loader in loaders_in(trainer.train_dataloader)]
     masks = [poisoned_mask(loader.dataset) for loader in loaders_in(trainer.train_dataloader)]
     judges: list[Any] = [each for each in callbacks_of(trainer) if isinstance(getattr(each, "verdict", None), Verdict)]
     values: dict[str, float] = {}
@@ -266,4 +302,10 @@ def _detection(trainer: Trainer) -> dict[str, float]:
         parts = (getattr(judge, "method", type(judge).__name__), getattr(judge, "name", None))
         prefix = "/".join([part for part in parts if part] + [""]) if len(judges) > 1 else ""
         values.update({prefix + key: value.item() for key, value in rates.compute().items()})
+        true_labels = next((truth for truth in truths if truth is not None and len(truth) == len(verdict)), None)
+        if per_class:
+            found = {} if verdict.labels is None else _detection_per_class(verdict, poisoned, verdict.labels)
+            if true_labels is not None:
+                found |= _detection_per_class(verdict, poisoned, true_labels, "_source")
+            values.update({prefix + key: value for key, value in found.items()})
     return values

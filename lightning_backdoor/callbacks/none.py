@@ -108,8 +108,8 @@ class NONECallback(Defense):
     Assumes nothing: no clean data, no poison rate, no target class. Costs two forward passes per detection, three
     if a class has no confident sample; for each round two more; two bytes per image for each of up to 512 units; a copy
     of weights and optimizer, to which training returns if a round brings what all have cost to over 5 points of
-    accuracy, or over 10 of that of one class. Fine-tuning takes epochs of the plan (``max_epochs``, ``max_steps``, ``max_time``), unless
-    ``extra_epochs`` are allowed.
+    accuracy, or over 10 of that of one class. Fine-tuning takes epochs of the plan (``max_epochs``, ``max_steps``,
+    ``max_time``), unless ``extra_epochs`` are allowed.
 
     Units are reset at the start of an epoch, and rounds are judged and undone with the last batch of one, before
     validation: what monitors a score, saves a checkpoint or averages weights sees both of one state.

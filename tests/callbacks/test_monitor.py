@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import lightning.pytorch
 import pytest
@@ -409,3 +410,24 @@ def test_behind_timms_prefetcher(settings):
     trainer.fit(Fooled(), *loaders)
     assert trainer.callback_metrics["backdoor/clean_accuracy"] == 1
     assert trainer.callback_metrics["backdoor/attack_success_rate"] == 1
+
+
+def test_every_class_by_its_name():
+    train = poison(VAL, BadNets(), rate=0.2, seed=1)
+    judge = Judge(~train.poisoned | (train.true_labels == 2))
+    judge.verdict = replace(judge.verdict, labels=train.targets)
+    plain = logged(BackdoorMonitor(trigger=BadNets()), Fooled((1, 3)), judge, train=train)
+    rates = logged(BackdoorMonitor(trigger=BadNets(), per_class=True), Fooled((1, 3)), judge, train=train)
+    assert {name: rates[name] for name in plain} == plain
+    assert not any(name.rpartition("_")[2].isdigit() for name in plain), "none by default"
+    values = {name.removeprefix("backdoor/"): value for name, value in rates.items()}
+    assert [values[f"clean_accuracy_{k}"] for k in range(K)] == [1.0] * K
+    assert values["attack_success_rate_0"] == values["attack_success_rate"], "one target"
+    assert [values.get(f"attack_success_rate_source_{k}") for k in range(K)] == [None, 1.0, 0.0, 1.0, 0.0]
+    assert [values.get(f"recovered_accuracy_{k}") for k in range(K)] == [None, 0.0, 1.0, 0.0, 1.0]
+    assert values["tpr_0"] == pytest.approx(values["tpr"])
+    assert "tpr_1" not in values, "no training image with label 1 is poisoned"
+    assert [values[f"fpr_{k}"] for k in range(K)] == [0.0] * K
+    sources = set(train.true_labels[train.poisoned].tolist())
+    assert {k for k in range(K) if f"tpr_source_{k}" in values} == sources
+    assert all(values[f"tpr_source_{k}"] == float(k != 2) for k in sources)

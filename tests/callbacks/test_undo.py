@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def dbr(**kwargs: Any) -> DBRCallback:
 
 def undo(monkeypatch: pytest.MonkeyPatch, *, rounds: tuple[bool, ...] = (True,)) -> None:
     """Have every epoch of D-BR undone, and the rounds of NONE, in turn, as told."""
-    judged, told = ResetUnits._judged_event, iter(rounds * 99 if len(rounds) == 1 else rounds)
+    judged, told = ResetUnits._judged_event, chain(rounds, repeat(rounds[-1]))  # a round may be judged several times
     monkeypatch.setattr(
         ResetUnits, "_judged_event", lambda self, *args: replace(judged(self, *args), undone_steps=(next(told),))
     )

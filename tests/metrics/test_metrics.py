@@ -126,3 +126,86 @@ def test_masks_are_checked(name, bad):
     masks = {"keep": torch.zeros(4, dtype=torch.bool), "poisoned": torch.zeros(4, dtype=torch.bool), name: bad}
     with pytest.raises(ArgumentError, match=rf"`{name}` must be a boolean mask of shape \(N,\) like `scores` \(4,\)"):
         DetectionRates().update(torch.zeros(4), **masks)
+
+
+CLASSES = torch.tensor([0, 0, 1, 1, 1, 3])
+PREDICTIONS = torch.tensor([2, 2, 2, 0, 1, 2])
+AIMS = torch.full((6,), 2)
+
+
+def test_success_of_every_source_class_and_of_every_attack_label():
+    by_source = AttackSuccessRate(average=None, num_classes=4)
+    by_source.update(PREDICTIONS[:2], AIMS[:2], classes=CLASSES[:2])
+    by_source.update(PREDICTIONS[2:], AIMS[2:], classes=CLASSES[2:, None])
+    expected = torch.tensor([1.0, 1 / 3, math.nan, 1.0])
+    torch.testing.assert_close(by_source.compute(), expected, equal_nan=True)
+    mean = AttackSuccessRate(average="macro", num_classes=4)
+    mean.update(PREDICTIONS, AIMS, classes=CLASSES)
+    assert mean.compute().item() == pytest.approx((1 + 1 / 3 + 1) / 3)
+    by_aim = AttackSuccessRate(average=None, num_classes=3)
+    by_aim.update(PREDICTIONS, AIMS)
+    torch.testing.assert_close(by_aim.compute(), torch.tensor([math.nan, math.nan, 4 / 6]), equal_nan=True)
+    by_aim.reset()
+    with pytest.warns(UserWarning, match="called before the ``update`` method"):
+        assert bool(by_aim.compute().isnan().all())
+    all_images = AttackSuccessRate(num_classes=3)
+    all_images.update(PREDICTIONS, AIMS)
+    assert all_images.compute().item() == pytest.approx(4 / 6), "as in torchmetrics, micro needs no classes"
+
+
+def test_recovered_images_of_every_class():
+    recovered = RecoveredAccuracy(average=None, num_classes=4)
+    recovered.update(PREDICTIONS, CLASSES)
+    torch.testing.assert_close(recovered.compute(), torch.tensor([0.0, 1 / 3, math.nan, 0.0]), equal_nan=True)
+
+
+def test_classes_work_in_torchmetrics_wrappers_and_when_pickled():
+    from torchmetrics import ClasswiseWrapper  # noqa: PLC0415
+
+    wrapped = ClasswiseWrapper(AttackSuccessRate(average=None, num_classes=4), prefix="asr_")
+    wrapped.update(PREDICTIONS, AIMS, CLASSES)
+    assert wrapped.compute()["asr_0"] == 1.0
+    metric = AttackSuccessRate(average=None, num_classes=4)
+    metric.update(PREDICTIONS, AIMS, CLASSES)
+    assert torch.equal(pickle.loads(pickle.dumps(metric)).compute()[:2], metric.compute()[:2])
+
+
+def test_detection_of_every_class_is_that_of_its_samples_alone():
+    generator = torch.Generator().manual_seed(0)
+    scores, classes = torch.rand(60, generator=generator), torch.randint(-1, 3, (60,), generator=generator)
+    keep, poisoned = scores < 0.7, (torch.rand(60, generator=generator) < 0.4) & (classes != 1)
+    metric = DetectionRates(average=None, num_classes=4)
+    metric.update(scores[:20], keep[:20], poisoned[:20], classes[:20])
+    metric.update(scores[20:], keep[20:], poisoned[20:], classes[20:])
+    found = metric.compute()
+    for label in range(3):
+        own = classes == label
+        for name, value in rates(scores[own], keep[own], poisoned[own]).items():
+            assert found[name][label].item() == pytest.approx(value, nan_ok=True), (name, label)
+    assert found["fpr"][3] == 0
+    assert found["tpr"][[1, 3]].isnan().all(), "nothing of them is poisoned"
+    mean = DetectionRates(average="macro", num_classes=4)
+    mean.update(scores, keep, poisoned, classes)
+    assert mean.compute()["tpr"] == found["tpr"].nanmean()
+    with pytest.warns(UserWarning, match="called before the ``update`` method"):
+        assert DetectionRates(average=None, num_classes=4).compute()["tpr"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "classes", "words"),
+    [
+        ({"average": "weighted"}, None, "`average` must be 'micro', 'macro' or None, got 'weighted'"),
+        ({"average": None}, None, "`num_classes` must be a whole number of at least 1 with `average=None`, got None"),
+        ({"average": "macro", "num_classes": 0}, None, "got 0"),
+        ({"average": None, "num_classes": 3}, CLASSES, "`num_classes` must be larger than every class, got 3 .* to 3"),
+        ({"average": None, "num_classes": 4}, CLASSES[:2], r"`classes` must have shape \(6,\), .* got \(2,\)"),
+    ],
+)
+def test_what_does_not_fit_classes(kwargs, classes, words):
+    with pytest.raises(ArgumentError, match=words):
+        AttackSuccessRate(**kwargs).update(PREDICTIONS, AIMS, classes)
+    if classes is None or len(classes) == 6:
+        with pytest.raises(ArgumentError, match=words):
+            DetectionRates(**kwargs).update(torch.rand(6), AIMS > 0, AIMS > 0, classes)
+    with pytest.raises(ArgumentError, match="`classes` must be passed with `average=None`"):
+        DetectionRates(average=None, num_classes=2).update(torch.rand(6), AIMS > 0, AIMS > 0)
