@@ -154,7 +154,7 @@ class ResetUnits(Response):
         chosen = [(places[name], unit, label, score) for name, unit, label, score in history[-1].units]
         seed = self._seed + len(history) * len(self._layers)
         optimizers = () if self._paper_loop else trainer.optimizers
-        start = None if self._start is None else at_start(session.module, self._start)
+        start = None if self._start is None else initial_values(session.module, self._start)
         reset_chosen(self._layers, chosen, mode=self._reset, optimizers=optimizers, seed=seed, start=start)
         restart_averages(trainer, session.module)
 
@@ -563,7 +563,7 @@ def reset_chosen(
         reset_units(layer, units, mode=mode, optimizers=optimizers, seed=seed + i, start=start)
 
 
-def at_start(module: nn.Module, start: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+def initial_values(module: nn.Module, start: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """Of each parameter and buffer of a module, the value that a state dict from the start of the fit has for it."""
     values = {id(tensor): start[name] for name, tensor in module.state_dict(keep_vars=True).items()}
     return lambda tensor: values[id(tensor)]
