@@ -1,8 +1,9 @@
 """``python -m benchmarks.gallery``: the reports of four findings, as pictures for the pages, ``docs/gallery/*.png``.
 
 A small patch and a blended pattern on images with wrong labels, a sinusoid on images that keep their labels, and a
-clean kind of image that one class alone has. Each is a training of 2,000 CIFAR-10 images of four classes, and takes
-about a minute on one core. Pictures are taken with Chromium or Chrome, see ``--browser``.
+clean kind of image that one class alone has, before and after the user has approved it. Each is a training of 2,000
+CIFAR-10 images of four classes, and takes about a minute on one core. Pictures are taken with Chromium or Chrome, see
+``--browser``.
 """
 
 from __future__ import annotations
@@ -70,16 +71,17 @@ CASES: dict[str, Callable[[TensorDataset], Any]] = {
     "blended": poisoned(attacks.Blended(), rate=0.05),
     "clean_label": poisoned(attacks.SIG(), rate=0.4, rate_of="target_class", labels="clean"),
     "clean_kind": with_captions,
+    "approved": with_captions,
 }
 """Training sets by the name of the picture."""
 
 
-def report(dataset: Any, folder: Path) -> Path:
+def report(dataset: Any, folder: Path, approved: list[int] | None) -> Path:
     """Train with UltraClean and return the page of its report."""
     pl.seed_everything(0, verbose=False)
     trainer = pl.Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", callbacks=[UltraCleanCallback(report_dir=folder)], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=EPOCHS, accelerator="cpu", callbacks=[UltraCleanCallback(report_dir=folder, approved=approved)],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Classifier(), DataLoader(dataset, BATCH, shuffle=True, drop_last=True))
     return folder / "report.html"
@@ -111,7 +113,8 @@ def main() -> None:
     clean = of_four_classes(cifar10(options.data, "train"), 500)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only:
-        page = report(CASES[name](clean), options.reports / name)
+        approved = marked(clean.tensors[1]).tolist() if name == "approved" else None
+        page = report(CASES[name](clean), options.reports / name, approved)
         (options.out / f"{name}.png").write_bytes(picture(page, options.browser))
         print(options.out / f"{name}.png")
 
