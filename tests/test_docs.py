@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import warnings
@@ -28,6 +29,7 @@ if not (ROOT / "docs").exists():
 README = ROOT / "README.md"
 PAGES = [README, *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+FINE_TUNED = ROOT / "benchmarks" / "finetune.jsonl"
 OWN_DEFENSE = ROOT / "docs" / "howto" / "write_your_own_defense.md"
 
 
@@ -146,6 +148,10 @@ def measured() -> dict[tuple[str, str], set[str]]:
             continue
         for method, attack, cell in cells:
             found.setdefault((plain(method), attack.removesuffix(" (void)")), set()).add(cell)
+    for line in FINE_TUNED.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        cell = f"{100 * row['clean_accuracy']:.1f} / {100 * row['asr']:.1f}"
+        found.setdefault((plain(row["defence"]), row["attack"]), set()).add(cell)
     return found
 
 
@@ -158,7 +164,7 @@ def claims() -> Iterator[tuple[Path, str, str, str]]:
                     attack = "clean" if row[0] == "clean data" else row[0]
                     yield path, "undefended", attack, row[1]
                     yield from ((path, plain(head[2]), attack, cell) for cell in row[2:])
-            elif head[0] == "defense" and "badnets-5%" in head:
+            elif head[0] == "defense" and {"badnets-5%", "sticker-5%"} & set(head):
                 yield from (
                     (path, plain(row[0]), attack, cell)
                     for row in rows
