@@ -2,14 +2,18 @@
 
 With :math:`c` the product of two patches, summed over their pixels, and :math:`e` the sum of squares of one, the patch
 distance is :math:`e_1 + e_2 - 2 c`. All three are whole numbers in 32 bits, so the order of summation does not matter.
-The device multiplies four bytes by four bytes and sums up in one instruction: packing puts into every 32-bit word a
-pixel and the three to its right, and a row of a patch of side 7 takes two words of a plane.
+The device multiplies four bytes by four bytes and sums up in one instruction: packing puts into every 64-bit word a
+pixel and those to its right, eight of one plane or four of each of two planes. A row of a patch of side 7 takes one
+word of a single plane and two words of two planes.
 
 A thread smooths ``ROWS`` pixels, one above the other. It keeps the words of their patches and the sums of weights and
 weighted values in registers, and goes through the offsets of the search window: for each it reads the words there,
 multiplies row by row, and slides the sum over the rows of a patch down the pixels. Offsets come in the order of
 ``nlm.smooth_tiles``, and multiplications and additions are not contracted (``enable_fp_fusion=False`` at the launch),
 so the results are equal bit for bit.
+
+Triton's time for compiling a kernel grows with the square of its operations times its loads (``TritonGPUCoalesce``
+follows every load through all operations), hence the wide words and few ``ROWS``.
 """
 
 import triton
@@ -43,6 +47,12 @@ def _mixed(first, second, third, ROW: tl.constexpr):
 def _rounded(value):
     """Round to a whole number of grey levels."""
     return tl.minimum(tl.maximum(tl.floor(value + 0.5), 0.0), 255.0).to(tl.uint8)
+
+
+@triton.jit
+def _byte(word, BYTE: tl.constexpr):
+    """Take a byte out of a word, as a number."""
+    return ((word >> (8 * BYTE)).to(tl.int32) & 255).to(tl.float32)
 
 
 @triton.jit(
@@ -81,54 +91,64 @@ def to_planes(
 
 @triton.jit(do_not_specialize=["places", "first"])
 def pack(
-    padded, packed, places, first,
+    padded, words, squares, places, first,
     CHANNELS: tl.constexpr, PLANES: tl.constexpr, TEMPLATE: tl.constexpr, PITCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write words of four pixels in a row, and the sum of squares of the patch whose upper left corner is here."""
+    """Write the word of every place, and the sum of squares of the patch with its upper left corner there."""
+    PIXELS: tl.constexpr = 8 // PLANES
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     line, x = place // PITCH, place % PITCH
-    target = packed + line * (PLANES + 1) * PITCH + x
+    source = padded + (line * CHANNELS + first) * PITCH + x
     lines = places // PITCH
-    squares = tl.full((BLOCK,), 0, tl.int32)
-    for plane in tl.static_range(PLANES):
-        source = padded + (line * CHANNELS + first + plane) * PITCH + x
-        word = tl.full((BLOCK,), 0, tl.int32)
-        for byte in tl.static_range(4):
-            pixel = tl.load(source + byte, mask=(place < places) & (x + byte < PITCH), other=0).to(tl.int32)
-            word |= pixel << (8 * byte)
-        tl.store(target + plane * PITCH, word, mask=place < places)
-        for row in range(TEMPLATE):
-            for column in range(TEMPLATE):
-                within = (line + row < lines) & (x + column < PITCH)
-                pixel = tl.load(source + row * CHANNELS * PITCH + column, mask=within, other=0).to(tl.int32)
-                squares += pixel * pixel
-    tl.store(target + PLANES * PITCH, squares, mask=place < places)
+    word = tl.full((BLOCK,), 0, tl.int64)
+    for byte in range(8):
+        plane, column = byte // PIXELS, byte % PIXELS
+        pixel = tl.load(source + plane * PITCH + column, mask=(place < places) & (x + column < PITCH), other=0)
+        word |= pixel.to(tl.int64) << (8 * byte)
+    tl.store(words + place, word, mask=place < places)
+    energy = tl.full((BLOCK,), 0, tl.int32)
+    for step in range(PLANES * TEMPLATE * TEMPLATE):
+        row, column = step // TEMPLATE % TEMPLATE, step % TEMPLATE
+        there = source + (step // (TEMPLATE * TEMPLATE) + row * CHANNELS) * PITCH + column
+        pixel = tl.load(there, mask=(line + row < lines) & (x + column < PITCH), other=0).to(tl.int32)
+        energy += pixel * pixel
+    tl.store(squares + place, energy, mask=place < places)
 
 
 @triton.jit
 def _dot(a, b, total, NATIVE: tl.constexpr):
-    """Add the products of four bytes and four bytes."""
+    """Add the products of eight bytes and eight bytes."""
     if NATIVE:
         total = tl.inline_asm_elementwise(
-            "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
-        )
+            """
+            {
+            .reg .b32 a0, a1, b0, b1;
+            mov.b64 {a0, a1}, $1;
+            mov.b64 {b0, b1}, $2;
+            dp4a.u32.u32 a0, a0, b0, $3;
+            dp4a.u32.u32 $0, a1, b1, a0;
+            }
+            """,
+            "=r,l,l,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
     else:  # Triton's interpreter
-        for byte in tl.static_range(4):
-            total += ((a >> (8 * byte)) & 255) * ((b >> (8 * byte)) & 255)
+        for byte in tl.static_range(8):
+            total += (((a >> (8 * byte)) & 255) * ((b >> (8 * byte)) & 255)).to(tl.int32)
     return total
 
 
 @triton.jit(do_not_specialize=["first", "number", "height", "width", "tall", "last"])
 def means(
-    packed, smooth, first, number, height, width, tall, last, cubic, square, linear,
+    words, squares, smooth, first, number, height, width, tall, last, cubic, square, linear,
     CHANNELS: tl.constexpr, PLANES: tl.constexpr, TEMPLATE: tl.constexpr, SHIFT: tl.constexpr, REACH: tl.constexpr,
     PITCH: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Write the weighted means of the planes of a group, bytes ``(N, C, H, W)``. A lane is a column of an image."""
     HALF: tl.constexpr = TEMPLATE // 2
-    WORDS: tl.constexpr = (TEMPLATE + 3) // 4
-    LAST_WORD: tl.constexpr = 0xFFFFFF if TEMPLATE % 4 == 3 else 0xFF
-    LINE: tl.constexpr = (PLANES + 1) * PITCH
+    PIXELS: tl.constexpr = 8 // PLANES
+    WORDS: tl.constexpr = (TEMPLATE + PIXELS - 1) // PIXELS
+    LAST: tl.constexpr = (1 << 8 * ((TEMPLATE - 1) % PIXELS + 1)) - 1  # the bytes of a plane in the last word of a row
+    LAST_WORD: tl.constexpr = LAST if PLANES == 1 else LAST * (2**32 + 1)
     SIDE: tl.constexpr = 2 * REACH + 1
     MIDDLE: tl.constexpr = SIDE * SIDE // 2
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -137,39 +157,35 @@ def means(
     image = (lane // width).to(tl.int64)
     x = lane % width
     top = tl.program_id(1) * ROWS
-    here = packed + (image * tall + top + REACH) * LINE + x + REACH  # the corner of the patch of the first pixel
+    here = (image * tall + top + REACH) * PITCH + x + REACH  # the corner of the patch of the first pixel
     mine = ()
     for row in tl.static_range(ROWS + TEMPLATE - 1):
-        for plane in tl.static_range(PLANES):
-            for word in tl.static_range(WORDS):
-                own = tl.load(here + (row * LINE + plane * PITCH + 4 * word))
-                if word == WORDS - 1:
-                    own &= LAST_WORD  # what the other word has beyond the patch is multiplied by zero
-                mine = mine + (own,)
+        for word in tl.static_range(WORDS):
+            own = tl.load(words + here + (row * PITCH + PIXELS * word))
+            if word == WORDS - 1:
+                own &= LAST_WORD  # zeros: what the other word has beyond the patch does not count
+            mine = mine + (own,)
     energies = ()
     totals = ()
     weighted = ()
     for row in tl.static_range(ROWS):
-        energies = energies + (tl.load(here + (row * LINE + PLANES * PITCH)),)
+        energies = energies + (tl.load(squares + here + row * PITCH),)
         totals = totals + (tl.full((LANES,), 1.0, tl.float32),)  # a pixel has weight 1 for itself
         for plane in tl.static_range(PLANES):
-            own = tl.load(here + ((row + HALF) * LINE + plane * PITCH))
-            weighted = weighted + (((own >> (8 * HALF)) & 255).to(tl.float32),)
+            weighted = weighted + (_byte(mine[(row + HALF) * WORDS], plane * PIXELS + HALF),)
     for turn in range(2 * MIDDLE):  # an offset after its opposite
         index = MIDDLE + 1 + turn // 2
-        away = (index // SIDE - REACH) * LINE + index % SIDE - REACH
-        away = tl.where(turn % 2 == 0, -away, away)
-        there = here + away
+        away = (index // SIDE - REACH) * PITCH + index % SIDE - REACH
+        there = here + tl.where(turn % 2 == 0, -away, away)
         dots = ()
         theirs = ()
         for row in tl.static_range(ROWS + TEMPLATE - 1):
-            dot = tl.full((LANES,), 0, tl.int32)
-            for plane in tl.static_range(PLANES):
-                for word in tl.static_range(WORDS):
-                    other = tl.load(there + (row * LINE + plane * PITCH + 4 * word))
-                    dot = _dot(mine[(row * PLANES + plane) * WORDS + word], other, dot, NATIVE)
-                    if word == 0:
-                        theirs = theirs + (other,)
+            dot = 0
+            for word in tl.static_range(WORDS):
+                other = tl.load(words + there + (row * PITCH + PIXELS * word))
+                dot = _dot(mine[row * WORDS + word], other, dot, NATIVE)
+                if word == 0:
+                    theirs = theirs + (other,)
             dots = dots + (dot,)
         product = dots[0]
         for row in tl.static_range(1, TEMPLATE):
@@ -179,7 +195,7 @@ def means(
         for row in tl.static_range(ROWS):
             if row > 0:
                 product += dots[row + TEMPLATE - 1] - dots[row - 1]
-            distance = energies[row] + tl.load(there + (row * LINE + PLANES * PITCH)) - 2 * product
+            distance = energies[row] + tl.load(squares + there + row * PITCH) - 2 * product
             step = distance >> SHIFT
             steps = step.to(tl.float32)
             weight = ((steps * cubic + square) * steps + linear) * steps + 1.0
@@ -190,7 +206,7 @@ def means(
             weight = tl.where(step <= last, weight, 0.0)
             heavier = heavier + (totals[row] + weight,)
             for plane in tl.static_range(PLANES):
-                value = ((theirs[(row + HALF) * PLANES + plane] >> (8 * HALF)) & 255).to(tl.float32)
+                value = _byte(theirs[row + HALF], plane * PIXELS + HALF)
                 sums = sums + (weighted[row * PLANES + plane] + weight * value,)
         totals = heavier
         weighted = sums

@@ -18,17 +18,17 @@ from lightning_backdoor.functional.nlm_kernels import means, pack, to_planes, to
 __all__ = ["LARGEST_TEMPLATE", "images_per_launch", "smooth_images"]
 
 LARGEST_TEMPLATE = 7  # the middle of a patch lies in the first word of its row
-ROWS = 8  # pixels of a thread; more of them share more words, take more registers and longer to compile
+ROWS = 4  # pixels of a thread; more of them share more words, but compiling takes time by the third power
 LANES = 128  # threads of a program
-BLOCK = 1024  # pixels of a program that goes through pixels one by one
-WORDS = 2**26  # 32-bit words in the packed planes of a block of images: 256 MiB
+BLOCK = 128  # pixels of a program that goes through pixels one by one; more than its threads unroll the code
+BYTES = 2**28  # of the packed planes of a block of images
 SMALLEST_PITCH = 64  # words in a row of packed planes; a power of two, so that few widths need a kernel of their own
 
 
 def images_per_launch(height: int, width: int, template: int, search: int) -> int:
-    """Return how many images to smooth at once: the packed planes of a group fit into ``WORDS``."""
+    """Return how many images to smooth at once: the packed planes of a group fit into ``BYTES``."""
     tall, pitch = _padded(height, width, template, search)
-    return max(1, WORDS // (3 * tall * pitch))
+    return max(1, BYTES // (12 * tall * pitch))  # a word and a sum of squares
 
 
 def smooth_images(images: Tensor, groups: Sequence[tuple[int, float]], template: int, search: int) -> Tensor:
@@ -57,13 +57,24 @@ def _launch(images: Tensor, groups: Sequence[tuple[int, float]], template: int, 
     )
     smooth, first = torch.empty_like(images), 0
     for planes, h in groups:
-        packed = images.new_empty(number, tall, planes + 1, pitch, dtype=torch.int32)
+        words = images.new_empty(number, tall, pitch, dtype=torch.int64)
+        squares = images.new_empty(number, tall, pitch, dtype=torch.int32)
         pack[(triton.cdiv(places, BLOCK),)](
-            padded, packed, places, first, CHANNELS=channels, PLANES=planes, TEMPLATE=template, PITCH=pitch, BLOCK=BLOCK
+            padded,
+            words,
+            squares,
+            places,
+            first,
+            CHANNELS=channels,
+            PLANES=planes,
+            TEMPLATE=template,
+            PITCH=pitch,
+            BLOCK=BLOCK,
         )
         _, last, *factors = weight_fall(h, template, planes)
         means[(triton.cdiv(number * width, LANES), triton.cdiv(height, ROWS))](
-            packed,
+            words,
+            squares,
             smooth,
             first,
             number,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -106,12 +107,41 @@ def test_a_block_of_images_takes_six_launches(launched: ModuleType, monkeypatch:
         nl_means(torch.zeros(50, 3, 32, 32, dtype=torch.uint8))
     assert launches == ["to_planes", "pack", "means", "pack", "means", "to_rgb"]
     assert calls.number <= 16
-    monkeypatch.setattr(launched, "WORDS", 1)
+    monkeypatch.setattr(launched, "BYTES", 1)
     launches.clear()
     with Calls() as calls:
         nl_means(torch.zeros(5, 1, 32, 32, dtype=torch.uint8))
     assert launches == 5 * ["to_planes", "pack", "means"]
     assert calls.number <= 5 * 16
+
+
+def test_the_largest_kernel_compiles_to_few_operations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Compiling takes time by the square of the operations times the loads; needs Triton's compiler, not a device."""
+    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton.backends.nvidia")
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.compiler import ASTSource  # noqa: PLC0415
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing compiled before
+    for name in OURS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    launched = importlib.import_module(OURS[0])
+    sizes = {"ROWS": launched.ROWS, "LANES": launched.LANES, "PITCH": launched.SMALLEST_PITCH}
+    constants = {"CHANNELS": 3, "PLANES": 2, "TEMPLATE": 7, "SHIFT": 6, "REACH": 6, "NATIVE": True, **sizes}
+    kinds = {
+        "words": "*i64",
+        "squares": "*i32",
+        "smooth": "*u8",
+        **dict.fromkeys(("cubic", "square", "linear"), "fp32"),
+    }
+    signature = {name: kinds.get(name, "i32") for name in launched.means.arg_names if name not in constants}
+    source = ASTSource(launched.means, signature | dict.fromkeys(constants, "constexpr"), constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 1})
+    operations = compiled.asm["ttir"].splitlines()
+    assert len(operations) <= 750
+    assert sum("tt.load" in line for line in operations) <= 50
+    assert "dp4a.u32.u32" in compiled.asm["ptx"]
 
 
 def test_without_the_kernels_calls_do_not_grow_with_the_images() -> None:
@@ -183,7 +213,7 @@ def test_blocks_on_a_device_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> No
     together = nl_means(images)
     launched = denoising.device_kernel(images.device, True, 20, 7, 13)
     assert launched is not None
-    monkeypatch.setattr(launched, "WORDS", 3 * 34 * 64 * 9)
+    monkeypatch.setattr(launched, "BYTES", 12 * 30 * 64 * 9)
     assert torch.equal(nl_means(images), together)
     assert torch.equal(nl_means(images[1::2]), together[1::2])
     assert torch.equal(nl_means(images.contiguous(memory_format=torch.channels_last)), together)

@@ -13,7 +13,7 @@ from benchmarks.device_ratios import medians, once, photographs
 from lightning_backdoor.functional import nl_means
 from lightning_backdoor.functional.denoising import device_kernel
 
-CHOICES = [(8, 128), (4, 128), (8, 64), (4, 256), (2, 128)]
+CHOICES = [(4, 128), (8, 128), (2, 128), (4, 64), (4, 256)]
 
 
 def main() -> None:
