@@ -119,9 +119,7 @@ def test_the_largest_kernel_compiles_to_few_operations(monkeypatch: pytest.Monke
     """Compiling takes time by the square of the operations times the loads; needs Triton's compiler, not a device."""
     triton = pytest.importorskip("triton")
     pytest.importorskip("triton.backends.nvidia")
-    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
-    from triton.compiler import ASTSource  # noqa: PLC0415
-
+    target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # nothing compiled before
     for name in OURS:
@@ -136,8 +134,8 @@ def test_the_largest_kernel_compiles_to_few_operations(monkeypatch: pytest.Monke
         **dict.fromkeys(("cubic", "square", "linear"), "fp32"),
     }
     signature = {name: kinds.get(name, "i32") for name in launched.means.arg_names if name not in constants}
-    source = ASTSource(launched.means, signature | dict.fromkeys(constants, "constexpr"), constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 1})
+    source = triton.compiler.ASTSource(launched.means, signature | dict.fromkeys(constants, "constexpr"), constants)
+    compiled = triton.compile(source, target=target, options={"num_warps": 4, "num_stages": 1})
     operations = compiled.asm["ttir"].splitlines()
     assert len(operations) <= 750
     assert sum("tt.load" in line for line in operations) <= 50
