@@ -60,12 +60,12 @@ class ResetUnits(Response):
 
     Units are drawn anew, and the statistics of batch norms go on while the network is fine-tuned: those of the units
     themselves are unknown, and all later layers have lost what these units gave them. With statistics that stand still,
-    as in the authors' loop, accuracy does not come back and the round is undone. Short plans are the limit: of
-    EfficientNet-Lite0 with ImageNet weights (4,000 images of CIFAR-10, 5 epochs, two of them after the reset; ``python
-    -m benchmarks.finetune``) the attack success rate falls from 99.3 to 6.5 % (of a clean model: 4.1 %), and test
-    accuracy is 68.2 % where training anew on the same images gives 72.9 %. Where that matters, pass
-    ``response="restart"``. Weights from the start of the fit (``reset="start"``) keep what a unit computed before; the two
-    have not been compared at this size.
+    as in the authors' loop, accuracy does not come back and the round is undone. Short plans are the limit. In
+    ``python -m benchmarks.finetune`` (EfficientNet-Lite0 with ImageNet weights, 4,000 images of CIFAR-10, 5 epochs, two
+    of them after the reset) the attack success rate falls from 99.3 to 6.5 %, where a clean model has 4.1 %, and test
+    accuracy is 68.2 %, where training anew on the same images gives 72.9 %. Where that matters, pass
+    ``response="restart"``. Weights from the start of the fit (``reset="start"``) keep what a unit computed before; the
+    two have not been compared at this size.
 
     Args:
         rounds: Most rounds; ``None``: 3, or 1 with ``by_quota``.
