@@ -455,6 +455,8 @@ class Procedure:
             all_to_all=detection.all_to_all,
             accuracies=() if detection.correct is None else (float(detection.correct.float().mean()),),
         )
+        if detection.correct is not None and self.response.unseen is not None and not removed:
+            event = replace(event, of_labels=session.rates_of_labels(detection.correct.cpu()))
         self.history.append(event)
         return detection
 

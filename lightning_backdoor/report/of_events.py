@@ -185,7 +185,8 @@ def _of_filter(history: Sequence[Event], total: int) -> str:
         little = "" if latest.removed else _little_learned(latest.accuracies)
         return f"looked at {total:,} training images: {latest.removed:,} removed{then}.{little}"
     if not latest.removed:
-        return f"looked again at {total:,} training images: nothing new was found; {before:,} stay removed."
+        found = f"nothing new was found; {before:,} stay removed."
+        return f"looked again at {total:,} training images: {found}{_of_labels(latest)}"
     return (
         f"looked again at {total:,} training images: {latest.removed:,} more removed, {before + latest.removed:,} in "
         f"all{then}."
@@ -443,6 +444,8 @@ def evidence(
                 ],
             )
             treatment = f"The model was trained in two stages: {sentence([latest], total)}"
+    if history[-1].of_labels:
+        facts["model at the last look"] = _of_labels(history[-1]).strip().rstrip(".")
     anew = [sentence([event], total) for event in history if event.response == "fallback"]
     if anew:
         facts["after the repair"] = " ".join(anew).rstrip(".")

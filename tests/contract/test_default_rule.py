@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lightning_backdoor import DBRCallback, DSTCallback, NONECallback, UltraCleanCallback
+from lightning_backdoor.report.of_events import sentence
 from tests.callbacks.helpers import Pictures, make_trainer, same_state
 from tests.callbacks.test_ultraclean_resume import SaveAll
 from tests.contract.problem import WARNS, Run, assert_settled, fit, net_of
@@ -110,6 +111,16 @@ def test_ultraclean_restarts_on_the_rest(whole: Any) -> None:
     callback, run, _ = whole("UltraClean")
     assert begun(run) == [*range(3), *range(EPOCHS)]
     assert run.module.epochs()[-1][1] == callback.verdict.keep.nonzero().flatten().tolist()
+
+
+def test_after_its_restart_ultraclean_says_what_the_model_makes_of_the_images_and_of_their_class(whole: Any) -> None:
+    callback = whole("UltraClean").callback
+    ((label, kept, removed),) = callback.history[-1].of_labels
+    assert (label, callback.history[-1].removed) == (0, 0)
+    assert kept > 0.5 > removed, "it was not trained on them, and their labels are wrong"
+    told = f"Label 0: {kept:.1%} of its kept images get it, {removed:.1%} of its removed ones."
+    assert told in sentence(callback.history, len(callback.verdict))
+    assert callback.history[0].of_labels == (), "the model before it was trained on them"
 
 
 def test_none_resets_units_and_drops_the_images(whole: Any) -> None:

@@ -152,9 +152,14 @@ def test_a_quiet_last_scan_leaves_what_was_found(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.INFO):
         trainer, _ = fit([callback], epochs=3)
     said = [record.getMessage() for record in caplog.records if "UltraClean" in record.getMessage()]
+    of_labels = "; ".join(
+        f"label {label}: {kept:.1%} of its kept images get it, {removed:.1%} of its removed ones"
+        for label, kept, removed in callback.history[-1].of_labels
+    )
+    assert of_labels, "the model was trained without them"
     assert said == [
         "UltraClean looked at 64 training images: 8 removed; training starts again on the rest.",
-        "UltraClean looked again at 64 training images: nothing new was found; 8 stay removed.",
+        "UltraClean looked again at 64 training images: nothing new was found; 8 stay removed. L" + of_labels[1:] + ".",
     ]
     assert trainer.callback_metrics["backdoor/ultraclean/separation"] == 3.25
     assert trainer.callback_metrics["backdoor/ultraclean/removed"] == 8
