@@ -185,8 +185,8 @@ def _of_filter(history: Sequence[Event], total: int) -> str:
         little = "" if latest.removed else _little_learned(latest.accuracies)
         return f"looked at {total:,} training images: {latest.removed:,} removed{then}.{little}"
     if not latest.removed:
-        found = f"nothing new was found; {before:,} stay removed."
-        return f"looked again at {total:,} training images: {found}{_of_labels(latest)}"
+        told = f"nothing new was found; {before:,} stay removed.{_of_labels(latest)}"
+        return f"looked again at {total:,} training images: {told}"
     return (
         f"looked again at {total:,} training images: {latest.removed:,} more removed, {before + latest.removed:,} in "
         f"all{then}."
