@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_backdoor._lightning import epochs_processed, rank_zero_warn
 from lightning_backdoor.data.views import batch_size_of
+from lightning_backdoor.errors import BackdoorDefenseError
 from lightning_backdoor.events import Event
 from lightning_backdoor.loading.batch_schedule import Phases, require_batches
 from lightning_backdoor.responses.ascent import Ascent
@@ -36,6 +37,8 @@ from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
+
+    from lightning_backdoor.scanning.scanner import DatasetScanner
 
 __all__ = ["Split", "Unlearn", "masks_of", "split_of"]
 
@@ -326,21 +329,31 @@ class Unlearn(Response):
             spared[finding.positions] = finding.diagnosis != "wrong labels"
         return replace(split, suspect=split.suspect & ~spared)
 
+    def _copy_without(self, session: Session, left_out: Tensor) -> tuple[LightningModule, DatasetScanner]:
+        """A copy of the model that is trained without some samples, and how the training set goes through it."""
+        trainer, module = session.trainer, session.module
+        initial = fresh_weights(module, self._seed) if self._initial is None else self._initial
+        steps = LARGEST_PROBE if self.at_once else min(max(trainer.global_step, PROBE_STEPS), LARGEST_PROBE)
+        options: dict[str, Any] = {"left_out": left_out, "initial": initial, "steps": steps, "seed": self._seed}
+        return trained_without(trainer, module, session.scanner, **options)
+
     def _diagnose(self, session: Session) -> None:
         """Have findings diagnosed by a copy of the model that is trained without them and some other samples."""
-        verdict, trainer, module = session.verdict, session.trainer, session.module
+        verdict, trainer = session.verdict, session.trainer
         suspect = masks_of(verdict)[1]
         found = [finding for finding in verdict.findings if bool(suspect[finding.positions].any())]
         if not self._paper_loop and any(finding.suggested_labels is None for finding in found):
-            initial = fresh_weights(module, self._seed) if self._initial is None else self._initial
-            steps = LARGEST_PROBE if self.at_once else min(max(trainer.global_step, PROBE_STEPS), LARGEST_PROBE)
-            ordinary = held_out(verdict)
-            unseen = suspect | (verdict.finding_indices >= 0)
-            without, seed = unseen | ordinary, self._seed
-            twin, data = trained_without(
-                trainer, module, session.scanner, left_out=without, initial=initial, steps=steps, seed=seed
-            )
-            session.case.adopt(diagnosed(trainer, twin, data, verdict, unseen=unseen, compared=ordinary))
+            ordinary, unseen = held_out(verdict), suspect | (verdict.finding_indices >= 0)
+            try:
+                twin, data = self._copy_without(session, unseen | ordinary)
+            except BackdoorDefenseError as error:
+                rank_zero_warn(
+                    f"{session.case.title} cannot find out whether the labels of {int(suspect.sum()):,} suspect images "
+                    f"are right, since no copy of the model could be trained without them, and unlearns none: {error}"
+                )
+            else:
+                options: dict[str, Tensor] = {"unseen": unseen, "compared": ordinary}
+                session.case.adopt(diagnosed(trainer, twin, data, verdict, **options))
         if found or not self.repeats:
             self._initial = None
 

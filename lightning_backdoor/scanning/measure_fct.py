@@ -141,7 +141,7 @@ def distinguish(
         order = order_of_steps(
             trainer, pl_module, data, steps=detector.steps, all_steps=detector.all_steps, seed=detector.seed
         )
-        twin, data = trained_copy(trainer, pl_module, data, detector, order)
+        twin, data = trained_copy(trainer, lambda: _twin(trainer, pl_module, data, detector), detector, order)
         found = _look(trainer, twin, data, detector)
         if len(torch.unique(found["labels"])) < 2:
             raise DataError(
@@ -159,14 +159,16 @@ def distinguish(
 
 
 def trained_copy(
-    trainer: Trainer, pl_module: LightningModule, data: DatasetScanner, detector: Detector, order: Tensor
+    trainer: Trainer,
+    copied: Callable[[], tuple[LightningModule, DatasetScanner]],
+    detector: Detector,
+    order: Tensor,
 ) -> tuple[LightningModule, DatasetScanner]:
     """Train a copy of the model on samples in order; call within ``isolated_eval``.
 
     Args:
         trainer: The running Trainer.
-        pl_module: The LightningModule under training; left as it is.
-        data: The training set.
+        copied: Returns the copy, and how the training set goes through it.
         detector: The settings.
         order: Positions of the samples of all steps.
 
@@ -174,7 +176,7 @@ def trained_copy(
         The copy, the same in all processes, and how the training set goes through it.
     """
     with raise_on_all_ranks(trainer, "training of the detector"):
-        twin, data = _twin(trainer, pl_module, data, detector)
+        twin, data = copied()
         with quiet(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
             _train(trainer, twin, data, detector, order)  # batch norms keep what they learn: not `isolated_eval`
     _agree(trainer, twin)

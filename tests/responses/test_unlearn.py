@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_backdoor import Finding, Verdict
 from lightning_backdoor.callbacks import Defense, Detector
 from lightning_backdoor.responses import Detection, Response, Session, Unlearn, WithFallback
-from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pictures, fit, same_state, state_of
+from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pictures, fit, loader_of, make_trainer, same_state, state_of
 
 pytestmark = [*LIGHTNING_WARNS, pytest.mark.filterwarnings("ignore:.* ends with a model")]
 SIZE, MEMBERS = 160, 20
@@ -92,3 +92,20 @@ def test_the_copy_leaves_the_training_as_it_is(monkeypatch: pytest.MonkeyPatch) 
         return state_of(module)
 
     assert same_state(run(True), run(False))
+
+
+class Uncopied(Net):
+    """Cannot be copied."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("no copies")
+
+
+def test_nothing_is_unlearned_where_no_copy_can_be_trained() -> None:
+    data, members = pictures(wrong=True)
+    callback = Scripts(members, Unlearn(epochs=2))
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="Scripts cannot find out whether the labels of 20 .*no copies"):
+        make_trainer([callback], 5).fit(Uncopied(), loader_of(data))
+    (event,) = callback.history
+    assert (event.suspects, event.left_out) == (0, MEMBERS)
