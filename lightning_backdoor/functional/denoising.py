@@ -23,6 +23,7 @@ __all__ = ["local_median", "map_blocks", "nl_means", "select", "susceptibility_s
 
 COLOR_WINDOW = (2, 2, 3)
 NATIVE_FROM = 2**16  # pixels from which compiling a kernel, half a second once, repays itself over a scan
+PROBED = 16  # rows of the image on which kernels of a device are compared with the CPU
 MEDIAN_VALUES = 2**16  # values per comparison on a CPU: a dozen such rows of bytes stay in the second-level cache
 DEVICE_MEDIAN_VALUES = 2**24  # values per comparison on an accelerator
 
@@ -146,19 +147,27 @@ def nl_means(images: Tensor, h: float = 5.0, h_color: float = 5.0, template: int
     block = images_per_block(height, width, template // 2 + search // 2, batch.device, native)
 
     def smooth(pixels: Tensor) -> Tensor:
-        if not color:
-            return smooth_planes(pixels, groups, template, search, native=native)
-        lab = smooth_planes(rgb_to_lab(pixels.flip(1)), groups, template, search, native=native)
-        return lab_to_rgb(lab).flip(1)
+        return _smooth_without_kernels(pixels, groups, template, search, native=native)
 
     return map_blocks(smooth, batch, block).view_as(images)
+
+
+def _smooth_without_kernels(
+    pixels: Tensor, groups: Sequence[tuple[int, float]], template: int, search: int, *, native: bool = False
+) -> Tensor:
+    """Non-local means by operations of torch, or the C kernel; gray images ``(N, 1, H, W)``, color ``(N, 3, H, W)``."""
+    if pixels.shape[1] == 1:
+        return smooth_planes(pixels, groups, template, search, native=native)
+    lab = smooth_planes(rgb_to_lab(pixels.flip(1)), groups, template, search, native=native)
+    return lab_to_rgb(lab).flip(1)
 
 
 @cache
 def device_kernel(device: torch.device, color: bool, width: int, template: int, search: int) -> ModuleType | None:
     """Return the module of Triton's kernels if they serve a device, images of a width and the settings, else ``None``.
 
-    The first call compiles them, with the smallest images of that width. Where that fails, a warning has the reason.
+    The first call compiles them, and compares what they make of one small image of that width with the result on the
+    CPU. Where that fails, or differs, a warning has the reason.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return None
@@ -167,8 +176,7 @@ def device_kernel(device: torch.device, color: bool, width: int, template: int, 
 
         if template > nlm_triton.LARGEST_TEMPLATE:
             return None
-        probe = torch.zeros(1, 3 if color else 1, 1, width, dtype=torch.uint8, device=device)
-        nlm_triton.smooth_images(probe, [(1, 1.0), (2, 1.0)] if color else [(1, 1.0)], template, search)
+        require_same_means(nlm_triton.smooth_images, device, color, width, template=template, search=search)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of Triton, of its compilers, of what they need from the system
@@ -178,6 +186,30 @@ def device_kernel(device: torch.device, color: bool, width: int, template: int, 
         )
         return None
     return nlm_triton
+
+
+def require_same_means(
+    smooth_images: Callable[..., Tensor], device: torch.device, color: bool, width: int, *, template: int, search: int
+) -> None:
+    """Compare what kernels make of one small image with the result of torch's operations on the CPU.
+
+    Args:
+        smooth_images: The kernels, as :func:`lightning_backdoor.functional.nlm_triton.smooth_images`.
+        device: Where they run.
+        color: Whether the image has three channels.
+        width: Its width, in pixels.
+        template: Side of the patches.
+        search: Side of the search window.
+
+    Raises:
+        ArithmeticError: The results differ.
+    """
+    places = torch.arange((3 if color else 1) * PROBED * width)
+    image = (100 + 7 * places % 31 + places % 13).to(torch.uint8).view(1, -1, PROBED, width)
+    groups = [(1, 9.0), (2, 9.0)] if color else [(1, 9.0)]
+    smoothed = smooth_images(image.to(device), groups, template, search).cpu()
+    if not smoothed.equal(_smooth_without_kernels(image, groups, template, search)):
+        raise ArithmeticError("their result is another than on the CPU")
 
 
 def _reflected(length: int, side: int, device: torch.device) -> Tensor:

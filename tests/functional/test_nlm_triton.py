@@ -171,6 +171,22 @@ def test_a_device_without_triton_goes_the_slow_way_and_says_so(monkeypatch: pyte
         denoising.device_kernel.cache_clear()
 
 
+@pytest.mark.parametrize("color", [True, False])
+def test_kernels_that_are_wrong_in_one_pixel_are_not_used(color: bool) -> None:
+    def right(images: Tensor, groups: Any, template: int, search: int) -> Tensor:
+        return denoising._smooth_without_kernels(images, groups, template, search)
+
+    def wrong(images: Tensor, *settings: Any) -> Tensor:
+        smoothed = right(images, *settings)
+        smoothed[0, -1, 5, 20] += 1
+        return smoothed
+
+    place = torch.device("cpu"), color, 40
+    denoising.require_same_means(right, *place, template=7, search=13)
+    with pytest.raises(ArithmeticError, match="another than on the CPU"):
+        denoising.require_same_means(wrong, *place, template=7, search=13)
+
+
 def plain(images: Tensor, *settings: Any) -> Tensor:
     """The means by PyTorch's operations on the device."""
     with pytest.MonkeyPatch.context() as patch:
