@@ -24,6 +24,7 @@ __all__ = ["Replication", "replication"]
 
 STARTS = 5  # units from which the search in a half starts
 MIN_HALF = 3  # members of either group in a half, at least: of 10 members, one half has fewer in 5 of 100 draws
+PART = 4  # of the group in question, or of the rest: half of what a half has of it. Smaller groups are not sought
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Replication:
 
     Attributes:
         p_value: Probability of an overlap as large as that seen, or larger, if there is no group: times the number of
-            pairs of different divisions from which one was taken.
+            pairs of different divisions from which one was taken, and of sizes from which the smallest one was taken.
         distinct: Effective number of different things among the members; see
             :func:`~lightning_backdoor.detection.near_duplicates.effective_number`.
     """
@@ -52,6 +53,9 @@ class _Direction:
 def replication(values: Tensor, members: Tensor, groups: Tensor | None = None, *, seed: int = 0) -> Replication:
     """Search both halves of a label for a group, and test whether they find the same.
 
+    Groups that are far smaller than the one in question are not sought: among thousands of units that are mostly
+    silent there are always some on which three or four samples of a half stand alone, further than any group.
+
     Args:
         values: Of the n samples of one label, float ``(n, U)``.
         members: The group in question, bool ``(n,)``. Of the directions that are found in a half, the one that is most
@@ -67,9 +71,10 @@ def replication(values: Tensor, members: Tensor, groups: Tensor | None = None, *
     distinct = effective_number(groups[members])
     first = first_half(groups, seed)
     sides = (first, ~first)
-    found, tried = [], 1
+    smallest, tried = _smallest(members)
+    found = []
     for side in sides:
-        candidates = _search(values[side].float())
+        candidates = _search(values[side].float(), smallest)
         if not candidates:
             return Replication(1.0, distinct)
         found.append(max(candidates, key=lambda one: _likeness(one.upper, members[side])))
@@ -81,6 +86,15 @@ def replication(values: Tensor, members: Tensor, groups: Tensor | None = None, *
     # Fisher's combination of two p-values whose product is q: q (1 - log q).
     combined = math.exp(min(log_p + math.log(1 - log_p) + math.log(tried), 0.0))
     return Replication(combined, distinct)
+
+
+def _smallest(members: Tensor) -> tuple[int, int]:
+    """The smallest group that is sought in a half, 3, 6, 12, ..., and how many of these there are for any group."""
+    n, upper = len(members), int(members.sum())
+    sizes = [MIN_HALF]
+    while 2 * sizes[-1] <= n // 2 / PART:
+        sizes.append(2 * sizes[-1])
+    return max((size for size in sizes if size <= min(upper, n - upper) / PART), default=MIN_HALF), len(sizes)
 
 
 def first_half(groups: Tensor, seed: int) -> Tensor:
@@ -96,10 +110,10 @@ def first_half(groups: Tensor, seed: int) -> Tensor:
     return chosen[numbers].to(groups.device)
 
 
-def _search(values: Tensor) -> list[_Direction]:
+def _search(values: Tensor, smallest: int) -> list[_Direction]:
     """The search of :func:`~lightning_backdoor.detection.directions.sharpened_directions`, in half of a label."""
     n = len(values)
-    smallest = max(MIN_HALF, math.ceil(MIN_SHARE * n))
+    smallest = max(smallest, math.ceil(MIN_SHARE * n))
     if n < 2 * smallest:
         return []
     counts = torch.tensor(n, device=values.device)

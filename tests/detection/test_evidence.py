@@ -54,6 +54,15 @@ def test_a_group_shows_in_both_halves(members: int) -> None:
     assert found.distinct == members
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_a_group_shows_in_both_halves_beside_units_that_are_silent_but_for_a_few_samples(seed: int) -> None:
+    silent = 5.0 * (noise(200, 100, 5 + seed) > 2)
+    values, upper = with_group(200, 60, 64, seed)
+    assert replication(torch.cat([values, silent], dim=1), upper).p_value < 1e-5
+    clean = torch.cat([noise(200, 64, seed), silent], dim=1)
+    assert replication(clean, upper).p_value > 1e-3, "the clean twin"
+
+
 def test_what_is_found_in_noise_does_not_show_again() -> None:
     for seed in range(8):
         values = (noise(25, 256, seed) - 1).relu()
