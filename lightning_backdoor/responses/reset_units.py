@@ -44,6 +44,7 @@ __all__ = ["Chosen", "ResetMode", "ResetUnits", "choose_units", "frozen_layers"]
 
 MAX_LOSS = 0.05  # of accuracy on the training images, by all rounds, beyond which the last one is undone
 MOST_KEPT = 0.75  # of the flagged label rate before a round: beyond that another round would not help
+KNOWN = 0.75  # of the accuracy: that share of images that all labels gave up get their labels, which must be right
 ROUNDS = 3
 MIN_SHIFT = 1.0  # distance of two means over the sum of both standard deviations
 
@@ -364,7 +365,7 @@ class ResetUnits(Response):
         labels = labels_of(verdict)
         after, rate = session.label_rates(predicted == labels)
         new = (torch.ones_like(verdict.keep) if self._keep is None else self._keep) & ~verdict.keep
-        own_label = bool(new.any()) and float((predicted == labels)[new].float().mean()) > after / 2
+        own_label = bool(new.any()) and float((predicted == labels)[new].float().mean()) > KNOWN * after
         before = torch.ones_like(verdict.keep) if self._correct is None else self._correct
         lost = float(before[verdict.keep if training is None else training].float().mean()) - after
         reassigned, undone = event.all_to_all and own_label, lost > MAX_LOSS
