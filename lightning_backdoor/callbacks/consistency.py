@@ -13,9 +13,10 @@ from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.callbacks.unread import spared
 from lightning_backdoor.detection.decision import Decision, add_removed, decide, verdict_of
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
-from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.functional.consistency import select_trusted
 from lightning_backdoor.responses.base import Detection, Session
+from lightning_backdoor.responses.weight_copies import on_cpu, start_of_fit
 from lightning_backdoor.scanning import measure_fct
 from lightning_backdoor.scanning.measure_fct import Distinguished, distinguish, require_detector
 from lightning_backdoor.verdict import Verdict
@@ -77,18 +78,27 @@ class ConsistencyDetector(Detector):
     def setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before a checkpoint is loaded, keep the weights that a fresh detector starts from."""
         if self._settings.start == "fresh" and self.external_verdict is None:
-            self._initial = {k: v.detach().to("cpu", copy=True) for k, v in pl_module.state_dict().items()}
+            self._initial = on_cpu(pl_module.state_dict())
 
     def require(self, session: Session) -> None:
-        """Check at the start of a fit what can be checked then.
+        """Check at the start of a fit what can be checked then; a fresh detector has its weights from here on.
 
         Raises:
+            TrainerError: It cannot have any, since the weights that training started from are not known.
             ArgumentError: ``trusted`` leaves less than one sample for each class, or the user's own detector cannot
                 take the place of the model.
             DataError: The verdict is on other data.
             ModelError: The model has no units that could be measured.
         """
         scanner = session.scanner
+        if self._initial is not None:
+            self._initial = start_of_fit(session.trainer, session.module, self._initial)
+            if self._initial is None:
+                raise TrainerError(
+                    '`detector="fresh"` needs the weights that training started from, but the checkpoint was written '
+                    "without this callback and the model is built in `configure_model`. Build it in `__init__`, or "
+                    'pass `detector="copy"`.'
+                )
         if self.external_verdict is not None:
             session.require_same_data(self.external_verdict)
         elif self.trusted * len(scanner) < scanner.num_classes:

@@ -30,7 +30,7 @@ from lightning_backdoor.responses.limits import (
     repair_begins,
     require_extendable,
 )
-from lightning_backdoor.responses.weight_copies import on_cpu, restart_averages, weights
+from lightning_backdoor.responses.weight_copies import on_cpu, restart_averages, start_of_fit, weights
 from lightning_backdoor.scanning.isolation import require_automatic
 from lightning_backdoor.scanning.probe import fresh_weights, trained_without
 from lightning_backdoor.verdict import Verdict
@@ -78,7 +78,8 @@ class Unlearn(Response):
     its rate. The treatment is over when suspects get their label no more often than by mistake and accuracy is back.
 
     A finding is unlearned if its labels look wrong to a copy of the network that is trained without it, in 200 to 1,000
-    steps from the weights at the start of the fit (with ``at_once``, where these are under repair, from new ones).
+    steps from the weights at the start of the fit; from new ones with ``at_once``, where these are under repair, and
+    where a checkpoint was loaded into layers that ``configure_model`` made.
     Other findings are left out of training. Suspects in no finding, by a quota or of another verdict, are unlearned in
     any case. Costs a copy of the weights, also in checkpoints, until something is found.
 
@@ -156,6 +157,8 @@ class Unlearn(Response):
     def on_train_start(self, session: Session) -> None:
         """Continue a treatment that was interrupted; check that the samples can be put into batches anew."""
         require_batches(session.scanner.loader)
+        if self._initial is not None:
+            self._initial = start_of_fit(session.trainer, session.module, self._initial)
         if self._tuning.left:
             self._draw(session)
 

@@ -6,7 +6,7 @@ import copy
 from contextlib import suppress
 from itertools import chain
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -158,6 +158,26 @@ def foreign(trainer: Trainer) -> list[tuple[str, Any]]:
         if not isinstance(callback, CallbackBase):
             found[f"{callback.state_key}#{sum(key.startswith(callback.state_key) for key in found)}"] = callback
     return list(found.items())
+
+
+def start_of_fit(trainer: Trainer, pl_module: LightningModule, at_setup: dict[str, Any]) -> dict[str, Any] | None:
+    """The weights that the module had before the first step of a fit, on the CPU, the same in all processes.
+
+    Call after ``configure_model``, and before the first step.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule under training.
+        at_setup: Its state at the setup of the fit, or of an interrupted one: a checkpoint has replaced it since.
+
+    Returns:
+        State of the module; ``None`` where a checkpoint was loaded into layers that were not there at the setup.
+    """
+    if trainer.ckpt_path is None:
+        return cast(dict[str, Any], on_cpu(pl_module.state_dict()))
+    if at_setup.keys() != pl_module.state_dict().keys():
+        return None
+    return trainer.strategy.broadcast(at_setup)  # a checkpoint was what made ranks agree
 
 
 def on_cpu(value: Any) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_backdoor import Finding, Verdict
+from lightning_backdoor import DBRCallback, Finding, NONECallback, Verdict
 from lightning_backdoor.callbacks import Defense, Detector
+from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.responses import Detection, Response, Session, Unlearn, WithFallback
 from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pictures, fit, loader_of, make_trainer, same_state, state_of
 
@@ -109,3 +112,43 @@ def test_nothing_is_unlearned_where_no_copy_can_be_trained() -> None:
         make_trainer([callback], 5).fit(Uncopied(), loader_of(data))
     (event,) = callback.history
     assert (event.suspects, event.left_out) == (0, MEMBERS)
+
+
+class Late(Net):
+    """Has its head from `configure_model` on, as models that are sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.head
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "head"):
+            self.head = torch.nn.Linear(32, 4)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_model_that_is_built_in_configure_model(
+    resumed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a checkpoint that was written without the defense, the weights at the start are not known: new ones."""
+    data, members = pictures(wrong=True)
+    path = None
+    if resumed:
+        torch.manual_seed(0)
+        (first := make_trainer([], 1)).fit(Late(), loader_of(data))
+        first.save_checkpoint(path := tmp_path / "undefended.ckpt")
+    callback = Scripts(members, unlearning(monkeypatch))
+    torch.manual_seed(0)
+    make_trainer([callback], 5).fit(Late(), loader_of(data), ckpt_path=path)
+    assert callback.verdict.findings[0].diagnosis == "wrong labels"
+
+
+@pytest.mark.parametrize("make", [lambda: DBRCallback(detector="fresh"), lambda: NONECallback(reset="start")])
+def test_what_needs_the_weights_at_the_start_says_so_where_they_are_not_known(
+    make: Callable[[], Defense], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    (first := make_trainer([], 1)).fit(Late(), loader_of(Pictures()))
+    first.save_checkpoint(path := tmp_path / "undefended.ckpt")
+    with pytest.raises(TrainerError, match="built in `configure_model`"):
+        make_trainer([make()], 3).fit(Late(), loader_of(Pictures()), ckpt_path=path)
