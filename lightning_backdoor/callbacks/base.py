@@ -523,7 +523,8 @@ class Procedure:
         if metrics:
             session.module.log_dict({f"backdoor/{defense.method.lower()}/{name}": n for name, n in metrics.items()})
         told = f"{self.title} {sentence(self.history, len(session.verdict))}"
-        of_findings = findings_told(session.verdict, approved=session.takes("approved"))
+        classes = getattr(session.scanner.loader.dataset, "classes", None)
+        of_findings = findings_told(session.verdict, classes, approved=session.takes("approved"))
         told, self._told = told + (of_findings if of_findings != self._told else ""), of_findings
         if useless := nothing_learned(self.history[-1], session.verdict):
             rank_zero_warn(f"{self.title} {useless}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_backdoor.events import Event, own_label
 from lightning_backdoor.report.evidence import Evidence, Table
-from lightning_backdoor.report.of_findings import KEEP, diagnosis_sentence, success_sentence
+from lightning_backdoor.report.explanation import heading, labels_sentence, trigger_sentence
 from lightning_backdoor.report.sentences import LIMIT
 from lightning_backdoor.verdict import Finding, Verdict
 
@@ -29,6 +29,7 @@ LITTLE = 0.5  # of the training images get their label
 CHANCE = 0.05  # of the way from the most frequent label for all to no mistake
 NAMED = 5  # labels in a warning, at most
 TOLD = 3  # findings on the console, the largest ones
+KEEP = "If they look fine, pass their positions as `approved` and train again: they will be kept."
 
 
 def sentence(history: Sequence[Event], total: int) -> str:
@@ -82,21 +83,23 @@ def last_word(event: Event, verdict: Verdict) -> str:
     )
 
 
-def findings_told(verdict: Verdict, *, approved: bool) -> str:
+def findings_told(verdict: Verdict, classes: Sequence[str] | None = None, *, approved: bool) -> str:
     """Say of the largest findings what is known of their labels, after a space; empty where nothing is.
 
     Args:
         verdict: The verdict.
+        classes: Class names, indexed by label.
         approved: Whether the defense has an argument of this name, by which images are kept.
     """
     known = [one for one in verdict.findings if one.own_label_rate is not None or one.estimated_asr is not None]
-    parts = []
+    evidence, parts = Evidence(classes=classes), []
     for finding in sorted(known, key=len, reverse=True)[:TOLD]:
-        sentences = [diagnosis_sentence(finding), success_sentence(finding)]
-        if approved and finding.diagnosis != "wrong labels" and sentences[0]:
-            sentences.append(KEEP)
-        parts.append(f" {len(finding):,} images with label {finding.label}: {' '.join(filter(None, sentences))}")
-    return "".join(parts)
+        parts.append(f"{heading(finding, evidence)}: {labels_sentence(finding, evidence)}")
+        if finding.estimated_asr is not None:
+            parts.append(trigger_sentence(finding, evidence))
+        if approved and finding.diagnosis != "wrong labels" and finding.own_label_rate is not None:
+            parts.append(KEEP)
+    return "".join(f" {part}" for part in parts)
 
 
 def nothing_learned(event: Event, verdict: Verdict) -> str:

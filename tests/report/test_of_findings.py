@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.report.of_events import findings_told
-from lightning_backdoor.report.of_findings import KEEP, diagnosis_sentence, success_sentence
+from lightning_backdoor.report.explanation import labels_sentence, trigger_sentence
+from lightning_backdoor.report.of_events import KEEP, findings_told
 from lightning_backdoor.report.sentences import summarize
 from lightning_backdoor.verdict import Diagnosis, Finding, Verdict
 
@@ -29,28 +29,22 @@ def verdict(finding: Finding) -> Verdict:
     return Verdict((~keep).float(), keep, 0.5, "rule", torch.full((10,), 2), findings=(finding,))
 
 
-@pytest.mark.parametrize(
-    ("diagnosis", "begins"),
-    [
-        ("wrong labels", "The labels look wrong: "),
-        ("right labels", "The labels look right: "),
-        ("unclear", "Whether the labels are right is not clear: "),
-    ],
-)
-def test_the_diagnosis_and_its_evidence(diagnosis: Diagnosis, begins: str) -> None:
-    told = diagnosis_sentence(replace(KNOWN, diagnosis=diagnosis))
-    assert told.startswith(begins)
-    assert "gives label 2 to 25% of them, and 90% of ordinary images their label" in told
-    assert ("most often it says 3, 5 instead" in told) == (diagnosis == "wrong labels")
+@pytest.mark.parametrize("diagnosis", ["wrong labels", "right labels", "unclear"])
+@pytest.mark.parametrize("classes", [None, ["cat", "dog", "owl", "fox", "bee", "ant"]])
+def test_the_console_has_the_sentences_of_the_report(diagnosis: Diagnosis, classes: list[str] | None) -> None:
+    finding, evidence = replace(KNOWN, **TRIED, diagnosis=diagnosis), Evidence(classes=classes)
+    told = findings_told(verdict(finding), classes, approved=True)
+    assert told.startswith(f" 4 images labeled “{'owl' if classes else 'class 2'}”: ")
+    assert labels_sentence(finding, evidence) in told
+    assert trigger_sentence(finding, evidence) in told
 
 
 def test_nothing_is_said_that_is_not_known() -> None:
-    assert diagnosis_sentence(PLAIN) == success_sentence(PLAIN) == findings_told(verdict(PLAIN), approved=True) == ""
-
-
-def test_the_estimated_success_stands_beside_that_of_ordinary_images() -> None:
-    told = success_sentence(replace(PLAIN, **TRIED))
-    assert "turns 80% of them into label 2 (ordinary images: 10%)" in told
+    assert findings_told(verdict(PLAIN), approved=True) == ""
+    told = findings_told(verdict(KNOWN), approved=True)
+    assert told
+    assert "Not estimated" not in told
+    assert KEEP not in findings_told(verdict(replace(PLAIN, **TRIED)), approved=True)
 
 
 @pytest.mark.parametrize(
