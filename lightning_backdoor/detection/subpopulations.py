@@ -282,7 +282,7 @@ def own_auroc(found: Subpopulation, values: Tensor, inside: Tensor, units: Tenso
 
 FALSE_ALARM_RATE = 0.01
 TESTED = 5000  # samples of a label, at most, drawn at random where there are more
-CLOSED = 0.25  # of the things in a group, less than that, are nearest to another one of the group, beyond chance
+CLOSED = 0.4  # of the things in a group, less than that, are nearest to another one of the group, beyond chance
 SCANS = 3  # of a training, at most, over which the rate is shared: half way, at the end, and after a restart
 
 

@@ -110,7 +110,7 @@ def test_a_group_of_tracks_is_not_found_and_marked_images_are(monkeypatch: pytes
     values, labels, pictures = planted(copies=1)
     (found,) = find_subpopulations(values, labels, pictures=pictures)
     closed, things = found.figures[-2:]
-    assert (closed.criterion, things.name) == ("closed_share<0.25", "different_things")
+    assert (closed.criterion, things.name) == ("closed_share<0.4", "different_things")
     assert closed.value < 0.15
     assert things.value == 60
     shots = torch.arange(600)
