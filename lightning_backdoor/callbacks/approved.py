@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,9 +69,9 @@ def _approval_of(given: Approved, size: int) -> Approval:
         path = Path(given)
         if not path.is_file():
             raise ArgumentError(f"`approved` must be the path of a file that is there, got {str(path)!r}.")
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             return _of_csv(path, size)
-        if path.suffix == ".pt":
+        if path.suffix.lower() == ".pt":
             return _of_verdict(Verdict.load(path), size, str(path))
         raise ArgumentError(
             f"`approved` must be a saved verdict (.pt) or a table (.csv) where it is a path, got {str(path)!r}."
@@ -121,9 +123,11 @@ def _of_csv(path: Path, size: int) -> Approval:
     """Read a table with the columns ``index`` and ``approved``; ``label`` and ``path`` and some rows may be missing."""
     paths: dict[int, str] = {}
     samples, labels = torch.zeros(size, dtype=torch.bool), torch.full((size,), -1)
-    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-        header = file.readline()
-        file.seek(0)
+    with io.StringIO(_text_of(path), newline="") as file:
+        start, header = 0, file.readline()
+        if header.lower().startswith("sep="):  # a spreadsheet's note of the separator
+            start, header = file.tell(), file.readline()
+        file.seek(start)
         rows = csv.DictReader(file, delimiter=max(",;\t", key=header.count))
         columns = rows.fieldnames or ()
         if lacking := [name for name in ("index", "approved") if name not in columns]:
@@ -131,8 +135,16 @@ def _of_csv(path: Path, size: int) -> Approval:
                 f"`approved` must be a table with the columns index and approved, but {path} lacks "
                 f"{' and '.join(lacking)}; it has {', '.join(columns) or 'none'}. Take the `verdict.csv` of the report."
             )
+        if twice := [name for name in ("index", "approved", "label", "path") if columns.count(name) > 1]:
+            raise ArgumentError(
+                f"`approved` must be a table in which every column has another name, but {path} has two columns "
+                f"{twice[0]}. Delete one of them."
+            )
+        marked: dict[int, bool] = {}
         for row in rows:
-            where = f"line {rows.line_num} of {path}"
+            if not any(isinstance(value, str) and value.strip() for value in row.values()):
+                continue  # spreadsheets write rows of empty cells
+            where = f"line {rows.line_num + (start > 0)} of {path}"
             index, word = _number(row["index"], "index", where), (row["approved"] or "").strip().lower()
             if not 0 <= index < size:
                 raise _other_data(where, f"it is on sample {index}, the training dataset has {size}")
@@ -141,11 +153,28 @@ def _of_csv(path: Path, size: int) -> Approval:
                     f"`approved` must be true, 1, yes or x in its table, or empty, false, 0 or no; got "
                     f"{row['approved']!r} in {where}."
                 )
+            if marked.setdefault(index, word in YES) != (word in YES):
+                raise ArgumentError(
+                    f"`approved` must say one thing of a sample, but sample {index} is approved in one row of {path} and "
+                    f"not in another ({where}). Delete one of them."
+                )
             samples[index] = word in YES
             if (row.get("label") or "").strip():
                 labels[index] = _number(row["label"], "label", where)
             paths[index] = (row.get("path") or "").strip()
     return Approval(samples, labels, paths, str(path))
+
+
+def _text_of(path: Path) -> str:
+    """The text of a table, without the byte order mark that spreadsheets write."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(
+            f"`approved` must be a table in UTF-8, but {path} is not, or is no text ({error.reason} at byte "
+            f"{error.start}). Save it as `CSV UTF-8`."
+        ) from error
 
 
 def _number(text: str | None, column: str, where: str) -> int:

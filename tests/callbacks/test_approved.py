@@ -103,12 +103,25 @@ def test_files(tmp_path: Path) -> None:
         "index,approved\n3,yes\n4,X\n5,\n6,no\n7,FALSE\n8,0\n9, True \n10,1\n",
         "\ufeffindex;approved;label\r\n3;yes;0\r\n4;x;1\r\n5;;2\r\n9;YES;0\r\n10;true;-1\r\n",
         "approved,label,note,index\nyes,,a,3\nyes,,b,4\n,,,5\nyes,,,9\nyes,,,10\n",
+        "sep=;\r\nindex;approved\r\n3;TRUE\r\n4;x\r\n9;x\r\n10;x\r\n;\r\n ;;\r\n",
+        "index,approved\r3,x\r4,x\r4,yes\r9,x\r10,x\r",
     ],
 )
 def test_tables_as_people_and_spreadsheets_write_them(text: str, tmp_path: Path) -> None:
     path = tmp_path / "reviewed.csv"
     path.write_bytes(text.encode())
     assert read(path) == [3, 4, 9, 10]
+    path = tmp_path / "REVIEWED.CSV"
+    path.write_bytes(text.removeprefix("\ufeff").encode("utf-16"))
+    assert read(path) == [3, 4, 9, 10]
+
+
+@pytest.mark.parametrize("data", ["index,approved,path\n3,yes,ä.png\n".encode("latin-1"), bytes(range(256))])
+def test_a_table_in_another_encoding_is_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "reviewed.csv"
+    path.write_bytes(data)
+    with pytest.raises(ArgumentError, match="`approved` must be a table in UTF-8.*Save it as `CSV UTF-8`"):
+        read(path)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +147,9 @@ def test_what_cannot_be_read_is_named(given: Any, words: str) -> None:
     [
         ("index,keep\n3,yes\n", "lacks approved; it has index, keep"),
         ("", "lacks index and approved; it has none"),
+        ("index,approved,approved\n3,yes,\n", "two columns approved"),
+        ("index,approved\n3,yes\n4,\n3,\n", r"sample 3 is approved in one row .* not in another \(line 4"),
+        ("sep=,\nindex,approved\n3,maybe\n", "got 'maybe' in line 3 of"),
         ("index,approved\n3,maybe\n", "got 'maybe' in line 2 of"),
         ("index,approved\n3.5,yes\n", "whole numbers as index, got '3.5' in line 2"),
         ("index,approved\nyes\n", "whole numbers as index, got 'yes' in line 2"),
