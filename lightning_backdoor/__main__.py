@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from lightning_backdoor.audit import DETECTORS, VERDICT, audit
 from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
-from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.report.words import described
 from lightning_backdoor.verdict import Finding, Verdict
 
@@ -51,11 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             traceback.print_exc()
-        told = " ".join(str(error).split()) or type(error).__name__
+        told = " ".join(_of_worker(str(error)).split()) or type(error).__name__
         print(f"{parser.prog} {options.command}: error: {told}", file=sys.stderr)
         return FAILED
     print(json.dumps(record, allow_nan=False) if options.json else text)
     return code
+
+
+def _of_worker(text: str) -> str:
+    """The message of an error, without the traceback that one of a worker process comes with."""
+    if "Original Traceback" not in text:
+        return text
+    return text.rstrip().splitlines()[-1].partition(": ")[2] or text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -219,7 +227,17 @@ def _folder(path: Path) -> Any:
         raise ArgumentError(
             f"`--data` must have one subfolder per class, got {', '.join(sorted(names))}. Pass {path / 'train'}."
         )
-    return ImageFolder(path)
+    return ImageFolder(path, loader=_image)
+
+
+def _image(path: str) -> Any:
+    """The image in a file."""
+    from torchvision.datasets.folder import default_loader  # noqa: PLC0415  (takes a second to import)
+
+    try:
+        return default_loader(path)
+    except OSError as error:
+        raise DataError(f"`--data` must hold images alone, but {path} cannot be read as one; is it cut off?") from error
 
 
 def _model(options: argparse.Namespace, classes: int) -> nn.Module:
@@ -253,15 +271,18 @@ def weights_in(path: Path, model: nn.Module) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file  # noqa: PLC0415  (comes with timm)
 
-        held: Any = load_file(path)
+        try:
+            held: Any = load_file(path)
+        except Exception as error:
+            raise ArgumentError(f"`--checkpoint` must be a file of safetensors, but {path} is not: {error}.") from error
     else:
         try:
             held = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
+            why = "holds other objects" if is_zipfile(path) else "is empty, cut off, or of another kind"
             raise ArgumentError(
                 f"`--checkpoint` must be a file of torch.save that holds tensors and plain values alone, but {path} "
-                f"cannot be read as one: {str(error).splitlines()[0]} Save the weights alone: "
-                "torch.save(model.state_dict(), path)."
+                f"{why}. Save the weights alone: torch.save(model.state_dict(), path)."
             ) from error
     for holder in HOLDERS:
         if isinstance(held, Mapping) and isinstance(held.get(holder), Mapping):

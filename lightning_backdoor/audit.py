@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor._lightning import rank_zero_warn
-from lightning_backdoor.callbacks.arguments import require_fraction
+from lightning_backdoor.callbacks.arguments import require_fraction, require_positive
 from lightning_backdoor.callbacks.base import Defense, examine, require_examinable, validation_dataset
 from lightning_backdoor.callbacks.dbr import DBRCallback
 from lightning_backdoor.callbacks.none import NONECallback
@@ -145,6 +145,7 @@ def audit(
         (40, 0)
     """
     require_fraction("max_removed", max_removed)
+    require_positive("batch_size", batch_size)
     defenses = _defenses(
         detectors,
         false_alarm_rate=false_alarm_rate,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import astuple, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -320,7 +322,13 @@ class Verdict:
             ArgumentError: The file holds something else.
             pickle.UnpicklingError: The file would run code.
         """
-        record = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            record = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+            told = f"`path` must be a file that `Verdict.save` wrote, got {path}, which"
+            if isinstance(error, pickle.UnpicklingError) and is_zipfile(path):
+                raise pickle.UnpicklingError(f"{told} holds objects that may run code; it was not read.") from error
+            raise ArgumentError(f"{told} is empty, cut off, or of another kind.") from error
         names = {field.name for field in fields(cls)}
         if not isinstance(record, dict) or not {"scores", "keep", "threshold", "rule"} <= record.keys() <= names:
             held = f"a dict with {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from lightning_backdoor import Verdict
-from lightning_backdoor.__main__ import main, weights_in
+from lightning_backdoor.__main__ import _of_worker, main, weights_in
 from lightning_backdoor.errors import ArgumentError
 from tests.callbacks.helpers import LIGHTNING_WARNS, DigitNet, Pairs, poisoned_digits, undefended
 
@@ -174,8 +175,32 @@ def test_what_cannot_be_looked_at_is_one_line_and_exit_code_2(run: Any, some: Pa
     )
     torch.save({"model": nn.Linear(1, 1)}, tmp_path / "module.pt")
     refused("tensors and plain values alone", *on(some, checkpoint=str(tmp_path / "module.pt")))
+    for name in ("empty.pt", "text.pt", "text.safetensors"):
+        (tmp_path / name).write_text("" if name == "empty.pt" else "no weights")
+    for name in ("empty.pt", "text.pt"):
+        refused("is empty, cut off, or of another kind. Save the", *on(some, checkpoint=str(tmp_path / name)))
+        refused("which is empty, cut off, or of another kind.", "show", tmp_path / name)
+    refused("holds objects that may run code", "show", tmp_path / "module.pt")
+    refused("must be a file of safetensors, but", *on(some, checkpoint=str(tmp_path / "text.safetensors")))
+    refused("`batch_size` must be", *on(some, "--batch-size", 0))
     torch.save([1], tmp_path / "list.pt")
     refused("must hold a state dict", *on(some, checkpoint=str(tmp_path / "list.pt")))
+
+
+def test_an_image_that_cannot_be_read_is_named(run: Any, some: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(some, tmp_path / "some")
+    image = folder / "images" / "class_1" / "0001.png"
+    for data in (image.read_bytes()[:60], b"no image"):
+        image.write_bytes(data)
+        code, out, err = run(*on(folder))
+        assert (code, out) == (2, "")
+        assert f"error: `--data` must hold images alone, but {image} cannot be read as one" in err
+
+
+def test_an_error_of_a_worker_process_is_one_sentence() -> None:
+    wrapped = "Caught DataError in worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
+    assert _of_worker(f"{wrapped}lightning_backdoor.errors.DataError: no image: a.png\n") == "no image: a.png"
+    assert _of_worker("two\nlines") == "two\nlines"
 
 
 def test_a_traceback_is_shown_if_it_is_wanted(run: Any, tmp_path: Path) -> None:

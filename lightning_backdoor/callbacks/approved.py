@@ -155,8 +155,8 @@ def _of_csv(path: Path, size: int) -> Approval:
                 )
             if marked.setdefault(index, word in YES) != (word in YES):
                 raise ArgumentError(
-                    f"`approved` must say one thing of a sample, but sample {index} is approved in one row of {path} and "
-                    f"not in another ({where}). Delete one of them."
+                    f"`approved` must say one thing of a sample, but sample {index} is approved in one row of {path} "
+                    f"and not in another ({where}). Delete one of them."
                 )
             samples[index] = word in YES
             if (row.get("label") or "").strip():

@@ -120,7 +120,7 @@ def test_tables_as_people_and_spreadsheets_write_them(text: str, tmp_path: Path)
 def test_a_table_in_another_encoding_is_refused(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "reviewed.csv"
     path.write_bytes(data)
-    with pytest.raises(ArgumentError, match="`approved` must be a table in UTF-8.*Save it as `CSV UTF-8`"):
+    with pytest.raises(ArgumentError, match=r"`approved` must be a table in UTF-8.*Save it as `CSV UTF-8`"):
         read(path)
 
 
