@@ -24,6 +24,8 @@ __all__ = ["Diagnosis", "Finding", "GateFigure", "Verdict"]
 
 Diagnosis = Literal["wrong labels", "right labels", "unclear"]
 
+TRIGGER = 0.3  # excess of an estimated attack success rate over its control from which on there seems to be a trigger
+
 _MASKS = ("keep", "trusted", "suspect", "approved")
 
 
@@ -103,6 +105,11 @@ class Finding:
         """Share of the samples that a model which never saw them gives their label; ``None`` without any."""
         known = None if self.suggested_labels is None else self.suggested_labels[self.suggested_labels >= 0]
         return None if known is None or not len(known) else float((known == self.label).float().mean())
+
+    @property
+    def asr_excess(self) -> float:
+        """By how much the estimated attack success rate exceeds its control, in ``[-1, 1]``; 0 if not estimated."""
+        return 0.0 if self.estimated_asr is None else self.estimated_asr - (self.control_asr or 0.0)
 
     def project(self, values: Tensor) -> Tensor:
         """Position of every sample along the direction, float ``(N,)``, for values ``(N, V)`` in the same columns."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.detection.decision import LEFT
-from lightning_backdoor.verdict import Finding, Verdict
+from lightning_backdoor.verdict import TRIGGER, Finding, Verdict
 
 __all__ = ["MAX_REMOVED_OF_CLASS", "MOST_OF_LABEL", "without_majorities"]
 
@@ -18,7 +18,6 @@ MOST_OF_LABEL = "most_of_label("
 
 ABOUT_OTHERS = {"overlap", "early_neighbors"}
 """Gates whose evidence is that the samples belong to other classes."""
-TRIGGER = 0.3  # by which the estimated attack success rate exceeds that of ordinary samples of the label
 
 
 def without_majorities(
@@ -75,6 +74,4 @@ def _may_go(finding: Finding, size: int, left: int, usual: int) -> bool:
     """Whether more than a rare look speaks for a finding without which ``left`` of ``size`` samples are left."""
     if finding.diagnosis == "wrong labels" or finding.gate in ABOUT_OTHERS or left >= usual:
         return True
-    if finding.estimated_asr is None or left < LEFT * min(size, usual):
-        return False
-    return finding.estimated_asr - (finding.control_asr or 0.0) >= TRIGGER
+    return left >= LEFT * min(size, usual) and finding.asr_excess >= TRIGGER

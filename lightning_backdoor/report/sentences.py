@@ -38,7 +38,7 @@ MAY_BE_FINE = (
     "download `reviewed.csv`, and pass its path as `approved` when you train again."
 )
 NAMED = 3  # findings in the summary
-OBEYED = 0.5  # estimated attack success rate, and twice the control at least: the summary calls it a trigger
+WORKS = 0.5  # estimated attack success rate, and twice the control at least: the summary calls it a trigger
 
 __all__ = ["Summary", "count", "listed", "number", "percent", "score", "summarize"]
 
@@ -243,7 +243,7 @@ def _groups(verdict: Verdict, evidence: Evidence) -> str:
 def _trigger(findings: Sequence[Finding], evidence: Evidence) -> str:
     known = [(f.estimated_asr, f.control_asr or 0.0, f) for f in findings if f.estimated_asr is not None]
     rate, control, finding = max(known, key=lambda each: each[0], default=(0.0, 0.0, None))
-    if finding is None or rate < OBEYED or rate < 2 * control:
+    if finding is None or rate < WORKS or rate < 2 * control:
         return ""
     return (
         f" What those of “{evidence.class_name(finding.label)}” have in common works as a trigger: with it, an "

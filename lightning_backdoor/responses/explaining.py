@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_backdoor.detection.diagnosis import MIN_SAMPLES, diagnose
 from lightning_backdoor.scanning.estimate_asr import estimate_asr
 from lightning_backdoor.scanning.scanner import DatasetScanner
-from lightning_backdoor.verdict import Finding, Verdict
+from lightning_backdoor.verdict import TRIGGER, Finding, Verdict
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -21,8 +21,7 @@ __all__ = ["diagnosed", "held_out", "ordinary_samples", "with_estimated_asr"]
 COMPARED, OF_LABEL = 2048, 256  # ordinary samples of all labels, and further ones of the label of each finding
 HELD_OUT = 512, 64  # the same, at most, that a copy is not trained on
 FEWEST = 10  # of a label among these, where it has twice as many
-LEAST = 0.3  # by which an estimated attack success rate exceeds its control where a model has a backdoor
-STILL = 0.5  # of that excess: a later model still has it
+STILL = 0.5  # of the excess of an estimated attack success rate over its control: a later model still has the backdoor
 
 
 def ordinary_samples(verdict: Verdict) -> Tensor:
@@ -138,21 +137,14 @@ def _doubted(
     findings: list[Finding],
 ) -> list[Finding]:
     """The findings, of which those are unclear whose labels seem right to a model that still has the backdoor."""
-    places = [place for place, found in enumerate(findings) if found.diagnosis == "right labels" and _excess(found) > 0]
+    right = [place for place, found in enumerate(findings) if found.diagnosis == "right labels"]
+    places = [place for place in right if findings[place].asr_excess >= TRIGGER]
     if not places or verdict.labels is None:
         return findings
     groups = [(findings[place].label, findings[place].positions) for place in places]
     ordinary = ordinary_samples(verdict)
     now = estimate_asr(trainer, pl_module, scanner, groups, labels=verdict.labels, ordinary=ordinary)
     for place, found in zip(places, now, strict=True):
-        if found is not None and found.asr - found.control > STILL * _excess(findings[place]):
+        if found is not None and found.asr - found.control > STILL * findings[place].asr_excess:
             findings[place] = replace(findings[place], diagnosis="unclear")
     return findings
-
-
-def _excess(finding: Finding) -> float:
-    """By how much the estimated attack success rate exceeds its control, if that is a sign of a backdoor."""
-    if finding.estimated_asr is None or finding.control_asr is None:
-        return 0.0
-    excess = finding.estimated_asr - finding.control_asr
-    return excess if excess >= LEAST else 0.0

@@ -25,7 +25,8 @@ MEMBERS = 64  # of a group, and as many ordinary images of its label
 GROUPS = 10  # the largest ones; each costs as much as six passes over those images
 OTHER_LABELS = 6  # those with the most ordinary images
 QUARTILE = 0.75  # of what these labels reach is no sign of a trigger
-OBEYED = 0.5  # of the members get their label: else the model has not learned what they have in common
+LEARNED = 0.5  # of the members get their label: else the model has not learned what they have in common
+DESCRIPTION = "estimate of the attack success rate"
 
 
 @dataclass(frozen=True)
@@ -92,47 +93,81 @@ def estimate_asr(
     except ArgumentError:
         return estimates
     ordinary = ordinary & (labels >= 0) & ~data.unread
-    usual = _some(ordinary, IMAGES, seed)
-    largest = sorted(range(len(groups)), key=lambda place: -len(groups[place][1]))[:GROUPS]
-    obeyed = _obeyed(trainer, pl_module, data, [groups[place] for place in largest])
-    places = [place for place, share in zip(largest, obeyed, strict=True) if share >= OBEYED]
-    places = [place for place in places if bool((ordinary & (labels == groups[place][0])).any())]
+    usual, places = _some(ordinary, IMAGES, seed), _places(trainer, pl_module, data, groups, labels[ordinary])
     if not places or not len(usual):
         return estimates
-    with isolated_eval(trainer, pl_module), raise_on_all_ranks(trainer, "estimate of the attack success rate"):
-        pixels = data.images(usual.tolist()).to(pl_module.device)
+    other_labels = _other_labels(labels[ordinary], [label for label, _ in groups])
+    with isolated_eval(trainer, pl_module), raise_on_all_ranks(trainer, DESCRIPTION):
+        pixels = data.images(usual.tolist())
         made = [_group(data, *groups[place], ordinary & (labels == groups[place][0]), seed) for place in places]
-        made = [_on(group, pl_module.device) for group in made]
-        other_labels = _other_labels(labels[ordinary], [label for label, _ in groups])
-        others = [_other(data, label, ordinary & (labels == label), pixels.cpu(), seed) for label in other_labels]
-        others = [_on(other, pl_module.device) for other in others]
+        others = [_other(data, label, ordinary & (labels == label), pixels, seed) for label in other_labels]
+    # columns in this order: of each group its members and the ordinary images of its label, then those of other labels
+    pairs = [(group, members) for group in made for members in (group.members, group.ordinary)]
+    pairs += [(other, other.members) for other in others]
+    given, shown = _given(trainer, pl_module, data, pairs, usual=usual, pixels=pixels), labels[usual]
+    rates = [_share(column, shown != group.label) for (group, _), column in zip(pairs, given.unbind(1), strict=True)]
+    of_others = rates[2 * len(places) :]
+    for number, place in enumerate(places):
+        if bool((shown != groups[place][0]).any()):
+            own, control = rates[2 * number], control_rates(rates[2 * number + 1], of_others)
+            best = int((own - control).argmax())
+            estimates[place] = Estimate(float(own[best]), float(control[best]), list(WAYS)[best])
+    return estimates
+
+
+def _places(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    data: DatasetScanner,
+    groups: Sequence[tuple[int, Tensor]],
+    ordinary_labels: Tensor,
+) -> list[int]:
+    """Of the ten largest groups, those most of whose members get their label, which ordinary samples have, too."""
+    largest = sorted(range(len(groups)), key=lambda place: -len(groups[place][1]))[:GROUPS]
+    shares = _given_their_label(trainer, pl_module, data, [groups[place] for place in largest])
+    learned = [place for place, share in zip(largest, shares, strict=True) if share >= LEARNED]
+    return [place for place in learned if bool((ordinary_labels == groups[place][0]).any())]
+
+
+def _given(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    data: DatasetScanner,
+    pairs: Sequence[tuple[_Group, Tensor]],
+    *,
+    usual: Tensor,
+    pixels: Tensor,
+) -> Tensor:
+    """Which images get the label of a group when what some images have in common is put on them.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule.
+        data: The training set.
+        pairs: P groups, with the images whose common pattern is put on, uint8 ``(n, C, H, W)``.
+        usual: Positions of the B images that it is put on.
+        pixels: These images, uint8 ``(B, C, H, W)``.
+
+    Returns:
+        Bool ``(B, P, W)``, for the W ways in the order of ``WAYS``.
+    """
+    device = pl_module.device
+    pixels = pixels.to(device)
+    on_device = [(group.label, members.to(device), group.region.to(device)) for group, members in pairs]
 
     def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
         images = data.layout.images(batch)
-        shown = data.pixels.to_pixels(images).to(pl_module.device)
-        pairs = [(group, members) for group in made for members in (group.members, group.ordinary)]
-        pairs += [(other, other.members) for other in others]
+        shown = data.pixels.to_pixels(images).to(device)
         given = []
-        for group, members in pairs:
+        for label, members, region in on_device:
             for way in WAYS:
-                changed = put_on(shown, indices, members, usual=pixels, region=group.region, way=way)
+                changed = put_on(shown, indices, members, usual=pixels, region=region, way=way)
                 version = data.layout.with_images(batch, data.pixels.to_model(changed, like=images))
-                given.append(data.logits(trainer, pl_module, version).argmax(dim=1) == group.label)
+                given.append(data.logits(trainer, pl_module, version).argmax(dim=1) == label)
         return {"given": torch.stack(given, dim=1)}
 
-    given = data.scan(trainer, pl_module, step, description="estimate of the attack success rate", positions=usual)
-    table, shown_labels = given["given"].view(len(usual), -1, len(WAYS)), labels[usual]
-    columns = iter(table.unbind(1))
-    of_groups = [(next(columns), next(columns)) for _ in places]
-    elsewhere = [_share(column, shown_labels != label) for label, column in zip(other_labels, columns, strict=True)]
-    for place, (with_members, with_ordinary) in zip(places, of_groups, strict=True):
-        others_shown = shown_labels != groups[place][0]
-        if bool(others_shown.any()):
-            rates = _share(with_members, others_shown)
-            control = control_rates(_share(with_ordinary, others_shown), elsewhere)
-            best = int((rates - control).argmax())
-            estimates[place] = Estimate(float(rates[best]), float(control[best]), list(WAYS)[best])
-    return estimates
+    found = data.scan(trainer, pl_module, step, description=DESCRIPTION, positions=usual)
+    return found["given"].view(len(usual), len(pairs), len(WAYS))
 
 
 def control_rates(of_label: Tensor, of_others: Sequence[Tensor]) -> Tensor:
@@ -156,6 +191,7 @@ def control_rates(of_label: Tensor, of_others: Sequence[Tensor]) -> Tensor:
 
 
 def _share(given: Tensor, shown: Tensor) -> Tensor:
+    """Share of the shown images, bool ``(B,)``, that get the label, from bool ``(B, W)``: float ``(W,)``."""
     return given[shown].float().mean(dim=0) if bool(shown.any()) else torch.zeros(given.shape[1])
 
 
@@ -173,19 +209,19 @@ def _some(mask: Tensor, count: int, seed: int) -> Tensor:
     return positions[order[:count]].sort().values
 
 
-def _obeyed(
+def _given_their_label(
     trainer: Trainer, pl_module: LightningModule, data: DatasetScanner, groups: list[tuple[int, Tensor]]
 ) -> list[float]:
-    """Share of the first members of each group that get its label."""
+    """Share of the first members of each group that get its label, in ``[0, 1]``."""
     first = [positions[:MEMBERS] for _, positions in groups]
     every = torch.cat(first).unique()  # type: ignore[no-untyped-call]
-    description = "estimate of the attack success rate"
-    predicted = data.predict(trainer, pl_module, description=description, positions=every)
+    predicted = data.predict(trainer, pl_module, description=DESCRIPTION, positions=every)
     answers = [predicted[torch.searchsorted(every, positions)] for positions in first]
     return [float((given == label).float().mean()) for given, (label, _) in zip(answers, groups, strict=True)]
 
 
 def _group(data: DatasetScanner, label: int, positions: Tensor, ordinary: Tensor, seed: int) -> _Group:
+    """The first members of a group, and ordinary images of its label."""
     members = data.images(positions[:MEMBERS].tolist())
     others = data.images(_some(ordinary, MEMBERS, seed).tolist())
     return _Group(label, members, others, agreed_region(members, resized(others, members.shape[2:])))
@@ -195,7 +231,3 @@ def _other(data: DatasetScanner, label: int, ordinary: Tensor, usual: Tensor, se
     """Ordinary images of a label, as if they were a group that is compared with usual images of all labels."""
     members = data.images(_some(ordinary, MEMBERS, seed).tolist())
     return _Group(label, members, usual, agreed_region(members, resized(usual, members.shape[2:])))
-
-
-def _on(group: _Group, device: torch.device) -> _Group:
-    return _Group(group.label, group.members.to(device), group.ordinary.to(device), group.region.to(device))
