@@ -61,7 +61,7 @@ def diagnose(
     Args:
         finding: The group.
         labels: Labels as given, long ``(N,)``, -1 where there is none.
-        predicted: The model's answer to every sample, long ``(N,)``, -1 where it was not asked.
+        predicted: The model's answer to every sample, long ``(N,)``, -1 where there is none.
         confidence: The probability that it gives its answer, float ``(N,)``.
         unseen: Samples that it never saw, bool ``(N,)``; others of the group have no part in the diagnosis.
         ordinary: Samples that the group is compared with, bool ``(N,)``: best such that the model never saw either.
@@ -70,15 +70,15 @@ def diagnose(
         The finding with diagnosis, suggested labels and what the model does with ordinary samples.
     """
     ordinary = ordinary & (predicted >= 0) & (labels >= 0)
-    asked = unseen[finding.positions] & (predicted[finding.positions] >= 0)
-    suggested = torch.where(asked, predicted[finding.positions], -1)
-    sure = confidence[finding.positions].float().where(asked, 0.0)
-    if not bool(asked.any()) or not bool(ordinary.any()):
+    answered = unseen[finding.positions] & (predicted[finding.positions] >= 0)
+    suggested = torch.where(answered, predicted[finding.positions], -1)
+    sure = confidence[finding.positions].float().where(answered, 0.0)
+    if not bool(answered.any()) or not bool(ordinary.any()):
         return finding
     compared = _Ordinary(labels[ordinary], predicted[ordinary], confidence[ordinary])
     return replace(
         finding,
-        diagnosis=_diagnosis(finding.label, suggested[asked], sure[asked], compared),
+        diagnosis=_diagnosis(finding.label, suggested[answered], sure[answered], compared),
         suggested_labels=suggested,
         suggested_confidences=sure,
         reference_accuracy=float((predicted == labels)[ordinary].float().mean()),

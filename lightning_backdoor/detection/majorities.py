@@ -38,7 +38,7 @@ def without_majorities(
     Args:
         verdict: On N samples, with labels.
         kept: Samples that the verdict before kept, bool ``(N,)``.
-        share: Share of a label above which this is asked, in ``(0, 1]``; 1: never.
+        share: Share of a label above which one of these is needed, in ``(0, 1]``; 1: never.
 
     Returns:
         The verdict, in which the samples of such findings are kept as before; and these findings.
