@@ -23,12 +23,12 @@ from lightning_backdoor.callbacks.ultraclean import UltraCleanCallback
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import unwrapped
 from lightning_backdoor.detection.joining import join_verdicts
-from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS, without_majorities
+from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS, MOST_OF_LABEL, without_majorities
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.errors import ArgumentError, ModelError
 from lightning_backdoor.events import Event
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.report.of_events import LITTLE, evidence
+from lightning_backdoor.report.of_events import LITTLE, evidence, kept_majority
 from lightning_backdoor.report.writer import write_report
 from lightning_backdoor.scanning.idle import CHILD, with_idle_trainer
 from lightning_backdoor.scanning.measure_denoised import DENOISERS
@@ -189,6 +189,7 @@ def audit(
         verdict = join_verdicts(verdicts, max_removed=max_removed)
         verdict, _ = without_majorities(verdict, torch.ones_like(verdict.keep), max_removed_of_class)
         _warn_of_little(events)
+        _warn_of_kept(verdict, max_removed_of_class)
         if report_dir is not None:
             seconds = time.monotonic() - began
             shown = _shown(verdict, scanner, events, seconds=seconds, max_removed=max_removed)
@@ -267,6 +268,16 @@ def _warn_of_little(events: Sequence[Event]) -> None:
             "it. Are these the images that it was trained on, prepared in the same way (`eval_transform`), and are the "
             "classes in the same order?"
         )
+
+
+def _warn_of_kept(verdict: Verdict, share: float) -> None:
+    """Warn of the findings that are most of their label and stay, by their index in the joined verdict."""
+    if MOST_OF_LABEL not in verdict.rule or verdict.labels is None:
+        return
+    for place, finding in enumerate(verdict.findings):
+        size = int((verdict.labels == finding.label).sum())
+        if len(finding) > share * size and bool(verdict.keep[finding.positions].all()):
+            rank_zero_warn(f"The audit {kept_majority(finding, place, verdict, name='verdict')}")
 
 
 def _shown(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_backdoor import NONECallback, UltraCleanCallback, Verdict, audit
+from lightning_backdoor.audit import DETECTORS, _warn_of_kept
+from lightning_backdoor.detection.majorities import MOST_OF_LABEL
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
+from lightning_backdoor.verdict import Finding
 from tests.accelerators import trainer_settings
 from tests.callbacks.helpers import (
     LIGHTNING_WARNS,
@@ -288,3 +293,33 @@ def test_what_cannot_work_is_one_error() -> None:
 class Two(Images):
     def train_dataloader(self) -> Any:
         return [super().train_dataloader(), super().train_dataloader()]
+
+
+def test_findings_that_stay_are_told_by_their_index_in_the_joined_verdict() -> None:
+    labels, few = torch.arange(60) % 2, torch.zeros(1)
+    findings = tuple(Finding(label, places, "strict", (), few.long(), few, 0.5) for label, places in (
+        (1, torch.arange(1, 20, 2)), (0, torch.arange(0, 40, 2)),
+    ))  # fmt: skip
+    keep = torch.ones(60, dtype=torch.bool)
+    verdict = Verdict(torch.zeros(60), keep, float("inf"), f"features: {MOST_OF_LABEL}0.5)", labels, findings=findings)
+    with pytest.warns(UserWarning, match=r"The audit keeps 20 of the 30 .*`verdict.findings\[1\].positions`") as told:
+        _warn_of_kept(verdict, 0.5)
+    assert len(told) == 1
+    assert "callback" not in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn_of_kept(verdict, 0.7)
+        _warn_of_kept(replace(verdict, rule="features: strict"), 0.5)
+
+
+def test_an_examination_leaves_it_to_its_caller_to_say_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    unit = DETECTORS["features"](response="report")
+    monkeypatch.setitem(DETECTORS, "features", lambda **arguments: unit)
+    detect = unit._procedure._detect
+    monkeypatch.setattr(unit._procedure, "_detect", lambda *a: (told.append(unit._procedure._without_fit), detect(*a)))
+    images = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    audit(model, TensorDataset(images, torch.arange(40) % 2), detectors=("features",), **settings())
+    assert told == [True]
+    assert not unit._procedure._without_fit

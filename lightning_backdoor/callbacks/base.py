@@ -273,6 +273,7 @@ class Procedure:
         self._last_detection: int | None = None  # epochs before it, counted from the last restart
         self._filter: LoaderFilter | None = None
         self._session: Session | None = None
+        self._without_fit = False  # whether a model is examined as it is; the caller then says what is kept
         self._acts = False
         self._began = 0.0  # of the fit, in seconds since the epoch
         self._seconds = 0.0  # of the last detection
@@ -414,6 +415,7 @@ class Procedure:
             detect: ``False``: only raise where data or model rule the detector out.
         """
         self._session = Session(trainer, pl_module, scanner, loader_filter_of(trainer), self, time.time())
+        self._without_fit = True
         try:
             self._approve(self._session)
             self.detector.setup(trainer, pl_module)
@@ -422,7 +424,7 @@ class Procedure:
                 self._detect(0)
         finally:
             self.detector.close()
-            self._session = None
+            self._session, self._without_fit = None, False
 
     def _detect_and_respond(self, epochs: int) -> None:
         began = time.monotonic()
@@ -473,7 +475,7 @@ class Procedure:
         kept = torch.ones_like(verdict.keep) if before is None else before.keep
         verdict, spared = without_majorities(verdict, kept, self.most_of_label)
         told = 0 if before is None else len(before.findings)
-        for place, finding in enumerate(verdict.findings):
+        for place, finding in enumerate(() if self._without_fit else verdict.findings):
             if place >= told and any(finding is one for one in spared):
                 rank_zero_warn(f"{self.title} {kept_majority(finding, place, verdict)}")
         return replace(detection, verdict=verdict)

@@ -150,13 +150,14 @@ def majorities(verdict: Verdict, before: Verdict | None) -> str:
     )
 
 
-def kept_majority(finding: Finding, place: int, verdict: Verdict) -> str:
+def kept_majority(finding: Finding, place: int, verdict: Verdict, *, name: str = "callback.verdict") -> str:
     """Say that a finding is kept because it is most of its label, and what to do in either case.
 
     Args:
         finding: It.
         place: Its index among the findings of the verdict.
         verdict: The verdict.
+        name: How the user reaches the verdict.
     """
     size = 0 if verdict.labels is None else int((verdict.labels == finding.label).sum())
     figures = ", ".join(f"{one.name} {one.value:.3g} {one.relation} {one.bound:.3g}" for one in finding.figures)
@@ -164,7 +165,7 @@ def kept_majority(finding: Finding, place: int, verdict: Verdict) -> str:
         f"keeps {len(finding):,} of the {size:,} images with label {finding.label}, though they stand out "
         f"({finding.gate}: {figures}). They are most of the label, and nothing says that they are poisoned rather than "
         "the class itself, which the model would not know without them. Look at them in the report. If they are fine, "
-        f"name `callback.verdict.findings[{place}].positions` as `approved`. If they carry a trigger, train without "
+        f"name `{name}.findings[{place}].positions` as `approved`. If they carry a trigger, train without "
         f"these positions, or set {LIMIT} to 1."
     )
 
