@@ -8,12 +8,13 @@ from torch import Tensor
 
 from lightning_backdoor.detection.directions import full_precision
 
-__all__ = ["SIDE", "effective_number", "near_duplicates", "thumbnails", "usual_distance"]
+__all__ = ["SIDE", "closed_share", "effective_number", "near_duplicates", "thumbnails", "usual_distance"]
 
 SIDE = 12  # of a thumbnail, in pixels: coarse enough for a shift by a pixel or two, fine enough to tell things apart
 NEAR = 0.1  # of the usual distance of two images of a label, at most
 BLOCK = 2**24  # correlations that are computed at once
 PAIRS = 2000  # of a label and in all, from which the usual distance is taken
+LOOKED_UP = 1000  # members of a group whose nearest image is sought, drawn at random where there are more
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -90,3 +91,52 @@ def near_duplicates(pictures: Tensor, usual: float) -> Tensor:
         numbers = smallest
     found: Tensor = torch.unique(numbers, return_inverse=True)[1]
     return found
+
+
+def closed_share(inside: Tensor, upper: Tensor, numbers: Tensor, outside: Tensor) -> float:
+    """Share of the things in a group whose nearest image is in the group, too, beyond what their label explains.
+
+    Shots of one thing under changing light and from different distances are not all near-duplicates, but the image that
+    is nearest to a shot is another one of them, and in the same group. Images that somebody has chosen and marked are
+    nearest to images that he has not: where labels are wrong, to those of their true classes, and otherwise to members
+    as often as there are members in the label. What the group has in common is taken out of all pictures first, by the
+    direction between the means of both groups, since a trigger makes images alike.
+
+    Args:
+        inside: Pictures of the label's samples, from :func:`thumbnails`, ``(n, 144)``.
+        upper: The group, bool ``(n,)``.
+        numbers: Of the label's samples, from :func:`near_duplicates`, long ``(n,)``. The nearest image is sought among
+            those that have another number.
+        outside: Pictures of the samples of all other labels, ``(M, 144)``.
+
+    Returns:
+        About 0 where the members are drawn at random from any labels, or from their own; 1 where all are nearest to
+        members.
+    """
+    n, size = len(upper), int(upper.sum())
+    if not 0 < size < n:
+        return 0.0
+    look = inside[upper].float().mean(dim=0) - inside[~upper].float().mean(dim=0)
+    look = F.normalize(look, dim=0)
+
+    def without(pictures: Tensor) -> Tensor:
+        pictures = pictures.float()
+        return F.normalize(pictures - (pictures @ look)[:, None] * look, dim=1)
+
+    _, thing, counts = torch.unique(numbers[upper], return_inverse=True, return_counts=True)
+    weights, members = 1 / counts[thing].double(), upper.nonzero().squeeze(1)
+    if size > LOOKED_UP:
+        drawn = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:LOOKED_UP].to(upper.device)
+        weights, members = weights[drawn], members[drawn]
+    with full_precision():
+        pictures = without(inside[members])
+        alike = pictures @ without(inside).T
+        alike, nearest = alike.masked_fill(numbers[members][:, None] == numbers, -1).max(dim=1)
+        elsewhere = torch.full_like(alike, -1)
+        for rows in torch.split(outside, max(BLOCK // len(members), 1)):
+            elsewhere = torch.maximum(elsewhere, (pictures @ without(rows).T).amax(dim=1))
+    own = alike > elsewhere
+    of_label = float((weights * own).sum() / weights.sum())
+    of_group = float((weights * (own & upper[nearest])).sum() / weights.sum())
+    expected = (size - 1) / (n - 1)
+    return max(of_group - expected * of_label, 0.0) / (1 - expected)

@@ -29,7 +29,7 @@ from lightning_backdoor.detection.directions import (
     split_units,
 )
 from lightning_backdoor.detection.evidence import replication
-from lightning_backdoor.detection.near_duplicates import near_duplicates, usual_distance
+from lightning_backdoor.detection.near_duplicates import closed_share, near_duplicates, usual_distance
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.verdict import GateFigure
 
@@ -282,6 +282,8 @@ def own_auroc(found: Subpopulation, values: Tensor, inside: Tensor, units: Tenso
 
 FALSE_ALARM_RATE = 0.01
 TESTED = 5000  # samples of a label, at most, drawn at random where there are more
+REPEATED = 0.5  # of the members, as many different things or fewer: the group may be shots of a few things
+CLOSED = 0.4  # of the things in such a group, less than that, are nearest to another one of it, beyond chance
 SCANS = 3  # of a training, at most, over which the rate is shared: half way, at the end, and after a restart
 
 
@@ -320,7 +322,9 @@ def find_subpopulations(
 
     And the group must show again in samples that had no part in finding it: the search is repeated in two halves of the
     label, and both must find the same samples, beyond chance (an exact test). With ``pictures``, ten different things
-    at least must be among them: shots of one thing lie close together in the features of any network.
+    at least must be among them: shots of one thing lie close together in the features of any network. Where there are
+    half as many things as members or fewer, these must not be nearest to each other among all images, apart from what
+    the group has in common: then they are shots of a few things under changing conditions.
 
     Labels with fewer than 20 samples are left out. With one label only there is no other to compare it with, and
     nothing is found.
@@ -450,10 +454,14 @@ def _replicated(
     bound = search.false_alarm_rate / tests
     if seen.p_value > bound or seen.distinct < MIN_MEMBERS:
         return None
-    return (
-        GateFigure("replication_p_value", seen.p_value, "<=", bound),
-        GateFigure("different_things", seen.distinct, ">=", MIN_MEMBERS),
-    )
+    figures = [GateFigure("replication_p_value", seen.p_value, "<=", bound)]
+    if search.pictures is not None and things is not None and seen.distinct <= REPEATED * found.members:
+        outside = search.pictures[search.groups.labels != found.label]
+        closed = closed_share(search.pictures[rows], found.project(values) > found.threshold, things, outside)
+        if closed >= CLOSED:
+            return None
+        figures.append(GateFigure("closed_share", closed, "<", CLOSED))
+    return (*figures, GateFigure("different_things", seen.distinct, ">=", MIN_MEMBERS))
 
 
 def _candidates(search: Search) -> dict[int, list[Subpopulation]]:

@@ -92,6 +92,8 @@ def findings_told(verdict: Verdict, classes: Sequence[str] | None = None, *, app
         approved: Whether the defense has an argument of this name, by which images are kept.
     """
     known = [one for one in verdict.findings if one.own_label_rate is not None or one.estimated_asr is not None]
+    if not known:
+        return ""
     evidence, parts = Evidence(classes=classes), []
     for finding in sorted(known, key=len, reverse=True)[:TOLD]:
         parts.append(f"{heading(finding, evidence)}: {labels_sentence(finding, evidence)}")

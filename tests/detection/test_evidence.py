@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.false_alarms import cases, made
 from lightning_backdoor import DBRCallback, DSTCallback, NONECallback, UltraCleanCallback
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
+from lightning_backdoor.detection import subpopulations
 from lightning_backdoor.detection.evidence import first_half, overlap_log_p, replication
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import decide, find_subpopulations, thumbnails
@@ -103,6 +104,24 @@ def test_a_group_of_one_thing_from_many_sides_is_not_found() -> None:
     assert len(find_subpopulations(values, labels)) == 1, "if they were different things, it would be"
     with pytest.raises(ArgumentError, match="`pictures` must have shape"):
         find_subpopulations(values, labels, pictures=pictures[1:])
+
+
+def test_a_group_of_tracks_is_not_found_and_marked_images_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, labels, pictures = planted(copies=2)
+    (found,) = find_subpopulations(values, labels, pictures=pictures)
+    closed, things = found.figures[-2:]
+    assert (closed.criterion, things.name) == ("closed_share<0.4", "different_things")
+    assert closed.value < 0.15
+    assert things.value == 30
+    track, shot = torch.arange(600), torch.arange(600)
+    track[:60] //= 10
+    shot[:60] //= 2
+    images = noise(600, 144, 1)[track] + 0.5 * noise(600, 144, 2)[shot]
+    tracks = thumbnails(images.view(600, 12, 12))
+    assert find_subpopulations(values, labels, pictures=tracks) == []
+    monkeypatch.setattr(subpopulations, "CLOSED", 1.1)
+    (found,) = find_subpopulations(values, labels, pictures=tracks)
+    assert found.figures[-1].value == 30, "shots of one track are not near-duplicates, but for pairs"
 
 
 def test_a_rate_decides_how_much_evidence_is_needed() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_backdoor.detection.near_duplicates import (
+    closed_share,
     effective_number,
     near_duplicates,
     thumbnails,
@@ -66,3 +68,37 @@ def test_the_effective_number_is_simpsons() -> None:
 
 def test_images_of_one_brightness_are_no_near_duplicates() -> None:
     assert numbers_of(torch.ones(30, 3, 8, 8)).unique().numel() == 30
+
+
+def tracks(things: int, each: int) -> Tensor:
+    """Images ``(N, 24, 24)``, ``each`` shots of one thing, which change more than near-duplicates do."""
+    generator = torch.Generator().manual_seed(3)
+    coarse = torch.randn(things, 1, 6, 6, generator=generator).repeat_interleave(each, 0)
+    changed = F.interpolate(coarse + 0.5 * torch.randn(coarse.shape, generator=generator), size=24, mode="bicubic")
+    return changed[:, 0]
+
+
+def closed(images: Tensor, labels: Tensor, group: Tensor) -> tuple[float, float]:
+    """Things in the group, of label 0, and the share of them that is nearest to another one."""
+    pictures, inside = thumbnails(images), labels == 0
+    numbers = near_duplicates(pictures[inside], usual_distance(pictures, labels))
+    share = closed_share(pictures[inside], group[inside], numbers, pictures[~inside])
+    return effective_number(numbers[group[inside]]), share
+
+
+def test_whole_tracks_are_nearest_to_themselves_and_images_drawn_from_them_are_not() -> None:
+    images, labels = tracks(40, 20), torch.arange(800) // 200
+    clean = torch.arange(800) < 80
+    things, share = closed(images, labels, clean)
+    assert things >= 10, "a few tracks in all their changes look like many things"
+    assert share > 0.8
+    drawn = torch.randperm(800, generator=torch.Generator().manual_seed(0))[:80]
+    poisoned = torch.zeros(800, dtype=torch.bool).index_fill(0, drawn, True)
+    marked = images.clone()
+    marked[poisoned, 12:18, 4:10] = 6.0
+    assert closed(marked, labels.where(~poisoned, torch.tensor(0)), poisoned)[1] < 0.15, "wrong labels"
+    with_right_labels = torch.arange(800) < 0
+    with_right_labels[torch.randperm(200, generator=torch.Generator().manual_seed(1))[:150]] = True
+    marked = images + 2.0 * with_right_labels[:, None, None] * torch.arange(24).remainder(6).lt(3)
+    assert closed(marked, labels, with_right_labels)[1] < 0.15, "most of a label, and nearest to each other by that"
+    assert closed(images, labels, labels == 0)[1] == 0, "all of a label cannot be told from its rest"

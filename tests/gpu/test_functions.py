@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from lightning_backdoor import functional as F
 from lightning_backdoor import metrics
 from lightning_backdoor.detection.decision import findings_of, verdict_of
-from lightning_backdoor.detection.near_duplicates import near_duplicates
+from lightning_backdoor.detection.near_duplicates import closed_share, near_duplicates
 from lightning_backdoor.functional.hyperplane import candidate_units, select_units, unit_shifts
 from lightning_backdoor.functional.inversion import rate_trigger
 from lightning_backdoor.functional.turning import turn_and_shift
 from lightning_backdoor.surgery.reset import reset_units
 from lightning_backdoor.surgery.units import find_units
+from lightning_backdoor.verdict import Finding
 from tests.accelerators import on_cpu
 from tests.functional.test_inversion import Net, data
 from tests.gpu.strict import DEVICE, second_device
@@ -134,6 +135,19 @@ FUNCTIONS: dict[str, Callable[[Put], Any]] = {
     ],
     "thumbnails": lambda put: F.thumbnails(put(IMAGES)).float(),
     "near-duplicates": lambda put: near_duplicates(F.thumbnails(put(IMAGES[[0, 1, 0, 2, 3, 1]])), 0.5),
+    "closed share": lambda put: closed_share(
+        F.thumbnails(put(IMAGES[:3])), put(torch.arange(3) < 2), put(torch.arange(3)), F.thumbnails(put(IMAGES[3:]))
+    ),
+    "diagnose": lambda put: (
+        F.diagnose(
+            Finding(0, put(torch.arange(20)), "strict", (), put(torch.arange(1)), put(torch.ones(1)), 0.5),
+            put(torch.arange(200) % 4 * (torch.arange(200) >= 20)),
+            put(torch.arange(200) % 4),
+            put(torch.full((200,), 0.9)),
+            unseen=put(torch.arange(200) < 20),
+            ordinary=put(torch.arange(200) >= 20),
+        ).suggested_labels
+    ),
     "decide": lambda put: decision(put).keep,
     "decide with pictures": lambda put: decision(put, pictures=F.thumbnails(put(draw(N, 12, 12)))).keep,
     "decide by a share": lambda put: decision(put, fraction=0.1, considered=put(~TRUSTED), removed=put(POISONED)).keep,
