@@ -23,8 +23,8 @@ SURE = 0.7  # of the confidence on ordinary samples; these may have been trained
 # Of the different answers to samples of other labels: 0.3 for a clean-label attack, 0.5 for a clean kind of image that
 # a network of four classes takes for two of the others, 0.9 for wrong labels. One or two other labels for a whole group
 # are no evidence: they may be what a strange kind of image looks like to a model. So answers to samples of other labels
-# must differ themselves: two of them are the same with this chance at most, which four classes or fewer hardly reach.
-SEVERAL, AT_MOST = 0.8, 0.35
+# must differ themselves: two of them are the same with this chance at most, which three classes or fewer hardly reach.
+SEVERAL, AT_MOST = 0.8, 0.5
 
 
 def same_answer(answers: Tensor) -> float:

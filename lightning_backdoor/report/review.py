@@ -8,7 +8,6 @@ from base64 import b64encode
 from hashlib import sha256
 from html import escape
 from pathlib import Path
-from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -180,8 +179,9 @@ def file_link(path: str, folder: Path, text: str = "") -> str:
         if file.is_absolute():
             address = file.as_uri()
         else:
-            address = quote(Path(os.path.relpath(file, folder)).as_posix())
-            address = address if address.startswith("..") else f"./{address}"
+            root = Path(os.path.abspath(os.sep))
+            relative = (root / os.path.relpath(file.absolute(), folder)).as_uri().removeprefix(root.as_uri())
+            address = relative if relative.startswith("..") else f"./{relative}"
     except (OSError, ValueError):  # a name that no file can have; another drive
         return f'<span class="file" title="{escape(path)}">{name}</span>'
     return f'<a class="file" href="{escape(address)}" title="{escape(path)}" target="_blank" rel="noopener">{name}</a>'

@@ -220,9 +220,9 @@ def test_a_repair_is_judged_with_its_last_step_and_may_exceed_the_time_by_extra_
     owner = ResetUnits if name == "NONE" else Unlearn
     judge = owner._judge
 
-    def noted(response: Any, session: Any) -> None:
+    def noted(response: Any, session: Any, **options: Any) -> None:
         judged.append(session.trainer.global_step)
-        judge(response, session)
+        judge(response, session, **options)
 
     monkeypatch.setattr(owner, "_judge", noted)
     trainer, _ = train([callback, timer], Ticking, epochs=50)
@@ -371,6 +371,7 @@ def test_after_a_round_that_was_undone_the_last_word_is_about_the_model_at_the_e
 ) -> None:
     monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", -2.0)
     poisoned, callback = poisoned_digits(), NONECallback(warmup_epochs=4, finetune_epochs=1, fallback=None)
+    monkeypatch.setattr(callback._procedure.response, "_epochs_after", lambda trainer: 0)  # or the round would go on
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="NONE") as told:
         make_trainer([callback], 6).fit(DigitNet(), DataLoader(poisoned, batch_size=32, shuffle=True))
@@ -390,11 +391,12 @@ def test_images_that_are_out_and_still_get_their_label_are_reason_for_a_round(mo
     response = callback._procedure.response
     begin = response._judge
 
-    def judge(*args: Any) -> None:
+    def judge(*args: Any, **options: Any) -> None:
         monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", next(judged))
-        begin(*args)
+        begin(*args, **options)
 
     monkeypatch.setattr(response, "_judge", judge)
+    monkeypatch.setattr(response, "_epochs_after", lambda trainer: 0)  # or the first round would go on in their place
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=r"the weights went back|NONE ends with a model"):
         make_trainer([callback], 6).fit(DigitNet(), DataLoader(poisoned, batch_size=32, shuffle=True))

@@ -40,7 +40,7 @@ pytestmark = WARNS
 COMPARED = 64  # images that UltraClean reads again before it uses the kept ones
 
 DEFENSES = {
-    "UltraClean": lambda: UltraCleanCallback(warmup_epochs=2, response="report"),
+    "UltraClean": lambda: UltraCleanCallback(warmup_epochs=2, response="report", max_removed_of_class=1),
     "NONE": lambda: NONECallback(warmup_epochs=2, response="reset", extra_epochs=1, rounds=1),
     "D-BR": lambda: DBRCallback(warmup_epochs=2, detector_steps=6, response="report"),
     "D-BR, unlearning": lambda: DBRCallback(warmup_epochs=2, detector_steps=6, epochs=1, suspect=0.1),
@@ -152,7 +152,9 @@ def fit_of_ultraclean(
         random.seed(0)
         np.random.seed(0)
         passes = Passes(patched)
-        callback = UltraCleanCallback(warmup_epochs=2, response=response, cache_bytes=cache_bytes)
+        callback = UltraCleanCallback(
+            warmup_epochs=2, response=response, cache_bytes=cache_bytes, max_removed_of_class=1
+        )
         done = fit([callback], clean() if data is None else data, **kwargs)
     return passes, callback.verdict, done.module.state_dict(), callback
 
