@@ -177,9 +177,11 @@ class Unlearn(Response):
 
     def on_other_restart(self, session: Session) -> None:
         """Stop, and forget what was done."""
-        initial = self._initial
+        initial, detected = self._initial, self._detected
         self._stop(session)
         self._forget()
+        if detected and initial is None and self.diagnoses and not (self.at_once or self._paper_loop):
+            initial = on_cpu(session.module.state_dict())  # the module is at the start of the fit again
         self._initial = initial
 
     def on_train_epoch_start(self, session: Session) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -152,3 +153,16 @@ def test_what_needs_the_weights_at_the_start_says_so_where_they_are_not_known(
     first.save_checkpoint(path := tmp_path / "undefended.ckpt")
     with pytest.raises(TrainerError, match="built in `configure_model`"):
         make_trainer([make()], 3).fit(Late(), loader_of(Pictures()), ckpt_path=path)
+
+
+@pytest.mark.parametrize("detected", [True, False])
+def test_after_another_restart_the_weights_at_the_start_are_there_for_a_copy(detected: bool) -> None:
+    """A detection gives them up; the restart of another defense brings the module back to them."""
+    module, response = Net(), Unlearn()
+    kept = {name: value + 1 for name, value in state_of(module).items()}
+    response._detected, response._initial = detected, None if detected else kept
+    response.on_other_restart(cast(Session, SimpleNamespace(module=module)))
+    found, expected = response._initial, state_of(module) if detected else kept
+    assert found is not None
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
