@@ -152,9 +152,9 @@ class NONECallback(Defense):
             :class:`~lightning_backdoor.responses.Response` with settings of its own.
         fallback: What follows a repair that leaves the backdoor in the model, because it was undone, had no epoch, or
             over a tenth of the removed images still get their label: ``"restart"`` trains all epochs anew from the
-            weights at the start of the fit, without these images; This takes a
-            copy of the first weights and optimizer, in checkpoints too. ``None``: a warning. A quota
-            of images is flagged whether or not there is a backdoor, and never leads to a restart.
+            weights at the start of the fit, without these images. This takes a copy of the first weights and
+            optimizer, in checkpoints too. ``None``: a warning. A quota of images is flagged whether or not there is a
+            backdoor, and never leads to a restart.
         **scan: See :class:`~lightning_backdoor.callbacks.options.DecisionArguments`.
 
     Attributes:

@@ -83,12 +83,12 @@ class ScanArguments(TypedDict, total=False):
 DEFAULTS: dict[str, Any] = {**dict.fromkeys(ScanArguments.__annotations__), "seed": 0}
 
 
-def document_scan(extended: type) -> None:
-    """Append the arguments of :class:`ScanArguments` to the docstring of a TypedDict that extends it.
+def document_scan(extended: type, base: type = ScanArguments) -> None:
+    """Append the arguments of ``base`` to the docstring of a TypedDict that extends it.
 
     Command lines take the help of an argument from there. The docstring must end with its own arguments.
     """
-    arguments = inspect.cleandoc(ScanArguments.__doc__ or "").partition("Args:\n")[2]
+    arguments = inspect.cleandoc(base.__doc__ or "").partition("Args:\n")[2]
     extended.__doc__ = f"{inspect.cleandoc(extended.__doc__ or '')}\n{arguments}"
 
 
@@ -123,20 +123,14 @@ def without_rate(arguments: DecisionArguments) -> ScanArguments:
     return scan
 
 
-class DetectorArguments(ScanArguments, total=False):
-    """How D-BR and D-ST tell suspects and trusted samples; and all of :class:`ScanArguments`.
+class DetectorArguments(DecisionArguments, total=False):
+    """How D-BR and D-ST tell suspects and trusted samples; and all of :class:`DecisionArguments`.
 
     Args:
         verdict: Verdict of another defense: what it removed is suspect. No detector is trained then.
         trusted: Share of the images of every class that are trusted, in ``(0, 1)``.
         suspect: ``"auto"`` looks for subpopulations; a number in ``(0, 1)`` is the share of all images, those whose
             features move most, that is suspect in any case.
-        false_alarm_rate: Chance at most, in ``(0, 1)``, that noise in the features of clean data is taken for a group
-            that stands out, in a training. A smaller one takes more evidence, which few images cannot give.
-        max_removed_of_class: Largest share of a label, in ``(0, 1]``, removed for standing out. A group by which
-            more would be gone may be the class itself. It is kept, with a warning, unless its labels are wrong, it came
-            in addition to as many images as other labels have, or what it has in common makes the model give its label
-            to other images. 1: no such limit.
         detector: ``"copy"`` starts from the model, ``"fresh"`` from the weights before training (kept in checkpoints).
             These are the weights at the start of ``fit``, before ``ckpt_path`` is loaded: where a suspicious model is
             handed to ``fit``, ``"fresh"`` is a copy, too. Or a network of your own: it takes the images of a batch
@@ -152,8 +146,6 @@ class DetectorArguments(ScanArguments, total=False):
     verdict: Verdict | None
     trusted: float
     suspect: Literal["auto"] | float
-    false_alarm_rate: float
-    max_removed_of_class: float
     detector: Literal["copy", "fresh"] | nn.Module
     detector_steps: int
     fct_metric: Literal["auto", "mse", "cosine"]
@@ -161,14 +153,12 @@ class DetectorArguments(ScanArguments, total=False):
     transform: Callable[[Tensor], Tensor] | None
 
 
-document_scan(DetectorArguments)
+document_scan(DetectorArguments, DecisionArguments)
 DETECTOR_DEFAULTS: dict[str, Any] = {
-    **DEFAULTS,
+    **DECISION_DEFAULTS,
     "verdict": None,
     "trusted": 0.5,
     "suspect": "auto",
-    "false_alarm_rate": FALSE_ALARM_RATE,
-    "max_removed_of_class": MAX_REMOVED_OF_CLASS,
     "detector": "copy",
     "detector_steps": 200,
     "fct_metric": "auto",
