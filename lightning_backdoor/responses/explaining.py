@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.detection.diagnosis import MIN_SAMPLES, diagnose
-from lightning_backdoor.scanning.estimate_asr import estimate_asr
+from lightning_backdoor.scanning.estimate_asr import drawn, estimate_asr
 from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.verdict import TRIGGER, Finding, Verdict
 
@@ -106,27 +106,25 @@ def held_out(verdict: Verdict) -> Tensor:
     At most 512, a tenth, of all labels, and of the label of each finding at most 64, a fifth; or ten, up to a half.
     """
     ordinary = ordinary_samples(verdict)
-    found = _drawn(ordinary, min(HELD_OUT[0], int(ordinary.sum()) // 10))
+    found = _mask(ordinary, min(HELD_OUT[0], int(ordinary.sum()) // 10))
     for finding in verdict.findings if verdict.labels is not None else ():
         own = ordinary & (verdict.labels == finding.label)
         count = int(own.sum())
-        found |= _drawn(own, min(HELD_OUT[1], max(count // 5, min(FEWEST, count // 2))))
+        found |= _mask(own, min(HELD_OUT[1], max(count // 5, min(FEWEST, count // 2))))
     return found
 
 
 def _some(verdict: Verdict, ordinary: Tensor) -> Tensor:
     """At most 2,048 ordinary samples, and 256 more of the label of each finding."""
-    found = _drawn(ordinary, COMPARED)
+    found = _mask(ordinary, COMPARED)
     for finding in verdict.findings if verdict.labels is not None else ():
-        found |= _drawn(ordinary & (verdict.labels == finding.label), OF_LABEL)
+        found |= _mask(ordinary & (verdict.labels == finding.label), OF_LABEL)
     return found
 
 
-def _drawn(mask: Tensor, count: int) -> Tensor:
+def _mask(mask: Tensor, count: int) -> Tensor:
     """At most so many samples of a mask, drawn at random, as a mask."""
-    positions = mask.nonzero().squeeze(1)
-    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))
-    return torch.zeros_like(mask).index_fill(0, positions[order[:count]], True)
+    return torch.zeros_like(mask).index_fill(0, drawn(mask, count), True)
 
 
 def _doubted(

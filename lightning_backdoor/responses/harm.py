@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 __all__ = ["Harm", "drawn_by_label", "harmed_class"]
 
 CLASS_LOSS = 0.1  # of the accuracy of a class, twice what all images together may lose: classes differ
-ERRORS = 3.0  # standard errors that are allowed for chance; one in a thousand classes would be beyond them
+CHANCE = 3.0 * 0.3  # three standard errors of a share of ten in a hundred, times the root of the number of samples: one
+# in a thousand classes would be beyond them
 LEAST = 20  # samples of a class that are measured, at least: of fewer the standard error says little
 
 Harm = tuple[int, float, float]
@@ -44,7 +44,7 @@ def harmed_class(before: Tensor, after: Tensor, labels: Tensor, first: Sequence[
     sizes = torch.bincount(places, minlength=len(present)).double()
     shares = [torch.bincount(places[hits[known]], minlength=len(present)) / sizes for hits in (before, after)]
     lost = shares[0] - shares[1]
-    allowed = CLASS_LOSS + ERRORS * math.sqrt(abs(CLASS_LOSS) * (1 - CLASS_LOSS)) / sizes.sqrt()
+    allowed = CLASS_LOSS + CHANCE / sizes.sqrt()
     harmed = ((sizes >= LEAST) & (lost > allowed)).nonzero().squeeze(1).tolist()
     if not harmed:
         return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_backdoor._lightning import callbacks_of, rank_zero_info, rank_zero_warn
-from lightning_backdoor.errors import ModelError, TrainerError
+from lightning_backdoor.errors import ModelError
 from lightning_backdoor.events import STILL_LABELED, Event, own_label
 from lightning_backdoor.functional.hyperplane import select_units
 from lightning_backdoor.report.of_events import last_word
@@ -30,7 +30,7 @@ from lightning_backdoor.responses.limits import (
     repair_begins,
     require_extendable,
 )
-from lightning_backdoor.responses.weight_copies import on_cpu, restart_averages, start_of_fit, weights
+from lightning_backdoor.responses.weight_copies import on_cpu, require_start_of_fit, restart_averages, weights
 from lightning_backdoor.scanning.isolation import require_automatic
 from lightning_backdoor.scanning.measure_units import Measured, UnitScan, find_layers
 from lightning_backdoor.surgery.graph import ResidualMode
@@ -145,13 +145,8 @@ class ResetUnits(Response):
         check_resettable(session.trainer, self._layers, session.case.title, needed=self._by_quota)
         self._tuning.end_if_over()
         if self._start is not None:
-            self._start = start_of_fit(session.trainer, session.module, self._start)
-            if self._start is None:
-                raise TrainerError(
-                    '`reset="start"` needs the weights that training started from, but the checkpoint was written '
-                    "without this callback and the model is built in `configure_model`. Build it in `__init__`, or "
-                    'pass `reset="reinit"`.'
-                )
+            named = {"needs": 'reset="start"', "instead": 'reset="reinit"'}
+            self._start = require_start_of_fit(session.trainer, session.module, self._start, **named)
 
     def on_other_restart(self, session: Session) -> None:
         """Begin with the first round again."""

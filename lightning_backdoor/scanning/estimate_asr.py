@@ -18,7 +18,7 @@ from lightning_backdoor.scanning.scanner import DatasetScanner
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["Estimate", "control_rates", "estimate_asr"]
+__all__ = ["Estimate", "control_rates", "drawn", "estimate_asr"]
 
 IMAGES = 256  # of all classes, on which it is tried: a standard error of 3 points at most
 MEMBERS = 64  # of a group, and as many ordinary images of its label
@@ -93,7 +93,7 @@ def estimate_asr(
     except ArgumentError:
         return estimates
     ordinary = ordinary & (labels >= 0) & ~data.unread
-    usual, places = _some(ordinary, IMAGES, seed), _places(trainer, pl_module, data, groups, labels[ordinary])
+    usual, places = drawn(ordinary, IMAGES, seed), _places(trainer, pl_module, data, groups, labels[ordinary])
     if not places or not len(usual):
         return estimates
     other_labels = _other_labels(labels[ordinary], [label for label, _ in groups])
@@ -202,7 +202,7 @@ def _other_labels(labels: Tensor, without: list[int]) -> list[int]:
     return [label for label in present[order].tolist() if label not in without][:OTHER_LABELS]
 
 
-def _some(mask: Tensor, count: int, seed: int) -> Tensor:
+def drawn(mask: Tensor, count: int, seed: int = 0) -> Tensor:
     """At most so many positions of a mask, drawn at random, in rising order."""
     positions = mask.nonzero().squeeze(1)
     order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
@@ -223,11 +223,11 @@ def _given_their_label(
 def _group(data: DatasetScanner, label: int, positions: Tensor, ordinary: Tensor, seed: int) -> _Group:
     """The first members of a group, and ordinary images of its label."""
     members = data.images(positions[:MEMBERS].tolist())
-    others = data.images(_some(ordinary, MEMBERS, seed).tolist())
+    others = data.images(drawn(ordinary, MEMBERS, seed).tolist())
     return _Group(label, members, others, agreed_region(members, resized(others, members.shape[2:])))
 
 
 def _other(data: DatasetScanner, label: int, ordinary: Tensor, usual: Tensor, seed: int) -> _Group:
     """Ordinary images of a label, as if they were a group that is compared with usual images of all labels."""
-    members = data.images(_some(ordinary, MEMBERS, seed).tolist())
+    members = data.images(drawn(ordinary, MEMBERS, seed).tolist())
     return _Group(label, members, usual, agreed_region(members, resized(usual, members.shape[2:])))
