@@ -15,6 +15,7 @@ from lightning_backdoor.detection.subpopulations import (
     Search,
     Subpopulation,
     common_subpopulations,
+    members_of,
     own_subpopulations,
     scores_in,
     search_labels,
@@ -305,7 +306,7 @@ def _search_beside(
         groups = group_by_label(labels.to(values.device)) if bool(left_out.any()) else search.groups
         if approved is None:
             break
-        fine = approved & ~left_out & _members(values, groups, found).to(labels.device)
+        fine = approved & ~left_out & members_of(values, groups, found).to(labels.device)
         if not bool(fine.any()):
             break
         left_out |= fine
@@ -331,15 +332,6 @@ def _search_without(
     return search_labels(
         values[rest.to(values.device)], labels[rest], agreement=agreement, pictures=pictures, **settings
     )
-
-
-def _members(values: Tensor, groups: LabelGroups, found: list[Subpopulation]) -> Tensor:
-    """Samples of the subpopulations, bool ``(N,)``, on the device of the values."""
-    members = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-    for one in found:
-        inside = groups.positions(one.label)
-        members[inside] |= one.project(values[inside]) > one.threshold
-    return members
 
 
 def _rule_of(found: list[Subpopulation]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from lightning_backdoor.detection.directions import (
     split_units,
 )
 from lightning_backdoor.detection.evidence import replication
+from lightning_backdoor.detection.look_alikes import wrong_labels_p_value
 from lightning_backdoor.detection.near_duplicates import closed_share, near_duplicates, usual_distance
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.verdict import GateFigure
@@ -378,6 +380,13 @@ class Search:
             rows = rows[drawn.to(rows.device)]
         return rows, None if self.pictures is None else near_duplicates(self.pictures[rows], self.usual_distance)
 
+    @property
+    def bound(self) -> float:
+        """Of the p-value of one test: one in each label that can be split, and one of what labels share, in a scan."""
+        return self.false_alarm_rate / (
+            SCANS * (sum(size >= 2 * MIN_MEMBERS for size in self.groups.sizes.values()) + 1)
+        )
+
     @cached_property
     def usual_distance(self) -> float:
         """Of two pictures of a label; 0 without pictures."""
@@ -450,11 +459,9 @@ def _replicated(
     rows, things = tested(found.label)
     values = search.values[rows]
     seen = replication(values, found.project(values) > found.threshold, things)
-    tests = SCANS * sum(size >= 2 * MIN_MEMBERS for size in search.groups.sizes.values())
-    bound = search.false_alarm_rate / tests
-    if seen.p_value > bound or seen.distinct < MIN_MEMBERS:
+    if seen.p_value > search.bound or seen.distinct < MIN_MEMBERS:
         return None
-    figures = [GateFigure("replication_p_value", seen.p_value, "<=", bound)]
+    figures = [GateFigure("replication_p_value", seen.p_value, "<=", search.bound)]
     if search.pictures is not None and things is not None and seen.distinct <= REPEATED * found.members:
         outside = search.pictures[search.groups.labels != found.label]
         closed = closed_share(search.pictures[rows], found.project(values) > found.threshold, things, outside)
@@ -516,6 +523,15 @@ def _through_gates(candidates: list[Subpopulation], search: Search, units: Tenso
 # Scores.
 
 
+def members_of(values: Tensor, groups: LabelGroups, found: Sequence[Subpopulation]) -> Tensor:
+    """Samples of the subpopulations, bool ``(N,)``, on the device of the values."""
+    members = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    for one in found:
+        inside = groups.positions(one.label)
+        members[inside] |= one.project(values[inside]) > one.threshold
+    return members
+
+
 def subpopulation_scores(
     values: Tensor, labels: Tensor, subpopulations: list[Subpopulation], ranking: Tensor
 ) -> Tensor:
@@ -562,8 +578,16 @@ ALL_TO_ALL_LABELS = 0.5  # of the other labels, at least, must be split by the d
 ALL_TO_ALL_MEMBERS = 0.5  # of the label, less than that: the upper group is the smaller one
 
 
+SAME = 0.5  # of the samples that either of two divisions splits off: the same for a test
+
+
 def find_all_to_all_subpopulation(
-    values: Tensor, labels: Tensor, *, min_separation: float = STRICT_GAP
+    values: Tensor,
+    labels: Tensor,
+    *,
+    pictures: Tensor | None = None,
+    false_alarm_rate: float = FALSE_ALARM_RATE,
+    min_separation: float = STRICT_GAP,
 ) -> list[Subpopulation]:
     """Find a direction that splits most labels into two far groups, the upper one the smaller.
 
@@ -571,20 +595,26 @@ def find_all_to_all_subpopulation(
     direction is sought in one label at a time, as in :func:`~lightning_backdoor.functional.find_subpopulations`, and
     tried on the others, which had no part in it.
 
-    A second group in every label can be clean, too: two cameras, a logo. After its removal, check whether the model
-    still gives these samples their label. It does if the labels are right, and does not for the wrong labels of a
-    backdoor.
+    A second group in every label can be clean, too: two cameras, a logo, writing that slants. With ``pictures`` the
+    group of a label must look like samples of another label (an exact test, see
+    ``lightning_backdoor/detection/look_alikes.py``). Without, check whether a model that is trained without the groups
+    gives these samples their label. It does if the labels are right, and does not for the wrong labels of a backdoor.
 
     Args:
         values: Response of every unit to every sample, float and finite, shape ``(N, U)``.
         labels: Labels as given, long, shape ``(N,)``.
+        pictures: Small grey pictures of the samples, half ``(N, 144)``
+            (:func:`~lightning_backdoor.functional.thumbnails`); ``None`` leaves the test out.
+        false_alarm_rate: Chance at most that groups with right labels pass it in a training; ``math.inf`` leaves the
+            test out.
         min_separation: Smallest distance of the two means in sums of the two standard deviations.
 
     Returns:
         One subpopulation per label that the direction splits, all with the same units and weights; ``enrichment`` is 1.
         Empty when nothing stands out.
     """
-    return common_subpopulations(search_labels(values, labels, least=min_separation), min_separation)
+    evidence: dict[str, Any] = {"pictures": pictures, "false_alarm_rate": false_alarm_rate}
+    return common_subpopulations(search_labels(values, labels, least=min_separation, **evidence), min_separation)
 
 
 def common_subpopulations(search: Search, min_separation: float = STRICT_GAP) -> list[Subpopulation]:
@@ -592,6 +622,7 @@ def common_subpopulations(search: Search, min_separation: float = STRICT_GAP) ->
     present = [label for label, size in search.groups.sizes.items() if size >= 2 * MIN_MEMBERS]
     if len(present) < 3:
         return []
+    tested: list[Tensor] = []
     for label in sorted(present, key=lambda k: -search.groups.sizes[k]):
         for direction in search.directions.get(label, []):
             if direction.standardized_gap < min_separation:
@@ -599,8 +630,31 @@ def common_subpopulations(search: Search, min_separation: float = STRICT_GAP) ->
             found = _split_all(search, direction, min_separation)
             if len(found) - 1 >= ALL_TO_ALL_LABELS * (len(present) - 1):
                 share = GateFigure("split_labels", (len(found) - 1) / (len(present) - 1), ">=", ALL_TO_ALL_LABELS)
-                return [replace(one, figures=(*one.figures, share)) for one in found]
+                figures = _of_other_labels(found, search, tested)
+                if figures is not None:
+                    return [replace(one, figures=(*one.figures, share, *figures)) for one in found]
     return []
+
+
+def _of_other_labels(found: list[Subpopulation], search: Search, tested: list[Tensor]) -> tuple[GateFigure, ...] | None:
+    """The figures of the test whether groups have wrong labels; None if they look right, or were tested before.
+
+    The first division has half of the bound, the next one a sixth, a twelfth, ...: together they have all of it.
+
+    Args:
+        found: The groups of all labels.
+        search: With pictures, or the test is left out.
+        tested: Members of the divisions that were tested before, bool ``(N,)`` each; this one is added.
+    """
+    if search.pictures is None or search.false_alarm_rate == math.inf:
+        return ()
+    upper = members_of(search.values, search.groups, found)
+    if any(int((upper & other).sum()) > SAME * int((upper | other).sum()) for other in tested):
+        return None
+    tested.append(upper)
+    bound = search.bound / (len(tested) * (len(tested) + 1))
+    p_value = wrong_labels_p_value(search.pictures, search.groups.labels, upper, search.usual_distance)
+    return (GateFigure("other_label_p_value", p_value, "<=", bound),) if p_value <= bound else None
 
 
 def _split_all(search: Search, direction: Direction, min_separation: float) -> list[Subpopulation]:

@@ -249,7 +249,7 @@ def test_a_subpopulation_carries_the_gate_that_it_passed_with_its_figures() -> N
         "standardized_gap>=2.5",
         "enrichment>=20",
         "own_auroc>=0.75",
-        "replication_p_value<=0.000666667",
+        "replication_p_value<=0.000555556",
         "different_things>=10",
     ]
     assert [figure.value for figure in strict.figures[:2]] == [strict.standardized_gap, strict.enrichment]
@@ -289,7 +289,7 @@ def test_a_rule_names_every_gate_that_was_passed() -> None:
     early, strict = decision.rule.removeprefix("subpopulation(").removesuffix(")").split("; ")
     assert early.startswith("early_neighbors: standardized_gap>=2, ")
     assert strict == (
-        "strict: standardized_gap>=2.5, enrichment>=20, own_auroc>=0.75, replication_p_value<=0.000333333, "
+        "strict: standardized_gap>=2.5, enrichment>=20, own_auroc>=0.75, replication_p_value<=0.00030303, "
         "different_things>=10"
     )
     assert decide(torch.randn(200, 3), torch.zeros(200), torch.arange(200) % 4).rule == "subpopulation(none)"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_backdoor import functional as F
 from lightning_backdoor import metrics
 from lightning_backdoor.detection.decision import findings_of, verdict_of
+from lightning_backdoor.detection.look_alikes import wrong_labels_p_value
 from lightning_backdoor.detection.near_duplicates import closed_share, near_duplicates
 from lightning_backdoor.functional.hyperplane import candidate_units, select_units, unit_shifts
 from lightning_backdoor.functional.inversion import rate_trigger
@@ -137,6 +138,12 @@ FUNCTIONS: dict[str, Callable[[Put], Any]] = {
     "near-duplicates": lambda put: near_duplicates(F.thumbnails(put(IMAGES[[0, 1, 0, 2, 3, 1]])), 0.5),
     "closed share": lambda put: closed_share(
         F.thumbnails(put(IMAGES[:3])), put(torch.arange(3) < 2), put(torch.arange(3)), F.thumbnails(put(IMAGES[3:]))
+    ),
+    "wrong labels": lambda put: wrong_labels_p_value(
+        F.thumbnails(put(IMAGES.repeat(2, 1, 1, 1))),
+        put(torch.arange(2 * len(IMAGES)) % 2),
+        put(torch.arange(2 * len(IMAGES)) % 3 == 0),
+        1e-3,
     ),
     "diagnose": lambda put: (
         F.diagnose(

@@ -1,0 +1,170 @@
+"""Do groups of samples that many labels have look like samples of other labels? An exact test of wrong labels.
+
+A direction that splits most labels shows that they share something: the trigger of an all-to-all attack, or a clean
+kind of image, such as that of a second camera. What the images show tells these apart. Under the attack, the members of
+a label look like images of another label, the same for most of them. The answer to an image here is the most frequent
+label among the images that are most like it and in the lower groups, which are the labels themselves. What the groups
+have in common is taken out of all pictures before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_backdoor.detection.directions import full_precision
+from lightning_backdoor.detection.near_duplicates import BLOCK, NEAR, near_duplicates
+
+__all__ = ["wrong_labels_p_value"]
+
+NEIGHBORS, PART = 20, 4  # whose most frequent label is the answer: at most a quarter of what a label has on average
+CHOOSING = 3  # every third member has a part in the choice of the other answer; the rest are tested
+MEMBERS, REST, COMPARED = 2000, 6000, 20_000  # at most, drawn at random where there are more: members, others, and
+# those of the lower groups among which neighbors are sought
+
+
+def wrong_labels_p_value(pictures: Tensor, labels: Tensor, upper: Tensor, usual: float) -> float:
+    """Probability that images with right labels look so much like those of other labels.
+
+    Two tests, of which both must succeed (the larger p-value counts). The rate of an answer among the samples of its
+    own label and among those of other labels are the ends of a scale:
+
+    - Members have their label as the answer less than half way up that scale. An image of a clean kind can be hard to
+      tell, but is more like its own label than like others.
+    - Members have one other answer more than a third of the way up: that which other members of their label have most
+      often. A kind of image that is like no ordinary image has answers without a rule.
+
+    In each label, members are compared with as many samples of its own as of others, or half as many. If members have
+    the answer as often as these, their number with the answer is hypergeometric; that of all labels is the sum.
+    Near-duplicates count once.
+
+    Args:
+        pictures: From :func:`~lightning_backdoor.detection.near_duplicates.thumbnails`, ``(N, 144)``.
+        labels: Labels as given, long ``(N,)``, on the device of the pictures.
+        upper: The groups of all labels, bool ``(N,)``. Samples of labels without a group have no part in the test.
+        usual: Distance of two pictures of a label, from
+            :func:`~lightning_backdoor.detection.near_duplicates.usual_distance`.
+
+    Returns:
+        The p-value; 1 where fewer than two labels have a group.
+    """
+    present = torch.unique(labels[upper])
+    inside = torch.isin(labels, present).nonzero().squeeze(1)
+    labels, upper = torch.searchsorted(present, labels[inside]), upper[inside]
+    if len(present) < 2 or bool(upper.all()):
+        return 1.0
+    pictures = _without_common(pictures[inside].float(), labels, upper)
+    members = _different(pictures, _drawn(upper, MEMBERS), usual)
+    rest = _different(pictures, _drawn(~upper, REST), usual)
+    among = _drawn(~upper, COMPARED)
+    of_members, of_rest = (_neighbors(pictures, labels, some, among, usual) for some in (members, rest))
+    excess = of_members - of_rest.mean(dim=0)
+    found = _Answers(labels[rest].cpu(), of_rest.argmax(dim=1).cpu())
+    labels, answers = labels[members].cpu(), of_members.argmax(dim=1).cpu()
+    choosing = torch.arange(len(members)) % CHOOSING == 0
+    own, other = [], []
+    for label in range(len(present)):
+        mine = labels == label
+        own.append(found.compared(answers[mine] == label, label, 1))
+        chosen = excess[(mine & choosing).to(excess.device)].sum(dim=0)
+        chosen[label] = -torch.inf
+        answer = int(chosen.argmax())
+        other.append(found.compared(answers[mine & ~choosing] == answer, answer, 2).reversed())
+    return max(few_p_value(own), few_p_value(other))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many of some samples have an answer, and how many of those that they are compared with."""
+
+    hits: int
+    samples: int
+    other_hits: int
+    others: int
+
+    def reversed(self) -> Counts:
+        """Those that have not."""
+        return Counts(self.samples - self.hits, self.samples, self.others - self.other_hits, self.others)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Samples of the lower groups, in random order: labels and answers, ``(n,)`` each, on the CPU."""
+
+    labels: Tensor
+    answers: Tensor
+
+    def compared(self, hits: Tensor, answer: int, times: int) -> Counts:
+        """Samples beside those that have the answer as label, and ``times`` as many that have another one."""
+        of_own, of_others = (self.answers[mask] == answer for mask in (self.labels == answer, self.labels != answer))
+        count = min(len(of_own), len(of_others) // times)
+        other_hits = int(of_own[:count].sum()) + int(of_others[: times * count].sum())
+        return Counts(int(hits.sum()), len(hits), other_hits, (1 + times) * count)
+
+
+def few_p_value(tables: Sequence[Counts]) -> float:
+    """Probability of so few hits in all tables together, if in none of them samples have fewer than the others.
+
+    Each number of hits is hypergeometric, given the number among samples and others together; the sum of independent
+    ones has the convolution of their distributions.
+    """
+    chance, hits = torch.ones(1, dtype=torch.float64), 0
+    for table in tables:
+        both, total = table.hits + table.other_hits, table.samples + table.others
+        possible = torch.arange(max(both - table.others, 0), min(both, table.samples) + 1, dtype=torch.float64)
+        ways = _log_ways(both, possible) + _log_ways(total - both, table.samples - possible)
+        single = torch.zeros(int(possible[-1]) + 1, dtype=torch.float64)
+        single[possible.long()] = (ways - _log_ways(total, torch.tensor(float(table.samples)).double())).exp()
+        chance = F.conv1d(chance[None, None], single.flip(0)[None, None], padding=len(single) - 1)[0, 0]
+        hits += table.hits
+    return min(float(chance[: hits + 1].sum()), 1.0)
+
+
+def _log_ways(of: int, taken: Tensor) -> Tensor:
+    """Logarithm of the number of ways to take some of so many."""
+    whole = torch.tensor(float(of), dtype=torch.float64)
+    return torch.lgamma(whole + 1) - torch.lgamma(taken + 1) - torch.lgamma(whole - taken + 1)
+
+
+def _without_common(pictures: Tensor, labels: Tensor, upper: Tensor) -> Tensor:
+    """Pictures without the direction in which the groups differ from the rest of their labels, on average of these."""
+    count, means = int(labels.max()) + 1, []
+    for mask in (upper, ~upper):
+        sums = torch.zeros(count, pictures.shape[1], device=pictures.device).index_add_(0, labels[mask], pictures[mask])
+        means.append(sums / torch.bincount(labels[mask], minlength=count).clamp(min=1)[:, None])
+    common = F.normalize((means[0] - means[1]).mean(dim=0), dim=0)
+    return F.normalize(pictures - (pictures @ common)[:, None] * common, dim=1)
+
+
+def _drawn(mask: Tensor, count: int) -> Tensor:
+    """At most so many positions of a mask, in random order, long ``(n,)``."""
+    positions = mask.nonzero().squeeze(1)
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))[:count]
+    return positions[order.to(positions.device)]
+
+
+def _different(pictures: Tensor, positions: Tensor, usual: float) -> Tensor:
+    """Positions without all but the first of near-duplicates."""
+    numbers = near_duplicates(pictures[positions], usual)
+    places = torch.arange(len(positions), device=positions.device)
+    first = torch.full_like(places, len(places)).scatter_reduce(0, numbers, places, "amin")
+    return positions[first[first < len(places)].sort().values]
+
+
+def _neighbors(pictures: Tensor, labels: Tensor, positions: Tensor, among: Tensor, usual: float) -> Tensor:
+    """Share of every label among the nearest pictures that are no near-duplicates, ``(n, labels)``."""
+    count = int(labels.max()) + 1
+    nearest = max(min(NEIGHBORS, len(among) // (PART * count)), 1)
+    found = []
+    with full_precision():
+        for rows in torch.split(positions, max(BLOCK // len(among), 1)):
+            alike = pictures[rows] @ pictures[among].T
+            alike = alike.masked_fill((alike > 1 - NEAR * usual) | (rows[:, None] == among), -1)
+            labeled = labels[among[alike.topk(nearest, dim=1).indices]]
+            shares = torch.zeros(len(rows), count, device=rows.device)
+            found.append(shares.scatter_add_(1, labeled, torch.full_like(labeled, 1 / nearest, dtype=shares.dtype)))
+    return torch.cat(found)
