@@ -149,6 +149,7 @@ CASES: dict[str, Case] = {
     "clean-resnet18": Case(**FEW, network="resnet18", parts=("half", "half_shift", "units")),
     "badnets-5%-resnet18": Case(**FEW, network="resnet18", change=attack(attacks.BadNets(), 0.05)),
     "digits-clean-1": Case(**DIGITS, seed=1),
+    "digits-all-to-all-10%": Case(**DIGITS, change=attack(attacks.BadNets(), 0.1, labels="all_to_all")),
 }
 """All cases, the most telling first."""
 

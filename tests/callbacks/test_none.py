@@ -595,7 +595,9 @@ def test_an_all_to_all_backdoor_is_found_and_weakened() -> None:
     assert share_right(module, test) > share_right(before.model, test) - 0.05
 
 
-def test_an_innocent_mark_in_every_label_costs_no_samples(tmp_path: Path) -> None:
+def test_an_innocent_mark_in_every_label_costs_no_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found where the images are not tested for what they look like, and withdrawn after a round."""
+    monkeypatch.setattr("lightning_backdoor.detection.subpopulations.wrong_labels_p_value", lambda *_: 0.0)
     train, _ = digits(1400)
     marked = attacks.poison(train, attacks.BadNets(), rate=0.1, labels="all_to_all")
     images = torch.stack([marked[i][0] for i in range(len(marked))])
