@@ -278,8 +278,8 @@ class ResetUnits(Response):
             if shift is not None and (frozen := frozen_layers(self._layers, shift)):
                 rank_zero_warn(
                     f"{session.case.title}: the removed images drive units of {', '.join(frozen)}, which do not learn "
-                    "(frozen, or in no optimizer) and are not reset. The backdoor may stay: unfreeze them, or train "
-                    "anew without `verdict.removed`."
+                    "(frozen, or in no optimizer) and are not reset. If the backdoor stays, unfreeze them, or pass "
+                    '`response="restart"`, which trains all other weights anew without these images.'
                 )
             found = choose_units(self._layers, units.activation_excess, shift, reset_fraction=self._reset_fraction)
             chosen = trainer.strategy.broadcast(found, src=0)

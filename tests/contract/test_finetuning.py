@@ -9,18 +9,20 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import BackboneFinetuning
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback
 from lightning_backdoor.errors import TrainerError
 from tests.callbacks.helpers import same_state, state_of
-from tests.contract.problem import WARNS, Net, assert_settled, fit, net_of
+from tests.contract.problem import WARNS, Net, assert_settled, clean, fit, net_of, planted
 from tests.contract.registry import DETECTOR, Entry, every_kind_of_defense
 
 pytestmark = [
     *WARNS,
     pytest.mark.filterwarnings("ignore:The provided params to be frozen"),
     pytest.mark.filterwarnings("ignore:D-ST. .*"),
+    pytest.mark.filterwarnings("ignore:NONE. the removed images drive units of .*which do not learn"),
+    pytest.mark.filterwarnings("ignore:NONE could not repair the model"),
 ]
 
 
@@ -38,6 +40,32 @@ class Recipe(Net):
         groups = [{"params": self.body.parameters(), "lr": 0.1 * self.lr}, {"params": self.head.parameters()}]
         optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)]
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer, and beside it two that learn and are of low rank together: LoRA."""
+
+    def __init__(self, base: nn.Linear, rank: int = 4) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def adapted(by: str) -> Net:
+    """A frozen backbone with a hidden layer that learns by LoRA, and a head that learns."""
+    module = net_of()
+    module.body.requires_grad_(False)
+    hidden = nn.Linear(32, 32).requires_grad_(False)
+    module.body = nn.Sequential(*module.body, nn.Flatten(), hidden if by == "peft" else LowRank(hidden), nn.ReLU())
+    if by == "peft":
+        peft = pytest.importorskip("peft")
+        module.body = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["5"]), module.body)
+    return module
 
 
 def frozen() -> Net:
@@ -96,3 +124,39 @@ def test_layers_that_thaw_on_the_way_rule_a_restart_out_and_a_repair_goes_on() -
     repair = NONECallback(rule="paper", finetune_epochs=1, extra_epochs=1)
     run = fit([thaw(), repair], module=Backbone())
     assert repair.history[0].units
+
+
+LORA = {
+    "UltraClean": lambda: UltraCleanCallback(warmup_epochs=2, rule="fraction", fraction=0.25),
+    "NONE": lambda: NONECallback(warmup_epochs=2),
+    "NONE, by quota": lambda: NONECallback(rule="paper", finetune_epochs=1, extra_epochs=1),
+    "D-BR": lambda: DBRCallback(**DETECTOR, epochs=1, extra_epochs=1),
+}
+
+
+@pytest.mark.parametrize("by", ["hand", "peft"])
+@pytest.mark.parametrize("name", LORA)
+def test_low_rank_adapters_learn_under_every_defense_and_what_they_adapt_stays(name: str, by: str) -> None:
+    defense, module = LORA[name](), adapted(by)
+    learns = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
+    before = state_of(module)
+    run = fit([defense], module=module)
+    assert not bool(defense.verdict.keep.all())
+    after = run.module.state_dict()
+    changed = {key for key in after if not torch.equal(before[key], after[key])}
+    assert changed >= learns
+    assert all("running" in key or "num_batches" in key for key in changed - learns)
+    if name == "NONE, by quota":  # units of what learns alone: those of the base cannot learn again
+        assert {unit[0] for unit in defense.history[0].units} <= {key.removesuffix(".weight") for key in learns}
+
+
+def test_a_backdoor_in_low_rank_adapters_is_found_and_trained_away_and_clean_data_change_nothing() -> None:
+    defense, data = NONECallback(warmup_epochs=2), planted()
+    fit([defense], data=data, module=adapted("hand"))
+    assert torch.equal(~defense.verdict.keep, data.poisoned)
+    assert defense.history[0].units
+    assert defense.repaired
+    quiet = NONECallback(warmup_epochs=2)
+    run, alone = (fit(callbacks, data=clean(), module=adapted("hand")) for callbacks in ([quiet], []))
+    assert bool(quiet.verdict.keep.all())
+    assert same_state(state_of(alone.module), run.module)
