@@ -28,7 +28,7 @@ from benchmarks.digits import digits
 from benchmarks.networks import NAME, NETWORKS, PRETRAINED, efficientnet_lite0
 from benchmarks.protocols import Setting
 from benchmarks.table import number, percent, table
-from benchmarks.training import accuracy, train_network
+from benchmarks.training import Snapshot, accuracy, train_network
 from benchmarks.variants import GivenVerdict
 from lightning_backdoor import Verdict
 from lightning_backdoor.callbacks import Defense
@@ -101,17 +101,22 @@ class Relabeled(Continue):
 
 
 class Given(Defense):
-    """A treatment of the images that are given."""
+    """A treatment of the images that are given, from the first epoch of a resumed run on."""
 
     method = "given"
     title = "Given"
 
-    def __init__(self, poisoned: Tensor, labels: Tensor, response: Response, begins: int) -> None:
-        self.poisoned, self.labels, self.response, self.begins = poisoned, labels, response, begins
-        super().__init__(
-            detector=GivenVerdict(Verdict(poisoned.float(), ~poisoned, 0.5, "truth", labels)),
-            response=response, warmup_epochs=begins, max_removed=0.3, seed=0,
-        )  # fmt: skip
+    def __init__(self, poisoned: Tensor, labels: Tensor, response: Response) -> None:
+        self.poisoned, self.labels, self.response = poisoned, labels, response
+        detector = GivenVerdict(Verdict(poisoned.float(), ~poisoned, 0.5, "truth", labels))
+        super().__init__(detector=detector, response=response, warmup_epochs=None, max_removed=0.3, seed=0)
+        self.detector = detector
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Detect as if at the end of the epoch that the checkpoint was written after."""
+        super().on_train_start(trainer, pl_module)
+        self.detector.session.case.detect(trainer.current_epoch)
+        self.detector.session.loader_filter.restart_iterator()
 
 
 UNDEFENDED, PERFECT, CLEAN = "undefended", finetune.PERFECT, "clean-model"
@@ -132,17 +137,6 @@ TREATMENTS: dict[str, Callable[[Tensor, Tensor], Response]] = {
 NAMES = (UNDEFENDED, PERFECT, *TREATMENTS, CLEAN)
 
 
-class AtTheEnd(pl.Callback):
-    """Saves a checkpoint with the last batch of an epoch, so that a run goes on with what follows it."""
-
-    def __init__(self, path: Path, epochs: int) -> None:
-        self.path, self.epochs = path, epochs
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.current_epoch == self.epochs - 1 and trainer.is_last_batch:
-            trainer.save_checkpoint(self.path)
-
-
 def loaded(setting: Setting, folder: Path) -> tuple[TensorDataset, TensorDataset]:
     """Clean training and test images."""
     if setting.dataset == DIGITS:
@@ -161,12 +155,12 @@ def run_cell(setting: Setting, attack: str, name: str, options: argparse.Namespa
     shared = options.cache / f"{setting.model}-{setting.dataset}-{setting.images}-{attack}.ckpt"
     defences: list[Any] = []
     if name == UNDEFENDED:
-        defences = [AtTheEnd(shared, begins)]
+        defences = [Snapshot(shared, begins)]
     if name == PERFECT:
         dataset = finetune.in_memory(filtered(dataset, PERFECT, poisoned, 0, 0))
     if name in TREATMENTS:
         labels = dataset.tensors[1]
-        defences = [Given(poisoned, labels.clone(), TREATMENTS[name](labels, true), begins)]
+        defences = [Given(poisoned, labels.clone(), TREATMENTS[name](labels, true))]
     with measured("cpu") as meter:
         start = shared if name in TREATMENTS else None
         network = train_network(dataset, defences, setting, 0, start, mixed=False, batch=BATCH)

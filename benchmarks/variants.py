@@ -21,6 +21,10 @@ class GivenVerdict(Detector):
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
 
+    def require(self, session: Session) -> None:
+        """Keep the session."""
+        self.session = session
+
     def detect(self, session: Session) -> Detection:
         """Return the verdict."""
         return Detection(self.verdict, int((~self.verdict.keep).sum()))
