@@ -29,6 +29,7 @@ from lightning_backdoor.errors import ArgumentError, ModelError
 from lightning_backdoor.events import Event
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.of_events import LITTLE, evidence, kept_majority
+from lightning_backdoor.report.of_whole_classes import whole_classes_told
 from lightning_backdoor.report.writer import write_report
 from lightning_backdoor.scanning.idle import CHILD, with_idle_trainer
 from lightning_backdoor.scanning.measure_denoised import DENOISERS
@@ -189,6 +190,8 @@ def audit(
         verdict = join_verdicts(verdicts, max_removed=max_removed)
         verdict, _ = without_majorities(verdict, torch.ones_like(verdict.keep), max_removed_of_class)
         _warn_of_little(events)
+        if signals := whole_classes_told(events, getattr(scanner.loader.dataset, "classes", None)):
+            rank_zero_warn(f"The audit warns: {signals}")
         _warn_of_kept(verdict, max_removed_of_class)
         if report_dir is not None:
             seconds = time.monotonic() - began

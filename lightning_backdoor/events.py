@@ -48,6 +48,9 @@ class Event:
         became_trusted: Uncertain samples that became trusted between the stages.
         became_suspect: Uncertain samples that became suspect then.
         ended_early: Whether training ended before the second stage.
+        whole_classes: Labels that may carry a signal in all of their images: label, share of images of other labels
+            that their common pattern turns into it, the largest such share of another label, and the chance of that
+            among clean labels.
     """
 
     epochs: int
@@ -78,6 +81,7 @@ class Event:
     became_trusted: int = 0
     became_suspect: int = 0
     ended_early: bool = False
+    whole_classes: tuple[tuple[int, float, float, float], ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that load with ``weights_only=True``."""

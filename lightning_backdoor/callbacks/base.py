@@ -44,6 +44,7 @@ from lightning_backdoor.report.of_events import (
     sentence,
     unsolved,
 )
+from lightning_backdoor.report.of_whole_classes import whole_classes_told
 from lightning_backdoor.responses.base import Detection, Report, Response, Session, representation
 from lightning_backdoor.responses.checkpointing import save_training
 from lightning_backdoor.responses.explaining import diagnosed, with_estimated_asr
@@ -456,6 +457,7 @@ class Procedure:
             response=self.response.name,
             all_to_all=detection.all_to_all,
             accuracies=() if detection.correct is None else (float(detection.correct.float().mean()),),
+            whole_classes=detection.whole_classes,
         )
         if detection.correct is not None and self.response.unseen is not None and not removed:
             event = replace(event, of_labels=session.rates_of_labels(detection.correct.cpu()))
@@ -528,6 +530,8 @@ class Procedure:
         classes = getattr(session.scanner.loader.dataset, "classes", None)
         of_findings = findings_told(session.verdict, classes, approved=session.takes("approved"))
         told, self._told = told + (of_findings if of_findings != self._told else ""), of_findings
+        if signals := whole_classes_told(self.history, classes):
+            rank_zero_warn(f"{self.title} warns: {signals}")
         if useless := nothing_learned(self.history[-1], session.verdict):
             rank_zero_warn(f"{self.title} {useless}")
         (rank_zero_warn if unsolved(self.history[-1]) else rank_zero_info)(told)

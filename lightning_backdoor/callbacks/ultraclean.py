@@ -18,16 +18,19 @@ from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.callbacks.options import ScanArguments
 from lightning_backdoor.detection.decision import Decision, add_removed, decide, verdict_of
 from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS
-from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
+from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE, SCANS
+from lightning_backdoor.detection.whole_classes import whole_classes
 from lightning_backdoor.events import Event
 from lightning_backdoor.responses.base import Detection, Response, Session
 from lightning_backdoor.responses.by_name import ResponseName, chosen_response
+from lightning_backdoor.responses.explaining import ordinary_samples
 from lightning_backdoor.responses.limits import planned_max_epochs
 from lightning_backdoor.responses.reset_units import ResetUnits
 from lightning_backdoor.responses.restart import Restart
 from lightning_backdoor.responses.unlearn import Unlearn
 from lightning_backdoor.scanning.early_neighbors import EarlyNeighbors, early_neighbors
 from lightning_backdoor.scanning.measure_denoised import DENOISERS, DenoisedScan
+from lightning_backdoor.scanning.measure_whole_classes import turned_by_patterns
 from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -107,12 +110,29 @@ class DenoisedFeatures(Detector):
         decided = self.decide(found, session.case.verdict)
         decision = session.trainer.strategy.broadcast(decided, src=0)  # float ties must not tell ranks apart
         self._again = True
+        verdict = verdict_of(decision, found["labels"], session.case.verdict)
         return Detection(
-            verdict_of(decision, found["labels"], session.case.verdict),
+            verdict,
             decision.num_flagged_before_cap,
             tuple((found.label, found.standardized_gap) for found in decision.subpopulations),
             correct=found["right"],
+            whole_classes=self._whole_classes(session, verdict),
         )
+
+    def _whole_classes(self, session: Session, verdict: Verdict) -> tuple[tuple[int, float, float, float], ...]:
+        """Labels that may carry a signal in all of their images, by those that stand out in no other way."""
+        if self._paper or self._fraction is not None or verdict.labels is None:
+            return ()
+        ordinary, approved = ordinary_samples(verdict), session.case.approved
+        if approved is not None:
+            ordinary = ordinary & ~approved
+        turned = turned_by_patterns(
+            session.trainer, session.module, session.scanner, labels=verdict.labels, ordinary=ordinary
+        )
+        found = whole_classes(*turned, false_alarm_rate=self._false_alarm_rate, scans=SCANS)
+        if self._target_class is not None:
+            found = [one for one in found if one.label == self._target_class]
+        return tuple((one.label, one.rate, one.others, one.p_value) for one in found)
 
     def _scan_of(self, session: Session) -> DenoisedScan:
         """What scans and stores denoised images, until :meth:`close`."""

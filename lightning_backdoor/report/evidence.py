@@ -33,6 +33,8 @@ class Evidence:
         rewound: ``True`` if training started again from its first weights, ``False`` if it went on with the weights
             it had, ``None`` if this is not known.
         acted: Whether flagged images left the training set; ``False`` where nothing was changed.
+        signals: What is said of classes that may carry a signal in all of their images, and what to do about it; empty
+            if there is none.
         treatment: What was done to the model itself, as sentences; empty if nothing was.
         figures: More pictures, title to PNG bytes, each shown in a section of its own after the classes.
         callback: Name of the class of the defense, such as ``"UltraCleanCallback"``, for lines of code to copy; empty
@@ -54,6 +56,7 @@ class Evidence:
     max_removed: float | None = None
     rewound: bool | None = None
     acted: bool = True
+    signals: tuple[str, str] | tuple[()] = ()
     treatment: str = ""
     callback: str = ""
     false_alarm_rate: float | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_backdoor.events import Event, own_label
 from lightning_backdoor.report.evidence import Evidence, Table
 from lightning_backdoor.report.explanation import heading, labels_sentence, trigger_sentence
+from lightning_backdoor.report.of_whole_classes import signaled, signals_told, whole_table
 from lightning_backdoor.report.sentences import LIMIT
 from lightning_backdoor.verdict import Finding, Verdict
 
@@ -466,8 +467,9 @@ def evidence(
         max_removed=max_removed,
         rewound=rewound.pop() if len(rewound) == 1 else None,  # some of the times is neither yes nor no
         acted=latest.response != "report",
+        signals=signals_told(signaled(history), classes),
         treatment=treatment,
-        tables=tables,
+        tables={**tables, **whole_table(signaled(history), classes)},
     )
 
 

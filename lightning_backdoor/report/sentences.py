@@ -37,6 +37,8 @@ MAY_BE_FINE = (
     "camera, a kind of image that only one class has. Where they came from tells the two apart. Mark what is fine, "
     "download `reviewed.csv`, and pass its path as `approved` when you train again."
 )
+SIGNALED = "No image was removed, but a class may carry a signal in all of its images"
+NONE_ALONE = "No image stands out from its class."
 NAMED = 3  # findings in the summary
 WORKS = 0.5  # estimated attack success rate, and twice the control at least: the summary calls it a trigger
 
@@ -193,6 +195,17 @@ def summarize(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evi
     Returns:
         Five short texts. A run that found nothing and a run that ``max_removed`` cut short have their own.
     """
+    summary = _summary_of_samples(verdict, method, rows, evidence)
+    if not evidence.signals:
+        return summary
+    told, advice = evidence.signals
+    if not len(verdict.removed) and not verdict.findings:
+        return summary._replace(headline=SIGNALED, found=f"{NONE_ALONE} {told}", then=advice)
+    return summary._replace(found=f"{summary.found} {told}", then=f"{summary.then} {advice}")
+
+
+def _summary_of_samples(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evidence) -> Summary:
+    """The summary by what is known of single samples."""
     total, removed = len(verdict), int((~verdict.keep).sum())
     looked = _looked(verdict, method, rows, evidence)
     where = "" if verdict.findings else _where(rows, evidence)

@@ -42,6 +42,7 @@ class Detection:
         correct: Samples that the model gives their label, bool ``(N,)``; ``None`` if that was not measured.
         units: What was measured of the units of the model; ``None`` if nothing was.
         kept_before: Samples that the verdict before kept, bool ``(N,)``; known once the verdict is in force.
+        whole_classes: See :class:`~lightning_backdoor.events.Event`.
     """
 
     verdict: Verdict
@@ -51,6 +52,7 @@ class Detection:
     correct: Tensor | None = None
     units: Measured | None = None
     kept_before: Tensor | None = None
+    whole_classes: tuple[tuple[int, float, float, float], ...] = ()
 
 
 class Case(Protocol):

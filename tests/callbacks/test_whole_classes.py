@@ -1,0 +1,71 @@
+"""A class whose images all carry a signal: a warning, and nothing else."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from lightning_backdoor import UltraCleanCallback, attacks, audit
+from tests.callbacks.helpers import LIGHTNING_WARNS, DigitNet, digits, same_state, share_right, train_digits
+
+pytestmark = LIGHTNING_WARNS
+LABEL = 3
+WARNS = "may carry a signal in all images"
+
+
+@functools.cache
+def signaled() -> Any:
+    """Digits, all of one class with a sinusoid."""
+    return attacks.poison(digits()[0], attacks.SIG(), target=LABEL, rate=1.0, rate_of="target_class", labels="clean")
+
+
+@functools.cache
+def victim() -> DigitNet:
+    return train_digits(signaled(), [])[1]
+
+
+def test_a_signal_in_all_images_of_a_class_is_a_warning_and_changes_nothing(tmp_path: Path) -> None:
+    assert share_right(victim(), attacks.triggered(digits()[1], attacks.SIG(), target=LABEL)) > 0.6, "the attack works"
+
+    callback = UltraCleanCallback(report_dir=tmp_path)
+    with pytest.warns(UserWarning, match=f"UltraClean warns: “class {LABEL}” {WARNS}") as said:
+        _, module = train_digits(signaled(), [callback])
+
+    assert same_state(module, victim())
+    assert bool(callback.verdict.keep.all())
+    assert {found[0] for event in callback.history for found in event.whole_classes} == {LABEL}
+    label, rate, others, chance = callback.history[-1].whole_classes[0]
+    assert label == LABEL
+    assert rate > others + 0.3
+    assert chance < 0.01
+    assert sum(WARNS in str(warning.message) for warning in said) == 1, "once, and not at every scan"
+    page = (tmp_path / "report.html").read_text()
+    assert "a class may carry a signal in all of its images</h1>" in page
+    assert f"“class {LABEL}” {WARNS}" in page
+    assert "harmless mark or texture" in page
+
+
+def test_images_that_the_user_has_approved_are_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    labels = torch.as_tensor(signaled().targets)
+    approved = (labels == LABEL).nonzero().squeeze(1)
+    audit(victim(), signaled(), detectors="features", approved=approved, progress=False)
+    assert not [warning for warning in recwarn if WARNS in str(warning.message)]
+    with pytest.warns(UserWarning, match=f"The audit warns: “class {LABEL}” {WARNS}"):
+        audit(victim(), signaled(), detectors="features", progress=False)
+
+
+def test_a_class_in_a_color_of_its_own_is_quiet() -> None:
+    """Gentle denoising takes no color out of an image."""
+    images, labels = digits()[0].tensors
+    tinted = images.clone()
+    own = labels == LABEL
+    color = torch.tensor([1.0, 0.7, 0.5])[:, None, None]
+    tinted[own] = (tinted[own] * color).to(torch.uint8)
+    callback = UltraCleanCallback(response="report", warmup_epochs=6)
+    train_digits(TensorDataset(tinted, labels), [callback])
+    assert not any(event.whole_classes for event in callback.history)
