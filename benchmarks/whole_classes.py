@@ -1,0 +1,158 @@
+"""``python -m benchmarks.whole_classes``: what is said of classes that carry something in all of their images.
+
+One row for each training: which labels are named half way and at the end, and the rate of each label. The class is that
+of the number of the seed. Rows that are there already are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks import digits, rows
+from benchmarks.data import cifar10, per_class
+from benchmarks.explained import right
+from benchmarks.samples import KINDS
+from lightning_backdoor import Verdict, attacks
+from lightning_backdoor.callbacks import Defense, Detector
+from lightning_backdoor.detection.subpopulations import SCANS
+from lightning_backdoor.detection.whole_classes import whole_classes
+from lightning_backdoor.responses import Detection, Report, Session
+from lightning_backdoor.scanning.measure_whole_classes import turned_by_patterns
+
+ALL: dict[str, Any] = {"rate_of": "target_class", "labels": "clean"}
+ATTACKS = {"sig": attacks.SIG(), "blended": attacks.Blended(), "badnets": attacks.BadNets()}
+CASES = ("clean", *ATTACKS, "tint", *KINDS)
+TINT = torch.tensor([1.0, 0.7, 0.5])[:, None, None]
+
+
+class Measured(Detector):
+    """Names labels, and finds no sample."""
+
+    features = False
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.own = rate, list[list[float]]()
+
+    def detect(self, session: Session) -> Detection:
+        """Measure all labels, by all samples."""
+        labels = session.scanner.read_labels(session.trainer, session.module)
+        keep = torch.ones_like(labels, dtype=torch.bool)
+        turned = turned_by_patterns(session.trainer, session.module, session.scanner, labels=labels, ordinary=keep)
+        self.own.append([round(rate, 3) for rate in turned[0].diagonal().tolist()])
+        found = whole_classes(*turned, false_alarm_rate=self.rate, scans=SCANS)
+        told = tuple((one.label, one.rate, one.others, one.p_value) for one in found)
+        return Detection(Verdict(keep.float(), keep, float("inf"), "none", labels), 0, whole_classes=told)
+
+
+class Watching(Defense):
+    """Changes nothing."""
+
+    method = title = "whole classes"
+
+    def __init__(self, detector: Measured, every: int) -> None:
+        super().__init__(detector=detector, response=Report(), warmup_epochs=every, every=every, max_removed=0.5)
+
+
+def made(name: str, images: Tensor, labels: Tensor, label: int, seed: int) -> Any:
+    """The training set of a case, all images of a label changed."""
+    if name in ATTACKS:
+        return attacks.poison(TensorDataset(images, labels), ATTACKS[name], label, 1.0, seed=seed, **ALL)
+    images, own = images.clone(), labels == label
+    if name != "clean":
+        changed = images[own] * TINT if name == "tint" else KINDS[name](images[own].float())
+        images[own] = changed.round().clamp(0, 255).to(torch.uint8)
+    return TensorDataset(images, labels)
+
+
+def run(source: str, name: str, seed: int, data: tuple[TensorDataset, TensorDataset], options: Any) -> rows.Row:
+    """Train, measure half way and at the end, and return the row."""
+    started, label, (train, test) = time.perf_counter(), seed % 10, data
+    detector, dataset = Measured(options.rate), made(name, *train.tensors, label, seed)
+    watching = Watching(detector, max(options.epochs // 2, 1))
+    pl.seed_everything(seed, verbose=False)
+    trainer = pl.Trainer(
+        max_epochs=options.epochs, accelerator=options.device, callbacks=[watching], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    network = digits.Classifier()
+    trainer.fit(network, DataLoader(dataset, 64, shuffle=True, drop_last=True))
+    network.cpu().eval()
+    asr = right(network, attacks.triggered(test, ATTACKS[name], label)) if name in ATTACKS else None
+    return {
+        "source": source,
+        "case": name,
+        "seed": seed,
+        "label": None if name == "clean" else label,
+        "images": len(train),
+        "epochs": options.epochs,
+        "accuracy": right(network, test),
+        "asr": asr,
+        "found": [event.whole_classes for event in watching.history],
+        "rates": detector.own,
+        "seconds": round(time.perf_counter() - started),
+        **rows.circumstances("benchmarks.whole_classes", options.device),
+    }
+
+
+def table(found: list[rows.Row]) -> str:
+    """Rows as a table."""
+    lines = ["| images | case | seed | class | accuracy | ASR | rate of the class, half way and at the end | largest of "
+             "the others | named |", "|---|---|---:|---:|---:|---:|---|---|---|"]  # fmt: skip
+    for row in found:
+        label = row["label"]
+        own = [rates[label] if label is not None else None for rates in row["rates"]]
+        others = [max(rate for place, rate in enumerate(rates) if place != label) for rates in row["rates"]]
+        named = ["none" if not one else ", ".join(str(each[0]) for each in one) for one in row["found"]]
+        asr = "" if row["asr"] is None else f"{100 * row['asr']:.0f}"
+        cells = [f"{row['source']} {row['images']:,}", row["case"], row["seed"], "" if label is None else label]
+        cells += [f"{100 * row['accuracy']:.0f}", asr]
+        cells += [" / ".join("" if rate is None else f"{100 * rate:.0f}" for rate in own)]
+        cells += [" / ".join(f"{100 * rate:.0f}" for rate in others), " / ".join(named)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of cifar10_<split>.npz")
+    parser.add_argument("--source", choices=("digits", "cifar10"), default="digits")
+    parser.add_argument("--images", type=int, default=3000, help="of CIFAR-10")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--trainings", nargs="*", default=[f"{name}@0" for name in CASES], help="as case@seed")
+    parser.add_argument("--rate", type=float, default=0.01, help="false-alarm rate")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "whole_classes.jsonl")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--show", action="store_true", help="print what is there, and end")
+    options = parser.parse_args()
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(options.threads)
+    done = {(row["source"], row["case"], row["seed"]) for row in rows.read(options.out)}
+    data: tuple[TensorDataset, TensorDataset] | None = None
+    for training in [] if options.show else options.trainings:
+        name, _, seed = training.partition("@")
+        if (options.source, name, int(seed or 0)) in done:
+            continue
+        if data is None:
+            clean = cifar10(options.data, "train") if options.source == "cifar10" else None
+            data = digits.digits() if clean is None else (per_class(clean, options.images // 10),
+                                                          cifar10(options.data, "test"))  # fmt: skip
+        row = run(options.source, name, int(seed or 0), data, options)
+        rows.append(options.out, row)
+        print(table([row]).splitlines()[-1], row["seconds"], "s", flush=True)
+    print(table(rows.read(options.out)))
+
+
+if __name__ == "__main__":
+    main()
