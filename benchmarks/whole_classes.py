@@ -1,7 +1,7 @@
 """``python -m benchmarks.whole_classes``: what is said of classes that carry something in all of their images.
 
-One row for each training: which labels are named half way and at the end, and the rate of each label. The class is that
-of the number of the seed. Rows that are there already are not made again.
+One row for each training: which labels UltraClean names half way and at the end. The class is that of the number of the
+seed. Rows that are there already are not made again.
 """
 
 from __future__ import annotations
@@ -22,45 +22,12 @@ from benchmarks import digits, rows
 from benchmarks.data import cifar10, per_class
 from benchmarks.explained import right
 from benchmarks.samples import KINDS
-from lightning_backdoor import Verdict, attacks
-from lightning_backdoor.callbacks import Defense, Detector
-from lightning_backdoor.detection.subpopulations import SCANS
-from lightning_backdoor.detection.whole_classes import whole_classes
-from lightning_backdoor.responses import Detection, Report, Session
-from lightning_backdoor.scanning.measure_whole_classes import turned_by_patterns
+from lightning_backdoor import UltraCleanCallback, attacks
 
 ALL: dict[str, Any] = {"rate_of": "target_class", "labels": "clean"}
 ATTACKS = {"sig": attacks.SIG(), "blended": attacks.Blended(), "badnets": attacks.BadNets()}
 CASES = ("clean", *ATTACKS, "tint", *KINDS)
 TINT = torch.tensor([1.0, 0.7, 0.5])[:, None, None]
-
-
-class Measured(Detector):
-    """Names labels, and finds no sample."""
-
-    features = False
-
-    def __init__(self, rate: float) -> None:
-        self.rate, self.own = rate, list[list[float]]()
-
-    def detect(self, session: Session) -> Detection:
-        """Measure all labels, by all samples."""
-        labels = session.scanner.read_labels(session.trainer, session.module)
-        keep = torch.ones_like(labels, dtype=torch.bool)
-        turned = turned_by_patterns(session.trainer, session.module, session.scanner, labels=labels, ordinary=keep)
-        self.own.append([round(rate, 3) for rate in turned[0].diagonal().tolist()])
-        found = whole_classes(*turned, false_alarm_rate=self.rate, scans=SCANS)
-        told = tuple((one.label, one.rate, one.others, one.p_value) for one in found)
-        return Detection(Verdict(keep.float(), keep, float("inf"), "none", labels), 0, whole_classes=told)
-
-
-class Watching(Defense):
-    """Changes nothing."""
-
-    method = title = "whole classes"
-
-    def __init__(self, detector: Measured, every: int) -> None:
-        super().__init__(detector=detector, response=Report(), warmup_epochs=every, every=every, max_removed=0.5)
 
 
 def made(name: str, images: Tensor, labels: Tensor, label: int, seed: int) -> Any:
@@ -77,8 +44,10 @@ def made(name: str, images: Tensor, labels: Tensor, label: int, seed: int) -> An
 def run(source: str, name: str, seed: int, data: tuple[TensorDataset, TensorDataset], options: Any) -> rows.Row:
     """Train, measure half way and at the end, and return the row."""
     started, label, (train, test) = time.perf_counter(), seed % 10, data
-    detector, dataset = Measured(options.rate), made(name, *train.tensors, label, seed)
-    watching = Watching(detector, max(options.epochs // 2, 1))
+    dataset, half = made(name, *train.tensors, label, seed), max(options.epochs // 2, 1)
+    watching = UltraCleanCallback(
+        response="report", warmup_epochs=half, rescore_every=half, false_alarm_rate=options.rate
+    )
     pl.seed_everything(seed, verbose=False)
     trainer = pl.Trainer(
         max_epochs=options.epochs, accelerator=options.device, callbacks=[watching], logger=False,
@@ -97,8 +66,8 @@ def run(source: str, name: str, seed: int, data: tuple[TensorDataset, TensorData
         "epochs": options.epochs,
         "accuracy": right(network, test),
         "asr": asr,
-        "found": [event.whole_classes for event in watching.history],
-        "rates": detector.own,
+        "named": [event.whole_classes for event in watching.history],
+        "flagged": 0 if watching.verdict is None else int((~watching.verdict.keep).sum()),
         "seconds": round(time.perf_counter() - started),
         **rows.circumstances("benchmarks.whole_classes", options.device),
     }
@@ -106,18 +75,13 @@ def run(source: str, name: str, seed: int, data: tuple[TensorDataset, TensorData
 
 def table(found: list[rows.Row]) -> str:
     """Rows as a table."""
-    lines = ["| images | case | seed | class | accuracy | ASR | rate of the class, half way and at the end | largest of "
-             "the others | named |", "|---|---|---:|---:|---:|---:|---|---|---|"]  # fmt: skip
+    head = ("images", "case", "seed", "class", "accuracy", "ASR", "single images flagged", "named: half way / end")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in found:
-        label = row["label"]
-        own = [rates[label] if label is not None else None for rates in row["rates"]]
-        others = [max(rate for place, rate in enumerate(rates) if place != label) for rates in row["rates"]]
-        named = ["none" if not one else ", ".join(str(each[0]) for each in one) for one in row["found"]]
-        asr = "" if row["asr"] is None else f"{100 * row['asr']:.0f}"
+        asr, label = "" if row["asr"] is None else f"{100 * row['asr']:.0f}", row["label"]
+        told = [", ".join(f"{each[0]} ({100 * each[1]:.0f} %)" for each in one) or "none" for one in row["named"]]
         cells = [f"{row['source']} {row['images']:,}", row["case"], row["seed"], "" if label is None else label]
-        cells += [f"{100 * row['accuracy']:.0f}", asr]
-        cells += [" / ".join("" if rate is None else f"{100 * rate:.0f}" for rate in own)]
-        cells += [" / ".join(f"{100 * rate:.0f}" for rate in others), " / ".join(named)]
+        cells += [f"{100 * row['accuracy']:.0f}", asr, row["flagged"], " / ".join(told)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

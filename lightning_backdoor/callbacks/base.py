@@ -530,7 +530,7 @@ class Procedure:
         classes = getattr(session.scanner.loader.dataset, "classes", None)
         of_findings = findings_told(session.verdict, classes, approved=session.takes("approved"))
         told, self._told = told + (of_findings if of_findings != self._told else ""), of_findings
-        if signals := whole_classes_told(self.history, classes):
+        if self.history[-1].whole_classes and (signals := whole_classes_told(self.history, classes)):
             rank_zero_warn(f"{self.title} warns: {signals}")
         if useless := nothing_learned(self.history[-1], session.verdict):
             rank_zero_warn(f"{self.title} {useless}")

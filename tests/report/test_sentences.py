@@ -121,3 +121,17 @@ def test_where_nothing_was_changed_the_page_does_not_say_that_images_are_gone():
     capped = told(verdict(200, 20), evidence(acted=False, num_flagged_before_cap=60, max_removed=0.1))
     assert capped.headline == "60 of 200 training images stand out, more than the limit allows"
     assert capped.done.startswith("Nothing was changed. Within the limit a new training would leave out 20 of them.")
+
+
+def test_a_class_that_may_carry_a_signal_is_in_the_summary_beside_what_else_was_found() -> None:
+    plain, signals = verdict(removed=0), ("“dog” may carry a signal in all images.", "Look at them.")
+    alone = summarize(plain, "X", class_rows(plain), evidence(signals=signals))
+    assert "a class may carry a signal" in alone.headline
+    assert alone.found.endswith(signals[0])
+    assert alone.then == signals[1]
+    assert "Nothing was removed" in alone.done
+    some = verdict(removed=20)
+    beside = summarize(some, "X", class_rows(some), evidence(signals=signals))
+    assert beside.headline == summarize(some, "X", class_rows(some), evidence()).headline
+    assert beside.found.endswith(signals[0])
+    assert beside.then.endswith(signals[1])
