@@ -51,12 +51,12 @@ class Meter:
 
 
 @contextmanager
-def measured(device: str) -> Iterator[Meter]:
-    """Measure what happens inside, by a hook on all modules that leaves them as they are."""
+def measured(device: str, kind: type[nn.Module] = Classifier) -> Iterator[Meter]:
+    """Measure what happens inside, by a hook on all modules that leaves them as they are; networks are of ``kind``."""
     meter = Meter()
 
     def count(module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
-        if isinstance(module, Classifier):
+        if isinstance(module, kind):
             meter.forward += len(inputs[0])
             meter.backward += len(inputs[0]) * torch.is_grad_enabled()
 

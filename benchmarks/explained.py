@@ -149,10 +149,10 @@ def right(network: pl.LightningModule, dataset: Dataset[Any]) -> float:
 
 
 def trained(
-    source: str, dataset: Dataset[Any], epochs: int, callbacks: list[pl.Callback], device: str
+    source: str, dataset: Dataset[Any], epochs: int, callbacks: list[pl.Callback], device: str, *, seed: int = 0
 ) -> pl.LightningModule:
     """The small network of a source after a training with callbacks."""
-    pl.seed_everything(0, verbose=False)
+    pl.seed_everything(seed, verbose=False)
     batch = 64 if source == "digits" else 128
     loader = DataLoader(dataset, batch, shuffle=True, drop_last=True)
     network = digits.Classifier() if source == "digits" else model.Classifier(epochs * len(loader))
