@@ -30,6 +30,7 @@ __all__ = [
     "decide",
     "decide_by_break",
     "findings_of",
+    "is_sure",
     "limit_of_labels",
     "limit_removed",
     "natural_break",
@@ -338,6 +339,31 @@ def _rule_of(found: list[Subpopulation]) -> str:
     """The gates that were passed with their bounds, such as ``subpopulation(strict: standardized_gap>=2.5, ...)``."""
     gates = dict.fromkeys(f"{one.gate}: {', '.join(each.criterion for each in one.figures)}" for one in found)
     return f"subpopulation({'; '.join(gates) or 'none'})"
+
+
+SURE_GAP = 3.5  # standardized: of two normal groups, one sample in 4,000 lies on the wrong side of the threshold
+SURE_LEARNED = 0.9  # of the members get their label, at least: what they have in common is learned
+
+
+def is_sure(decision: Decision, labels: Tensor, correct: Tensor) -> bool:
+    """Whether a decision early in training is beyond doubt, so that a later one would remove the same samples.
+
+    Something is found, and all that is found passed the strict gate with a gap that leaves no member on the other side,
+    is learned, and is removed as a whole.
+
+    Args:
+        decision: From :func:`decide`, by subpopulations.
+        labels: Labels as given, long ``(N,)``.
+        correct: Samples that the model gives their label, bool ``(N,)``.
+    """
+    removed = ~decision.keep
+    if not decision.subpopulations or int(removed.sum()) < decision.num_flagged_before_cap:
+        return False
+    for found in decision.subpopulations:
+        learned = float(correct[removed & (labels == found.label)].float().mean())
+        if found.gate != "strict" or found.standardized_gap < SURE_GAP or learned < SURE_LEARNED:
+            return False
+    return True
 
 
 def add_removed(

@@ -221,6 +221,7 @@ class Response:
         starts_over: Whether another defense's restart makes everything begin anew, the first detection included.
         repeats: Whether it may be due again when training is about to end, after a detection that led to nothing.
         rereads: Whether :meth:`respond` reads the training images, which are kept in memory by then.
+        early: Whether a detection that is beyond doubt may come before the first one is due, since it saves epochs.
         busy: Whether a treatment is going on or about to begin.
     """
 
@@ -233,6 +234,7 @@ class Response:
     starts_over: bool = False
     repeats: bool = False
     rereads: bool = False
+    early: bool = False
     busy: bool = False
 
     def __repr__(self) -> str:
