@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEAST, SHARE, UNITS, STARTS, ROUNDS, RIDGE = 10, 0.01, 512, 3, 3, 0.1
+LEAST, SHARE, UNITS, STARTS, ROUNDS, RIDGE, STEPS = 10, 0.01, 512, 3, 3, 0.1, 1024
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def discriminant(members: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     means = torch.stack([scaled[~upper].mean(dim=0), scaled[upper].mean(dim=0)])
     deviations = scaled - means[upper.long()]
     scatter = deviations.T @ deviations
-    ridge = RIDGE * (scatter.diagonal().mean() / n).clamp(min=1e-6) * torch.eye(scatter.shape[0], dtype=torch.float64)
+    ridge = RIDGE * (scatter.diagonal().mean() / n).clamp(min=1e-6)
+    ridge = 2 ** ((ridge.log2() * STEPS).round() / STEPS) * torch.eye(scatter.shape[0], dtype=torch.float64)
     weights = torch.linalg.solve(scatter / n + ridge, means[1] - means[0])
     positions = []
     for i in range(n):

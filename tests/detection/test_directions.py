@@ -115,6 +115,25 @@ def test_many_units_are_worked_on_in_strips() -> None:
     torch.testing.assert_close(positions.double(), places, rtol=1e-4, atol=1e-4)
 
 
+def test_divisions_of_a_label_with_the_same_ridge_share_what_is_factorized(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(matrices: Tensor) -> Tensor:
+        made.append(len(matrices))
+        return inverse_root(matrices)
+
+    monkeypatch.setattr(rooms, "inverse_root", counted)
+    columns, counts = torch.randn(2, 4, 20_000, generator=generator()), torch.tensor([20_000, 20_000])
+    values = rooms.standardize(columns, counts, torch.ones(2, 20_000, dtype=torch.bool))
+    upper = torch.rand(6, 20_000, generator=generator()) < 0.3
+    of = torch.tensor([0, 0, 0, 1, 1, 1])
+    weights, positions = rooms.discriminants(values, upper, of)
+    assert made[0] <= 4  # at most two of each label, where a step lies between them
+    for place in range(6):
+        alone = rooms.discriminants(values, upper[place : place + 1], of[place : place + 1])
+        torch.testing.assert_close((weights[place], positions[place]), (alone[0][0], alone[1][0]))
+
+
 def test_positions_are_split_in_every_label() -> None:
     labels = torch.arange(90) % 3
     positions = torch.randn(90, generator=generator()) + 8 * (torch.arange(90) < 45)
