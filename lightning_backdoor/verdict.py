@@ -110,6 +110,11 @@ class Finding:
         """By how much the estimated attack success rate exceeds its control, in ``[-1, 1]``; 0 if not estimated."""
         return 0.0 if self.estimated_asr is None else self.estimated_asr - (self.control_asr or 0.0)
 
+    @property
+    def works_as_trigger(self) -> bool:
+        """Whether what the samples have in common seems to work as a trigger, by the estimated attack success rate."""
+        return self.asr_excess >= TRIGGER
+
     def project(self, values: Tensor) -> Tensor:
         """Position of every sample along the direction, float ``(N,)``, for values ``(N, V)`` in the same columns."""
         return values[:, self.units].float() @ self.weights

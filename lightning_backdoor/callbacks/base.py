@@ -326,6 +326,8 @@ class Procedure:
             self.history = []
         if isinstance(self.response, Report):
             self.verdict = None  # it changes nothing, so nothing of an earlier model is left to be in force
+        if self.verdict is None or not self.history:
+            self._told = ""  # of another model
         again = self.verdict is not None and not self.response.starts_over
         self._last_detection = trainer.current_epoch if again else None
         self._filter = loader_filter_of(trainer)
@@ -592,6 +594,7 @@ class Procedure:
             "verdict": None if self.verdict is None else self.verdict.state_dict(),
             "approved": self.approved,
             "copies": self._watch.state_dict() if self._watch else {},
+            "told": self._told,
             "last_detection": self._last_detection,
             "history": [event.state_dict() for event in self.history],
             "detector": self.detector.state_dict(),
@@ -611,7 +614,7 @@ class Procedure:
             self._filter.set_keep(self.defense.state_key, None if verdict is None else verdict.keep)
         self.verdict = verdict
         self.approved, self._resumed = state_dict["approved"], True
-        self._watched = state_dict["copies"]
+        self._watched, self._told = state_dict["copies"], state_dict["told"]
         self._last_detection = state_dict["last_detection"]
         self.history = [Event(**event) for event in state_dict["history"]]
         self.detector.load_state_dict(state_dict["detector"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.detection.decision import LEFT
-from lightning_backdoor.verdict import TRIGGER, Finding, Verdict
+from lightning_backdoor.verdict import Finding, Verdict
 
 __all__ = ["MAX_REMOVED_OF_CLASS", "MOST_OF_LABEL", "without_majorities"]
 
@@ -74,4 +74,4 @@ def _may_go(finding: Finding, size: int, left: int, usual: int) -> bool:
     """Whether more than a rare look speaks for a finding without which ``left`` of ``size`` samples are left."""
     if finding.diagnosis == "wrong labels" or finding.gate in ABOUT_OTHERS or left >= usual:
         return True
-    return left >= LEFT * min(size, usual) and finding.asr_excess >= TRIGGER
+    return left >= LEFT * min(size, usual) and finding.works_as_trigger

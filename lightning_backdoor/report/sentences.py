@@ -40,9 +40,8 @@ MAY_BE_FINE = (
 SIGNALED = "No image was removed, but a class may carry a signal in all of its images"
 NONE_ALONE = "No image stands out from its class."
 NAMED = 3  # findings in the summary
-WORKS = 0.5  # estimated attack success rate, and twice the control at least: the summary calls it a trigger
 
-__all__ = ["Summary", "count", "listed", "number", "percent", "score", "summarize"]
+__all__ = ["Summary", "approved_sentence", "count", "listed", "number", "percent", "score", "summarize"]
 
 
 class Summary(NamedTuple):
@@ -92,6 +91,12 @@ def percent(part: float, whole: float = 1) -> str:
     return f"{share:.0f} %" if share == round(share) else f"{share:.1f} %"
 
 
+def approved_sentence(verdict: Verdict) -> str:
+    """Say how many images are approved, after a space; empty where none is."""
+    approved = 0 if verdict.approved is None else int(verdict.approved.sum())
+    return f" {count(approved, 'image')} {'is' if approved == 1 else 'are'} approved." if approved else ""
+
+
 def _were(amount: int) -> str:
     return "was" if amount == 1 else "were"
 
@@ -134,7 +139,8 @@ def _looked(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evide
     amount = count(len(verdict), "training image")
     scope = f" of {count(len(rows), 'class')}" if rows else ""
     meaning = f" {evidence.score_meaning}" if evidence.score_meaning else ""
-    return f"{method} looked at {amount}{scope} and gave each a score; larger is more suspicious.{meaning}"
+    scored = f"{method} looked at {amount}{scope} and gave each a score; larger is more suspicious."
+    return f"{scored}{meaning}{approved_sentence(verdict)}"
 
 
 def _nothing(looked: str, total: int, treatment: str) -> Summary:
@@ -254,11 +260,10 @@ def _groups(verdict: Verdict, evidence: Evidence) -> str:
 
 
 def _trigger(findings: Sequence[Finding], evidence: Evidence) -> str:
-    known = [(f.estimated_asr, f.control_asr or 0.0, f) for f in findings if f.estimated_asr is not None]
-    rate, control, finding = max(known, key=lambda each: each[0], default=(0.0, 0.0, None))
-    if finding is None or rate < WORKS or rate < 2 * control:
+    finding = max(findings, key=lambda one: one.asr_excess)
+    if not finding.works_as_trigger:
         return ""
     return (
         f" What those of “{evidence.class_name(finding.label)}” have in common works as a trigger: with it, an "
-        f"estimated {percent(rate)} of other images get this label."
+        f"estimated {percent(finding.estimated_asr or 0.0)} of other images get this label."
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.explanation import heading, labels_sentence, trigger_sentence
-from lightning_backdoor.report.sentences import count, listed, number
+from lightning_backdoor.report.sentences import approved_sentence, count, listed, number
 from lightning_backdoor.verdict import Finding, Verdict
 
 __all__ = ["described"]
@@ -22,8 +22,7 @@ def described(verdict: Verdict, classes: Sequence[str] | None = None) -> str:
         classes: Class names, indexed by label.
     """
     evidence, flagged = Evidence(classes=classes), len(verdict.removed)
-    approved = 0 if verdict.approved is None else int(verdict.approved.sum())
-    fine = f" {count(approved, 'image')} {'is' if approved == 1 else 'are'} approved." if approved else ""
+    fine = approved_sentence(verdict)
     looked = f"Looked at {count(len(verdict), 'image')}:"
     if not verdict.findings:
         return f"{looked} {f'{flagged:,} flagged, in no group' if flagged else 'nothing stands out'}.{fine}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_backdoor.detection.diagnosis import MIN_SAMPLES, diagnose
 from lightning_backdoor.scanning.estimate_asr import drawn, estimate_asr
 from lightning_backdoor.scanning.scanner import DatasetScanner
-from lightning_backdoor.verdict import TRIGGER, Finding, Verdict
+from lightning_backdoor.verdict import Finding, Verdict
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -136,7 +136,7 @@ def _doubted(
 ) -> list[Finding]:
     """The findings, of which those are unclear whose labels seem right to a model that still has the backdoor."""
     right = [place for place, found in enumerate(findings) if found.diagnosis == "right labels"]
-    places = [place for place in right if findings[place].asr_excess >= TRIGGER]
+    places = [place for place in right if findings[place].works_as_trigger]
     if not places or verdict.labels is None:
         return findings
     groups = [(findings[place].label, findings[place].positions) for place in places]

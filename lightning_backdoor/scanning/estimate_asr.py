@@ -57,6 +57,18 @@ class _Group:
     region: Tensor
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """Images whose common pattern is put on others, where it lies, and the label that is counted."""
+
+    label: int
+    members: Tensor
+    region: Tensor
+
+    def to(self, device: torch.device) -> _Tried:
+        return _Tried(self.label, self.members.to(device), self.region.to(device))
+
+
 def estimate_asr(
     trainer: Trainer,
     pl_module: LightningModule,
@@ -101,11 +113,13 @@ def estimate_asr(
         pixels = data.images(usual.tolist())
         made = [_group(data, *groups[place], ordinary & (labels == groups[place][0]), seed) for place in places]
         others = [_other(data, label, ordinary & (labels == label), pixels, seed) for label in other_labels]
-    # columns in this order: of each group its members and the ordinary images of its label, then those of other labels
-    pairs = [(group, members) for group in made for members in (group.members, group.ordinary)]
-    pairs += [(other, other.members) for other in others]
-    given, shown = _given(trainer, pl_module, data, pairs, usual=usual, pixels=pixels), labels[usual]
-    rates = [_share(column, shown != group.label) for (group, _), column in zip(pairs, given.unbind(1), strict=True)]
+        # in this order: of each group its members and the ordinary images of its label, then those of other labels
+        pairs = [(group, members) for group in made for members in (group.members, group.ordinary)]
+        pairs += [(other, other.members) for other in others]
+        tried = [_Tried(group.label, members, group.region).to(pl_module.device) for group, members in pairs]
+        pixels = pixels.to(pl_module.device)
+    given, shown = _given(trainer, pl_module, data, tried, usual=usual, pixels=pixels), labels[usual]
+    rates = [_share(column, shown != one.label) for one, column in zip(tried, given.unbind(1), strict=True)]
     of_others = rates[2 * len(places) :]
     for number, place in enumerate(places):
         if bool((shown != groups[place][0]).any()):
@@ -133,7 +147,7 @@ def _given(
     trainer: Trainer,
     pl_module: LightningModule,
     data: DatasetScanner,
-    pairs: Sequence[tuple[_Group, Tensor]],
+    tried: Sequence[_Tried],
     *,
     usual: Tensor,
     pixels: Tensor,
@@ -144,30 +158,27 @@ def _given(
         trainer: The running Trainer.
         pl_module: The LightningModule.
         data: The training set.
-        pairs: P groups, with the images whose common pattern is put on, uint8 ``(n, C, H, W)``.
+        tried: P groups of images whose common pattern is put on, on the device of the module.
         usual: Positions of the B images that it is put on.
-        pixels: These images, uint8 ``(B, C, H, W)``.
+        pixels: These images, uint8 ``(B, C, H, W)``, on that device.
 
     Returns:
         Bool ``(B, P, W)``, for the W ways in the order of ``WAYS``.
     """
-    device = pl_module.device
-    pixels = pixels.to(device)
-    on_device = [(group.label, members.to(device), group.region.to(device)) for group, members in pairs]
 
     def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
         images = data.layout.images(batch)
-        shown = data.pixels.to_pixels(images).to(device)
+        shown = data.pixels.to_pixels(images).to(pl_module.device)
         given = []
-        for label, members, region in on_device:
+        for one in tried:
             for way in WAYS:
-                changed = put_on(shown, indices, members, usual=pixels, region=region, way=way)
+                changed = put_on(shown, indices, one.members, usual=pixels, region=one.region, way=way)
                 version = data.layout.with_images(batch, data.pixels.to_model(changed, like=images))
-                given.append(data.logits(trainer, pl_module, version).argmax(dim=1) == label)
+                given.append(data.logits(trainer, pl_module, version).argmax(dim=1) == one.label)
         return {"given": torch.stack(given, dim=1)}
 
     found = data.scan(trainer, pl_module, step, description=DESCRIPTION, positions=usual)
-    return found["given"].view(len(usual), len(pairs), len(WAYS))
+    return found["given"].view(len(usual), len(tried), len(WAYS))
 
 
 def control_rates(of_label: Tensor, of_others: Sequence[Tensor]) -> Tensor:

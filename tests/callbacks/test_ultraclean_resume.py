@@ -89,6 +89,19 @@ def test_resumed_anywhere_it_ends_the_same(tmp_path: Path, settings: dict[str, A
         assert again.max_epochs == 3
 
 
+def test_what_was_told_of_the_findings_is_in_the_checkpoint(tmp_path: Path) -> None:
+    """Else a resumed fit says it again; a fit of another model says it again in any case."""
+    before, after, others = always(), always(), always(response="report")
+    before._procedure._told = " 4 images"
+    torch.save(before.state_dict(), tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
+    for callback in (after, others):
+        callback.load_state_dict({**state, "response_name": callback.state_dict()["response_name"]})
+        assert callback._procedure._told == " 4 images"
+    run([others], epochs=1)
+    assert others._procedure._told == ""
+
+
 class Turned(Pairs):
     """Images behind a transform, as torchvision's datasets hold it."""
 

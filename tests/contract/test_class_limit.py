@@ -31,7 +31,7 @@ def marked() -> Smooth:
 
 @every_default
 def test_the_class_stays_with_a_warning(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_backdoor.detection.majorities.TRIGGER", 2.0)  # dots may be one to so small a network
+    monkeypatch.setattr("lightning_backdoor.verdict.TRIGGER", 2.0)  # dots may be one to so small a network
     data, callback = marked(), default.MAKE[name]()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -103,8 +103,29 @@ def test_the_summary_names_groups_diagnoses_and_the_trigger() -> None:
 
 
 def test_a_trigger_is_not_claimed_of_a_rate_like_the_control() -> None:
-    weak = replace(EXPLAINED, findings=(replace(WRONG, control_asr=0.6),))
+    weak = replace(EXPLAINED, findings=(replace(WRONG, control_asr=0.7),))
     assert "works as a trigger" not in summarize(weak, "UltraClean", class_rows(weak), evidence()).found
+
+
+@pytest.mark.parametrize(("asr", "control", "works"), [(0.4, 0.05, True), (0.93, 0.62, True), (0.55, 0.27, False)])
+def test_the_summary_and_the_decisions_call_the_same_findings_a_trigger(
+    asr: float, control: float, works: bool
+) -> None:
+    one = replace(WRONG, estimated_asr=asr, control_asr=control)
+    judged = replace(EXPLAINED, findings=(replace(UNCLEAR, estimated_asr=0.95, control_asr=0.9), one))
+    found = summarize(judged, "UltraClean", class_rows(judged), evidence()).found
+    assert one.works_as_trigger == ("“dog” have in common works as a trigger" in found) == works
+
+
+def test_the_summary_says_how_many_images_are_approved() -> None:
+    for fine, words in ((0, ""), (1, " 1 image is approved."), (3, " 3 images are approved.")):
+        for judged in (EXPLAINED, verdict(200, 0)):
+            kept = judged.keep.nonzero().squeeze(1)[:fine]
+            approved = torch.zeros(200, dtype=torch.bool).index_fill(0, kept, True)
+            marked = replace(judged, approved=approved)
+            looked = summarize(marked, "UltraClean", class_rows(marked), evidence()).looked
+            assert looked.endswith(words)
+            assert ("approved" in looked) == (fine > 0)
 
 
 def test_found_and_not_removed_is_said() -> None:
