@@ -12,7 +12,7 @@ __all__ = ["SIDE", "closed_share", "effective_number", "near_duplicates", "thumb
 
 SIDE = 12  # of a thumbnail, in pixels: coarse enough for a shift by a pixel or two, fine enough to tell things apart
 NEAR = 0.1  # of the usual distance of two images of a label, at most
-BLOCK = 2**24  # correlations that are computed at once
+BLOCK = 2**22  # correlations that are computed at once
 PAIRS = 2000  # of a label and in all, from which the usual distance is taken
 LOOKED_UP = 1000  # members of a group whose nearest image is sought, drawn at random where there are more
 
@@ -67,6 +67,9 @@ def near_duplicates(pictures: Tensor, usual: float) -> Tensor:
     Two images are near-duplicates if their distance is a tenth of the usual one at most, or if a chain of such pairs
     leads from one to the other, as it does through the frames of a video.
 
+    Pairs are found and joined in blocks: beside the pictures 300 MB at most, however many samples there are and however
+    many of them are alike. The time grows with the square of their number.
+
     Args:
         pictures: From :func:`thumbnails`, ``(n, 144)``.
         usual: Of two images of a label, from :func:`usual_distance`.
@@ -78,19 +81,22 @@ def near_duplicates(pictures: Tensor, usual: float) -> Tensor:
     numbers = torch.arange(n, device=pictures.device)
     size = max(BLOCK // max(n, 1), 1)
     with full_precision():
-        pairs = [
-            (rows @ pictures.T >= 1 - NEAR * usual).nonzero() + torch.tensor([start, 0], device=pictures.device)
-            for start, rows in zip(range(0, n, size), torch.split(pictures, size), strict=True)
-        ]
-    one, other = torch.cat(pairs).T
-    while True:
-        smallest = numbers.scatter_reduce(0, numbers[one], numbers[other], "amin")
-        smallest = smallest[smallest]
-        if smallest.equal(numbers):
-            break
-        numbers = smallest
+        for start, rows in zip(range(0, n, size), torch.split(pictures, size), strict=True):
+            one, other = (rows @ pictures[start:].T >= 1 - NEAR * usual).nonzero().T
+            numbers = _joined(numbers, one + start, other + start)
     found: Tensor = torch.unique(numbers, return_inverse=True)[1]
     return found
+
+
+def _joined(numbers: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Numbers, long ``(n,)``, after pairs of samples have become the same: the smallest place among them."""
+    while True:
+        smallest = numbers.scatter_reduce(0, numbers[one], numbers[other], "amin")
+        smallest = smallest.scatter_reduce(0, numbers[other], numbers[one], "amin")
+        smallest = smallest[smallest]
+        if smallest.equal(numbers):
+            return numbers
+        numbers = smallest
 
 
 def closed_share(inside: Tensor, upper: Tensor, numbers: Tensor, outside: Tensor) -> float:

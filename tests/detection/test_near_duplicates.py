@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_backdoor.detection import near_duplicates as rooms
 from lightning_backdoor.detection.near_duplicates import (
     closed_share,
     effective_number,
@@ -47,6 +51,41 @@ def test_brightness_and_contrast_make_no_difference() -> None:
     images, shown = shots(20, 6)
     light = 0.5 + torch.rand(len(images), 1, 1, 1, generator=torch.Generator().manual_seed(1))
     assert numbers_of(images * light + 3 * light).equal(shown)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.size = max(self.size, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("block", [1, 700, 2000, 10**6])
+def test_blocks_of_pairs_make_no_difference_and_bound_the_memory(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains that lead from block to block, in any order, and samples that are all alike."""
+    monkeypatch.setattr(rooms, "BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    thing = torch.randint(6, (200,), generator=generator)
+    place = torch.rand(200, generator=generator) * 3  # on the arc of its thing
+    arcs = torch.linalg.qr(torch.randn(144, 12, generator=generator))[0].T.view(6, 2, 144)
+    pictures = place.cos()[:, None] * arcs[thing, 0] + place.sin()[:, None] * arcs[thing, 1]
+    found = near_duplicates(pictures, 0.5)
+    near = pictures @ pictures.T >= 1 - 0.05
+    expected = torch.arange(200)
+    for _ in range(200):
+        expected = torch.where(near, expected, 200).amin(dim=1)
+    assert found.equal(expected.unique(return_inverse=True)[1])
+    assert 6 <= len(expected.unique()) < 30
+    with Largest() as largest:
+        assert not near_duplicates(torch.ones(200, 2) / 2**0.5, 0.5).any()
+    assert largest.size <= max(2 * block, 2 * 200)
 
 
 def test_a_chain_of_small_changes_is_one_thing() -> None:
