@@ -1,9 +1,10 @@
 """``python -m benchmarks.costs``: what a defense costs where there is something to find, and where there is not.
 
-Every defense without arguments, on digits or CIFAR-10, clean and with poisons. A row has the work in epoch-equivalents
-(:mod:`benchmarks.cost`), seconds of the processor and of the clock, and what came of it: accuracy, attack success rate,
-what was removed, and after which epochs. One JSON line per finished row in ``costs.jsonl``; a run that was interrupted
-goes on with the first missing one. Rows of several commits (``--label``) stand side by side in the table.
+Every defense without arguments, on digits, traffic signs or CIFAR-10, clean and with poisons. A row has the work in
+epoch-equivalents (:mod:`benchmarks.cost`), seconds of the processor and of the clock, and what came of it: accuracy,
+attack success rate, what was removed, and after which epochs. One JSON line per finished row in ``costs.jsonl``; a run
+that was interrupted goes on with the first missing one. Rows of several commits (``--label``) stand side by side in the
+table.
 """
 
 from __future__ import annotations
@@ -24,12 +25,21 @@ from benchmarks import digits, model, rows
 from benchmarks.cost import measured
 from benchmarks.data import cifar10, per_class
 from benchmarks.explained import right, trained
+from benchmarks.finetune import FourPlaces
+from benchmarks.samples import drawn, gtsrb, packed_signs
 from benchmarks.table import percent, table
 from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback, attacks
 from lightning_backdoor.callbacks import Defense
 
 RESULTS = Path(__file__).with_name("costs.jsonl")
-RATES = {"clean": 0.0, "badnets-5%": 0.05, "badnets-1%": 0.01}
+ATTACKS: dict[str, tuple[attacks.Trigger, float]] = {
+    "clean": (attacks.BadNets(), 0.0),
+    "badnets-5%": (attacks.BadNets(), 0.05),
+    "badnets-1%": (attacks.BadNets(), 0.01),
+    "sticker-5%": (FourPlaces(), 0.05),
+    "sticker-1%": (FourPlaces(), 0.01),
+}
+"""Trigger and share of all images; of clean data the trigger is that of the tested images."""
 DEFENSES: dict[str, Callable[[], Defense]] = {
     "ultraclean": UltraCleanCallback,
     "NONE": NONECallback,
@@ -43,9 +53,10 @@ def run(
     source: str, train: TensorDataset, test: TensorDataset, attack: str, defence: str, *, epochs: int, seed: int
 ) -> rows.Row:
     """Train once, and return the row."""
-    poisoned = attacks.poison(train, attacks.BadNets(), 0, RATES[attack], seed=seed) if RATES[attack] else None
+    trigger, rate = ATTACKS[attack]
+    poisoned = attacks.poison(train, trigger, 0, rate, seed=seed) if rate else None
     callbacks: list[pl.Callback] = [] if defence == UNDEFENDED else [DEFENSES[defence]()]
-    kind = digits.Classifier if source == "digits" else model.Classifier
+    kind = model.Classifier if source == "cifar10" else digits.Classifier
     with measured("cpu", kind) as meter:
         began = time.process_time()
         network = trained(source, train if poisoned is None else poisoned, epochs, callbacks, "cpu", seed=seed)
@@ -58,7 +69,7 @@ def run(
         "defence": defence,
         "seed": seed,
         "clean_accuracy": right(network, test),
-        "asr": right(network, attacks.triggered(test, attacks.BadNets(), 0)),
+        "asr": right(network, attacks.triggered(test, trigger, 0)),
         "poisons": 0 if poisoned is None else int(poisoned.poisoned.sum()),
         "cpu_seconds": round(spent, 1),
         **meter.row(len(train), 0),
@@ -102,13 +113,20 @@ def _outcome(row: rows.Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of cifar10_<split>.npz")
-    parser.add_argument("--source", choices=("digits", "cifar10"), default="digits")
-    parser.add_argument("--images", type=int, default=10_000, help="of CIFAR-10")
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="folder of cifar10_<split>.npz and gtsrb.npz"
+    )
+    parser.add_argument("--source", choices=("digits", "gtsrb", "cifar10"), default="digits")
+    parser.add_argument("--images", type=int, default=10_000, help="of CIFAR-10, or about so many of GTSRB")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", default="now", help="told beside the rows, such as `before` and `after`")
-    parser.add_argument("--only", nargs="*", default=list(RATES), help="names of attacks")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=["clean", "badnets-5%", "badnets-1%"],
+        help="attacks: " + ", ".join(ATTACKS).replace("%", "%%"),
+    )
     parser.add_argument("--defences", nargs="*", default=[UNDEFENDED, "ultraclean"], help=f"or {', '.join(DEFENSES)}")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=1)
@@ -122,13 +140,23 @@ def main() -> None:
     print(costs_table(rows.read(options.out)))
 
 
+def data_of(options: argparse.Namespace) -> tuple[TensorDataset, TensorDataset]:
+    """Clean images to train on and to test on; of traffic signs 2,000 of tracks that none is trained on."""
+    if options.source == "digits":
+        return digits.digits()
+    if options.source == "cifar10":
+        return per_class(cifar10(options.data, "train"), options.images // 10), cifar10(options.data, "test")
+    found, packed = gtsrb(options.data, options.images, options.seed), packed_signs(options.data)
+    labels, track = torch.from_numpy(packed["y"]).long(), torch.from_numpy(packed["track"]).long()
+    others = (~torch.isin(labels * (1 + int(track.max())) + track, found.group)).nonzero().flatten()
+    rows_of = others[drawn(len(others), 0)[:2000]]
+    images = torch.from_numpy(packed["x"][rows_of.numpy()]).permute(0, 3, 1, 2).contiguous()
+    return TensorDataset(found.images, found.labels), TensorDataset(images, labels[rows_of])
+
+
 def fill(options: argparse.Namespace) -> None:
     """Make the rows that are missing."""
-    if options.source == "digits":
-        train, test = digits.digits()
-    else:
-        train = per_class(cifar10(options.data, "train"), options.images // 10)
-        test = cifar10(options.data, "test")
+    train, test = data_of(options)
     done = {(*(row[name] for name in IDENTITY), row["label"]) for row in rows.read(options.out)}
     for attack in options.only:
         for defence in options.defences:

@@ -13,15 +13,15 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 class Classifier(pl.LightningModule):
     """Three convolutions with batch norms on uint8 images; Adam."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 10) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for before, after in ((3, 16), (16, 32), (32, 64)):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 10)."""
+        """Logits (B, classes)."""
         return self.layers(images.float() / 255)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

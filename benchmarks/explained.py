@@ -153,9 +153,11 @@ def trained(
 ) -> pl.LightningModule:
     """The small network of a source after a training with callbacks."""
     pl.seed_everything(seed, verbose=False)
-    batch = 64 if source == "digits" else 128
+    batch = 128 if source == "cifar10" else 64
     loader = DataLoader(dataset, batch, shuffle=True, drop_last=True)
-    network = digits.Classifier() if source == "digits" else model.Classifier(epochs * len(loader))
+    network: pl.LightningModule = model.Classifier(epochs * len(loader))
+    if source != "cifar10":
+        network = digits.Classifier(classes=43 if source == "gtsrb" else 10)
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator=device, callbacks=callbacks, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
