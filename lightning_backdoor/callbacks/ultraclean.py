@@ -240,6 +240,7 @@ class UltraCleanCallback(Defense):
     is a last scan at the end, which may rewind as well, twice at most. If nothing stands out, nothing changes.
     Half-way through a warm-up of two epochs or more it notes how many of an image's neighbours have its label. Images
     that lay among other classes then, and are a population of their class later, need not stand out as far as others.
+    Where the features show a learned population beyond doubt by then, training starts anew at once, without that scan.
 
     Assumes no clean data, no poison rate and no target class, but that an image without augmentation is the same at
     every scan: 64 are read again at each. Costs the epochs before a rewind once more; one forward pass, and three per
