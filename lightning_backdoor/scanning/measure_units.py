@@ -31,6 +31,7 @@ __all__ = ["Measured", "UnitScan", "find_layers"]
 STRONG, WEAK = 0.9, 0.1  # probabilities above and below which a sample is confidently of a class, or not (NONE)
 
 MAX_CANDIDATES = 512  # units whose responses are held for every sample, two bytes each
+KEPT_BYTES = 2**28  # of the responses of all units to all samples, at most, that the first pass keeps for that
 _HALF = torch.finfo(torch.half).max
 
 
@@ -79,8 +80,10 @@ class UnitScan:
         self.strong, self.weak = strong, weak
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> Measured:
-        """Measure units and samples: two passes, three if some class has no confident sample."""
-        statistics, found = self.statistics(trainer, pl_module, self.strong)
+        """Measure units and samples: one pass if all units can be kept, else two; another for unconfident classes."""
+        keeps = 2 * len(self.data) * sum(self.sizes) <= KEPT_BYTES
+        statistics, found = self.statistics(trainer, pl_module, self.strong, keeps=keeps)
+        kept = found.pop("responses", None)
         thresholds, replaced = strong_thresholds(
             found["confidence"], found["predicted"], self.data.num_classes, self.strong
         )
@@ -93,7 +96,7 @@ class UnitScan:
             [start + int(part.argmax()) for start, part in zip(starts, torch.split(strongest, self.sizes), strict=True)]
         )
         units = torch.cat([candidate_units(statistics, MAX_CANDIDATES), tops]).unique()  # type: ignore[no-untyped-call]
-        activations = self._activations(trainer, pl_module, units)
+        activations = self._activations(trainer, pl_module, units) if kept is None else kept[:, units.to(kept.device)]
         of_tops = activations[:, torch.searchsorted(units, tops)].float().cpu()
         mean, std = (part[of_class[tops], tops] for part in statistics.usual())
         return Measured(
@@ -108,9 +111,12 @@ class UnitScan:
         )
 
     def statistics(
-        self, trainer: Trainer, pl_module: LightningModule, strong: float | Tensor
+        self, trainer: Trainer, pl_module: LightningModule, strong: float | Tensor, *, keeps: bool = False
     ) -> tuple[HyperplaneStatistics, dict[str, Tensor]]:
-        """One pass: statistics of all units; ``labels``, ``predicted``, ``confidence`` and ``pictures`` of samples."""
+        """One pass: statistics of all units; ``labels``, ``predicted``, ``confidence`` and ``pictures`` of samples.
+
+        With ``keeps``, ``responses`` half ``(N, U)`` of all units, too; on a GPU if they fit there.
+        """
         statistics = HyperplaneStatistics(sum(self.sizes), self.data.num_classes, strong=strong, weak=self.weak)
 
         def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
@@ -120,9 +126,15 @@ class UnitScan:
             probabilities = logits.softmax(dim=1)
             statistics.update(activations, probabilities)
             confidence, predicted = probabilities.max(dim=1)
-            return {"labels": labels, "confidence": confidence, "predicted": predicted, "pictures": pictures}
+            return {
+                "labels": labels,
+                "confidence": confidence,
+                "predicted": predicted,
+                "pictures": pictures,
+                **({"responses": activations.clamp(-_HALF, _HALF).half()} if keeps else {}),
+            }
 
-        found = self.data.scan(trainer, pl_module, step, description="NONE statistics")
+        found = self.data.scan(trainer, pl_module, step, description="NONE statistics", stay=keeps)
         self._merge(trainer, statistics)
         return statistics, found
 
