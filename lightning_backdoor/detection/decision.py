@@ -343,13 +343,15 @@ def _rule_of(found: list[Subpopulation]) -> str:
 
 SURE_GAP = 3.5  # standardized: of two normal groups, one sample in 4,000 lies on the wrong side of the threshold
 SURE_LEARNED = 0.9  # of the members get their label, at least: what they have in common is learned
+SURE_REST = 0.5  # of the rest of the label, too: before poisons are learned, it is the class that is learned and apart
+SURE_MEMBERS = 0.5  # of the label, less than that: there is no question which of both groups is the class
 
 
 def is_sure(decision: Decision, labels: Tensor, correct: Tensor) -> bool:
     """Whether a decision early in training is beyond doubt, so that a later one would remove the same samples.
 
     Something is found, and all that is found passed the strict gate with a gap that leaves no member on the other side,
-    is learned, and is removed as a whole.
+    is the smaller part of its label, is learned, as the rest of the label is, and is removed as a whole.
 
     Args:
         decision: From :func:`decide`, by subpopulations.
@@ -360,8 +362,11 @@ def is_sure(decision: Decision, labels: Tensor, correct: Tensor) -> bool:
     if not decision.subpopulations or int(removed.sum()) < decision.num_flagged_before_cap:
         return False
     for found in decision.subpopulations:
-        learned = float(correct[removed & (labels == found.label)].float().mean())
-        if found.gate != "strict" or found.standardized_gap < SURE_GAP or learned < SURE_LEARNED:
+        own = labels == found.label
+        members, rest = own & removed, own & ~removed
+        if found.gate != "strict" or found.standardized_gap < SURE_GAP or members.sum() >= SURE_MEMBERS * own.sum():
+            return False
+        if correct[members].float().mean() < SURE_LEARNED or correct[rest].float().mean() < SURE_REST:
             return False
     return True
 

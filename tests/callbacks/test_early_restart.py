@@ -70,6 +70,13 @@ def test_what_is_not_beyond_doubt_waits_for_the_scan(monkeypatch: pytest.MonkeyP
     assert begun(run) == [*range(WARMUP), *range(EPOCHS)]
 
 
+def test_a_class_that_is_learned_before_the_poisons_with_its_label_is_not_taken_for_them() -> None:
+    """After two epochs it is the class that gets its label and lies far apart; the poisons are the rest."""
+    callback = defense(warmup_epochs=3)
+    train([callback])
+    assert torch.equal(~callback.verdict.keep, planted().poisoned)
+
+
 @pytest.mark.parametrize("response", ["report", "continue"])
 def test_only_a_restart_comes_early(response: Any) -> None:
     callback = defense(response=response)

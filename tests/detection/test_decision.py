@@ -151,6 +151,11 @@ def test_a_far_group_that_is_learned_is_beyond_doubt() -> None:
     other = (replace(one, gate="overlap") for one in decision.subpopulations)
     assert not is_sure(replace(decision, subpopulations=tuple(other)), labels, everything)
     assert not is_sure(decide(values, ranking, labels, max_removed=0.05), labels, everything), "some are left"
+    assert not is_sure(decision, labels, poisoned | (labels != 1)), (
+        "the rest is not learned: the group may be the class"
+    )
+    values, ranking, labels, poisoned = data(poisons=120)
+    assert not is_sure(decide(values, ranking, labels), labels, everything), "the group may be the class"
     assert not is_sure(decide(values[:, 2:], ranking, labels), labels, everything), "nothing is found"
 
 
