@@ -39,7 +39,7 @@ DIGITS = "digits"
 CASES = [
     (Setting(PRETRAINED, 1_500, 5, "adamw"), finetune.STICKER),
     (Setting(NAME, 1_400, 10, "adamw-signs", DIGITS), finetune.STICKER),
-    (Setting("vit", 2_000, 8, "adamw"), "blended-5%"),
+    (Setting("vit", 1_400, 12, "adamw-signs", DIGITS), finetune.STICKER),
     (Setting(NAME, 2_000, 8), finetune.STICKER),
     (Setting(NAME, 2_000, 8, "adamw-signs", SIGNS), finetune.STICKER),
 ]
@@ -63,18 +63,34 @@ class TurnedDown(ResetUnits):
                 parameter.lerp_(old, FAINT)
 
 
+def project(session: Session, removed: Tensor) -> None:
+    """Take the direction in which removed images differ from the others out of the weights of the head."""
+    head = session.scanner.head.module
+    features = session.scanner.features(session.trainer, session.module, description="direction").cpu()
+    direction = features[removed].mean(dim=0) - features[~removed].mean(dim=0)
+    with torch.no_grad():
+        head.weight -= torch.outer(head.weight @ direction, direction) / direction.square().sum()
+
+
 class Projected(Continue):
-    """Training goes on after the head has lost the direction in which removed images differ from the others."""
+    """Training goes on after the head has lost the direction of the removed images."""
 
     features = True
 
     def respond(self, session: Session, detection: Detection, event: Event) -> Event:
-        removed, head = ~detection.verdict.keep, session.scanner.head.module
-        features = session.scanner.features(session.trainer, session.module, description="direction").cpu()
-        direction = features[removed].mean(dim=0) - features[~removed].mean(dim=0)
-        with torch.no_grad():
-            head.weight -= torch.outer(head.weight @ direction, direction) / direction.square().sum()
+        project(session, ~detection.verdict.keep)
         return super().respond(session, detection, event)
+
+
+class RedrawnAndProjected(ResetUnits):
+    """The same, and units are drawn anew."""
+
+    features = True
+
+    def respond(self, session: Session, detection: Detection, event: Event) -> Event:
+        planned = super().respond(session, detection, event)
+        project(session, ~detection.verdict.keep)
+        return planned
 
 
 class Relabeled(Continue):
@@ -126,6 +142,8 @@ TREATMENTS: dict[str, Callable[[Tensor, Tensor], Response]] = {
     "second guess": lambda labels, true: Relabeled(labels, None),
     "continue": lambda labels, true: Continue(),
     "project": lambda labels, true: Projected(),
+    "redraw and project": lambda labels, true: RedrawnAndProjected(),
+    "redraw 15 %": lambda labels, true: ResetUnits(reset_fraction=0.15),
     "start": lambda labels, true: ResetUnits(reset="start"),
     "true labels": Relabeled,
     "turn down": lambda labels, true: TurnedDown(),
