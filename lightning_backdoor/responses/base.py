@@ -222,6 +222,7 @@ class Response:
         repeats: Whether it may be due again when training is about to end, after a detection that led to nothing.
         rereads: Whether :meth:`respond` reads the training images, which are kept in memory by then.
         early: Whether a detection that is beyond doubt may come before the first one is due, since it saves epochs.
+        replaceable: Whether training anew takes the place of a treatment that costs accuracy.
         busy: Whether a treatment is going on or about to begin.
     """
 
@@ -235,6 +236,7 @@ class Response:
     repeats: bool = False
     rereads: bool = False
     early: bool = False
+    replaceable: bool = False
     busy: bool = False
 
     def __repr__(self) -> str:

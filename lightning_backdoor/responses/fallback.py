@@ -29,6 +29,8 @@ class WithFallback(Response):
     weights at the start of the fit; no detection follows. Costs one copy of the model and of its optimizer state on the
     CPU and in checkpoints.
 
+    A repair that a restart can follow has to leave accuracy as it was, within a point: training anew does.
+
     Where a restart is ruled out (``max_time``, a callback that changes parameter groups, weights that are treated as
     they are before the first epoch), the repair has the last word, and the reason is in a warning.
 
@@ -82,6 +84,7 @@ class WithFallback(Response):
         self.repair.on_train_start(session)
         if not self._ruled_out:
             self._restart.on_train_start(session)
+        self.repair.replaceable = not self._ruled_out and self._restart.can_return
 
     def after_first_detection(self, session: Session) -> None:
         """Let the repair begin."""

@@ -15,7 +15,7 @@ from lightning_backdoor.callbacks import Defense, Detector
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.events import Event, repaired
 from lightning_backdoor.responses import Detection, ResetUnits, Response, Session, Unlearn, WithFallback
-from tests.callbacks.helpers import same_state, state_of
+from tests.callbacks.helpers import poisoned_digits, same_state, state_of, train_digits
 from tests.callbacks.test_ultraclean_resume import SaveAll
 from tests.contract.problem import EPOCHS, WARNS, Run, assert_settled, fit, net_of, seed_everything
 
@@ -71,10 +71,9 @@ class Scripts(Defense):
 
     method = title = "Scripts"
 
-    def __init__(self, repair: Response, warmup_epochs: int = 1) -> None:
-        super().__init__(
-            detector=Scripted(), response=WithFallback(repair), warmup_epochs=warmup_epochs, max_removed=0.5
-        )
+    def __init__(self, repair: Response, warmup_epochs: int = 1, *, fallback: bool = True) -> None:
+        response = WithFallback(repair) if fallback else repair
+        super().__init__(detector=Scripted(), response=response, warmup_epochs=warmup_epochs, max_removed=0.5)
 
 
 def begun(run: Run) -> list[int]:
@@ -101,6 +100,22 @@ def test_a_repair_that_works_is_all() -> None:
     assert begun(fit([callback])) == [*range(EPOCHS)]
     assert "fallback" not in {event.response for event in callback.history}
     assert callback.repaired is True
+
+
+@pytest.mark.filterwarnings("ignore:Scripts after fine-tuning.* cost too much accuracy")
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_repair_may_cost_less_accuracy_where_a_restart_can_follow(
+    fallback: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_backdoor.responses.reset_units.harmed_class", lambda *_: None)
+    monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", 1.0)
+    repair = ResetUnits(rounds=1, finetune_epochs=1, extra_epochs=1, lr=1e-9, reset_fraction=0.9)
+    callback = Scripts(repair, warmup_epochs=4, fallback=fallback)
+    train_digits(poisoned_digits(), [callback], epochs=4)
+    first, *others = callback.history
+    assert 0.2 < first.accuracies[0] - first.accuracies[1] < 1
+    assert first.undone is fallback
+    assert [event.response for event in others] == (["fallback"] * 2 if fallback else [])
 
 
 def test_the_restart_begins_with_the_weights_at_the_start_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
