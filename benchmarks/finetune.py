@@ -45,13 +45,12 @@ DEFENCES: dict[str, Callable[[], Defense]] = {
     "D-BR": DBRCallback,
     "D-ST": DSTCallback,
     "NONE, redraw": partial(NONECallback, reset="reinit", fallback=None),
-    "NONE, start": partial(NONECallback, reset="start", fallback=None),
     "NONE, unlearn": partial(NONECallback, response="unlearn", fallback=None),
     "D-BR, no restart": partial(DBRCallback, fallback=None),
 }
 """Each without arguments, and what repairs do by themselves."""
 
-REPAIRS = ("NONE, redraw", "NONE, start", "NONE, unlearn", "D-BR, no restart")
+REPAIRS = ("NONE, redraw", "NONE, unlearn", "D-BR, no restart")
 IMAGES = 4_000
 PHOTOGRAPHS = Setting(PRETRAINED, IMAGES, 5, "adamw")
 TRAFFIC = Setting(PRETRAINED, IMAGES, 5, "adamw-signs", SIGNS)

@@ -49,18 +49,41 @@ BATCH, TEST_IMAGES = 64, 800
 FAINT = 0.1  # of a unit's weights, where it is turned down
 
 
-class TurnedDown(ResetUnits):
-    """Units keep a tenth of their weights, and of those that read them."""
+class Zeroed(ResetUnits):
+    """Units are zeroed, and :meth:`instead` says what their weights, and those that read them, become."""
 
     def __init__(self) -> None:
         super().__init__(reset="prune")
+        self.start: list[Tensor] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, title: str) -> None:
+        super().setup(trainer, pl_module, title)
+        self.start = [parameter.detach().clone() for parameter in pl_module.parameters()]
 
     def on_train_epoch_start(self, session: Session) -> None:
         before = [parameter.detach().clone() for parameter in session.module.parameters()]
         super().on_train_epoch_start(session)
         with torch.no_grad():
-            for parameter, old in zip(session.module.parameters(), before, strict=True):
-                parameter.lerp_(old, FAINT)
+            for parameter, old, start in zip(session.module.parameters(), before, self.start, strict=True):
+                parameter.copy_(torch.where(parameter == old, old, self.instead(old, start)))
+
+    def instead(self, old: Tensor, start: Tensor) -> Tensor:
+        """New values for a parameter, by those before the reset and those at the start of the fit."""
+        return torch.zeros_like(old)
+
+
+class TurnedDown(Zeroed):
+    """A tenth of what they were."""
+
+    def instead(self, old: Tensor, start: Tensor) -> Tensor:
+        return FAINT * old
+
+
+class BackToTheStart(Zeroed):
+    """What they were at the start of the fit."""
+
+    def instead(self, old: Tensor, start: Tensor) -> Tensor:
+        return start
 
 
 def project(session: Session, removed: Tensor) -> None:
@@ -144,10 +167,10 @@ TREATMENTS: dict[str, Callable[[Tensor, Tensor], Response]] = {
     "project": lambda labels, true: Projected(),
     "redraw and project": lambda labels, true: RedrawnAndProjected(),
     "redraw 15 %": lambda labels, true: ResetUnits(reset_fraction=0.15),
-    "start": lambda labels, true: ResetUnits(reset="start"),
+    "start": lambda labels, true: BackToTheStart(),
     "true labels": Relabeled,
     "turn down": lambda labels, true: TurnedDown(),
-    "zero": lambda labels, true: ResetUnits(reset="prune"),
+    "zero": lambda labels, true: Zeroed(),
     "unlearn once": lambda labels, true: Unlearn(epochs=1),
 }
 """By name; made from the labels of the training set, and the true ones."""

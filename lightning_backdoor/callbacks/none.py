@@ -138,8 +138,7 @@ class NONECallback(Defense):
             ``None``: within the plan that of the user's schedule, and ordinary training; beyond it 5 % of the largest
             so far.
         reset_fraction: Largest share of the units of a layer that one round resets, in ``(0, 1)``.
-        reset: ``"reinit"`` draws units anew and lets them learn; ``"start"`` gives them the weights of the start of the
-            fit, which for a pretrained network are the pretrained ones; ``"prune"`` zeroes them.
+        reset: ``"reinit"`` draws units anew and lets them learn; ``"prune"`` zeroes them.
         rule: ``"auto"`` acts on second populations that pass the no-poison gate; ``"paper"`` always resets
             ``reset_fraction`` of the units of each layer, and drops the samples above the natural break.
         samples: ``"drop"`` takes the samples out, ``"keep"`` leaves the data as they are and always resets the most
@@ -186,7 +185,7 @@ class NONECallback(Defense):
         finetune_epochs: int | None = None,
         lr: float | None = None,
         reset_fraction: float = 0.05,
-        reset: Literal["reinit", "start", "prune"] = "reinit",
+        reset: Literal["reinit", "prune"] = "reinit",
         rule: Literal["auto", "paper"] = "auto",
         samples: Literal["auto", "drop", "keep"] = "auto",
         residual_mode: Literal["branch_only", "reference", "full_group"] = "branch_only",
@@ -201,7 +200,7 @@ class NONECallback(Defense):
         self.finetune_epochs = require_positive("finetune_epochs", finetune_epochs)
         self.lr = require_rate("lr", lr)
         self.reset_fraction = require_fraction("reset_fraction", reset_fraction)
-        self.reset = require_one_of("reset", reset, ("reinit", "start", "prune"))
+        self.reset = require_one_of("reset", reset, ("reinit", "prune"))
         self.rule = require_one_of("rule", rule, ("auto", "paper"))
         self.samples = require_one_of("samples", samples, ("auto", "drop", "keep"))
         self.residual_mode = require_one_of("residual_mode", residual_mode, ("branch_only", "reference", "full_group"))

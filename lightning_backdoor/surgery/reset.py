@@ -20,14 +20,11 @@ def reset_units(
     layer: UnitLayer,
     units: Tensor,
     *,
-    mode: Literal["reinit", "prune", "start"] = "reinit",
+    mode: Literal["reinit", "prune"] = "reinit",
     optimizers: Iterable[torch.optim.Optimizer] = (),
     seed: int | None = None,
-    start: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Take what some units compute out of the network, in place.
-
-    The logits are then those without these units, but with ``mode="start"``.
+    """Take what some units compute out of the network, in place; the logits are then those without these units.
 
     Entries are overwritten, tensors stay the same objects, so compiled models, data-parallel wrappers and optimizers
     go on. The global random streams stay as they are.
@@ -41,19 +38,17 @@ def reset_units(
             (``reset_parameters``, else normal with the weight's own deviation), resets its norms (scale 1, shift 0,
             statistics 0 and 1) and zeroes the columns that read it, so that it starts silent and learns again. On its
             way into a sum it is turned down to the square of the machine epsilon, since a ReLU has no slope at zero.
-            ``"start"`` gives all entries the values of ``start``, such as those before a fine-tuning.
         optimizers: Their state (momentum, second moments) of the touched entries is set to zero.
         seed: For the draw; None continues from the state of the global stream. Processes must share it.
-        start: For ``mode="start"``: of a parameter or buffer, the value that it goes back to.
 
     Raises:
-        ArgumentError: ``units`` are not whole numbers in range, or ``start`` is missing.
+        ArgumentError: ``units`` are not whole numbers in range.
         ModelError: The mode is not ``"prune"`` and the layer is frozen (``layer.trainable`` is False).
     """
-    _check(layer, units, mode, start)
+    _check(layer, units, mode)
     if len(units) == 0:
         return
-    value = _zero if mode == "prune" else _fresh(seed) if start is None else _at(start)
+    value = _zero if mode == "prune" else _fresh(seed)
     optimizers = list(optimizers)
     with torch.no_grad():
         for piece in layer.slices:
@@ -75,10 +70,6 @@ def _write(piece: Slice, units: Tensor, value: Tensor, optimizers: Iterable[torc
 
 def _zero(piece: Slice) -> Tensor | None:
     return None if piece.role in ("mean", "variance") else torch.zeros(())
-
-
-def _at(start: Callable[[Tensor], Tensor]) -> Callable[[Slice], Tensor | None]:
-    return lambda piece: start(piece.tensor)
 
 
 def _fresh(seed: int | None) -> Callable[[Slice], Tensor | None]:
@@ -113,13 +104,9 @@ def _redrawn(layer: nn.Module, seed: int | None) -> nn.Module:
     return twin
 
 
-def _check(layer: UnitLayer, units: Tensor, mode: str, start: Callable[[Tensor], Tensor] | None) -> None:
-    if mode not in ("reinit", "prune", "start"):
-        raise ArgumentError(f'`mode` must be "reinit", "prune" or "start", got {mode!r}.')
-    if (mode == "start") is (start is None):
-        raise ArgumentError(
-            f'`start` belongs to mode="start", got mode={mode!r} and start={start!r}. Pass both or none.'
-        )
+def _check(layer: UnitLayer, units: Tensor, mode: str) -> None:
+    if mode not in ("reinit", "prune"):
+        raise ArgumentError(f'`mode` must be "reinit" or "prune", got {mode!r}.')
     whole = units.dtype in (torch.int64, torch.int32) and units.ndim == 1
     if not whole or bool(((units < 0) | (units >= layer.size)).any()):
         raise ArgumentError(

@@ -189,25 +189,6 @@ def test_a_round_that_costs_accuracy_goes_on_in_the_place_of_those_after_it(monk
     assert same_state(undefended, module)
 
 
-def test_units_go_back_to_the_start_of_the_fit_and_learn_again(tmp_path: Path) -> None:
-    callback, moments = acting(reset="start", finetune_epochs=1, reset_fraction=0.3), Moments()
-    saver = SaveAll(tmp_path)
-    _, module = fit([callback, moments, saver])
-    start, before, after = moments.weights[0], moments.weights[3], moments.weights[4]
-    units = [unit for name, unit, *_ in callback.history[0].units if name == "body.0"]
-    assert units
-    for name in ("body.0.weight", "body.0.bias", "body.1.weight", "body.1.running_mean"):
-        assert torch.equal(after[name][units], start[name][units])
-        assert not torch.equal(before[name][units], start[name][units])
-    columns = [4 * unit + place for unit in units for place in range(4)]
-    assert torch.equal(after["head.weight"][:, columns], start["head.weight"][:, columns])
-    assert not torch.equal(state_of(module)["body.0.weight"][units], start["body.0.weight"][units])
-    saved = torch.load(saver.paths[0], weights_only=True)["callbacks"]["lightning_backdoor.NONE"]
-    again = NONECallback(reset="start", rule="paper")
-    again.load_state_dict(saved)
-    assert torch.equal(again._procedure.response._start["head.weight"], start["head.weight"])
-
-
 def test_rounds_follow_each_other() -> None:
     callback = acting(rounds=2, finetune_epochs=1)
     trainer, _ = fit([callback], epochs=2)
