@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         default=MAX_REMOVED_OF_CLASS,
         help="largest share of a class that is flagged without further evidence (%(default)s)",
     )
+    add("--no-diagnosis", action="store_true", help="train no copy without what is found, to tell if labels are right")
     add("--approved", metavar="FILE", help="reviewed table (.csv) or verdict (.pt): these images are fine")
     add("--report-dir", metavar="DIR", type=Path, help="folder for the report and the verdict")
     add(
@@ -186,6 +187,7 @@ def _audit(options: argparse.Namespace, warned: list[str]) -> tuple[dict[str, An
         false_alarm_rate=options.false_alarm_rate,
         max_removed=options.max_removed,
         max_removed_of_class=options.max_removed_of_class,
+        diagnose=not options.no_diagnosis,
         approved=options.approved,
         report_dir=options.report_dir,
         feature_layer=options.feature_layer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -25,12 +26,13 @@ from lightning_backdoor.data.views import unwrapped
 from lightning_backdoor.detection.joining import join_verdicts
 from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS, MOST_OF_LABEL, without_majorities
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
-from lightning_backdoor.errors import ArgumentError, ModelError
+from lightning_backdoor.errors import ArgumentError, BackdoorDefenseError, ModelError
 from lightning_backdoor.events import Event
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.report.of_events import LITTLE, evidence, kept_majority
+from lightning_backdoor.report.of_events import LITTLE, evidence, kept_majority, majorities
 from lightning_backdoor.report.of_whole_classes import whole_classes_told
 from lightning_backdoor.report.writer import write_report
+from lightning_backdoor.responses.explaining import diagnosed_by_copy, not_diagnosed
 from lightning_backdoor.scanning.idle import CHILD, with_idle_trainer
 from lightning_backdoor.scanning.measure_denoised import DENOISERS
 from lightning_backdoor.scanning.scanner import DatasetScanner, open_scanner
@@ -38,6 +40,8 @@ from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["DETECTORS", "DetectorName", "audit"]
 
@@ -49,6 +53,7 @@ DETECTORS: dict[str, Callable[..., Defense]] = {
 }
 """The defenses whose detectors look, by the names that users pass."""
 
+EPOCHS_OF_COPY = 20  # of training, from new weights
 BATCH = 128  # images, where a dataset comes without a loader
 VERDICT = "verdict.pt"
 MEANING = (
@@ -65,6 +70,7 @@ def audit(
     false_alarm_rate: float = FALSE_ALARM_RATE,
     max_removed: float = 0.3,
     max_removed_of_class: float = MAX_REMOVED_OF_CLASS,
+    diagnose: bool = True,
     approved: Approved | None = None,
     report_dir: str | Path | None = None,
     forward_fn: Callable[[Any, Any], Any] | None = None,
@@ -87,10 +93,15 @@ def audit(
     training UltraClean also compares with the neighbors that images had in its first half. An audit has the last
     weights alone, so that attacks which stand out early alone may be missed.
 
+    Of what is found, a copy of the model that is trained without it, from new weights, says whether its labels are
+    right. Where the copy learns too little from that, as a pretrained backbone does on a few thousand images, the
+    diagnosis is ``"unclear"``.
+
     Weights, buffers, modes, hooks, random streams and the dataset stay as they are; a datamodule that has no data yet
     is set up. The time is that of about five passes over the images without gradients (``"features"`` three,
-    ``"units"`` two) and of the denoising, and of a few thousand images more where something is found;
-    ``"consistency"`` adds 400 steps of training, of a copy of the model, and three passes.
+    ``"units"`` two) and of the denoising. Where something is found, the copy adds the training of twenty epochs, of
+    200 steps at least and 1,000 at most, and further passes take a few thousand images. ``"consistency"`` adds 400
+    steps of training, of a copy of the model, and three passes.
 
     Args:
         model: A classifier that is trained: a LightningModule, or any other module that takes images and returns
@@ -105,6 +116,7 @@ def audit(
         max_removed: Largest share of the images that the verdict may flag, in ``(0, 1)``.
         max_removed_of_class: Largest share of a label, in ``(0, 1]``, flagged for standing out. A group by which
             more would be gone may be the class itself: it is a finding, but kept, unless more speaks against it.
+        diagnose: Whether a copy is trained without what is found, for its diagnosis.
         approved: Images that you have looked at and found to be fine: they are in no finding, and no finding rests on
             them. Dataset positions, a verdict or a saved one (``.pt``), or a reviewed table (``.csv``); see
             :class:`~lightning_backdoor.callbacks.options.ScanArguments`.
@@ -187,12 +199,15 @@ def audit(
             for name, defense in defenses.items():
                 verdicts[name], event = examine(defense, trainer, module, scanner)
                 events.append(event)
-        verdict = join_verdicts(verdicts, max_removed=max_removed)
+            verdict = join_verdicts(verdicts, max_removed=max_removed)
+            if diagnose:
+                verdict = _diagnosed(trainer, module, scanner, verdict, seed)
         verdict, _ = without_majorities(verdict, torch.ones_like(verdict.keep), max_removed_of_class)
         _warn_of_little(events)
         if signals := whole_classes_told(events, getattr(scanner.loader.dataset, "classes", None)):
             rank_zero_warn(f"The audit warns: {signals}")
         _warn_of_kept(verdict, max_removed_of_class)
+        _warn_of_removed(verdict)
         if report_dir is not None:
             seconds = time.monotonic() - began
             shown = _shown(verdict, scanner, events, seconds=seconds, max_removed=max_removed)
@@ -206,6 +221,18 @@ def _defenses(detectors: Sequence[str], **arguments: Any) -> dict[str, Defense]:
     if not names or set(names) - DETECTORS.keys():
         raise ArgumentError(f"`detectors` must name some of {', '.join(map(repr, DETECTORS))}, got {detectors!r}.")
     return {name: DETECTORS[name](response="report", **arguments) for name in names}
+
+
+def _diagnosed(
+    trainer: Trainer, module: LightningModule, scanner: DatasetScanner, verdict: Verdict, seed: int
+) -> Verdict:
+    """The verdict with the diagnosis of its findings, by a copy that is trained from new weights without them."""
+    steps = EPOCHS_OF_COPY * math.ceil(len(verdict) / (scanner.loader.batch_size or 1))
+    try:
+        return diagnosed_by_copy(trainer, module, scanner, verdict, initial=None, steps=steps, seed=seed)
+    except BackdoorDefenseError as error:
+        rank_zero_warn(f"The audit {not_diagnosed(verdict, error)}")
+        return verdict
 
 
 def _of_child(forward_fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -281,6 +308,12 @@ def _warn_of_kept(verdict: Verdict, share: float) -> None:
         size = int((verdict.labels == finding.label).sum())
         if len(finding) > share * size and bool(verdict.keep[finding.positions].all()):
             rank_zero_warn(f"The audit {kept_majority(finding, place, verdict, name='verdict')}")
+
+
+def _warn_of_removed(verdict: Verdict) -> None:
+    """Warn of labels most images of which are flagged."""
+    if told := majorities(verdict, None, name="verdict", callback=None):
+        rank_zero_warn(f"The audit {told}")
 
 
 def _shown(

@@ -312,6 +312,15 @@ def test_findings_that_stay_are_told_by_their_index_in_the_joined_verdict() -> N
         _warn_of_kept(replace(verdict, rule="features: strict"), 0.5)
 
 
+def test_labels_that_are_mostly_flagged_are_told_of_the_joined_verdict() -> None:
+    labels = torch.arange(60) % 2
+    verdict = Verdict(torch.zeros(60), (labels == 0) | (torch.arange(60) < 20), 0.5, "features: strict", labels)
+    with pytest.warns(UserWarning, match=r"The audit takes most images .* 20 of the 30 with label 1") as told:
+        _warn_of_removed(verdict)
+    assert "(verdict.keep | (verdict.labels == k))" in str(told[0].message)
+    assert "callback" not in str(told[0].message)
+
+
 def test_an_examination_leaves_it_to_its_caller_to_say_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[bool] = []
     unit = DETECTORS["features"](response="report")

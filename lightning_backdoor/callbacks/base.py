@@ -33,7 +33,7 @@ from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import unwrapped
 from lightning_backdoor.detection.diagnosis import MIN_SAMPLES
 from lightning_backdoor.detection.majorities import without_majorities
-from lightning_backdoor.errors import ArgumentError, TrainerError
+from lightning_backdoor.errors import ArgumentError, BackdoorDefenseError, TrainerError
 from lightning_backdoor.events import Event, repaired
 from lightning_backdoor.loading.loader_filter import LoaderFilter, loader_filter_of
 from lightning_backdoor.report.of_events import (
@@ -47,9 +47,15 @@ from lightning_backdoor.report.of_events import (
 from lightning_backdoor.report.of_whole_classes import whole_classes_told
 from lightning_backdoor.responses.base import Detection, Report, Response, Session, representation
 from lightning_backdoor.responses.checkpointing import save_training
-from lightning_backdoor.responses.explaining import diagnosed, with_estimated_asr
+from lightning_backdoor.responses.explaining import (
+    LARGEST_PROBE,
+    diagnosed,
+    diagnosed_by_copy,
+    not_diagnosed,
+    with_estimated_asr,
+)
 from lightning_backdoor.responses.limits import about_to_end
-from lightning_backdoor.responses.weight_copies import unwatch_averages, watch_averages
+from lightning_backdoor.responses.weight_copies import on_cpu, start_of_fit, unwatch_averages, watch_averages
 from lightning_backdoor.scanning.isolation import require_unsharded, warn_of_evaluation_mode
 from lightning_backdoor.scanning.scan import raise_on_all_ranks
 from lightning_backdoor.scanning.scanner import DatasetScanner, open_scanner
@@ -63,7 +69,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Defense", "Procedure", "examine", "is_due", "require_examinable", "validation_dataset"]
 
-SCHEMA = 4  # of what checkpoints hold of any defense: a release that changes it counts up
+SCHEMA = 5  # of what checkpoints hold of any defense: a release that changes it counts up
 
 
 @guard_inherited_hooks
@@ -283,6 +289,9 @@ class Procedure:
         self._seconds = 0.0  # of the last detection
         self._told = ""  # of the findings
         self._watch: Watch | None = None
+        self._start: dict[str, Any] | None = (
+            None  # weights at the start of the fit, for a copy that is trained from there
+        )
         self._watched: dict[str, Any] = {}  # its state in the checkpoint that training goes on from
 
     @property
@@ -322,6 +331,7 @@ class Procedure:
                 require_compatible(self, other)
         self.detector.setup(trainer, pl_module)
         self._acts, self._began, self._watched, self._resumed = False, time.time(), {}, False
+        self._start = on_cpu(pl_module.state_dict()) if self._needs_start else None
         if self.response.starts_over:
             self.history = []
         if isinstance(self.response, Report):
@@ -346,6 +356,8 @@ class Procedure:
         self._watch = watch_averages(trainer, pl_module, self, self._watched)
         scanner = open_scanner(trainer, pl_module, loader, options, validation_dataset(trainer))
         session = Session(trainer, pl_module, scanner, self._filter, self, self._began)
+        if self._start is not None:
+            self._start = start_of_fit(trainer, pl_module, self._start)
         if self.verdict is not None:
             session.require_same_data(self.verdict)
             if self.verdict.labels is not None:
@@ -374,6 +386,8 @@ class Procedure:
         if self._last_detection is not None and session.trainer.current_epoch < self._last_detection:
             self.response.on_other_restart(session)
             self._last_detection = None if self.response.starts_over else 0
+            if self._needs_start:
+                self._start = on_cpu(session.module.state_dict())  # the module is at the start of the fit again
 
     @contextmanager
     def acting(self) -> Iterator[Session]:
@@ -441,6 +455,7 @@ class Procedure:
         self.tell()
         if not self.detects_again:
             self.detector.close()
+            self._start = None
 
     def _detect(self, epochs: int, detection: Detection | None = None) -> Detection:
         """Detect, unless that is done, put the verdict in force, and add an event."""
@@ -477,6 +492,15 @@ class Procedure:
         return None if spared else replace(early, verdict=verdict)
 
     @property
+    def _needs_start(self) -> bool:
+        """Whether a copy may be trained from the weights at the start of the fit, and nothing else keeps them.
+
+        Before the first epoch, these are what is looked at.
+        """
+        response = self.response
+        return response.copies and self.detector.explains and not (response.keeps_start or response.at_once)
+
+    @property
     def detects_again(self) -> bool:
         """Whether another detection of the fit may follow the next or the last one."""
         return self.response.repeats or self._every is not None
@@ -510,7 +534,7 @@ class Procedure:
         if removed or returned:
             self._put_in_force(verdict)
         self.verdict = verdict
-        if removed and (told := majorities(verdict, before)):
+        if removed and not self._without_fit and (told := majorities(verdict, before)):
             rank_zero_warn(f"{self.title} {told}")
         return removed
 
@@ -524,9 +548,27 @@ class Procedure:
         if not self.detector.explains or all(len(finding) < MIN_SAMPLES for finding in verdict.findings):
             return verdict
         verdict = with_estimated_asr(session.trainer, session.module, session.scanner, verdict)
-        if unseen is None:
+        if unseen is not None:
+            return diagnosed(session.trainer, session.module, session.scanner, verdict, unseen=unseen)
+        return verdict if self._without_fit or not self.response.copies else self._by_copy(verdict)
+
+    def _by_copy(self, verdict: Verdict) -> Verdict:
+        """The verdict with the diagnosis of its findings by a copy of the model that is trained without them."""
+        session, response = self.session, self.response
+        try:
+            return diagnosed_by_copy(
+                session.trainer,
+                session.module,
+                session.scanner,
+                verdict,
+                initial=response.start if response.keeps_start else self._start,
+                steps=LARGEST_PROBE if response.at_once else session.trainer.global_step,
+                seed=self.defense.options.seed,
+                left_out=None if session.in_training is None else ~session.in_training,
+            )
+        except BackdoorDefenseError as error:
+            rank_zero_warn(f"{self.title} {not_diagnosed(verdict, error)}")
             return verdict
-        return diagnosed(session.trainer, session.module, session.scanner, verdict, unseen=unseen)
 
     def count_from_zero(self) -> None:
         """Count the epochs before the next detection from the present one."""
@@ -538,7 +580,7 @@ class Procedure:
         metrics = {**self.response.metrics(session), **self.detector.metrics(self.history)}
         if metrics:
             session.module.log_dict({f"backdoor/{defense.method.lower()}/{name}": n for name, n in metrics.items()})
-        told = f"{self.title} {sentence(self.history, len(session.verdict))}"
+        told = f"{self.title} {sentence(self.history, len(session.verdict), verdict=session.verdict)}"
         classes = getattr(session.scanner.loader.dataset, "classes", None)
         of_findings = findings_told(session.verdict, classes, approved=session.takes("approved"))
         told, self._told = told + (of_findings if of_findings != self._told else ""), of_findings
@@ -595,6 +637,7 @@ class Procedure:
             "approved": self.approved,
             "copies": self._watch.state_dict() if self._watch else {},
             "told": self._told,
+            "start": self._start if self.verdict is None or self.detects_again else None,
             "last_detection": self._last_detection,
             "history": [event.state_dict() for event in self.history],
             "detector": self.detector.state_dict(),
@@ -614,7 +657,7 @@ class Procedure:
             self._filter.set_keep(self.defense.state_key, None if verdict is None else verdict.keep)
         self.verdict = verdict
         self.approved, self._resumed = state_dict["approved"], True
-        self._watched, self._told = state_dict["copies"], state_dict["told"]
+        self._watched, self._told, self._start = state_dict["copies"], state_dict["told"], state_dict["start"]
         self._last_detection = state_dict["last_detection"]
         self.history = [Event(**event) for event in state_dict["history"]]
         self.detector.load_state_dict(state_dict["detector"])

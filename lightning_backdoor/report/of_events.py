@@ -33,24 +33,26 @@ TOLD = 3  # findings on the console, the largest ones
 KEEP = "If they look fine, pass their positions as `approved` and train again: they will be kept."
 
 
-def sentence(history: Sequence[Event], total: int) -> str:
+def sentence(history: Sequence[Event], total: int, *, verdict: Verdict | None = None) -> str:
     """Say what the latest detection found, or what came of it.
 
     Args:
         history: All events so far, at least one.
         total: Samples of the training set.
+        verdict: The verdict in force, for what its findings are; ``None`` leaves this out.
     """
-    latest = history[-1]
-    sentences = {
-        "reset": _of_reset,
-        "unlearn": _of_unlearning,
-        "finetune": _of_fine_tuning,
-        "two_stage": _of_two_stages,
-        "fallback": _of_fallback,
-    }
+    latest, wrong = history[-1], verdict is not None and _all_wrong(verdict)
+    sentences = {"unlearn": _of_unlearning, "finetune": _of_fine_tuning, "two_stage": _of_two_stages}
     if latest.response in sentences:
         return sentences[latest.response](latest, total)
-    return _of_filter(history, total)
+    if latest.rechecked or latest.response == "reset":
+        return _of_reset(latest, total, wrong)
+    return _of_fallback(latest) if latest.response == "fallback" else _of_filter(history, total)
+
+
+def _all_wrong(verdict: Verdict) -> bool:
+    """Whether there are findings, and the labels of all of them look wrong."""
+    return bool(verdict.findings) and all(finding.diagnosis == "wrong labels" for finding in verdict.findings)
 
 
 def unsolved(event: Event) -> bool:
@@ -72,16 +74,29 @@ def last_word(event: Event, verdict: Verdict) -> str:
     """
     if not event.remains or event.undone or event.no_room:
         return ""
+    rate, removed = event.flagged_label_rates[-1] or 0.0, len(verdict.removed)
     if event.response == "fallback":
         return (
-            f"ends with a model that gives {event.flagged_label_rates[-1] or 0.0:.1%} of the {len(verdict.removed):,} "
-            "removed images their label, though it was trained anew without them: their labels may be right "
-            "(clean-label attack, one kind of image). Look at the report."
+            f"ends with a model that gives {rate:.1%} of the {removed:,} removed images their label, though it was "
+            f"trained anew without them: {_why_still(event, verdict)}. Look at the report."
         )
     return (
-        f"ends with a model that gives {event.flagged_label_rates[-1] or 0.0:.1%} of the {len(verdict.removed):,} "
-        f"removed images their label{_outcome(event)}. To be sure, train anew without them."
+        f"ends with a model that gives {rate:.1%} of the {removed:,} removed images their "
+        f"label{_outcome(event, _all_wrong(verdict))}. To be sure, train anew without them."
     )
+
+
+def _why_still(event: Event, verdict: Verdict) -> str:
+    """Why a model that never saw the removed images may give them their label."""
+    if _all_wrong(verdict):
+        return "since their labels look wrong, other images with the same trigger may be left in the training set"
+    kinds = ("a clean-label attack", "one kind of image")
+    if any(finding.diagnosis == "right labels" for finding in verdict.findings):
+        every = all(finding.diagnosis == "right labels" for finding in verdict.findings)
+        return f"{'' if every else 'of some '}their labels look right ({kinds[0]}, or {kinds[1]})"
+    if own_label(event):
+        return f"their labels may be right ({kinds[0]}, or {kinds[1]})"
+    return "part of the backdoor may still be there, by images with the same trigger that are left in the training set"
 
 
 def findings_told(verdict: Verdict, classes: Sequence[str] | None = None, *, approved: bool) -> str:
@@ -125,15 +140,20 @@ def nothing_learned(event: Event, verdict: Verdict) -> str:
     )
 
 
-def majorities(verdict: Verdict, before: Verdict | None) -> str:
+def majorities(
+    verdict: Verdict, before: Verdict | None, *, name: str = "callback.verdict", callback: str | None = "this callback"
+) -> str:
     """Say of which labels a verdict removes most samples, and more of them than the one before; else nothing.
 
     Args:
         verdict: The verdict.
         before: The one before, if there was one.
+        name: How the user reaches the verdict.
+        callback: What leaves samples out of the training that runs; ``None``: nothing does.
     """
     if verdict.labels is None:
         return ""
+    without = "" if callback is None else f"without {callback} "
     present, places, counts = torch.unique(verdict.labels, return_inverse=True, return_counts=True)
     removed = torch.bincount(places[~verdict.keep], minlength=len(present))
     earlier = removed.new_zeros(len(present))
@@ -147,9 +167,9 @@ def majorities(verdict: Verdict, before: Verdict | None) -> str:
     return (
         f"takes most images of a label for poisoned: {', '.join(told)}{further}. Either they carry a trigger, "
         "or they are a kind of image that no other label has (of another camera, with a border), which the model will "
-        "then not know. Look at them in the report. To keep those of label k and leave out the others, train without "
-        "this callback on `torch.utils.data.Subset(dataset, positions)`, where `positions` are "
-        "`(callback.verdict.keep | (callback.verdict.labels == k)).nonzero().flatten().tolist()`."
+        "then not know. Look at them in the report. To keep those of label k and leave out the others, train "
+        f"{without}on `torch.utils.data.Subset(dataset, positions)`, where `positions` are "
+        f"`({name}.keep | ({name}.labels == k)).nonzero().flatten().tolist()`."
     )
 
 
@@ -181,8 +201,6 @@ def reset_units(history: Sequence[Event]) -> set[tuple[str, int]]:
 def _of_filter(history: Sequence[Event], total: int) -> str:
     """Of the responses that change the samples alone, and of a report."""
     *earlier, latest = history
-    if latest.rechecked:
-        return _of_reset(latest, total)
     before = sum(event.removed for event in earlier)
     if latest.response == "report":
         found = before + latest.removed
@@ -200,13 +218,13 @@ def _of_filter(history: Sequence[Event], total: int) -> str:
     )
 
 
-def _of_reset(event: Event, total: int) -> str:
+def _of_reset(event: Event, total: int, wrong: bool) -> str:
     rates = event.flagged_label_rates
     before = rates[0] if rates else None
     if event.rechecked:
         return (
             f"at the end of training: accuracy on training images {event.accuracies[0]:.1%}; of {event.rechecked:,} "
-            f"removed images {before or 0.0:.1%} are given their label{_outcome(event)}.{_of_labels(event)}"
+            f"removed images {before or 0.0:.1%} are given their label{_outcome(event, wrong)}.{_of_labels(event)}"
         )
     if not event.units and event.no_room:
         given = "" if before is None else f", {before:.1%} of all that are removed given their label"
@@ -218,7 +236,7 @@ def _of_reset(event: Event, total: int) -> str:
     if not event.units and not event.removed and before is not None:
         return (
             f"looked again at {total:,} training images: nothing new was found; of the images removed before "
-            f"{before:.1%} are given their label{_outcome(event)}."
+            f"{before:.1%} are given their label{_outcome(event, wrong)}."
         )
     if not event.units:
         unmet = ", but no unit that they drive can be reset: the backdoor may still be there" if event.removed else ""
@@ -232,7 +250,7 @@ def _of_reset(event: Event, total: int) -> str:
     given = ""
     if before is not None and rates[-1] is not None:
         given = f", of removed images given their label {before:.1%} -> {rates[-1]:.1%}"
-    return f"after fine-tuning: {accuracy}{given}{_outcome(event)}."
+    return f"after fine-tuning: {accuracy}{given}{_outcome(event, wrong)}."
 
 
 def _harm(event: Event) -> str:
@@ -254,8 +272,13 @@ def _of_labels(event: Event) -> str:
     return f" {'; '.join(told)[0].upper()}{'; '.join(told)[1:]}."
 
 
-def _outcome(event: Event) -> str:
-    """What followed from a round that is over, for the end of a sentence."""
+def _outcome(event: Event, wrong: bool) -> str:
+    """What followed from a round that is over, for the end of a sentence.
+
+    Args:
+        event: The round.
+        wrong: Whether the labels of all findings look wrong.
+    """
     if event.reassigned:
         return "; the model gives the removed images their label without having seen them, so all of this was undone"
     if event.undone:
@@ -263,6 +286,8 @@ def _outcome(event: Event) -> str:
         return f"{cost}, so the weights went back: the backdoor may still be there"
     if not event.remains:
         return ""
+    if own_label(event) and wrong:
+        return "; the backdoor may still be there"
     if own_label(event):
         return (
             "; the backdoor may still be there, or these may be clean images of one kind or have true labels "
@@ -309,9 +334,7 @@ def _of_unlearning(event: Event, total: int) -> str:
     )
 
 
-def _of_fallback(event: Event, total: int) -> str:
-    if event.rechecked:
-        return _of_reset(event, total)
+def _of_fallback(event: Event) -> str:
     known = event.flagged_label_rates[0] if event.flagged_label_rates else None
     given = "" if known is None else f": {known:.1%} of the flagged images get their label"
     return f"could not repair the model{given}. Training starts again from its first weights, without these images."

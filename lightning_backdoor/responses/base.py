@@ -224,6 +224,9 @@ class Response:
         early: Whether a detection that is beyond doubt may come before the first one is due, since it saves epochs.
         replaceable: Whether training anew takes the place of a treatment that costs accuracy.
         busy: Whether a treatment is going on or about to begin.
+        copies: Whether a copy of the model that is trained without what was found says whether its labels are right.
+            Not where the model itself is trained without it, or such a copy is a part of the response.
+        keeps_start: Whether it keeps the weights at the start of the fit, for other ends.
     """
 
     name: str
@@ -238,6 +241,8 @@ class Response:
     early: bool = False
     replaceable: bool = False
     busy: bool = False
+    copies: bool = False
+    keeps_start: bool = False
 
     def __repr__(self) -> str:
         """Return a call that makes an equal response.
@@ -333,6 +338,11 @@ class Response:
         """Samples that the present weights were never trained on in this fit, bool ``(N,)``; ``None``: none is."""
         return None
 
+    @property
+    def start(self) -> dict[str, Any] | None:
+        """The weights of the module at the start of the fit, if it keeps them still."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that load with ``weights_only=True``."""
         return {}
@@ -351,6 +361,7 @@ class Continue(Response):
     """
 
     name = "continue"
+    copies = True
 
     def __init__(self, *, at_once: bool = False, halfway: bool = False) -> None:
         self.at_once, self._halfway, self._removed = at_once, halfway, False
@@ -380,6 +391,7 @@ class Report(Response):
     """
 
     name = "report"
+    copies = True
     drops = False
     starts_over = True
 

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_backdoor.detection.diagnosis import MIN_SAMPLES, diagnose
+from lightning_backdoor.errors import BackdoorDefenseError
 from lightning_backdoor.scanning.estimate_asr import drawn, estimate_asr
+from lightning_backdoor.scanning.probe import trained_without
 from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.verdict import Finding, Verdict
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["diagnosed", "held_out", "ordinary_samples", "with_estimated_asr"]
+__all__ = [
+    "LARGEST_PROBE",
+    "diagnosed",
+    "diagnosed_by_copy",
+    "held_out",
+    "not_diagnosed",
+    "ordinary_samples",
+    "with_estimated_asr",
+]
 
 COMPARED, OF_LABEL = 2048, 256  # ordinary samples of all labels, and further ones of the label of each finding
 HELD_OUT = 512, 64  # the same, at most, that a copy is not trained on
+PROBE_STEPS, LARGEST_PROBE = 200, 1000
+"""Steps in which a copy learns the labels of other samples: as many as the fit has had, within these bounds."""
 FEWEST = 10  # of a label among these, where it has twice as many
 STILL = 0.5  # of the excess of an estimated attack success rate over its control: a later model still has the backdoor
 
@@ -98,6 +110,57 @@ def diagnosed(
         for finding in verdict.findings
     ]
     return replace(verdict, findings=tuple(_doubted(trainer, pl_module, scanner, verdict, found)))
+
+
+def diagnosed_by_copy(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    scanner: DatasetScanner,
+    verdict: Verdict,
+    *,
+    initial: dict[str, Any] | None,
+    steps: int,
+    seed: int,
+    left_out: Tensor | None = None,
+) -> Verdict:
+    """The verdict with the diagnosis of the findings that have none, by a copy of the model trained without them.
+
+    Costs the training of the copy, and two passes over at most 512 samples, 64 more of each finding's label, and the
+    findings. The model, its training and all random streams stay as they are.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule.
+        scanner: Reads the training set.
+        verdict: With labels.
+        initial: State of the module that the copy starts from, of before it saw the findings. ``None``: the weights of
+            all layers are drawn anew.
+        steps: Steps of training, of a batch each; at least 200 and at most 1,000 are taken.
+        seed: Of the weights and of the order of samples.
+        left_out: Further samples that the copy must not see, bool ``(N,)``.
+
+    Raises:
+        ModelError: The module cannot be copied, or nothing of it can be trained.
+    """
+    missing = [one for one in verdict.findings if one.suggested_labels is None and len(one) >= MIN_SAMPLES]
+    if not missing or verdict.labels is None:
+        return verdict
+    compared, unseen = held_out(verdict), ~verdict.keep | (verdict.finding_indices >= 0)
+    if left_out is not None:
+        unseen = unseen | left_out
+    steps = min(max(steps, PROBE_STEPS), LARGEST_PROBE)
+    options: dict[str, Any] = {"left_out": unseen | compared, "initial": initial, "steps": steps, "seed": seed}
+    twin, data = trained_without(trainer, pl_module, scanner, **options)
+    return diagnosed(trainer, twin, data, verdict, unseen=unseen, compared=compared)
+
+
+def not_diagnosed(verdict: Verdict, error: BackdoorDefenseError) -> str:
+    """Why it is not known whether the labels of findings are right, after the title of the defense."""
+    members = int((verdict.finding_indices >= 0).sum())
+    return (
+        f"cannot find out whether the labels of {members:,} images that stand out are right, since no copy of the "
+        f"model could be trained without them: {error}"
+    )
 
 
 def held_out(verdict: Verdict) -> Tensor:

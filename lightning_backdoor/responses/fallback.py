@@ -42,7 +42,7 @@ class WithFallback(Response):
         self.repair, self.name = repair, repair.name
         self.drops, self.at_once = repair.drops, repair.at_once
         self.alone, self.features, self.starts_over = repair.alone, repair.features, repair.starts_over
-        self.rereads = repair.rereads
+        self.rereads, self.copies = repair.rereads, repair.copies
         self._forget()
 
     def _forget(self) -> None:
@@ -204,6 +204,16 @@ class WithFallback(Response):
     def unseen(self) -> Tensor | None:
         """After a restart, what it was trained without."""
         return self._restart.unseen if self._fell_back else None
+
+    @property
+    def keeps_start(self) -> bool:  # type: ignore[override]
+        """Whether a restart may come, which goes back to it."""
+        return not self._ruled_out
+
+    @property
+    def start(self) -> dict[str, Any] | None:
+        """Where a restart goes back to."""
+        return self._restart.start
 
     def _fall_back(self, session: Session) -> bool:
         """Decide on a restart if the repair is over and has failed; returns whether it was decided."""

@@ -89,7 +89,7 @@ class ResetUnits(Response):
     """
 
     name = "reset"
-    rereads = True
+    rereads = copies = True
     starts_over = True
     repeats = True
 

@@ -228,6 +228,13 @@ class Restart(Response):
         """Samples that were out of the training set when the present run began; none comes back."""
         return self._unseen
 
+    keeps_start = True
+
+    @property
+    def start(self) -> dict[str, Any] | None:
+        """Where it goes back to."""
+        return None if self._start is None else self._start["module"]
+
     @property
     def detects_again(self) -> bool:
         """Whether another detection may follow (the first one, a periodic one, or the last one at the end)."""

@@ -18,7 +18,7 @@ from lightning_backdoor.loading.batch_schedule import Phases, require_batches
 from lightning_backdoor.responses.ascent import Ascent
 from lightning_backdoor.responses.base import Detection, Response, Session, labels_of
 from lightning_backdoor.responses.checkpointing import warn_of_treated_files
-from lightning_backdoor.responses.explaining import diagnosed, held_out
+from lightning_backdoor.responses.explaining import LARGEST_PROBE, diagnosed_by_copy, not_diagnosed
 from lightning_backdoor.responses.extra_epochs import FineTuning, conclude, is_finite
 from lightning_backdoor.responses.harm import LEAST, Harm, drawn_by_label, harmed_class
 from lightning_backdoor.responses.limits import (
@@ -32,13 +32,10 @@ from lightning_backdoor.responses.limits import (
 )
 from lightning_backdoor.responses.weight_copies import on_cpu, restart_averages, start_of_fit, weights
 from lightning_backdoor.scanning.isolation import require_automatic
-from lightning_backdoor.scanning.probe import fresh_weights, trained_without
 from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-
-    from lightning_backdoor.scanning.scanner import DatasetScanner
 
 __all__ = ["Split", "Unlearn", "masks_of", "split_of"]
 
@@ -46,8 +43,6 @@ MAX_LOSS = 0.05  # of accuracy on watched samples, beyond which an epoch is undo
 LEAST_STEPS = 10  # of ascent in an epoch
 TOLERANCE = 0.005  # of accuracy, within which the model is as good as before
 WATCHED = 1024
-PROBE_STEPS, LARGEST_PROBE = 200, 1000
-"""Steps in which a copy learns the labels of other samples: as many as the fit has had, within these bounds."""
 OF_CLASS, OF_CLASSES = 100, 10_000  # samples of a class on which its own accuracy is watched, and of all, at most
 
 
@@ -334,31 +329,27 @@ class Unlearn(Response):
             spared[finding.positions] = finding.diagnosis != "wrong labels"
         return replace(split, suspect=split.suspect & ~spared)
 
-    def _copy_without(self, session: Session, left_out: Tensor) -> tuple[LightningModule, DatasetScanner]:
-        """A copy of the model that is trained without some samples, and how the training set goes through it."""
-        trainer, module = session.trainer, session.module
-        initial = fresh_weights(module, self._seed) if self._initial is None else self._initial
-        steps = LARGEST_PROBE if self.at_once else min(max(trainer.global_step, PROBE_STEPS), LARGEST_PROBE)
-        options: dict[str, Any] = {"left_out": left_out, "initial": initial, "steps": steps, "seed": self._seed}
-        return trained_without(trainer, module, session.scanner, **options)
-
     def _diagnose(self, session: Session) -> None:
         """Have findings diagnosed by a copy of the model that is trained without them and some other samples."""
         verdict, trainer = session.verdict, session.trainer
         suspect = masks_of(verdict)[1]
         found = [finding for finding in verdict.findings if bool(suspect[finding.positions].any())]
-        if not self._paper_loop and any(finding.suggested_labels is None for finding in found):
-            ordinary, unseen = held_out(verdict), suspect | (verdict.finding_indices >= 0)
+        if found and not self._paper_loop:
             try:
-                twin, data = self._copy_without(session, unseen | ordinary)
-            except BackdoorDefenseError as error:
-                rank_zero_warn(
-                    f"{session.case.title} cannot find out whether the labels of {int(suspect.sum()):,} suspect images "
-                    f"are right, since no copy of the model could be trained without them, and unlearns none: {error}"
+                told = diagnosed_by_copy(
+                    trainer,
+                    session.module,
+                    session.scanner,
+                    verdict,
+                    initial=self._initial,
+                    steps=LARGEST_PROBE if self.at_once else trainer.global_step,
+                    seed=self._seed,
+                    left_out=suspect,
                 )
+            except BackdoorDefenseError as error:
+                rank_zero_warn(f"{session.case.title} {not_diagnosed(verdict, error)} It unlearns none of them.")
             else:
-                options: dict[str, Tensor] = {"unseen": unseen, "compared": ordinary}
-                session.case.adopt(diagnosed(trainer, twin, data, verdict, **options))
+                session.case.adopt(told)
         if found or not self.repeats:
             self._initial = None
 

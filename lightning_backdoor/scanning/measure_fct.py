@@ -232,12 +232,14 @@ def _host(
 def _train(trainer: Trainer, twin: LightningModule, data: DatasetScanner, detector: Detector, order: Tensor) -> None:
     """Ordinary training without augmentation, then centre repulsion, with the same optimizer, on samples in order.
 
-    Features that no gradient reaches, although everything may learn, are left as they are.
+    Features that no gradient reaches, although everything may learn, are left as they are. Where centers are not
+    turned away, features make no difference: frozen ones stay so.
     """
+    repels = detector.all_steps > detector.steps
     if not any(parameter.requires_grad for parameter in twin.parameters()):
         raise ModelError("The module has no parameter that can learn (requires_grad=False). Unfreeze some layers.")
-    if not _features_learn(trainer, twin, data):
-        _thaw(twin)
+    if repels and not _features_learn(trainer, twin, data):
+        thaw(twin)
     parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
     for part in twin.modules():
         part.training = True  # not `train()`, which a module may override
@@ -247,10 +249,13 @@ def _train(trainer: Trainer, twin: LightningModule, data: DatasetScanner, detect
     with data.read(order) as loader:
         for step, (_, batch) in enumerate(loader):
             labels = data.labels(batch).clone().to(twin.device)  # transfer hooks may change a batch in place
-            logits, features = data.outputs(trainer, twin, batch, gradients=True)
-            if step >= detector.steps and not features.requires_grad:
-                return
-            loss = F.cross_entropy(logits, labels) if step < detector.steps else center_repulsion_loss(features, labels)
+            if step < detector.steps:
+                loss = F.cross_entropy(data.logits(trainer, twin, batch), labels)
+            else:
+                features = data.outputs(trainer, twin, batch, gradients=True)[1]
+                if not features.requires_grad:
+                    return
+                loss = center_repulsion_loss(features, labels)
             optimizer.zero_grad()
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
@@ -329,7 +334,7 @@ def _can_learn(trainer: Trainer, module: LightningModule, data: DatasetScanner) 
     """The same of a copy, all of which may learn."""
     if _features_learn(trainer, module, data):
         return True
-    frozen = _thaw(module)
+    frozen = thaw(module)
     try:
         return _features_learn(trainer, module, data)
     finally:
@@ -337,7 +342,7 @@ def _can_learn(trainer: Trainer, module: LightningModule, data: DatasetScanner) 
             parameter.requires_grad_(False)
 
 
-def _thaw(module: LightningModule) -> list[nn.Parameter]:
+def thaw(module: LightningModule) -> list[nn.Parameter]:
     """Unfreeze all parameters of a module, or of the user's own detector in it; return those that were frozen."""
     part = dict(module.named_children()).get(HOSTED, module)
     frozen = [p for p in part.parameters() if p.is_floating_point() and not (p.requires_grad or p.is_inference())]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_backdoor import UltraCleanCallback, Verdict
+from lightning_backdoor import Finding, UltraCleanCallback, Verdict
 from lightning_backdoor.callbacks.ultraclean import DenoisedFeatures
 from lightning_backdoor.detection.decision import Decision, add_removed
 from lightning_backdoor.detection.subpopulations import Subpopulation
@@ -101,6 +101,59 @@ def test_the_last_word_is_about_the_weights_that_are_left() -> None:
     assert last_word(replace(ROUND, undone_steps=(True,)), verdict) == "", "that was said of the round"
     assert last_word(replace(NOTHING, flagged_label_rates=(0.9,), no_room=True), verdict) == ""
     assert "gives 90.0% of" in last_word(replace(NOTHING, flagged_label_rates=(0.9,)), verdict)
+
+
+def diagnosed_as(*diagnoses: str) -> Verdict:
+    """Seventy removed samples, in a finding for each diagnosis."""
+    parts = torch.arange(70).tensor_split(max(len(diagnoses), 1))
+    rule: Any = ("strict", (), torch.arange(1), torch.ones(1), 0.5)
+    found = [
+        Finding(0, part, *rule, diagnosis=one)  # type: ignore[arg-type]
+        for part, one in zip(parts, diagnoses, strict=False)
+    ]
+    labels = torch.zeros(100).long()
+    return Verdict(torch.zeros(100), torch.arange(100) >= 70, 0.5, "given", labels, findings=tuple(found))
+
+
+@pytest.mark.parametrize("rate", [0.12, 0.97])
+@pytest.mark.parametrize(
+    ("diagnoses", "said", "unsaid"),
+    [
+        (["wrong labels"], "other images with the same trigger may be left", "may be right"),
+        (["wrong labels", "wrong labels"], "other images with the same trigger may be left", "may be right"),
+        (["right labels"], "their labels look right", "other images"),
+        (["wrong labels", "right labels"], "of some their labels look right", "other images"),
+    ],
+)
+def test_after_a_second_training_the_last_word_follows_the_diagnosis(
+    diagnoses: list[str], said: str, unsaid: str, rate: float
+) -> None:
+    event = Event(5, 0, 70, response="fallback", rechecked=70, accuracies=(0.98,), flagged_label_rates=(rate,))
+    told = last_word(event, diagnosed_as(*diagnoses))
+    assert told.startswith(f"ends with a model that gives {rate:.1%} of the 70 removed images their label, though")
+    assert said in told
+    assert unsaid not in told
+
+
+@pytest.mark.parametrize("diagnoses", [[], ["unclear"], ["wrong labels", "unclear"]])
+def test_labels_of_unknown_kind_may_be_right_where_the_model_gives_them_as_often_as_others(
+    diagnoses: list[str],
+) -> None:
+    event = Event(5, 0, 70, response="fallback", rechecked=70, accuracies=(0.98,), flagged_label_rates=(0.97,))
+    assert "their labels may be right" in last_word(event, diagnosed_as(*diagnoses))
+    told = last_word(replace(event, flagged_label_rates=(0.12,)), diagnosed_as(*diagnoses))
+    assert "may be right" not in told
+    assert "part of the backdoor may still be there" in told
+
+
+def test_wrong_labels_are_not_called_clean_images_after_a_repair() -> None:
+    event, wrong = replace(ROUND, flagged_label_rates=(1.0, 0.97)), diagnosed_as("wrong labels")
+    for told in (last_word(event, wrong), sentence([event], 100, verdict=wrong)):
+        assert "; the backdoor may still be there." in told
+        assert "clean images" not in told
+    for verdict in (diagnosed_as("unclear"), diagnosed_as("right labels"), diagnosed_as()):
+        for told in (last_word(event, verdict), sentence([event], 100, verdict=verdict)):
+            assert "or these may be clean images of one kind" in told
 
 
 def test_a_unit_that_is_reset_again_counts_once() -> None:

@@ -51,7 +51,7 @@ class Scripts(Defense):
 
 
 def unlearning(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Unlearn:
-    monkeypatch.setattr("lightning_backdoor.responses.unlearn.PROBE_STEPS", 120)
+    monkeypatch.setattr("lightning_backdoor.responses.explaining.PROBE_STEPS", 120)
     return Unlearn(epochs=2, **options)
 
 

@@ -1,0 +1,114 @@
+"""Whether the labels of a finding are right is told by a copy that is trained without it, where no other run is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_backdoor.responses import Continue, Report, ResetUnits, Response, WithFallback
+from tests.callbacks.helpers import LIGHTNING_WARNS, Net, fit, loader_of, make_trainer, same_state
+from tests.responses.test_unlearn import Scripts, Uncopied, pictures
+
+pytestmark = [*LIGHTNING_WARNS, pytest.mark.filterwarnings("ignore:.* ends with a model")]
+RESPONSES: dict[str, Callable[[], Response]] = {
+    "report": Report,
+    "continue": Continue,
+    "reset": ResetUnits,
+    "reset with a fallback": lambda: WithFallback(ResetUnits()),
+}
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_backdoor.responses.explaining.PROBE_STEPS", 120)
+
+
+def true_labels(members: Tensor) -> Tensor:
+    return members % 4
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_copy_tells_wrong_labels_from_right_ones(wrong: bool, response: str) -> None:
+    data, members = pictures(wrong=wrong)
+    callback = Scripts(members, RESPONSES[response]())
+    fit([callback], epochs=4, dataset=data)
+    (finding,) = callback.verdict.findings
+    assert finding.diagnosis == ("wrong labels" if wrong else "right labels")
+    suggested = finding.suggested_labels
+    assert suggested is not None
+    assert float((suggested == true_labels(finding.positions)).float().mean()) > 0.8
+
+
+class Streams(pl.Callback):
+    """The state of the random stream after every epoch."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        torch.rand(1)
+        self.seen.append(torch.get_rng_state())
+
+
+def test_a_report_leaves_the_training_bit_identical() -> None:
+    data, members = pictures(wrong=True)
+    alone, beside = Streams(), Streams()
+    _, plain = fit([alone], epochs=5, dataset=data)
+    callback = Scripts(members, Report())
+    _, module = fit([callback, beside], epochs=5, dataset=data)
+    assert callback.verdict.findings[0].diagnosis == "wrong labels"
+    assert same_state(plain, module)
+    assert module.drawn == plain.drawn
+    assert module.logged == plain.logged
+    assert all(map(torch.equal, alone.seen, beside.seen))
+    assert len(alone.seen) == len(beside.seen) == 5
+
+
+@pytest.mark.parametrize("response", ["report", "reset with a fallback"])
+def test_a_resumed_run_comes_to_the_same_diagnosis(response: str, tmp_path: Path) -> None:
+    """The copy starts from the weights at the start of the fit, which the checkpoint has."""
+    data, members = pictures(wrong=True)
+    path = tmp_path / "two.ckpt"
+
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(path)
+
+    whole = Scripts(members, RESPONSES[response]())
+    fit([whole, Save()], epochs=4, dataset=data)
+    resumed = Scripts(members, RESPONSES[response]())
+    torch.manual_seed(9)  # other weights, which are not the start
+    make_trainer([resumed], 4).fit(Net(), loader_of(data), ckpt_path=path)
+    (one,), (other,) = whole.verdict.findings, resumed.verdict.findings
+    assert one.diagnosis == other.diagnosis == "wrong labels"
+    assert torch.equal(one.suggested_labels, other.suggested_labels)
+    assert torch.equal(one.suggested_confidences, other.suggested_confidences)
+
+
+def test_the_weights_at_the_start_are_given_up_after_the_detection() -> None:
+    data, members = pictures(wrong=True)
+    sizes: list[bool] = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            sizes.append(callback.state_dict()["start"] is None)
+
+    callback = Scripts(members, Report())
+    fit([callback, Watch()], epochs=5, dataset=data)
+    assert sizes == [False, False, False, True, True]
+
+
+def test_a_module_that_cannot_be_copied_is_a_warning() -> None:
+    data, members = pictures(wrong=True)
+    callback = Scripts(members, Report())
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="Scripts cannot find out whether the labels of 20 .*no copies"):
+        make_trainer([callback], 4).fit(Uncopied(), loader_of(data))
+    assert callback.verdict.findings[0].diagnosis == "unclear"
