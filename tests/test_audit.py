@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_backdoor import NONECallback, UltraCleanCallback, Verdict, audit
-from lightning_backdoor.audit import DETECTORS, _warn_of_kept
+from lightning_backdoor.audit import DETECTORS, _warn_of_kept, _warn_of_removed
 from lightning_backdoor.detection.majorities import MOST_OF_LABEL
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.verdict import Finding
@@ -65,6 +66,34 @@ def test_planted_poisons_are_found_by_both_detectors(found: tuple[Verdict, Path]
     assert len(torch.cat([finding.positions for finding in verdict.findings]).unique()) == sum(
         map(len, verdict.findings)
     )
+
+
+def test_the_labels_of_planted_poisons_are_called_wrong_and_the_true_ones_suggested(
+    found: tuple[Verdict, Path],
+) -> None:
+    data, finding = poisoned_digits(), found[0].findings[0]
+    assert finding.diagnosis == "wrong labels"
+    true = digits()[0].tensors[1][finding.positions]
+    poisoned = data.poisoned[finding.positions]
+    assert float((finding.suggested_labels == true)[poisoned].float().mean()) > 0.8
+
+
+def test_the_labels_of_a_clean_kind_are_not_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever found it: a third of one class with a bar at one side."""
+    images, labels = (tensor.clone() for tensor in digits()[0].tensors)
+    members = (labels == 3).nonzero().squeeze(1)[::3]
+    images[members, :, :, :2] = 255
+    keep = torch.ones(len(labels), dtype=torch.bool).index_fill(0, members, False)
+    kind = Finding(3, members, "strict", (), torch.zeros(1).long(), torch.ones(1), 0.5)
+    verdict = Verdict((~keep).float(), keep, 0.5, "given", labels, findings=(kind,))
+    monkeypatch.setattr(sys.modules["lightning_backdoor.audit"], "join_verdicts", lambda *_, **__: verdict)
+    data = TensorDataset(images, labels)
+    (finding,) = audit(undefended(poisoned=False), data, detectors=("units",), **settings()).findings
+    assert finding.diagnosis != "wrong labels"
+    assert finding.suggested_labels is not None
+    (finding,) = audit(undefended(poisoned=False), data, detectors=("units",), diagnose=False, **settings()).findings
+    assert finding.diagnosis == "unclear"
+    assert finding.suggested_labels is None
 
 
 def test_nothing_is_found_in_clean_data() -> None:

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_backdoor.responses import Report
 from tests.callbacks.helpers import Pictures, make_trainer, state_of
 from tests.contract.problem import EPOCHS, assert_settled, net_of, planted
 from tests.contract.registry import ENTRIES, Entry, given
+from tests.responses.test_unlearn import Scripts, pictures
 
 SAMPLES, BATCH = 95, 8  # no multiple of two or of four
 BROKEN = 79  # of the share of the last one of two or four processes, and not among the images that are looked at first
@@ -90,6 +92,18 @@ def train(entry: Entry, path: Path, *, learning: bool, **settings: Any) -> None:
     trainer.fit(module, loader_of(planted(SAMPLES)), DataLoader(Pictures(32, seed=1), batch_size=16))
 
 
+def diagnose(path: Path, **settings: Any) -> None:
+    """A fit that learns nothing; a copy that does is trained beside it from the same weights, without a finding."""
+    data, members = pictures(wrong=True)
+    torch.manual_seed(0)
+    callback, module = Scripts(members, Report()), net_of()
+    module.lr = module.body[1].momentum = 0.0
+    trainer = make_trainer([callback], 3, **settings)
+    trainer.fit(module, loader_of(data))
+    assert callback.verdict is not None
+    torch.save(callback.verdict.state_dict(), f"{path}-{trainer.world_size}-{trainer.global_rank}.pt")
+
+
 class Fragile(Pictures):
     """An image that cannot be read at times."""
 
@@ -134,6 +148,7 @@ def main(processes: int, folder: Path, strategy: str = "ddp") -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     settings: dict[str, Any] = {} if processes == 1 else {"devices": processes, "strategy": strategy}
+    diagnose(folder / "diagnosed", **settings)
     for entry in ENTRIES:
         train(entry, folder / f"still-{entry.name}", learning=False, **settings)
         if processes > 1:
