@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor._lightning import rank_zero_warn
 from lightning_backdoor.callbacks.arguments import require_fraction, require_positive
-from lightning_backdoor.callbacks.base import Defense, examine, require_examinable, validation_dataset
+from lightning_backdoor.callbacks.base import Defense, examine, require_examinable, told_by_copy, validation_dataset
 from lightning_backdoor.callbacks.dbr import DBRCallback
 from lightning_backdoor.callbacks.none import NONECallback
 from lightning_backdoor.callbacks.options import Approved, ScanOptions
@@ -26,13 +26,12 @@ from lightning_backdoor.data.views import unwrapped
 from lightning_backdoor.detection.joining import join_verdicts
 from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS, MOST_OF_LABEL, without_majorities
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
-from lightning_backdoor.errors import ArgumentError, BackdoorDefenseError, ModelError
+from lightning_backdoor.errors import ArgumentError, ModelError
 from lightning_backdoor.events import Event
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.of_events import LITTLE, evidence, kept_majority, majorities
 from lightning_backdoor.report.of_whole_classes import whole_classes_told
 from lightning_backdoor.report.writer import write_report
-from lightning_backdoor.responses.explaining import diagnosed_by_copy, not_diagnosed
 from lightning_backdoor.scanning.idle import CHILD, with_idle_trainer
 from lightning_backdoor.scanning.measure_denoised import DENOISERS
 from lightning_backdoor.scanning.scanner import DatasetScanner, open_scanner
@@ -40,8 +39,6 @@ from lightning_backdoor.verdict import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["DETECTORS", "DetectorName", "audit"]
 
@@ -201,7 +198,10 @@ def audit(
                 events.append(event)
             verdict = join_verdicts(verdicts, max_removed=max_removed)
             if diagnose:
-                verdict = _diagnosed(trainer, module, scanner, verdict, seed)
+                steps = EPOCHS_OF_COPY * math.ceil(len(verdict) / (scanner.loader.batch_size or 1))
+                verdict = told_by_copy(
+                    "The audit", trainer, module, scanner, verdict, initial=None, steps=steps, seed=seed
+                )
         verdict, _ = without_majorities(verdict, torch.ones_like(verdict.keep), max_removed_of_class)
         _warn_of_little(events)
         if signals := whole_classes_told(events, getattr(scanner.loader.dataset, "classes", None)):
@@ -221,18 +221,6 @@ def _defenses(detectors: Sequence[str], **arguments: Any) -> dict[str, Defense]:
     if not names or set(names) - DETECTORS.keys():
         raise ArgumentError(f"`detectors` must name some of {', '.join(map(repr, DETECTORS))}, got {detectors!r}.")
     return {name: DETECTORS[name](response="report", **arguments) for name in names}
-
-
-def _diagnosed(
-    trainer: Trainer, module: LightningModule, scanner: DatasetScanner, verdict: Verdict, seed: int
-) -> Verdict:
-    """The verdict with the diagnosis of its findings, by a copy that is trained from new weights without them."""
-    steps = EPOCHS_OF_COPY * math.ceil(len(verdict) / (scanner.loader.batch_size or 1))
-    try:
-        return diagnosed_by_copy(trainer, module, scanner, verdict, initial=None, steps=steps, seed=seed)
-    except BackdoorDefenseError as error:
-        rank_zero_warn(f"The audit {not_diagnosed(verdict, error)}")
-        return verdict
 
 
 def _of_child(forward_fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

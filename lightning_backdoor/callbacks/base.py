@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
     from lightning_backdoor.responses.mirrors import Watch
 
-__all__ = ["Defense", "Procedure", "examine", "is_due", "require_examinable", "validation_dataset"]
+__all__ = ["Defense", "Procedure", "examine", "is_due", "require_examinable", "told_by_copy", "validation_dataset"]
 
 SCHEMA = 5  # of what checkpoints hold of any defense: a release that changes it counts up
 
@@ -555,20 +555,17 @@ class Procedure:
     def _by_copy(self, verdict: Verdict) -> Verdict:
         """The verdict with the diagnosis of its findings by a copy of the model that is trained without them."""
         session, response = self.session, self.response
-        try:
-            return diagnosed_by_copy(
-                session.trainer,
-                session.module,
-                session.scanner,
-                verdict,
-                initial=response.start if response.keeps_start else self._start,
-                steps=LARGEST_PROBE if response.at_once else session.trainer.global_step,
-                seed=self.defense.options.seed,
-                left_out=None if session.in_training is None else ~session.in_training,
-            )
-        except BackdoorDefenseError as error:
-            rank_zero_warn(f"{self.title} {not_diagnosed(verdict, error)}")
-            return verdict
+        return told_by_copy(
+            self.title,
+            session.trainer,
+            session.module,
+            session.scanner,
+            verdict,
+            initial=response.start if response.keeps_start else self._start,
+            steps=LARGEST_PROBE if response.at_once else session.trainer.global_step,
+            seed=self.defense.options.seed,
+            left_out=None if session.in_training is None else ~session.in_training,
+        )
 
     def count_from_zero(self) -> None:
         """Count the epochs before the next detection from the present one."""
@@ -689,6 +686,30 @@ def examine(
     if procedure.verdict is None:
         raise RuntimeError("a detector came to no verdict")
     return procedure.verdict, procedure.history[-1]
+
+
+def told_by_copy(
+    title: str,
+    trainer: Trainer,
+    pl_module: LightningModule,
+    scanner: DatasetScanner,
+    verdict: Verdict,
+    *,
+    initial: dict[str, Any] | None,
+    steps: int,
+    seed: int,
+    left_out: Tensor | None = None,
+) -> Verdict:
+    """The verdict with the diagnosis of its findings by a copy of the model; a warning where none can be trained.
+
+    See :func:`~lightning_backdoor.responses.explaining.diagnosed_by_copy`; the warning begins with ``title``.
+    """
+    options: dict[str, Any] = {"initial": initial, "steps": steps, "seed": seed, "left_out": left_out}
+    try:
+        return diagnosed_by_copy(trainer, pl_module, scanner, verdict, **options)
+    except BackdoorDefenseError as error:
+        rank_zero_warn(f"{title} {not_diagnosed(verdict, error)}")
+        return verdict
 
 
 def require_examinable(defense: Defense, trainer: Trainer, pl_module: LightningModule, scanner: DatasetScanner) -> None:
