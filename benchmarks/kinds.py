@@ -2,8 +2,8 @@
 
 A share of a class (``7``), or of all, is of another kind: with a watermark, as a line drawing, by another camera, with
 a black border, without color; images of the next class under the same label; shots of five things. All labels are
-right. One row for each kind, share and defence, with and without ``approved=`` the images of the kind: accuracy on all test
-images and on those of the kind, what is found, and its diagnosis. Rows that are there already are not made again.
+right. One row for each kind, share and defence, with and without ``approved=`` the images of the kind: accuracy on all
+test images and on those of the kind, what is found, and its diagnosis. Rows that are there are not made again.
 """
 
 from __future__ import annotations
