@@ -18,6 +18,7 @@ from lightning_backdoor.functional.consistency import select_trusted
 from lightning_backdoor.responses.base import Detection, Session
 from lightning_backdoor.responses.weight_copies import on_cpu, require_start_of_fit
 from lightning_backdoor.scanning import measure_fct
+from lightning_backdoor.scanning.early_neighbors import EarlyNeighbors, early_neighbors
 from lightning_backdoor.scanning.measure_fct import Distinguished, distinguish, require_detector
 from lightning_backdoor.verdict import Verdict
 
@@ -57,6 +58,7 @@ class ConsistencyDetector(Detector):
         if not isinstance(start, nn.Module):
             require_one_of("detector", start, ("copy", "fresh"))
         self._initial: dict[str, Tensor] | None = None  # weights that a fresh detector starts from
+        self._early: EarlyNeighbors | None = None
         self.trusted = require_fraction("trusted", arguments["trusted"])
         share = arguments["suspect"]
         if isinstance(share, str):
@@ -76,7 +78,8 @@ class ConsistencyDetector(Detector):
         self.meaning, self.by_subpopulations = MEANINGS[kind], True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before a checkpoint is loaded, keep the weights that a fresh detector starts from."""
+        """Before a checkpoint is loaded, keep the weights that a fresh detector starts from; forget an earlier fit."""
+        self._early = None
         if self._settings.start == "fresh" and self.external_verdict is None:
             self._initial = on_cpu(pl_module.state_dict())
 
@@ -91,6 +94,8 @@ class ConsistencyDetector(Detector):
             ModelError: The model has no units that could be measured.
         """
         scanner = session.scanner
+        if self._early is not None:
+            self._early.require_same_data(scanner)
         if self._initial is not None:
             named = {"needs": 'detector="fresh"', "instead": 'detector="copy"'}
             self._initial = require_start_of_fit(session.trainer, session.module, self._initial, **named)
@@ -103,6 +108,13 @@ class ConsistencyDetector(Detector):
             )
         else:
             require_detector(session.trainer, session.module, scanner, self._settings, units=self.suspect == "auto")
+
+    def observe(self, session: Session, first: int, *, decides: bool) -> Detection | None:
+        """Measure neighbors half-way to the first detection, in the features of the model."""
+        wanted = self.external_verdict is None and self.suspect == "auto" and self._early is None
+        if wanted and 2 * session.epochs_done >= first:
+            self._early, _ = early_neighbors(session.trainer, session.module, session.scanner)
+        return None
 
     def detect(self, session: Session) -> Detection:
         """Train the copy, measure, and decide."""
@@ -119,6 +131,7 @@ class ConsistencyDetector(Detector):
                 trusted=self.trusted,
                 max_removed=self._max_removed,
                 approved=session.case.approved,
+                agreement=None if self._early is None else self._early.agreement,
                 false_alarm_rate=self.false_alarm_rate,
             )
         detection = replace(detection, verdict=spared(detection.verdict, scanner.unread, earlier))
@@ -129,12 +142,14 @@ class ConsistencyDetector(Detector):
         """Nothing is kept between detections."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights that a fresh detector starts from."""
-        return {"initial": self._initial}
+        """The weights that a fresh detector starts from, and what the early neighbors had in common."""
+        return {"initial": self._initial, "early": None if self._early is None else self._early.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take these weights from the checkpoint: those of now are of a later moment."""
         self._initial = state_dict["initial"] or self._initial
+        early = state_dict["early"]
+        self._early = None if early is None else EarlyNeighbors(**early)
 
 
 def detection_of(
@@ -145,6 +160,7 @@ def detection_of(
     trusted: float,
     max_removed: float,
     approved: Tensor | None = None,
+    agreement: Tensor | None = None,
     false_alarm_rate: float = FALSE_ALARM_RATE,
 ) -> Detection:
     """Suspect the subpopulations of single labels, or a share of all samples; trust the most consistent ones.
@@ -156,6 +172,7 @@ def detection_of(
         trusted: Share of the samples of each class with the smallest FCT.
         max_removed: Largest share of all samples that may be suspect.
         approved: Samples that are not suspect, bool ``(N,)``; see :func:`~lightning_backdoor.functional.decide`.
+        agreement: Share of every sample's neighbors that had its label early in training, float ``(N,)``.
         false_alarm_rate: Chance at most that noise is taken for a subpopulation in a training.
     """
     if found.units is not None and isinstance(suspect, str):
@@ -166,6 +183,7 @@ def detection_of(
             rule="auto",
             max_removed=max_removed,
             approved=approved,
+            agreement=agreement,
             false_alarm_rate=false_alarm_rate,
             all_to_all=False,
         )

@@ -37,11 +37,12 @@ class DBRCallback(Defense):
     such a population, from the weights at the start of the fit: if its labels look wrong to that one, every epoch of
     repair unlearns the suspects and learns the trusted images anew, by the user's own ``training_step`` and optimizer.
     Other suspects, of a clean-label attack or a harmless kind of image, leave the training set and are not unlearned;
-    see ``fallback``. If nothing is suspect, nothing changes.
+    see ``fallback``. If nothing is suspect, nothing changes. Half-way to a detection that comes after two epochs or
+    more it notes how many of an image's neighbors have its label, as UltraClean does.
 
-    Assumes nothing: no clean data, no poison rate, no target class. Detection costs about three epochs of training, and
-    200 to 1,000 steps more if something is suspect; the repair up to ``epochs`` epochs over suspects and trusted
-    images. They are epochs of the plan (``max_epochs``, ``max_steps``, ``max_time``), unless ``extra_epochs`` are
+    Assumes nothing: no clean data, no poison rate, no target class. Detection costs about three epochs of training and
+    a forward pass, and 200 to 1,000 steps more if something is suspect; the repair up to ``epochs`` epochs over
+    suspects and trusted images. They are epochs of the plan (``max_epochs``, ``max_steps``, ``max_time``), unless ``extra_epochs`` are
     allowed; what is left of the plan is ordinary training on the images that are not suspect. An epoch of repair is
     judged and undone with its last batch, before validation.
 

@@ -242,9 +242,14 @@ class UltraCleanCallback(Defense):
     that lay among other classes then, and are a population of their class later, need not stand out as far as others.
     Where the features show a learned population beyond doubt by then, training starts anew at once, without that scan.
 
+    A class whose images carry a signal in common, all of them, cannot be divided. Each scan puts what denoising takes
+    out of the mean image of a label on images of other labels, and warns of a label into which this turns them, unlike
+    the other labels; nothing is removed. A texture or a mark that one class alone has looks the same. With fewer than
+    five labels there is little to compare with; ``false_alarm_rate`` bounds these warnings by themselves.
+
     Assumes no clean data, no poison rate and no target class, but that an image without augmentation is the same at
     every scan: 64 are read again at each. Costs the epochs before a rewind once more; one forward pass, and three per
-    scan; reading and denoising the images, once; two uint8 copies of them (in memory up to ``cache_bytes``, else in a
+    scan, with up to 256 images more for each label; reading and denoising the images, once; two uint8 copies of them (in memory up to ``cache_bytes``, else in a
     temporary file) and, until the last scan, the images as they were read, where what is left of ``cache_bytes`` and a
     quarter of the free memory hold them (else each scan reads them); four bytes per image and feature in a scan; the
     initial weights in checkpoints.

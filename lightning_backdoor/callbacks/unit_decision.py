@@ -21,6 +21,7 @@ def decide_by_units(
     rule: str,
     max_removed: float,
     approved: Tensor | None = None,
+    agreement: Tensor | None = None,
     false_alarm_rate: float = FALSE_ALARM_RATE,
     all_to_all: bool = True,
 ) -> Decision:
@@ -32,6 +33,7 @@ def decide_by_units(
         rule: ``"auto"`` looks for subpopulations, ``"paper"`` cuts the raw bias at its natural break.
         max_removed: Largest share of the samples that may be removed in all, in ``(0, 1)``.
         approved: Samples that stay, bool ``(N,)``; see :func:`~lightning_backdoor.functional.decide`.
+        agreement: Share of every sample's neighbors that had its label early in training, float ``(N,)``.
         false_alarm_rate: Chance at most that noise is taken for a subpopulation in a training.
         all_to_all: Look for a subpopulation of all labels, too, as under an all-to-all attack.
     """
@@ -46,6 +48,7 @@ def decide_by_units(
             measured.bias[rows],
             measured.labels[rows],
             approved=fine,
+            agreement=None if agreement is None else agreement[rows],
             all_to_all=all_to_all,
             pictures=None if measured.pictures is None else measured.pictures[rows],
             false_alarm_rate=false_alarm_rate,

@@ -1,4 +1,4 @@
-"""Which of every sample's neighbors had its label early in training, for UltraClean."""
+"""Which of every sample's neighbors had its label early in training."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def early_neighbors(
             **({"pictures": thumbnails(images)} if pictures else {}),
         }
 
-    found = data.scan(trainer, pl_module, step, description="UltraClean early look", finite=True, stay=True)
+    found = data.scan(trainer, pl_module, step, description="early look", finite=True, stay=True)
     agreement = torch.empty(0)
-    with raise_on_all_ranks(trainer, "UltraClean early look"):
+    with raise_on_all_ranks(trainer, "early look"):
         if trainer.is_global_zero:
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(data.options.seed))
             references = torch.zeros(len(data), dtype=torch.bool)

@@ -362,6 +362,37 @@ def test_a_second_population_of_all_labels_is_not_unlearned() -> None:
     assert not detection_of(found, None, suspect="auto", trusted=0.2, max_removed=0.3).verdict.suspect.any()
 
 
+def test_suspects_are_what_the_early_neighbors_deny_too() -> None:
+    """A second population that is too common in other labels for the other gates, and looked like these at first."""
+    generator = torch.Generator().manual_seed(0)
+    labels, marked = torch.arange(2000) % 4, torch.rand(2000, generator=generator) < 0.2
+    units = torch.randn(2000, 6, generator=generator) + 3 * nn.functional.one_hot(labels, 6)
+    units[:, 5] += 9 * (marked & ((labels == 0) | (torch.rand(2000, generator=generator) < 0.3)))
+    size = units.norm(dim=1)
+    found = Distinguished(labels, size, Measured(labels, labels, units, size, size, torch.zeros(6, 4), ()))
+    settings: dict[str, Any] = {"suspect": "auto", "trusted": 0.2, "max_removed": 0.3}
+    assert not detection_of(found, None, **settings).verdict.suspect.any()
+    planted = marked & (labels == 0)
+    agreement = torch.where(planted, 0.2, 0.7)
+    first = detection_of(found, None, agreement=agreement, **settings).verdict
+    assert torch.equal(first.suspect, planted)
+    assert torch.equal(detection_of(found, first, agreement=agreement, **settings).verdict.suspect, planted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"), [({"warmup_epochs": 2}, True), ({"suspect": 0.05}, False), ({"warmup_epochs": 1}, False)]
+)
+def test_measures_the_neighbors_half_way_to_the_detection(settings: dict[str, Any], measured: bool) -> None:
+    callback = DBRCallback(response="report", detector_steps=1, **settings)
+    fit([callback])
+    early = callback.state_dict()["detector"]["early"]
+    assert (early is not None) == measured
+    again = DBRCallback(response="report", detector_steps=1, **settings)
+    again.load_state_dict(callback.state_dict())
+    if measured:
+        assert torch.equal(again.state_dict()["detector"]["early"]["agreement"], early["agreement"])
+
+
 def test_a_verdict_with_masks_is_taken_as_it_is() -> None:
     trusted = torch.arange(64) % 16 == 5
     callback = acting(verdict=replace(GIVEN, trusted=trusted | SUSPECT, suspect=SUSPECT))
