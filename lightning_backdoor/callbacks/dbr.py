@@ -42,9 +42,9 @@ class DBRCallback(Defense):
 
     Assumes nothing: no clean data, no poison rate, no target class. Detection costs about three epochs of training and
     a forward pass, and 200 to 1,000 steps more if something is suspect; the repair up to ``epochs`` epochs over
-    suspects and trusted images. They are epochs of the plan (``max_epochs``, ``max_steps``, ``max_time``), unless ``extra_epochs`` are
-    allowed; what is left of the plan is ordinary training on the images that are not suspect. An epoch of repair is
-    judged and undone with its last batch, before validation.
+    suspects and trusted images. They are epochs of the plan (``max_epochs``, ``max_steps``, ``max_time``), unless
+    ``extra_epochs`` are allowed; what is left of the plan is ordinary training on the images that are not suspect. An
+    epoch of repair is judged and undone with its last batch, before validation.
 
     Differs from the paper: suspects come from evidence instead of a share, which unlearns clean images on clean data;
     the detector may start from the model; all classes are trusted equally; batches of suspects and of trusted images

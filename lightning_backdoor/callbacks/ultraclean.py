@@ -249,10 +249,10 @@ class UltraCleanCallback(Defense):
 
     Assumes no clean data, no poison rate and no target class, but that an image without augmentation is the same at
     every scan: 64 are read again at each. Costs the epochs before a rewind once more; one forward pass, and three per
-    scan, with up to 256 images more for each label; reading and denoising the images, once; two uint8 copies of them (in memory up to ``cache_bytes``, else in a
-    temporary file) and, until the last scan, the images as they were read, where what is left of ``cache_bytes`` and a
-    quarter of the free memory hold them (else each scan reads them); four bytes per image and feature in a scan; the
-    initial weights in checkpoints.
+    scan, with up to 256 images more for each label; reading and denoising the images, once; two uint8 copies of them
+    (in memory up to ``cache_bytes``, else in a temporary file) and, until the last scan, the images as they were read,
+    where what is left of ``cache_bytes`` and a quarter of the free memory hold them (else each scan reads them); four
+    bytes per image and feature in a scan; the initial weights in checkpoints.
 
     Differs from the paper: the score compares features class by class instead of adding up the outputs; the cut is
     estimated behind a no-poison gate instead of given; early neighbours; images are denoised as the network sees them.
