@@ -206,10 +206,7 @@ class Defense(CallbackBase):
                 if due:
                     rank_zero_info(f"{self.title}: fast_dev_run trains too little for a verdict; no scan.")
             elif not due and self.verdict is None:
-                first = self._first_detection(trainer)
-                sure = procedure.detector.observe(session, first, decides=response.early)
-                if sure is not None and (upheld := procedure.upheld(sure)) is not None:
-                    procedure.detect(detection=upheld)
+                procedure.observe(self._first_detection(trainer))
             elif due and response.ready(session):
                 procedure.detect()
 
@@ -410,6 +407,16 @@ class Procedure:
             every=self._every,
             ends=wanted and about_to_end(self.session.trainer),
         )
+
+    def observe(self, first: int) -> None:
+        """Let the detector measure before the first detection is due; act where it is sure already.
+
+        Args:
+            first: Epochs of ordinary training before the first detection.
+        """
+        sure = self.detector.observe(self.session, first, decides=self.response.early)
+        if sure is not None and (upheld := self.upheld(sure)) is not None:
+            self.detect(detection=upheld)
 
     def detect(self, epochs: int | None = None, detection: Detection | None = None) -> None:
         """Run the detector, put its verdict in force, and let the response act on it.
