@@ -206,7 +206,7 @@ class Defense(CallbackBase):
                 if due:
                     rank_zero_info(f"{self.title}: fast_dev_run trains too little for a verdict; no scan.")
             elif not due and self.verdict is None:
-                procedure.observe(self._first_detection(trainer))
+                procedure.detector.observe(session, self._first_detection(trainer))
             elif due and response.ready(session):
                 procedure.detect()
 
@@ -408,28 +408,17 @@ class Procedure:
             ends=wanted and about_to_end(self.session.trainer),
         )
 
-    def observe(self, first: int) -> None:
-        """Let the detector measure before the first detection is due; act where it is sure already.
-
-        Args:
-            first: Epochs of ordinary training before the first detection.
-        """
-        sure = self.detector.observe(self.session, first, decides=self.response.early)
-        if sure is not None and (upheld := self.upheld(sure)) is not None:
-            self.detect(detection=upheld)
-
-    def detect(self, epochs: int | None = None, detection: Detection | None = None) -> None:
+    def detect(self, epochs: int | None = None) -> None:
         """Run the detector, put its verdict in force, and let the response act on it.
 
         Args:
             epochs: Epochs of the fit so far; ``None``: with the one that ends.
-            detection: What the detector has found already.
         """
         session = self.session
         with ExitStack() as stack:
             if self.detector.rereads or self.response.rereads:
                 stack.enter_context(session.scanner.loaded(session.trainer, session.module))
-            self._detect_and_respond(session.epochs_done if epochs is None else epochs, detection)
+            self._detect_and_respond(session.epochs_done if epochs is None else epochs)
 
     def examine(
         self, trainer: Trainer, pl_module: LightningModule, scanner: DatasetScanner, *, detect: bool = True
@@ -454,9 +443,9 @@ class Procedure:
             self.detector.close()
             self._session, self._without_fit = None, False
 
-    def _detect_and_respond(self, epochs: int, detection: Detection | None) -> None:
+    def _detect_and_respond(self, epochs: int) -> None:
         began = time.monotonic()
-        detection = self._detect(epochs, detection)
+        detection = self._detect(epochs)
         self.history[-1] = self.response.respond(self.session, detection, self.history[-1])
         self._seconds = time.monotonic() - began
         self.tell()
@@ -464,10 +453,10 @@ class Procedure:
             self.detector.close()
             self._start = None
 
-    def _detect(self, epochs: int, detection: Detection | None = None) -> Detection:
-        """Detect, unless that is done, put the verdict in force, and add an event."""
+    def _detect(self, epochs: int) -> Detection:
+        """Detect, put the verdict in force, and add an event."""
         session, before = self.session, self.verdict
-        detection = self.detector.detect(session) if detection is None else detection
+        detection = self.detector.detect(session)
         if self.approved is not None:
             detection = detection_without(detection, self.approved)
         detection = self.response.revise(session, detection)
@@ -491,12 +480,6 @@ class Procedure:
             event = replace(event, of_labels=session.rates_of_labels(detection.correct.cpu()))
         self.history.append(event)
         return detection
-
-    def upheld(self, early: Detection) -> Detection | None:
-        """An early detection with its findings explained; ``None`` if one of them would be kept as a class itself."""
-        verdict = self._explained(early.verdict)
-        _, spared = without_majorities(verdict, torch.ones_like(verdict.keep), self.most_of_label)
-        return None if spared else replace(early, verdict=verdict)
 
     @property
     def _needs_start(self) -> bool:

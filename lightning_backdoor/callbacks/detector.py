@@ -39,12 +39,8 @@ class Detector:
     def require(self, session: Session) -> None:
         """Raise at the start of a fit where model or data rule the detector out."""
 
-    def observe(self, session: Session, first: int, *, decides: bool) -> Detection | None:
-        """Measure something before the first detection, which comes after ``first`` epochs; every process calls it.
-
-        With ``decides``, a detection that is beyond doubt is returned, and no other: it is then the first one.
-        """
-        return None
+    def observe(self, session: Session, first: int) -> None:
+        """Measure something before the first detection, which comes after ``first`` epochs."""
 
     def detect(self, session: Session) -> Detection:
         """Measure all samples and decide; every process calls it and gets the same result."""

@@ -16,7 +16,7 @@ from lightning_backdoor.callbacks.arguments import require_class, require_fracti
 from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.callbacks.options import ScanArguments
-from lightning_backdoor.detection.decision import Decision, add_removed, decide, is_sure, verdict_of
+from lightning_backdoor.detection.decision import Decision, add_removed, decide, verdict_of
 from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE, SCANS
 from lightning_backdoor.detection.whole_classes import whole_classes
@@ -92,22 +92,12 @@ class DenoisedFeatures(Detector):
         if self._early is not None:
             self._early.require_same_data(session.scanner)
 
-    def observe(self, session: Session, first: int, *, decides: bool) -> Detection | None:
-        """Measure neighbors half-way to the first scan, and before it by an epoch at least; decide by the features."""
+    def observe(self, session: Session, first: int) -> None:
+        """Measure neighbors half-way to the first scan, and before it by an epoch at least."""
         wanted = not self._paper and self._fraction is None and self._early is None
-        if not wanted or 2 * session.epochs_done < first:
-            return None
-        self._keep(session)
-        early, found = early_neighbors(session.trainer, session.module, session.scanner, pictures=decides)
-        detection = self._sure(session, early, found) if decides else None
-        self._early = early
-        return detection
-
-    def _sure(self, session: Session, early: EarlyNeighbors, found: dict[str, Tensor]) -> Detection | None:
-        """What the features show beyond doubt; the neighbors in the same features have no part in it."""
-        found |= {"responses": found["features"], "movement": 1 - early.agreement.float()}
-        decision = self._decide(session, found)
-        return self._detected(session, decision, found) if is_sure(decision, found["labels"], found["right"]) else None
+        if wanted and 2 * session.epochs_done >= first:
+            self._keep(session)
+            self._early = early_neighbors(session.trainer, session.module, session.scanner)
 
     def detect(self, session: Session) -> Detection:
         """Measure every image as it is and denoised, and decide."""
@@ -115,16 +105,10 @@ class DenoisedFeatures(Detector):
             self._keep(session)
         found = self._scan_of(session).run(session.trainer, session.module)
         session.scanner.forget_if_scarce(session.trainer)
-        return self._detected(session, self._decide(session, found), found)
-
-    def _decide(self, session: Session, found: dict[str, Tensor]) -> Decision:
         if session.case.approved is not None:
-            found = {**found, "approved": session.case.approved}
+            found["approved"] = session.case.approved
         decided = self.decide(found, session.case.verdict)
-        agreed: Decision = session.trainer.strategy.broadcast(decided, src=0)  # float ties must not tell ranks apart
-        return agreed
-
-    def _detected(self, session: Session, decision: Decision, found: dict[str, Tensor]) -> Detection:
+        decision = session.trainer.strategy.broadcast(decided, src=0)  # float ties must not tell ranks apart
         self._again = True
         verdict = verdict_of(decision, found["labels"], session.case.verdict)
         return Detection(
@@ -240,7 +224,6 @@ class UltraCleanCallback(Defense):
     is a last scan at the end, which may rewind as well, twice at most. If nothing stands out, nothing changes.
     Half-way through a warm-up of two epochs or more it notes how many of an image's neighbours have its label. Images
     that lay among other classes then, and are a population of their class later, need not stand out as far as others.
-    Where the features show a learned population beyond doubt by then, training starts anew at once, without that scan.
 
     A class whose images carry a signal in common, all of them, cannot be divided. Each scan puts what denoising takes
     out of the mean image of a label on images of other labels, and warns of a label into which this turns them, unlike

@@ -30,7 +30,6 @@ __all__ = [
     "decide",
     "decide_by_break",
     "findings_of",
-    "is_sure",
     "limit_of_labels",
     "limit_removed",
     "natural_break",
@@ -339,36 +338,6 @@ def _rule_of(found: list[Subpopulation]) -> str:
     """The gates that were passed with their bounds, such as ``subpopulation(strict: standardized_gap>=2.5, ...)``."""
     gates = dict.fromkeys(f"{one.gate}: {', '.join(each.criterion for each in one.figures)}" for one in found)
     return f"subpopulation({'; '.join(gates) or 'none'})"
-
-
-SURE_GAP = 3.5  # standardized: of two normal groups, one sample in 4,000 lies on the wrong side of the threshold
-SURE_LEARNED = 0.9  # of the members get their label, at least: what they have in common is learned
-SURE_REST = 0.5  # of the rest of the label, too: before poisons are learned, it is the class that is learned and apart
-SURE_MEMBERS = 0.5  # of the label, less than that: there is no question which of both groups is the class
-
-
-def is_sure(decision: Decision, labels: Tensor, correct: Tensor) -> bool:
-    """Whether a decision early in training is beyond doubt, so that a later one would remove the same samples.
-
-    Something is found, and all that is found passed the strict gate with a gap that leaves no member on the other side,
-    is the smaller part of its label, is learned, as the rest of the label is, and is removed as a whole.
-
-    Args:
-        decision: From :func:`decide`, by subpopulations.
-        labels: Labels as given, long ``(N,)``.
-        correct: Samples that the model gives their label, bool ``(N,)``.
-    """
-    removed = ~decision.keep
-    if not decision.subpopulations or int(removed.sum()) < decision.num_flagged_before_cap:
-        return False
-    for found in decision.subpopulations:
-        own = labels == found.label
-        members, rest = own & removed, own & ~removed
-        if found.gate != "strict" or found.standardized_gap < SURE_GAP or members.sum() >= SURE_MEMBERS * own.sum():
-            return False
-        if correct[members].float().mean() < SURE_LEARNED or correct[rest].float().mean() < SURE_REST:
-            return False
-    return True
 
 
 def add_removed(

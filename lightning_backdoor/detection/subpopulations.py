@@ -286,7 +286,7 @@ FALSE_ALARM_RATE = 0.01
 TESTED = 5000  # samples of a label, at most, drawn at random where there are more
 REPEATED = 0.5  # of the members, as many different things or fewer: the group may be shots of a few things
 CLOSED = 0.4  # of the things in such a group, less than that, are nearest to another one of it, beyond chance
-SCANS = 4  # of a training, at most, that share the rate: at a quarter, half way, at the end, and after a restart
+SCANS = 3  # of a training, at most, over which the rate is shared: half way, at the end, and after a restart
 
 
 def find_subpopulations(

@@ -221,7 +221,6 @@ class Response:
         starts_over: Whether another defense's restart makes everything begin anew, the first detection included.
         repeats: Whether it may be due again when training is about to end, after a detection that led to nothing.
         rereads: Whether :meth:`respond` reads the training images, which are kept in memory by then.
-        early: Whether a detection that is beyond doubt may come before the first one is due, since it saves epochs.
         replaceable: Whether training anew takes the place of a treatment that costs accuracy.
         busy: Whether a treatment is going on or about to begin.
         copies: Whether a copy of the model that is trained without what was found says whether its labels are right.
@@ -238,7 +237,6 @@ class Response:
     starts_over: bool = False
     repeats: bool = False
     rereads: bool = False
-    early: bool = False
     replaceable: bool = False
     busy: bool = False
     copies: bool = False

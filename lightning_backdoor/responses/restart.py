@@ -107,7 +107,6 @@ class Restart(Response):
     """
 
     name = "restart"
-    early = True
 
     def __init__(self, *, last_detection: bool, every: int | None = None, at_most: int = MAX_RESTARTS) -> None:
         self._last_detection, self._every, self._at_most = last_detection, every, at_most

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_backdoor.detection.near_duplicates import thumbnails
 from lightning_backdoor.detection.neighbors import neighbor_agreement
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.scanning.scan import raise_on_all_ranks
@@ -48,30 +47,17 @@ class EarlyNeighbors:
             )
 
 
-def early_neighbors(
-    trainer: Trainer, pl_module: LightningModule, data: DatasetScanner, *, pictures: bool = False
-) -> tuple[EarlyNeighbors, dict[str, Tensor]]:
+def early_neighbors(trainer: Trainer, pl_module: LightningModule, data: DatasetScanner) -> EarlyNeighbors:
     """Share of every sample's neighbors that have its label, by the features as they are now.
 
     Neighbors are searched in a random sample of the training set, by the first process: on the device of the features
     where these stay there, else on the CPU. Every process must call it and gets the same answer.
-
-    Returns:
-        That share, and what it was taken from: ``labels`` long ``(N,)``; ``features`` half ``(N, D)``; ``right`` bool
-        ``(N,)``, whether the model gives a sample its label; with ``pictures`` half ``(N, 144)``, see
-        :func:`~lightning_backdoor.detection.near_duplicates.thumbnails`.
     """
 
     def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
-        images = data.layout.images(batch)
         labels = data.labels(batch).clone()  # transfer hooks may change a batch in place
-        logits, features = data.outputs(trainer, pl_module, batch)
-        return {
-            "labels": labels,
-            "features": features.clamp(-_HALF, _HALF).half(),
-            "right": logits.argmax(dim=1) == labels.to(logits.device),
-            **({"pictures": thumbnails(images)} if pictures else {}),
-        }
+        features = data.outputs(trainer, pl_module, batch)[1]
+        return {"labels": labels, "features": features.clamp(-_HALF, _HALF).half()}
 
     found = data.scan(trainer, pl_module, step, description="early look", finite=True, stay=True)
     agreement = torch.empty(0)
@@ -81,4 +67,4 @@ def early_neighbors(
             references = torch.zeros(len(data), dtype=torch.bool)
             references[order[:REFERENCES]] = True
             agreement = neighbor_agreement(found["features"], found["labels"], references, gpu=False).half()
-    return EarlyNeighbors(trainer.strategy.broadcast(agreement, src=0), data.probe[1]), found
+    return EarlyNeighbors(trainer.strategy.broadcast(agreement, src=0), data.probe[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_backdoor.detection.decision import Decision, add_removed, decide, decide_by_break, findings_of, is_sure
+from lightning_backdoor.detection.decision import Decision, add_removed, decide, decide_by_break, findings_of
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import limit_removed, natural_break, select_fraction
 from lightning_backdoor.verdict import Verdict
@@ -137,26 +136,6 @@ def data(n: int = 600, poisons: int = 40, seed: int = 0) -> tuple[Tensor, Tensor
     poisoned[(labels == 1).nonzero().squeeze(1)[:poisons]] = True
     values[:, :2] = torch.randn(n, 2, generator=generator) + 9 * poisoned[:, None]
     return values, torch.randn(n, generator=generator), labels, poisoned
-
-
-def test_a_far_group_that_is_learned_is_beyond_doubt() -> None:
-    values, ranking, labels, poisoned = data()
-    everything = torch.ones_like(poisoned)
-    decision = decide(values, ranking, labels)
-    assert torch.equal(~decision.keep, poisoned)
-    assert is_sure(decision, labels, everything)
-    assert not is_sure(decision, labels, ~poisoned), "the model has not learned it"
-    near = (replace(one, standardized_gap=3.4) for one in decision.subpopulations)
-    assert not is_sure(replace(decision, subpopulations=tuple(near)), labels, everything), "some may lie below"
-    other = (replace(one, gate="overlap") for one in decision.subpopulations)
-    assert not is_sure(replace(decision, subpopulations=tuple(other)), labels, everything)
-    assert not is_sure(decide(values, ranking, labels, max_removed=0.05), labels, everything), "some are left"
-    assert not is_sure(decision, labels, poisoned | (labels != 1)), (
-        "the rest is not learned: the group may be the class"
-    )
-    values, ranking, labels, poisoned = data(poisons=120)
-    assert not is_sure(decide(values, ranking, labels), labels, everything), "the group may be the class"
-    assert not is_sure(decide(values[:, 2:], ranking, labels), labels, everything), "nothing is found"
 
 
 def follows_its_threshold(decision: Decision, considered: Tensor) -> bool:
