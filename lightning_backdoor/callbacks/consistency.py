@@ -109,12 +109,11 @@ class ConsistencyDetector(Detector):
         else:
             require_detector(session.trainer, session.module, scanner, self._settings, units=self.suspect == "auto")
 
-    def observe(self, session: Session, first: int, *, decides: bool) -> Detection | None:
+    def observe(self, session: Session, first: int) -> None:
         """Measure neighbors half-way to the first detection, in the features of the model."""
         wanted = self.external_verdict is None and self.suspect == "auto" and self._early is None
         if wanted and 2 * session.epochs_done >= first:
-            self._early, _ = early_neighbors(session.trainer, session.module, session.scanner)
-        return None
+            self._early = early_neighbors(session.trainer, session.module, session.scanner)
 
     def detect(self, session: Session) -> Detection:
         """Train the copy, measure, and decide."""
