@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_backdoor.detection import look_alikes
 from lightning_backdoor.detection.look_alikes import Counts, few_p_value, wrong_labels_p_value
 from lightning_backdoor.detection.near_duplicates import usual_distance
+from lightning_backdoor.detection.subpopulations import SCANS
 from lightning_backdoor.functional import decide, find_all_to_all_subpopulation, thumbnails
 
 LABELS, EACH = 6, 60
@@ -145,7 +146,7 @@ def test_an_attack_on_every_label_is_found_behind_a_clean_kind_that_all_have() -
     assert torch.equal(sum((labels == one.label) & (one.project(values) > one.threshold) for one in found) > 0, upper)
     figure = found[0].figures[-1]
     assert figure.name == "other_label_p_value"
-    bound = 0.01 / 3 / (LABELS + 1)
+    bound = 0.01 / SCANS / (LABELS + 1)
     assert figure.bound == pytest.approx(bound / 6), "the second division that was tested"
     direct = decide(responses(made), torch.zeros(len(labels)), labels, all_to_all=True, pictures=thumbnails(shown))
     assert torch.equal(~direct.keep, upper)
