@@ -26,7 +26,9 @@ from lightning_backdoor.detection.directions import (
     full_precision,
     group_by_label,
     sharpened_directions,
+    smallest_group,
     split_labels,
+    split_rows,
     split_units,
 )
 from lightning_backdoor.detection.evidence import replication
@@ -495,12 +497,17 @@ def _candidates(search: Search) -> dict[int, list[Subpopulation]]:
     return found
 
 
-def _outside_above(search: Search, directions: Sequence[Direction]) -> list[int]:
-    """For each direction the number of samples of other labels above its threshold."""
-    values, device = search.values, search.values.device
-    weights = torch.zeros(values.shape[1], len(directions), device=device)
+def _weights(search: Search, directions: Sequence[Direction]) -> Tensor:
+    """The weights of directions side by side, float ``(U, D)``."""
+    weights = torch.zeros(search.values.shape[1], len(directions), device=search.values.device)
     for column, one in enumerate(directions):
         weights[one.units, column] = one.weights
+    return weights
+
+
+def _outside_above(search: Search, directions: Sequence[Direction]) -> list[int]:
+    """For each direction the number of samples of other labels above its threshold."""
+    values, device, weights = search.values, search.values.device, _weights(search, directions)
     figures = torch.tensor([[one.threshold, one.label] for one in directions], dtype=torch.float64).to(device)
     thresholds, own = figures[:, 0], figures[:, 1].long()
     above = torch.zeros(len(directions), dtype=torch.long, device=device)
@@ -623,10 +630,14 @@ def common_subpopulations(search: Search, min_separation: float = STRICT_GAP) ->
     if len(present) < 3:
         return []
     tested: list[Tensor] = []
-    for label in sorted(present, key=lambda k: -search.groups.sizes[k]):
-        for direction in search.directions.get(label, []):
-            if direction.standardized_gap < min_separation:
-                break
+    largest_first = sorted(present, key=lambda k: -search.groups.sizes[k])
+    directions = [one for label in largest_first for one in search.directions.get(label, [])]
+    directions = [one for one in directions if one.standardized_gap >= min_separation]
+    for first in range(0, len(directions), TOGETHER):
+        some = directions[first : first + TOGETHER]
+        for direction, about in zip(some, _labels_about_split(search, some, min_separation), strict=True):
+            if about - 1 < ALL_TO_ALL_LABELS * (len(present) - 1):
+                continue
             found = _split_all(search, direction, min_separation)
             if len(found) - 1 >= ALL_TO_ALL_LABELS * (len(present) - 1):
                 share = GateFigure("split_labels", (len(found) - 1) / (len(present) - 1), ">=", ALL_TO_ALL_LABELS)
@@ -634,6 +645,21 @@ def common_subpopulations(search: Search, min_separation: float = STRICT_GAP) ->
                 if figures is not None:
                     return [replace(one, figures=(*one.figures, share, *figures)) for one in found]
     return []
+
+
+@full_precision()
+def _labels_about_split(search: Search, directions: Sequence[Direction], min_separation: float) -> list[int]:
+    """How many labels each direction splits by the criteria of :func:`_split_all`, or misses by less than rounding.
+
+    All samples are projected on all directions at once: one after the other takes as long for each.
+    """
+    values, weights = search.values, _weights(search, directions)
+    labels = torch.zeros(len(directions), dtype=torch.long, device=values.device)
+    for batch in search.groups.batches(2 * MIN_MEMBERS, max(values.shape[1], len(directions))):
+        split = split_rows((values[batch.rows].float() @ weights).mT, batch.counts, smallest_group(batch.counts))
+        few = split.members < ALL_TO_ALL_MEMBERS * batch.counts[:, None] + 1
+        labels += (few & (split.standardized_gap >= 0.99 * min_separation)).sum(dim=0)
+    return labels.tolist()
 
 
 def _of_other_labels(found: list[Subpopulation], search: Search, tested: list[Tensor]) -> tuple[GateFigure, ...] | None:
