@@ -54,17 +54,17 @@ class Zeroed(ResetUnits):
 
     def __init__(self) -> None:
         super().__init__(reset="prune")
-        self.start: list[Tensor] = []
+        self.first: list[Tensor] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, title: str) -> None:
         super().setup(trainer, pl_module, title)
-        self.start = [parameter.detach().clone() for parameter in pl_module.parameters()]
+        self.first = [parameter.detach().clone() for parameter in pl_module.parameters()]
 
     def on_train_epoch_start(self, session: Session) -> None:
         before = [parameter.detach().clone() for parameter in session.module.parameters()]
         super().on_train_epoch_start(session)
         with torch.no_grad():
-            for parameter, old, start in zip(session.module.parameters(), before, self.start, strict=True):
+            for parameter, old, start in zip(session.module.parameters(), before, self.first, strict=True):
                 parameter.copy_(torch.where(parameter == old, old, self.instead(old, start)))
 
     def instead(self, old: Tensor, start: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from benchmarks.finetune import STICKER
 from benchmarks.networks import NETWORKS
 from benchmarks.protocols import Setting
 from lightning_backdoor import Verdict
-from lightning_backdoor.responses import Detection, Event
+from lightning_backdoor.responses import Detection, Event, Response
 
 SETTING = Setting("tiny", 128, 2, "adamw-signs", treatments.DIGITS)
 
@@ -43,15 +43,22 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *names: str) -> list[rows
 
 @pytest.mark.filterwarnings("ignore:.*[Ll]ightning")
 @pytest.mark.filterwarnings("ignore:.*num_workers")
+@pytest.mark.filterwarnings("ignore:Given ends with a model")
 def test_treatments_begin_with_what_was_trained_without_a_defense_and_run_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ("undefended", "second guess", "project")
+    names = ("undefended", "second guess", "project", "turn down")
     found = run(monkeypatch, tmp_path, *names)
     assert [row["defence"] for row in found] == list(names)
-    assert [row["epochs_shared_with_undefended"] for row in found] == [0, 1, 1]
-    assert len(run(monkeypatch, tmp_path, *names, "perfect")) == 4
+    assert [row["epochs_shared_with_undefended"] for row in found] == [0, 1, 1, 1]
+    assert len(run(monkeypatch, tmp_path, *names, "perfect")) == 5
     assert "| tiny, digits, 128, 2 | sticker-5% | perfect |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", treatments.TREATMENTS)
+def test_every_treatment_can_be_made(name: str) -> None:
+    labels = torch.arange(4)
+    assert isinstance(treatments.TREATMENTS[name](labels, labels), Response)
 
 
 def test_removed_samples_get_the_labels_that_are_given_in_the_dataset_alone() -> None:
