@@ -310,7 +310,7 @@ def _shown(
     """What the report shows beside the verdict."""
     return evidence(
         events,
-        len(verdict),
+        verdict,
         images=scanner.images,
         denoised=lambda indices: [denoise(scanner.images(indices)) for denoise in DENOISERS],
         read_with=scanner.transform.description,

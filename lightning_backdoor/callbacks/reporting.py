@@ -64,7 +64,7 @@ def _shown(session: Session, detector: Detector, seconds: float, max_removed: fl
     scanner = session.scanner
     shown = evidence(
         session.case.history,
-        len(session.verdict),
+        session.verdict,
         images=scanner.images,
         denoised=detector.denoised_for(session),
         read_with=scanner.transform.description,

@@ -381,7 +381,7 @@ def _little_learned(accuracies: Sequence[float]) -> str:
 
 def evidence(
     history: Sequence[Event],
-    total: int,
+    verdict: Verdict,
     *,
     images: Callable[[Sequence[int]], Tensor],
     denoised: Callable[[Sequence[int]], Sequence[Tensor]] | None,
@@ -396,7 +396,7 @@ def evidence(
 
     Args:
         history: All events so far, at least one.
-        total: Samples of the training set.
+        verdict: The verdict in force. What is said of a repair follows its diagnoses, as on the console.
         images: From dataset positions to pixels, see :class:`Evidence`.
         denoised: From dataset positions to denoised pixels.
         read_with: The transform by which the images were read, in words.
@@ -406,6 +406,7 @@ def evidence(
         seconds: Duration of the last scan.
         max_removed: The user's ``max_removed``.
     """
+    total = len(verdict)
     latest = next((event for event in reversed(history) if event.response != "fallback"), history[-1])
     found = [
         f"{label} (separation {gap:.1f}, found after {event.when})"
@@ -428,7 +429,7 @@ def evidence(
         facts["units reset"] = len(reset_units(history))
         for number, event in enumerate(history, 1):
             if event.treated:
-                facts[f"round {number}"] = sentence([event], total).rstrip(".")
+                facts[f"round {number}"] = sentence([event], total, verdict=verdict).rstrip(".")
         rows = [
             (number, layer, unit, _class_name(classes, label), round(score, 2))
             for number, event in enumerate(history, 1)
@@ -440,7 +441,7 @@ def evidence(
     if latest.response in ("unlearn", "finetune"):
         facts["images to unlearn"], facts["images to learn anew"] = latest.suspects, latest.trusted
         if latest.treated:
-            facts["repair"] = sentence([latest], total).rstrip(".")
+            facts["repair"] = sentence([latest], total, verdict=verdict).rstrip(".")
             head = ("epoch of repair", "accuracy on watched images", "suspects given their label", "undone")
             steps = zip(latest.accuracies, latest.flagged_label_rates, strict=True)
             tables["Repair, epoch by epoch"] = (
@@ -450,7 +451,7 @@ def evidence(
                     for i, (accuracy, rate) in enumerate(steps)
                 ],
             )
-            treatment = f"The model was repaired: {sentence([latest], total)}"
+            treatment = f"The model was repaired: {sentence([latest], total, verdict=verdict)}"
     if latest.response == "two_stage":
         facts |= {
             "images trusted": latest.trusted,
@@ -473,10 +474,10 @@ def evidence(
                     for epoch, loss in enumerate(latest.losses, start=1)
                 ],
             )
-            treatment = f"The model was trained in two stages: {sentence([latest], total)}"
+            treatment = f"The model was trained in two stages: {sentence([latest], total, verdict=verdict)}"
     if history[-1].of_labels:
         facts["model at the last look"] = _of_labels(history[-1]).strip().rstrip(".")
-    anew = [sentence([event], total) for event in history if event.response == "fallback"]
+    anew = [sentence([event], total, verdict=verdict) for event in history if event.response == "fallback"]
     if anew:
         facts["after the repair"] = " ".join(anew).rstrip(".")
         treatment = f"{treatment or 'No repair was possible.'} Flagged images kept their label, so training began anew."

@@ -15,7 +15,7 @@ from lightning_backdoor.callbacks.ultraclean import DenoisedFeatures
 from lightning_backdoor.detection.decision import Decision, add_removed
 from lightning_backdoor.detection.subpopulations import Subpopulation
 from lightning_backdoor.events import Event, own_label
-from lightning_backdoor.report.of_events import last_word, nothing_learned, reset_units, sentence
+from lightning_backdoor.report.of_events import evidence, last_word, nothing_learned, reset_units, sentence
 from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pictures, fit, loader_of, make_trainer
 
 pytestmark = LIGHTNING_WARNS
@@ -154,6 +154,26 @@ def test_wrong_labels_are_not_called_clean_images_after_a_repair() -> None:
     for verdict in (diagnosed_as("unclear"), diagnosed_as("right labels"), diagnosed_as()):
         for told in (last_word(event, verdict), sentence([event], 100, verdict=verdict)):
             assert "or these may be clean images of one kind" in told
+
+
+@pytest.mark.parametrize("diagnosis", ["wrong labels", "unclear", "right labels"])
+def test_the_page_says_of_a_round_what_the_console_says(diagnosis: str) -> None:
+    event, verdict = replace(ROUND, flagged_label_rates=(1.0, 0.97)), diagnosed_as(diagnosis)
+    page = evidence(
+        [event],
+        verdict,
+        images=lambda _: torch.zeros(0),
+        denoised=None,
+        read_with="no transform",
+        classes=None,
+        meaning="",
+        by_subpopulations=False,
+        seconds=0.0,
+        max_removed=0.3,
+    )
+    console = sentence([event], len(verdict), verdict=verdict)
+    assert page.facts["round 1"] == console.rstrip(".")
+    assert ("clean images of one kind" in console) == (diagnosis != "wrong labels")
 
 
 def test_a_unit_that_is_reset_again_counts_once() -> None:
