@@ -107,11 +107,14 @@ def steps(n: int, folder: Path) -> dict[str, Callable[[], Any]]:
 
     def decision() -> None:
         values = responses()
-        values[:: 10 * CLASSES, 0] += 60  # a tenth of label 0
-        for other in (1, 2, 3):
-            values[other::CLASSES, 0] += 60  # three labels lie beside it, so that all are asked whether it splits them
+        members = values[:: 5 * CLASSES]  # a fifth of label 0
+        members.copy_(values[1 : 1 + len(members)].clone())  # images of other classes
+        members[:, 0] += 60
+        for other in range(1, 9):
+            values[other::CLASSES, 0] += 60  # eight labels lie beside it, so that all are asked whether it splits them
         found = decide(values, verdict.scores, verdict.labels, all_to_all=True)
-        assert [mode.label for mode in found.subpopulations] == [0]
+        assert [one.label for one in found.subpopulations] == [0]
+        assert found.subpopulations[0].gate == "overlap"
 
     def neighbors() -> None:
         assert verdict.labels is not None
