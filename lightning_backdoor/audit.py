@@ -95,10 +95,10 @@ def audit(
     diagnosis is ``"unclear"``.
 
     Weights, buffers, modes, hooks, random streams and the dataset stay as they are; a datamodule that has no data yet
-    is set up. The time is that of about five passes over the images without gradients (``"features"`` three,
-    ``"units"`` two) and of the denoising. Where something is found, the copy adds the training of twenty epochs, of
-    200 steps at least and 1,000 at most, and further passes take a few thousand images. ``"consistency"`` adds 400
-    steps of training, of a copy of the model, and three passes.
+    is set up. The time is that of about four passes over the images without gradients (``"features"`` three,
+    ``"units"`` one, or two where the responses of all units take over 256 MiB) and of the denoising. Where something is
+    found, the copy adds the training of twenty epochs, of 200 steps at least and 1,000 at most, and further passes take
+    a few thousand images. ``"consistency"`` adds 400 steps of training, of a copy of the model, and four passes.
 
     Args:
         model: A classifier that is trained: a LightningModule, or any other module that takes images and returns

@@ -102,15 +102,17 @@ class NONECallback(Defense):
     Implements NONE (*Training with More Confidence*, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_) inside a
     Trainer. When as many epochs are left as its rounds need (or after ``warmup_epochs``), it measures the largest
     activation of every unit on every training image. A direction over units that splits one label into two populations
-    and no other label, or all labels into two, is the sign of a backdoor. If there is one, its samples leave the
-    training set, the units that they drive are drawn anew, and fine-tuning follows. Otherwise nothing changes.
+    and no other label is the sign of a backdoor. So is one that splits most labels, if their second populations look
+    like images of other labels. If there is one, its samples leave the training set, the units that they drive are
+    drawn anew, and fine-tuning follows. Otherwise nothing changes.
 
     Assumes nothing: no clean data, no poison rate, no target class. Costs one forward pass per detection, another if a
-    class has no confident sample; for each round two more; two bytes per image and unit (of up to 512 units where all
-    together take over 256 MiB, and one more pass then); a copy of weights and optimizer, to which training returns if a
-    round brings what all have cost to over 1 point of accuracy on the training images (5 where no restart can follow),
-    or over 10 of that of one class. Fine-tuning takes epochs of the plan (``max_epochs``, ``max_steps``,
-    ``max_time``), unless ``extra_epochs`` are allowed.
+    class has no confident sample; for each round two more; if something is found, a copy of the model that is trained
+    without it for its diagnosis, as many steps as the fit has had, 200 to 1,000; two bytes per image and unit (of up to
+    512 units where all together take over 256 MiB, and one more pass then); a copy of weights and optimizer, to which
+    training returns if a round brings what all have cost to over 1 point of accuracy on the training images (5 where no
+    restart can follow), or over 10 of that of one class. Fine-tuning takes epochs of the plan (``max_epochs``,
+    ``max_steps``, ``max_time``), unless ``extra_epochs`` are allowed.
 
     Units are reset at the start of an epoch, and rounds are judged and undone with the last batch of one, before
     validation: what monitors a score, saves a checkpoint or averages weights sees both of one state.

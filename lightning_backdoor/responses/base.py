@@ -221,7 +221,8 @@ class Response:
         starts_over: Whether another defense's restart makes everything begin anew, the first detection included.
         repeats: Whether it may be due again when training is about to end, after a detection that led to nothing.
         rereads: Whether :meth:`respond` reads the training images, which are kept in memory by then.
-        replaceable: Whether training anew takes the place of a treatment that costs accuracy.
+        replaceable: Whether training anew takes the place of a treatment that costs accuracy. Resets have a tighter
+            bound then.
         busy: Whether a treatment is going on or about to begin.
         copies: Whether a copy of the model that is trained without what was found says whether its labels are right.
             Not where the model itself is trained without it, or such a copy is a part of the response.

@@ -29,7 +29,9 @@ class WithFallback(Response):
     weights at the start of the fit; no detection follows. Costs one copy of the model and of its optimizer state on the
     CPU and in checkpoints.
 
-    A repair that a restart can follow has to leave accuracy as it was, within a point: training anew does.
+    Rounds of :class:`~lightning_backdoor.responses.ResetUnits` that a restart can follow have to leave accuracy as it
+    was, within a point, since training anew costs none. :class:`~lightning_backdoor.responses.Unlearn` keeps its bound
+    of five points.
 
     Where a restart is ruled out (``max_time``, a callback that changes parameter groups, weights that are treated as
     they are before the first epoch), the repair has the last word, and the reason is in a warning.

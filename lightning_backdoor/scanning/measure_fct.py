@@ -130,7 +130,7 @@ def distinguish(
         pl_module: The LightningModule under training; left as it is.
         data: The training set.
         detector: The settings.
-        units: Measure the units of the detector, too; two more passes.
+        units: Measure the units of the detector, too; one more pass, or two where their responses take over 256 MiB.
 
     Raises:
         ModelError: The module cannot be copied, or nothing of it can be trained.

@@ -49,9 +49,10 @@ def measure(
         trainer: The running Trainer.
         pl_module: The LightningModule under training.
         dataloader: Its training loader.
-        what: Any of ``"denoised"`` (UltraClean; three forward passes), ``"units"`` (NONE; two),
-            ``"fct"`` (D-BR and D-ST; ``detector_steps`` of training and one pass for each transformation),
-            ``"detector_units"`` (the units of the detector of ``"fct"``; two more passes).
+        what: Any of ``"denoised"`` (UltraClean; three forward passes), ``"units"`` (NONE; one,
+            or two where the responses of all units take over 256 MiB), ``"fct"`` (D-BR and D-ST; ``detector_steps`` of
+            training, one pass, and one for each transformation), ``"detector_units"`` (the units of the detector of
+            ``"fct"``; as many more as ``"units"``).
         detector: Weights that the detector starts from: those of the module. ``"fresh"`` trains it at a higher rate.
         detector_steps: Steps in which the detector learns the labels.
         repulsion_steps: Steps of center repulsion after these. ``None``: as many.
