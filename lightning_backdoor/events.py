@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["STILL_LABELED", "Event", "own_label", "repaired"]
+__all__ = ["STILL_LABELED", "Event", "Signaled", "own_label", "repaired"]
 
 OWN_LABEL = 0.9  # of the accuracy on ordinary samples: more removed ones that get their label may have the right one
 STILL_LABELED = 0.1  # of the flagged samples get their label: the backdoor, or a part of it, may still be there
+
+
+Signaled = tuple[int, float, float, float]
+"""A label that may carry a signal in all of its images: label, share of images of other labels that its common pattern
+turns into it, the largest such share of another label, and the chance of that among clean labels."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,7 @@ class Event:
         became_trusted: Uncertain samples that became trusted between the stages.
         became_suspect: Uncertain samples that became suspect then.
         ended_early: Whether training ended before the second stage.
-        whole_classes: Labels that may carry a signal in all of their images: label, share of images of other labels
-            that their common pattern turns into it, the largest such share of another label, and the chance of that
-            among clean labels.
+        whole_classes: Labels that may carry a signal in all of their images, see :data:`Signaled`.
     """
 
     epochs: int
@@ -81,7 +84,7 @@ class Event:
     became_trusted: int = 0
     became_suspect: int = 0
     ended_early: bool = False
-    whole_classes: tuple[tuple[int, float, float, float], ...] = ()
+    whole_classes: tuple[Signaled, ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that load with ``weights_only=True``."""

@@ -20,7 +20,7 @@ from lightning_backdoor.detection.decision import Decision, add_removed, decide,
 from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE, SCANS
 from lightning_backdoor.detection.whole_classes import whole_classes
-from lightning_backdoor.events import Event
+from lightning_backdoor.events import Event, Signaled
 from lightning_backdoor.responses.base import Detection, Response, Session
 from lightning_backdoor.responses.by_name import ResponseName, chosen_response
 from lightning_backdoor.responses.explaining import ordinary_samples
@@ -119,7 +119,7 @@ class DenoisedFeatures(Detector):
             whole_classes=self._whole_classes(session, verdict),
         )
 
-    def _whole_classes(self, session: Session, verdict: Verdict) -> tuple[tuple[int, float, float, float], ...]:
+    def _whole_classes(self, session: Session, verdict: Verdict) -> tuple[Signaled, ...]:
         """Labels that may carry a signal in all of their images, by those that stand out in no other way."""
         if self._paper or self._fraction is not None or verdict.labels is None:
             return ()
@@ -234,7 +234,8 @@ class UltraCleanCallback(Defense):
     every scan: 64 are read again at each. Costs the epochs before a rewind once more; one forward pass, and three per
     scan, with up to 256 images more for each label; reading and denoising the images, once; two uint8 copies of them
     (in memory up to ``cache_bytes``, else in a temporary file) and, until the last scan, the images as they were read,
-    where what is left of ``cache_bytes`` and a quarter of the free memory hold them (else each scan reads them); four
+    where what is left of ``cache_bytes`` and a quarter of the free memory hold them (else each scan reads them, and up
+    to 64 of each label, and 256 for every 32 labels, once more; so do several processes, which keep a part each); four
     bytes per image and feature in a scan; the initial weights in checkpoints.
 
     Differs from the paper: the score compares features class by class instead of adding up the outputs; the cut is

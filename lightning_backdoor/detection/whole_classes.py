@@ -23,7 +23,7 @@ class WholeClass:
     """A label that stands out as a whole.
 
     Attributes:
-        label: It.
+        label: Its class index.
         rate: Share of images of other classes that its common pattern turns into it.
         others: The largest share that another label's pattern turns into that label.
         p_value: Chance that one of all labels differs so far from the others, if the transformed rates are normal.
@@ -49,7 +49,7 @@ def whole_classes(
         rates: Share of the images of other classes that get a label when the pattern of a label is put on them, of
             those that do not get it without, float ``(K, K)``: row of the pattern, column of the label that is given.
         labels: The K labels.
-        images: Number of images behind a rate.
+        images: Smallest number of images behind a rate.
         false_alarm_rate: Chance at most of a label in the result, over all scans of a training. It holds as far as
             the transformed rates of clean labels scatter as normal values.
         scans: Of a training.

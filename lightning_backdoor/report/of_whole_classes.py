@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_backdoor.events import Event
+from lightning_backdoor.events import Event, Signaled
 from lightning_backdoor.report.evidence import Evidence, Table
 from lightning_backdoor.report.sentences import listed, percent
 
@@ -29,15 +29,13 @@ ADVICE = (
 )
 NAMED = 3  # classes in a sentence
 
-Found = tuple[int, float, float, float]  # label, rate, largest rate of another label, p-value
 
-
-def signaled(history: Sequence[Event]) -> list[Found]:
+def signaled(history: Sequence[Event]) -> list[Signaled]:
     """For every label that some event names, what the last one of them says."""
     return list({found[0]: found for event in history for found in event.whole_classes}.values())
 
 
-def signals_told(found: Sequence[Found], classes: Sequence[str] | None) -> tuple[str, str] | tuple[()]:
+def signals_told(found: Sequence[Signaled], classes: Sequence[str] | None) -> tuple[str, str] | tuple[()]:
     """What was measured of these labels, and what to do; empty for none."""
     if not found:
         return ()
@@ -59,7 +57,7 @@ def whole_classes_told(history: Sequence[Event], classes: Sequence[str] | None) 
     return " ".join(signals_told([found for found in latest.whole_classes if found[0] not in known], classes))
 
 
-def whole_table(found: Sequence[Found], classes: Sequence[str] | None) -> dict[str, Table]:
+def whole_table(found: Sequence[Signaled], classes: Sequence[str] | None) -> dict[str, Table]:
     """The figures of these labels, as a table with its title; none for none."""
     evidence = Evidence(classes=classes)
     rows = [

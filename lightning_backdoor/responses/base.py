@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor.errors import ArgumentError, DataError
-from lightning_backdoor.events import Event
+from lightning_backdoor.events import Event, Signaled
 from lightning_backdoor.loading.loader_filter import LoaderFilter
 from lightning_backdoor.responses.limits import planned_end
 from lightning_backdoor.scanning.scanner import DatasetScanner
@@ -52,7 +52,7 @@ class Detection:
     correct: Tensor | None = None
     units: Measured | None = None
     kept_before: Tensor | None = None
-    whole_classes: tuple[tuple[int, float, float, float], ...] = ()
+    whole_classes: tuple[Signaled, ...] = ()
 
 
 class Case(Protocol):

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["Turned", "turned_by_patterns"]
 
 Turned = tuple[Tensor, list[int], int]
-"""Rates ``(K, K)``, the K labels, and the number of images behind a rate."""
+"""Rates ``(K, K)``, the K labels, and the smallest number of images behind a rate."""
 
 MEMBERS = 64  # of each label, whose mean is taken
-FEWEST = 20  # samples of a label, at least
+FEWEST = 20  # samples of a label, at least, and images behind its rates
 TIMES = 3.0  # as strong as in the images of the label: denoising takes out a part of a trigger
 IMAGES = 256, 32  # on which it is put: so many, and as few where there are many labels
 SHOWN = 2**15  # of these images, over all labels
@@ -52,29 +52,32 @@ def turned_by_patterns(
         pl_module: The LightningModule.
         data: The training set.
         labels: Labels as given, long ``(N,)``, -1 where there is none.
-        ordinary: Samples that stand out in no other way, bool ``(N,)``: labels with fewer than 20 are left out.
+        ordinary: Samples that stand out in no other way, bool ``(N,)``: labels with fewer than 20 are left out, and
+            labels that so many of the images have or get as they are that fewer than 20 are left to be turned.
         seed: Of the choice of images.
 
     Returns:
         Share of the images of other labels that get a label, of those that do not get it as they are: for the pattern
-        of each label (rows) and each label that is given (columns); the labels; the number of images.
+        of each label (rows) and each label that is given (columns); the labels; the smallest number of images that
+        such a share is of.
     """
     ordinary = ordinary & (labels >= 0) & ~data.unread
     present, counts = torch.unique(labels[ordinary], return_counts=True)
     names = present[counts >= FEWEST]
-    usual = drawn(ordinary, min(IMAGES[0], max(IMAGES[1], SHOWN // max(len(names), 1))), seed)
     if len(names) < 2:
-        return torch.zeros(len(names), len(names)), names.tolist(), len(usual)
-    given = []
+        return torch.zeros(len(names), len(names)), names.tolist(), 0
+    usual = drawn(ordinary, min(IMAGES[0], max(IMAGES[1], SHOWN // len(names))), seed)
+    with isolated_eval(trainer, pl_module), raise_on_all_ranks(trainer, DESCRIPTION):
+        common = _taken_out(data, usual, pl_module.device)
+    given: list[Tensor] = []
     for some in names.split(TOGETHER):
         with isolated_eval(trainer, pl_module), raise_on_all_ranks(trainer, DESCRIPTION):
-            common = _taken_out(data, usual, pl_module.device)
             members = [drawn(ordinary & (labels == label), MEMBERS, seed) for label in some.tolist()]
             patterns = [_taken_out(data, one, pl_module.device) for one in members]
             patterns = [TIMES * (one - resized(common[None], one.shape[1:])[0]) for one in patterns]
-        given.append(_given(trainer, pl_module, data, patterns, usual))
-    answers = torch.cat([given[0][:, :1], *(part[:, 1:] for part in given)], dim=1)
-    return _rates(answers, labels[usual], names), names.tolist(), len(usual)
+        unchanged = [] if given else [torch.zeros_like(common)]
+        given.append(_given(trainer, pl_module, data, [*unchanged, *patterns], usual))
+    return _rates(torch.cat(given, dim=1), labels[usual], names)
 
 
 def _taken_out(data: DatasetScanner, positions: Tensor, device: torch.device) -> Tensor:
@@ -86,13 +89,13 @@ def _taken_out(data: DatasetScanner, positions: Tensor, device: torch.device) ->
 def _given(
     trainer: Trainer, pl_module: LightningModule, data: DatasetScanner, patterns: list[Tensor], usual: Tensor
 ) -> Tensor:
-    """The answer to every image as it is, and with each of the P patterns, long ``(B, 1 + P)``."""
+    """The label that every image gets with each of the P patterns, long ``(B, P)``."""
 
     def step(indices: Tensor, batch: Any) -> dict[str, Tensor]:
         images = data.layout.images(batch)
         shown = data.pixels.to_pixels(images).to(pl_module.device).float()
         given = []
-        for pattern in (torch.zeros_like(patterns[0]), *patterns):
+        for pattern in patterns:
             changed = shown + resized(pattern[None], shown.shape[2:])
             pixels = changed.round().clamp(0, 255).to(torch.uint8)
             version = data.layout.with_images(batch, data.pixels.to_model(pixels, like=images))
@@ -102,11 +105,11 @@ def _given(
     return data.scan(trainer, pl_module, step, description=DESCRIPTION, positions=usual)["given"].cpu()
 
 
-def _rates(given: Tensor, shown: Tensor, names: Tensor) -> Tensor:
-    """Rates ``(K, K)`` from the answers ``(B, 1 + K)`` to images with the labels ``(B,)``."""
-    rates = torch.zeros(len(names), len(names))
-    for column, label in enumerate(names.tolist()):
-        free = (shown != label) & (given[:, 0] != label)
-        if bool(free.any()):
-            rates[:, column] = (given[free][:, 1:] == label).float().mean(dim=0)
-    return rates
+def _rates(given: Tensor, shown: Tensor, names: Tensor) -> Turned:
+    """From the labels that images of the labels ``(B,)`` get as they are and with K patterns, long ``(B, 1 + K)``."""
+    free = (shown[:, None] != names) & (given[:, :1] != names)
+    counts = free.sum(dim=0)
+    enough = (counts >= FEWEST).nonzero().squeeze(1)
+    columns = [(given[free[:, place]][:, 1 + enough] == names[place]).float().mean(dim=0) for place in enough.tolist()]
+    rates = torch.stack(columns, dim=1) if columns else torch.zeros(0, 0)
+    return rates, names[enough].tolist(), int(counts[enough].min()) if columns else 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_backdoor.detection.whole_classes import student_upper_tail, whole_classes
+from lightning_backdoor.detection.whole_classes import _p_value, student_upper_tail, whole_classes
 
 IMAGES = 200
 
@@ -62,6 +62,21 @@ def test_normal_rates_are_found_as_seldom_as_stated() -> None:
         angles = (0.9 + 0.1 * torch.randn(8, 8, generator=generator)).clamp(0, torch.pi / 2)
         alarms += bool(whole_classes(angles.sin().square(), list(range(8)), 10**6, false_alarm_rate=0.5))
     assert alarms <= 0.5 * sets
+
+
+def test_a_p_value_is_uniform_among_normal_values() -> None:
+    """It is at most so large as often as it says, and no more seldom: each rate within three standard errors."""
+    values = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    p_values = torch.tensor([_p_value(float(row[0]), row[1:], 10**6) for row in values])
+    for rate in (0.01, 0.1, 0.5):
+        error = (rate * (1 - rate) / len(values)) ** 0.5
+        assert float((p_values <= rate).float().mean()) == pytest.approx(rate, abs=3 * error)
+
+
+def test_equal_rates_deviate_by_the_error_of_few_images() -> None:
+    """Of 25 images: 0.1 on the transformed scale, so that 0.2 beside nine equal values is t = 2 / sqrt(1 + 1 / 9)."""
+    expected = student_upper_tail(2 / (10 / 9) ** 0.5, 8)
+    assert _p_value(0.7, torch.full((9,), 0.5), 25) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("value", "degrees", "chance"), [(0.0, 5, 0.5), (6.314, 1, 0.05), (4.501, 8, 0.001)])
