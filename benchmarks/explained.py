@@ -27,6 +27,7 @@ from benchmarks.data import cifar10, per_class
 from benchmarks.figures import blank_figure, own_style
 from benchmarks.plot import BLUE, DPI, RUST, SOFT
 from benchmarks.samples import KINDS
+from benchmarks.table import table as markdown
 from lightning_backdoor import DBRCallback, Finding, NONECallback, UltraCleanCallback, Verdict, attacks
 from lightning_backdoor.callbacks import Defense, Detector
 from lightning_backdoor.responses import Detection, Report, Session
@@ -219,9 +220,7 @@ def percent(value: float | None) -> str:
 
 def table(found: list[rows.Row]) -> str:
     """Rows as a table, the largest finding of each."""
-    head = ("images", "case", "defence", "accuracy", "ASR", "on the kind", "removed", "others", "unlearned")
-    head += ("diagnosis", "given label", "estimated ASR", "control", "by")
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    left, lines = ["images", "case", "defence"], []
     for row in found:
         most: dict[str, Any] = max(row["findings"], key=lambda one: one["samples"], default={})
         cells = [f"{row['source']} {row['images']:,}", row["case"], row["defence"]]
@@ -229,8 +228,9 @@ def table(found: list[rows.Row]) -> str:
         cells += [f"{row['removed']} of {row['poisons']}", str(row["removed_others"]), str(row["unlearned"])]
         cells += [str(most.get("diagnosis", "")), percent(most.get("own_label_rate"))]
         cells += [percent(most.get("estimated_asr")), percent(most.get("control_asr")), most.get("asr_method") or ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    head = [*left, "accuracy", "ASR", "on the kind", "removed", "others", "unlearned", "diagnosis", "given label"]
+    return markdown([*head, "estimated ASR", "control", "by"], lines, left=[*left, "diagnosis", "by"])
 
 
 def draw(found: list[rows.Row], path: Path) -> None:

@@ -25,6 +25,7 @@ from benchmarks import digits, rows
 from benchmarks.data import cifar10, per_class
 from benchmarks.explained import percent, right, told, trained
 from benchmarks.samples import KINDS
+from benchmarks.table import table as markdown
 from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback
 from lightning_backdoor.callbacks import Defense
 
@@ -119,16 +120,15 @@ def run(
 
 def table(found: list[rows.Row]) -> str:
     """Rows as a table, with the diagnosis of the largest finding of each."""
-    head = ("images", "kind", "share", "defence", "approved", "accuracy", "on the kind", "removed", "others")
-    head += ("unlearned", "diagnosis")
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    left, lines = ["images", "kind", "share", "defence", "approved"], []
     for row in found:
         most: dict[str, Any] = max(row["findings"], key=lambda one: one["samples"], default={})
         cells = [f"{row['source']} {row['images']:,}", row["case"], f"{row['share']} %", row["defence"]]
         cells += ["yes" if row["approved"] else "", percent(row["accuracy"]), percent(row["accuracy_of_kind"])]
         cells += [f"{row['removed']} of {row['kind']}", str(row["removed_others"]), str(row["unlearned"])]
-        lines.append("| " + " | ".join([*cells, str(most.get("diagnosis", ""))]) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, str(most.get("diagnosis", ""))])
+    head = [*left, "accuracy", "on the kind", "removed", "others", "unlearned", "diagnosis"]
+    return markdown(head, lines, left=[*left, "diagnosis"])
 
 
 def wanted(options: argparse.Namespace, done: list[rows.Row]) -> list[rows.Row]:

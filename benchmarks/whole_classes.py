@@ -22,6 +22,7 @@ from benchmarks import digits, rows
 from benchmarks.data import cifar10, per_class
 from benchmarks.explained import right
 from benchmarks.samples import KINDS
+from benchmarks.table import table as markdown
 from lightning_backdoor import UltraCleanCallback, attacks
 
 ALL: dict[str, Any] = {"rate_of": "target_class", "labels": "clean"}
@@ -75,15 +76,16 @@ def run(source: str, name: str, seed: int, data: tuple[TensorDataset, TensorData
 
 def table(found: list[rows.Row]) -> str:
     """Rows as a table."""
-    head = ("images", "case", "seed", "class", "accuracy", "ASR", "single images flagged", "named: half way / end")
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     for row in found:
         asr, label = "" if row["asr"] is None else f"{100 * row['asr']:.0f}", row["label"]
         told = [", ".join(f"{each[0]} ({100 * each[1]:.0f} %)" for each in one) or "none" for one in row["named"]]
         cells = [f"{row['source']} {row['images']:,}", row["case"], row["seed"], "" if label is None else label]
         cells += [f"{100 * row['accuracy']:.0f}", asr, row["flagged"], " / ".join(told)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append([str(cell) for cell in cells])
+    left, last = ["images", "case"], "named: half way / end"
+    head = [*left, "seed", "class", "accuracy", "ASR", "single images flagged", last]
+    return markdown(head, lines, left=[*left, last])
 
 
 def main() -> None:
