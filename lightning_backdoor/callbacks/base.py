@@ -286,9 +286,8 @@ class Procedure:
         self._seconds = 0.0  # of the last detection
         self._told = ""  # of the findings
         self._watch: Watch | None = None
-        self._start: dict[str, Any] | None = (
-            None  # weights at the start of the fit, for a copy that is trained from there
-        )
+        # Weights at the start of the fit, for a copy that is trained from there.
+        self._start: dict[str, Any] | None = None
         self._watched: dict[str, Any] = {}  # its state in the checkpoint that training goes on from
 
     @property

@@ -2,9 +2,9 @@
 
 A direction that splits most labels shows that they share something: the trigger of an all-to-all attack, or a clean
 kind of image, such as that of a second camera. What the images show tells these apart. Under the attack, the members of
-a label look like images of another label, the same for most of them. The answer to an image here is the most frequent
-label among the images that are most like it and in the lower groups, which are the labels themselves. What the groups
-have in common is taken out of all pictures before.
+a label look like images of another label, the same for most of them. What an image looks like is measured by its
+neighbor label: the most frequent label among the images that are most like it and in the lower groups, which are the
+labels themselves. What the groups have in common is taken out of all pictures before.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lightning_backdoor.detection.near_duplicates import BLOCK, NEAR, near_dupli
 
 __all__ = ["wrong_labels_p_value"]
 
-NEIGHBORS, PART = 20, 4  # whose most frequent label is the answer: at most a quarter of what a label has on average
-CHOOSING = 3  # every third member has a part in the choice of the other answer; the rest are tested
+NEIGHBORS, PART = 20, 4  # whose most frequent label is taken: at most a quarter of what a label has on average
+CHOOSING = 3  # every third member has a part in the choice of the other label; the rest are tested
 MEMBERS, REST, COMPARED = 2000, 6000, 20_000  # at most, drawn at random where there are more: members, others, and
 # those of the lower groups among which neighbors are sought
 
@@ -30,16 +30,17 @@ MEMBERS, REST, COMPARED = 2000, 6000, 20_000  # at most, drawn at random where t
 def wrong_labels_p_value(pictures: Tensor, labels: Tensor, upper: Tensor, usual: float) -> float:
     """Probability that images with right labels look so much like those of other labels.
 
-    Two tests, of which both must succeed (the larger p-value counts). The rate of an answer among the samples of its
-    own label and among those of other labels are the ends of a scale:
+    Two tests, of which both must succeed (the larger p-value counts). How often a label is the neighbor label of its
+    own samples, and how often of those of other labels, are the ends of a scale:
 
-    - Members have their label as the answer less than half way up that scale. An image of a clean kind can be hard to
-      tell, but is more like its own label than like others.
-    - Members have one other answer more than a third of the way up: that which other members of their label have most
-      often. A kind of image that is like no ordinary image has answers without a rule.
+    - Members have their own label as neighbor label less than half way up that scale. An image of a clean kind can be
+      hard to tell, but is more like its own label than like others.
+    - Members have one other neighbor label more than a third of the way up: that which other members of their label
+      have most often. A kind of image that is like no ordinary image has neighbor labels without a rule.
 
     In each label, members are compared with as many samples of its own as of others, or half as many. If members have
-    the answer as often as these, their number with the answer is hypergeometric; that of all labels is the sum.
+    a neighbor label as often as these, the number of those that have it is hypergeometric; that of all labels is the
+    sum.
     Near-duplicates count once.
 
     Args:
@@ -63,23 +64,23 @@ def wrong_labels_p_value(pictures: Tensor, labels: Tensor, upper: Tensor, usual:
     among = _drawn(~upper, COMPARED)
     of_members, of_rest = (_neighbors(pictures, labels, some, among, usual) for some in (members, rest))
     excess = of_members - of_rest.mean(dim=0)
-    found = _Answers(labels[rest].cpu(), of_rest.argmax(dim=1).cpu())
-    labels, answers = labels[members].cpu(), of_members.argmax(dim=1).cpu()
+    found = _LowerGroups(labels[rest].cpu(), of_rest.argmax(dim=1).cpu())
+    labels, nearest = labels[members].cpu(), of_members.argmax(dim=1).cpu()
     choosing = torch.arange(len(members)) % CHOOSING == 0
     own, other = [], []
     for label in range(len(present)):
         mine = labels == label
-        own.append(found.compared(answers[mine] == label, label, 1))
+        own.append(found.compared(nearest[mine] == label, label, 1))
         chosen = excess[(mine & choosing).to(excess.device)].sum(dim=0)
         chosen[label] = -torch.inf
-        answer = int(chosen.argmax())
-        other.append(found.compared(answers[mine & ~choosing] == answer, answer, 2).reversed())
+        most = int(chosen.argmax())
+        other.append(found.compared(nearest[mine & ~choosing] == most, most, 2).reversed())
     return max(few_p_value(own), few_p_value(other))
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many of some samples have an answer, and how many of those that they are compared with."""
+    """How many of some samples have a neighbor label, and how many of those that they are compared with."""
 
     hits: int
     samples: int
@@ -92,15 +93,15 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """Samples of the lower groups, in random order: labels and answers, ``(n,)`` each, on the CPU."""
+class _LowerGroups:
+    """Samples of the lower groups, in random order: labels and neighbor labels, ``(n,)`` each, on the CPU."""
 
     labels: Tensor
-    answers: Tensor
+    nearest: Tensor
 
-    def compared(self, hits: Tensor, answer: int, times: int) -> Counts:
-        """Samples beside those that have the answer as label, and ``times`` as many that have another one."""
-        of_own, of_others = (self.answers[mask] == answer for mask in (self.labels == answer, self.labels != answer))
+    def compared(self, hits: Tensor, label: int, times: int) -> Counts:
+        """How many have a neighbor label: of samples, and of those of this label and ``times`` as many of others."""
+        of_own, of_others = (self.nearest[mask] == label for mask in (self.labels == label, self.labels != label))
         count = min(len(of_own), len(of_others) // times)
         other_hits = int(of_own[:count].sum()) + int(of_others[: times * count].sum())
         return Counts(int(hits.sum()), len(hits), other_hits, (1 + times) * count)

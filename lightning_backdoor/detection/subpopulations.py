@@ -583,9 +583,8 @@ def _ranks(values: Tensor) -> Tensor:
 
 ALL_TO_ALL_LABELS = 0.5  # of the other labels, at least, must be split by the direction that one label gave
 ALL_TO_ALL_MEMBERS = 0.5  # of the label, less than that: the upper group is the smaller one
-
-
-SAME = 0.5  # of the samples that either of two divisions splits off: the same for a test
+SAME_DIVISION = 0.5  # of the samples that one of two divisions splits off, or both; if both split off more than that
+# share, the divisions count as one, and wrong labels are tested for the first of them alone
 
 
 def find_all_to_all_subpopulation(
@@ -675,7 +674,7 @@ def _of_other_labels(found: list[Subpopulation], search: Search, tested: list[Te
     if search.pictures is None or search.false_alarm_rate == math.inf:
         return ()
     upper = members_of(search.values, search.groups, found)
-    if any(int((upper & other).sum()) > SAME * int((upper | other).sum()) for other in tested):
+    if any(int((upper & other).sum()) > SAME_DIVISION * int((upper | other).sum()) for other in tested):
         return None
     tested.append(upper)
     bound = search.bound / (len(tested) * (len(tested) + 1))

@@ -38,7 +38,7 @@ MAY_BE_FINE = (
     "download `reviewed.csv`, and pass its path as `approved` when you train again."
 )
 SIGNALED = "No image was removed, but a class may carry a signal in all of its images"
-NONE_ALONE = "No image stands out from its class."
+NO_SINGLE_IMAGE = "No image stands out from its class."
 NAMED = 3  # findings in the summary
 
 __all__ = ["Summary", "approved_sentence", "count", "listed", "number", "percent", "score", "summarize"]
@@ -206,7 +206,7 @@ def summarize(verdict: Verdict, method: str, rows: list[ClassRow], evidence: Evi
         return summary
     told, advice = evidence.signals
     if not len(verdict.removed) and not verdict.findings:
-        return summary._replace(headline=SIGNALED, found=f"{NONE_ALONE} {told}", then=advice)
+        return summary._replace(headline=SIGNALED, found=f"{NO_SINGLE_IMAGE} {told}", then=advice)
     return summary._replace(found=f"{summary.found} {told}", then=f"{summary.then} {advice}")
 
 

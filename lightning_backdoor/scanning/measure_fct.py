@@ -33,6 +33,7 @@ __all__ = [
     "order_of_samples",
     "order_of_steps",
     "require_detector",
+    "thaw",
     "trained_copy",
     "turn_and_shift",
 ]

@@ -78,6 +78,7 @@ def test_removes_nothing_from_clean_data_and_the_training_is_bit_identical() -> 
     trainer, module = train_digits(train, [callback])
     assert bool(callback.verdict.keep.all())
     assert callback.verdict.threshold == float("inf")
+    assert callback.history
     assert not any(event.whole_classes for event in callback.history)
     assert same_state(alone, module)
     assert alone.logged == module.logged

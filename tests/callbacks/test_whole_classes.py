@@ -68,4 +68,5 @@ def test_a_class_in_a_color_of_its_own_is_quiet() -> None:
     tinted[own] = (tinted[own] * color).to(torch.uint8)
     callback = UltraCleanCallback(response="report", warmup_epochs=6)
     train_digits(TensorDataset(tinted, labels), [callback])
+    assert callback.history
     assert not any(event.whole_classes for event in callback.history)

@@ -22,7 +22,7 @@ from lightning_backdoor.responses import Report
 from tests.callbacks.helpers import Pictures, make_trainer, state_of
 from tests.contract.problem import EPOCHS, assert_settled, net_of, planted
 from tests.contract.registry import ENTRIES, Entry, given
-from tests.responses.test_unlearn import Scripts, pictures
+from tests.responses.helpers import Scripts, pictures
 
 SAMPLES, BATCH = 95, 8  # no multiple of two or of four
 BROKEN = 79  # of the share of the last one of two or four processes, and not among the images that are looked at first

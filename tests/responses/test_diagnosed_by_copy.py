@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_backdoor.responses import Continue, Report, ResetUnits, Response, WithFallback
 from tests.callbacks.helpers import LIGHTNING_WARNS, Net, fit, loader_of, make_trainer, same_state
-from tests.responses.test_unlearn import Scripts, Uncopied, pictures
+from tests.responses.helpers import Scripts, Uncopied, pictures
 
 pytestmark = [*LIGHTNING_WARNS, pytest.mark.filterwarnings("ignore:.* ends with a model")]
 RESPONSES: dict[str, Callable[[], Response]] = {

@@ -10,44 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_backdoor import DBRCallback, Finding, Verdict
-from lightning_backdoor.callbacks import Defense, Detector
+from lightning_backdoor import DBRCallback
 from lightning_backdoor.errors import TrainerError
-from lightning_backdoor.responses import Detection, Response, Session, Unlearn, WithFallback
+from lightning_backdoor.responses import Session, Unlearn, WithFallback
 from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pictures, fit, loader_of, make_trainer, same_state, state_of
+from tests.responses.helpers import MEMBERS, SIZE, Scripts, Uncopied, pictures
 
 pytestmark = [*LIGHTNING_WARNS, pytest.mark.filterwarnings("ignore:.* ends with a model")]
-SIZE, MEMBERS = 160, 20
-
-
-def pictures(*, wrong: bool) -> tuple[Pictures, Tensor]:
-    """Twenty of 160 images are of classes 1 to 3 with the label 0, or of class 0; their positions."""
-    data = Pictures(SIZE)
-    members = ((data.targets > 0) if wrong else (data.targets == 0)).nonzero().squeeze(1)[:MEMBERS]
-    data.targets[members] = 0
-    return data, members
-
-
-class Scripted(Detector):
-    """Finds one group."""
-
-    def __init__(self, members: Tensor) -> None:
-        self.members = members
-
-    def detect(self, session: Session) -> Detection:
-        labels = session.scanner.read_labels(session.trainer, session.module)
-        keep = torch.ones(len(labels), dtype=torch.bool).index_fill(0, self.members, False)
-        found = Finding(0, self.members, "scripted", (), torch.tensor([0]), torch.tensor([1.0]), 0.0)
-        return Detection(Verdict((~keep).float(), keep, 0.5, "scripted", labels, findings=(found,)), len(self.members))
-
-
-class Scripts(Defense):
-    """Unlearns what is found, after three epochs."""
-
-    method = title = "Scripts"
-
-    def __init__(self, members: Tensor, response: Response) -> None:
-        super().__init__(detector=Scripted(members), response=response, warmup_epochs=3, max_removed=0.5)
 
 
 def unlearning(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Unlearn:
@@ -95,13 +64,6 @@ def test_the_copy_leaves_the_training_as_it_is(monkeypatch: pytest.MonkeyPatch) 
         return state_of(module)
 
     assert same_state(run(True), run(False))
-
-
-class Uncopied(Net):
-    """Cannot be copied."""
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise TypeError("no copies")
 
 
 def test_nothing_is_unlearned_where_no_copy_can_be_trained() -> None:
