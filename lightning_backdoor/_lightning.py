@@ -48,6 +48,7 @@ __all__ = [
     "put_parameter",
     "rank_zero_info",
     "rank_zero_warn",
+    "reset_of",
     "restart_fetcher",
     "running_iterators",
     "set_limits",
@@ -101,6 +102,7 @@ TORCH_LEDGER = {
     "torch.Tensor._version": "units cannot be followed through operations in place",
     "torch.nn.Module._buffers": "buffers that a scan replaced are not put back; averages of buffers are not found",
     "torch.nn.Module._parameters": "units cannot be reset to new random weights",
+    "torch.nn.MultiheadAttention._reset_parameters": "a copy for a diagnosis keeps the weights of attention",
     "torch.nn.modules.batchnorm._BatchNorm": "the package cannot be imported",
     "torch.optim.Optimizer._step_supports_amp_scaling": "the ascent's limit is off by the loss scale (fused, float16)",
     "torch.utils.data.DataLoader._iterator": "a clone shares the running workers of its loader",
@@ -335,6 +337,13 @@ def with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> n
     twin = copy.copy(module)
     twin._parameters = {**module._parameters, **parameters}
     return twin
+
+
+def reset_of(module: nn.Module) -> Callable[[], Any] | None:
+    """The method that draws the weights of a layer anew; ``None`` if it has none."""
+    name = "_reset_parameters" if isinstance(module, nn.MultiheadAttention) else "reset_parameters"
+    method = getattr(module, name, None)
+    return method if callable(method) else None
 
 
 def has_batch_norm(module: nn.Module) -> bool:

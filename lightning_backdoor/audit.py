@@ -16,13 +16,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_backdoor._lightning import rank_zero_warn
 from lightning_backdoor.callbacks.arguments import require_fraction, require_positive
-from lightning_backdoor.callbacks.base import Defense, examine, require_examinable, told_by_copy, validation_dataset
+from lightning_backdoor.callbacks.base import (
+    Defense,
+    diagnosed_by_copy,
+    examine,
+    require_examinable,
+    validation_dataset,
+)
 from lightning_backdoor.callbacks.dbr import DBRCallback
 from lightning_backdoor.callbacks.none import NONECallback
 from lightning_backdoor.callbacks.options import Approved, ScanOptions
 from lightning_backdoor.callbacks.ultraclean import UltraCleanCallback
 from lightning_backdoor.data.random_state import isolated_rng
-from lightning_backdoor.data.views import unwrapped
+from lightning_backdoor.data.views import batch_size_of, unwrapped
 from lightning_backdoor.detection.joining import join_verdicts
 from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS, MOST_OF_LABEL, without_majorities
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
@@ -30,7 +36,7 @@ from lightning_backdoor.errors import ArgumentError, ModelError
 from lightning_backdoor.events import Event
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.of_events import LITTLE, evidence, kept_majority, majorities
-from lightning_backdoor.report.of_whole_classes import whole_classes_told
+from lightning_backdoor.report.of_whole_classes import signaled, signals_told
 from lightning_backdoor.report.writer import write_report
 from lightning_backdoor.scanning.idle import CHILD, with_idle_trainer
 from lightning_backdoor.scanning.measure_denoised import DENOISERS
@@ -50,7 +56,7 @@ DETECTORS: dict[str, Callable[..., Defense]] = {
 }
 """The defenses whose detectors look, by the names that users pass."""
 
-EPOCHS_OF_COPY = 20  # of training, from new weights
+EPOCHS_OF_COPY = 20  # of training
 BATCH = 128  # images, where a dataset comes without a loader
 VERDICT = "verdict.pt"
 MEANING = (
@@ -90,9 +96,10 @@ def audit(
     training UltraClean also compares with the neighbors that images had in its first half. An audit has the last
     weights alone, so that attacks which stand out early alone may be missed.
 
-    Of what is found, a copy of the model that is trained without it, from new weights, says whether its labels are
-    right. Where the copy learns too little from that, as a pretrained backbone does on a few thousand images, the
-    diagnosis is ``"unclear"``.
+    Of what is found, a copy of the model that is trained without it says whether its labels are right. The weights of
+    the layers that can draw them (``reset_parameters``, and ``nn.MultiheadAttention``) are drawn anew for it; others,
+    as class tokens and position embeddings, are those of the model. Where the copy learns too little from that, as a
+    pretrained backbone does on a few thousand images, the diagnosis is ``"unclear"``.
 
     Weights, buffers, modes, hooks, random streams and the dataset stay as they are; a datamodule that has no data yet
     is set up. The time is that of about four passes over the images without gradients (``"features"`` three,
@@ -198,14 +205,14 @@ def audit(
                 events.append(event)
             verdict = join_verdicts(verdicts, max_removed=max_removed)
             if diagnose:
-                steps = EPOCHS_OF_COPY * math.ceil(len(verdict) / (scanner.loader.batch_size or 1))
-                verdict = told_by_copy(
-                    "The audit", trainer, module, scanner, verdict, initial=None, steps=steps, seed=seed
+                steps = EPOCHS_OF_COPY * math.ceil(len(verdict) / batch_size_of(scanner.loader))
+                verdict = diagnosed_by_copy(
+                    trainer, module, scanner, verdict, title="The audit", initial=None, seed=seed, steps=steps
                 )
         verdict, _ = without_majorities(verdict, torch.ones_like(verdict.keep), max_removed_of_class)
         _warn_of_little(events)
-        if signals := whole_classes_told(events, getattr(scanner.loader.dataset, "classes", None)):
-            rank_zero_warn(f"The audit warns: {signals}")
+        if signals := signals_told(signaled(events), getattr(scanner.loader.dataset, "classes", None)):
+            rank_zero_warn(f"The audit warns: {' '.join(signals)}")
         _warn_of_kept(verdict, max_removed_of_class)
         _warn_of_removed(verdict)
         if report_dir is not None:

@@ -152,6 +152,7 @@ def test_private_names_of_torch_exist(name: str) -> None:
     holder, _, attribute = name.rpartition(".")
     found = {
         "torch.nn.Module": torch.nn.Linear(1, 1),
+        "torch.nn.MultiheadAttention": torch.nn.MultiheadAttention(1, 1),
         "torch.Tensor": torch.zeros(1),
         "torch.optim.Optimizer": torch.optim.Adam([torch.zeros(1, requires_grad=True)], fused=True),
         "torch.utils.data.DataLoader": DataLoader(Points()),

@@ -33,7 +33,7 @@ from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import unwrapped
 from lightning_backdoor.detection.diagnosis import MIN_SAMPLES
 from lightning_backdoor.detection.majorities import without_majorities
-from lightning_backdoor.errors import ArgumentError, BackdoorDefenseError, TrainerError
+from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.events import Event, repaired
 from lightning_backdoor.loading.loader_filter import LoaderFilter, loader_filter_of
 from lightning_backdoor.report.of_events import (
@@ -47,13 +47,7 @@ from lightning_backdoor.report.of_events import (
 from lightning_backdoor.report.of_whole_classes import whole_classes_told
 from lightning_backdoor.responses.base import Detection, Report, Response, Session, representation
 from lightning_backdoor.responses.checkpointing import save_training
-from lightning_backdoor.responses.explaining import (
-    LARGEST_PROBE,
-    diagnosed,
-    diagnosed_by_copy,
-    not_diagnosed,
-    with_estimated_asr,
-)
+from lightning_backdoor.responses.explaining import diagnosed, diagnosed_by_copy, with_estimated_asr
 from lightning_backdoor.responses.limits import about_to_end
 from lightning_backdoor.responses.weight_copies import on_cpu, start_of_fit, unwatch_averages, watch_averages
 from lightning_backdoor.scanning.isolation import require_unsharded, warn_of_evaluation_mode
@@ -67,7 +61,7 @@ if TYPE_CHECKING:
 
     from lightning_backdoor.responses.mirrors import Watch
 
-__all__ = ["Defense", "Procedure", "examine", "is_due", "require_examinable", "told_by_copy", "validation_dataset"]
+__all__ = ["Defense", "Procedure", "diagnosed_by_copy", "examine", "is_due", "require_examinable", "validation_dataset"]
 
 SCHEMA = 5  # of what checkpoints hold of any defense: a release that changes it counts up
 
@@ -478,7 +472,19 @@ class Procedure:
         if detection.correct is not None and self.response.unseen is not None and not removed:
             event = replace(event, of_labels=session.rates_of_labels(detection.correct.cpu()))
         self.history.append(event)
+        if event.whole_classes and not self._without_fit:
+            self._warn_of_whole_classes()
         return detection
+
+    def _warn_of_whole_classes(self) -> None:
+        """Warn of labels that the latest event is the first to name; once, whatever is done about the verdict."""
+        if signals := whole_classes_told(self.history, self._classes):
+            rank_zero_warn(f"{self.title} warns: {signals}")
+
+    @property
+    def _classes(self) -> Any:
+        """Names of the classes, where the training dataset has them."""
+        return getattr(self.session.scanner.loader.dataset, "classes", None)
 
     @property
     def _needs_start(self) -> bool:
@@ -544,14 +550,13 @@ class Procedure:
     def _by_copy(self, verdict: Verdict) -> Verdict:
         """The verdict with the diagnosis of its findings by a copy of the model that is trained without them."""
         session, response = self.session, self.response
-        return told_by_copy(
-            self.title,
+        return diagnosed_by_copy(
             session.trainer,
             session.module,
             session.scanner,
             verdict,
+            title=self.title,
             initial=response.start if response.keeps_start else self._start,
-            steps=LARGEST_PROBE if response.at_once else session.trainer.global_step,
             seed=self.defense.options.seed,
             left_out=None if session.in_training is None else ~session.in_training,
         )
@@ -567,11 +572,8 @@ class Procedure:
         if metrics:
             session.module.log_dict({f"backdoor/{defense.method.lower()}/{name}": n for name, n in metrics.items()})
         told = f"{self.title} {sentence(self.history, len(session.verdict), verdict=session.verdict)}"
-        classes = getattr(session.scanner.loader.dataset, "classes", None)
-        of_findings = findings_told(session.verdict, classes, approved=session.takes("approved"))
+        of_findings = findings_told(session.verdict, self._classes, approved=session.takes("approved"))
         told, self._told = told + (of_findings if of_findings != self._told else ""), of_findings
-        if self.history[-1].whole_classes and (signals := whole_classes_told(self.history, classes)):
-            rank_zero_warn(f"{self.title} warns: {signals}")
         if useless := nothing_learned(self.history[-1], session.verdict):
             rank_zero_warn(f"{self.title} {useless}")
         (rank_zero_warn if unsolved(self.history[-1]) else rank_zero_info)(told)
@@ -675,30 +677,6 @@ def examine(
     if procedure.verdict is None:
         raise RuntimeError("a detector came to no verdict")
     return procedure.verdict, procedure.history[-1]
-
-
-def told_by_copy(
-    title: str,
-    trainer: Trainer,
-    pl_module: LightningModule,
-    scanner: DatasetScanner,
-    verdict: Verdict,
-    *,
-    initial: dict[str, Any] | None,
-    steps: int,
-    seed: int,
-    left_out: Tensor | None = None,
-) -> Verdict:
-    """The verdict with the diagnosis of its findings by a copy of the model; a warning where none can be trained.
-
-    See :func:`~lightning_backdoor.responses.explaining.diagnosed_by_copy`; the warning begins with ``title``.
-    """
-    options: dict[str, Any] = {"initial": initial, "steps": steps, "seed": seed, "left_out": left_out}
-    try:
-        return diagnosed_by_copy(trainer, pl_module, scanner, verdict, **options)
-    except BackdoorDefenseError as error:
-        rank_zero_warn(f"{title} {not_diagnosed(verdict, error)}")
-        return verdict
 
 
 def require_examinable(defense: Defense, trainer: Trainer, pl_module: LightningModule, scanner: DatasetScanner) -> None:

@@ -13,10 +13,10 @@ from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.callbacks.unread import spared
 from lightning_backdoor.detection.decision import Decision, add_removed, decide, verdict_of
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
-from lightning_backdoor.errors import ArgumentError
+from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.functional.consistency import select_trusted
 from lightning_backdoor.responses.base import Detection, Session
-from lightning_backdoor.responses.weight_copies import on_cpu, require_start_of_fit
+from lightning_backdoor.responses.weight_copies import on_cpu, start_of_fit
 from lightning_backdoor.scanning import measure_fct
 from lightning_backdoor.scanning.early_neighbors import EarlyNeighbors, early_neighbors
 from lightning_backdoor.scanning.measure_fct import Distinguished, distinguish, require_detector
@@ -97,8 +97,13 @@ class ConsistencyDetector(Detector):
         if self._early is not None:
             self._early.require_same_data(scanner)
         if self._initial is not None:
-            named = {"needs": 'detector="fresh"', "instead": 'detector="copy"'}
-            self._initial = require_start_of_fit(session.trainer, session.module, self._initial, **named)
+            self._initial = start_of_fit(session.trainer, session.module, self._initial)
+            if self._initial is None:
+                raise TrainerError(
+                    '`detector="fresh"` needs the weights that training started from, but the checkpoint was written '
+                    "without this callback and the model is built in `configure_model`. Build it in `__init__`, or "
+                    'pass `detector="copy"`.'
+                )
         if self.external_verdict is not None:
             session.require_same_data(self.external_verdict)
         elif self.trusted * len(scanner) < scanner.num_classes:

@@ -353,6 +353,10 @@ class Response:
 class Continue(Response):
     """Train on without the removed samples, from the weights as they are.
 
+    Where something is found, a copy of the model is trained without it for 200 to 1,000 steps, for its diagnosis. The
+    weights at the start of the fit, where it starts from, are kept on the CPU and in checkpoints until the last
+    detection; with ``at_once`` they are drawn anew instead.
+
     Args:
         at_once: Detect before the first epoch.
         halfway: Detect after half of the plan, so that there are epochs to train on; otherwise when training is about
@@ -384,6 +388,8 @@ class Continue(Response):
 
 class Report(Response):
     """Change nothing: the scan, the verdict and the report are all.
+
+    Costs the same copy as :class:`Continue` where something is found, and the same weights in memory and checkpoints.
 
     Args:
         at_once: Detect before the first epoch.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_backdoor._lightning import rank_zero_warn
 from lightning_backdoor.detection.diagnosis import MIN_SAMPLES, diagnose
 from lightning_backdoor.errors import BackdoorDefenseError
 from lightning_backdoor.scanning.estimate_asr import drawn, estimate_asr
@@ -18,15 +19,7 @@ from lightning_backdoor.verdict import Finding, Verdict
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = [
-    "LARGEST_PROBE",
-    "diagnosed",
-    "diagnosed_by_copy",
-    "held_out",
-    "not_diagnosed",
-    "ordinary_samples",
-    "with_estimated_asr",
-]
+__all__ = ["diagnosed", "diagnosed_by_copy", "held_out", "ordinary_samples", "with_estimated_asr"]
 
 COMPARED, OF_LABEL = 2048, 256  # ordinary samples of all labels, and further ones of the label of each finding
 HELD_OUT = 512, 64  # the same, at most, that a copy is not trained on
@@ -118,29 +111,33 @@ def diagnosed_by_copy(
     scanner: DatasetScanner,
     verdict: Verdict,
     *,
+    title: str,
     initial: dict[str, Any] | None,
-    steps: int,
     seed: int,
+    steps: int | None = None,
     left_out: Tensor | None = None,
+    consequence: str = "",
 ) -> Verdict:
     """The verdict with the diagnosis of the findings that have none, by a copy of the model trained without them.
 
     Costs the training of the copy, and two passes over at most 512 samples, 64 more of each finding's label, and the
-    findings. The model, its training and all random streams stay as they are.
+    findings. The model, its training and all random streams stay as they are. Where no copy can be trained, for
+    whatever reason, the verdict stays as it is, in all processes, and a warning says why: of the steps below, those
+    that can fail in one process alone raise in all of them.
 
     Args:
         trainer: The running Trainer.
         pl_module: The LightningModule.
         scanner: Reads the training set.
         verdict: With labels.
+        title: Name of the defense, with which the warning begins.
         initial: State of the module that the copy starts from, of before it saw the findings. ``None``: the weights of
-            all layers are drawn anew.
-        steps: Steps of training, of a batch each; at least 200 and at most 1,000 are taken.
+            all layers that can draw them are drawn anew.
         seed: Of the weights and of the order of samples.
+        steps: Steps of training, of a batch each; at least 200 and at most 1,000 are taken. ``None``: as many as the
+            fit has had, and 1,000 from weights that are drawn anew.
         left_out: Further samples that the copy must not see, bool ``(N,)``.
-
-    Raises:
-        ModelError: The module cannot be copied, or nothing of it can be trained.
+        consequence: What follows for the findings where there is no copy, for the warning: ``"..., since it "``.
     """
     missing = [one for one in verdict.findings if one.suggested_labels is None and len(one) >= MIN_SAMPLES]
     if not missing or verdict.labels is None:
@@ -148,19 +145,20 @@ def diagnosed_by_copy(
     compared, unseen = held_out(verdict), ~verdict.keep | (verdict.finding_indices >= 0)
     if left_out is not None:
         unseen = unseen | left_out
+    if steps is None:
+        steps = LARGEST_PROBE if initial is None else trainer.global_step
     steps = min(max(steps, PROBE_STEPS), LARGEST_PROBE)
     options: dict[str, Any] = {"left_out": unseen | compared, "initial": initial, "steps": steps, "seed": seed}
-    twin, data = trained_without(trainer, pl_module, scanner, **options)
-    return diagnosed(trainer, twin, data, verdict, unseen=unseen, compared=compared)
-
-
-def not_diagnosed(verdict: Verdict, error: BackdoorDefenseError) -> str:
-    """Why it is not known whether the labels of findings are right, after the title of the defense."""
-    members = int((verdict.finding_indices >= 0).sum())
-    return (
-        f"cannot find out whether the labels of {members:,} images that stand out are right, since no copy of the "
-        f"model could be trained without them: {error}"
-    )
+    try:
+        twin, data = trained_without(trainer, pl_module, scanner, **options)
+        return diagnosed(trainer, twin, data, verdict, unseen=unseen, compared=compared)
+    except Exception as error:  # out of memory, an image that cannot be read, and whatever the user's code raises
+        why = str(error) if isinstance(error, BackdoorDefenseError) else f"{type(error).__name__}: {error}"
+        rank_zero_warn(
+            f"{title} {consequence}cannot find out whether the labels of {sum(map(len, missing)):,} images that stand "
+            f"out are right. No copy of the model could be trained without them: {why}"
+        )
+        return verdict
 
 
 def held_out(verdict: Verdict) -> Tensor:

@@ -227,8 +227,6 @@ class Restart(Response):
         """Samples that were out of the training set when the present run began; none comes back."""
         return self._unseen
 
-    keeps_start = True
-
     @property
     def start(self) -> dict[str, Any] | None:
         """Where it goes back to."""

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from lightning_backdoor._lightning import epochs_processed, rank_zero_warn
 from lightning_backdoor.data.views import batch_size_of
-from lightning_backdoor.errors import BackdoorDefenseError
 from lightning_backdoor.events import Event
 from lightning_backdoor.loading.batch_schedule import Phases, require_batches
 from lightning_backdoor.responses.ascent import Ascent
 from lightning_backdoor.responses.base import Detection, Response, Session, labels_of
 from lightning_backdoor.responses.checkpointing import warn_of_treated_files
-from lightning_backdoor.responses.explaining import LARGEST_PROBE, diagnosed_by_copy, not_diagnosed
+from lightning_backdoor.responses.explaining import diagnosed_by_copy
 from lightning_backdoor.responses.extra_epochs import FineTuning, conclude, is_finite
 from lightning_backdoor.responses.harm import LEAST, Harm, drawn_by_label, harmed_class
 from lightning_backdoor.responses.limits import (
@@ -331,25 +330,23 @@ class Unlearn(Response):
 
     def _diagnose(self, session: Session) -> None:
         """Have findings diagnosed by a copy of the model that is trained without them and some other samples."""
-        verdict, trainer = session.verdict, session.trainer
+        verdict = session.verdict
         suspect = masks_of(verdict)[1]
         found = [finding for finding in verdict.findings if bool(suspect[finding.positions].any())]
         if found and not self._paper_loop:
-            try:
-                told = diagnosed_by_copy(
-                    trainer,
-                    session.module,
-                    session.scanner,
-                    verdict,
-                    initial=self._initial,
-                    steps=LARGEST_PROBE if self.at_once else trainer.global_step,
-                    seed=self._seed,
-                    left_out=suspect,
-                )
-            except BackdoorDefenseError as error:
-                rank_zero_warn(f"{session.case.title} {not_diagnosed(verdict, error)} It unlearns none of them.")
-            else:
-                session.case.adopt(told)
+            spared = sum(int(suspect[finding.positions].sum()) for finding in found if finding.suggested_labels is None)
+            told = diagnosed_by_copy(
+                session.trainer,
+                session.module,
+                session.scanner,
+                verdict,
+                title=session.case.title,
+                initial=self._initial,
+                seed=self._seed,
+                left_out=suspect,
+                consequence=f"unlearns none of {spared:,} suspect images, since it ",
+            )
+            session.case.adopt(told)
         if found or not self.repeats:
             self._initial = None
 

@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_backdoor._lightning import CallbackBase, callbacks_of, rank_zero_warn
-from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.responses.mirrors import Found, Mirror, Watch, find_mirrors
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ __all__ = [
     "on_cpu",
     "put_weights",
     "restart_averages",
+    "start_of_fit",
     "unwatch_averages",
     "watch_averages",
     "weights",
@@ -179,30 +179,6 @@ def start_of_fit(trainer: Trainer, pl_module: LightningModule, at_setup: dict[st
     if at_setup.keys() != pl_module.state_dict().keys():
         return None
     return trainer.strategy.broadcast(at_setup)  # a checkpoint was what made ranks agree
-
-
-def require_start_of_fit(
-    trainer: Trainer, pl_module: LightningModule, at_setup: dict[str, Any], *, needs: str, instead: str
-) -> dict[str, Any]:
-    """:func:`start_of_fit`, for an argument that cannot do without these weights.
-
-    Args:
-        trainer: The running Trainer.
-        pl_module: The LightningModule under training.
-        at_setup: Its state at the setup of the fit.
-        needs: The argument, as the user writes it.
-        instead: What can be passed in its place.
-
-    Raises:
-        TrainerError: The weights are not known.
-    """
-    start = start_of_fit(trainer, pl_module, at_setup)
-    if start is None:
-        raise TrainerError(
-            f"`{needs}` needs the weights that training started from, but the checkpoint was written without this "
-            f"callback and the model is built in `configure_model`. Build it in `__init__`, or pass `{instead}`."
-        )
-    return start
 
 
 def on_cpu(value: Any) -> Any:

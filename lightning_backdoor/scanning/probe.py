@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lightning_backdoor._lightning import reset_of
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ModelError
 from lightning_backdoor.scanning.isolation import isolated_eval
@@ -39,7 +40,7 @@ def trained_without(
         data: The training set.
         left_out: Samples that the copy is not trained on, bool ``(N,)``.
         initial: State of the module that the copy starts from. ``None``: the weights of all layers that can draw them
-            (``reset_parameters``) are drawn anew, and all of them learn.
+            (``reset_parameters``, and ``nn.MultiheadAttention``) are drawn anew, and all weights learn.
         steps: Steps of training, of a batch each.
         seed: Of the order of the samples.
 
@@ -47,7 +48,7 @@ def trained_without(
         The copy, and how the training set goes through it.
 
     Raises:
-        ModelError: The module cannot be copied, or nothing of it can be trained.
+        ModelError: The module cannot be copied, a layer cannot draw its weights, or nothing of it can be trained.
     """
     kept = (~left_out & ~data.unread).nonzero().squeeze(1)
     settings = Detector("fresh", None, steps, 1, None, seed, repulsion_steps=0)
@@ -76,6 +77,13 @@ def _copy(
 def _draw_anew(module: nn.Module, seed: int) -> None:
     with isolated_rng(seed):
         for part in module.modules():
-            reset: Any = getattr(part, "reset_parameters", None)
-            if callable(reset):
+            reset = reset_of(part)
+            if reset is None:
+                continue
+            try:
                 reset()
+            except Exception as error:
+                raise ModelError(
+                    f"`{type(part).__name__}.reset_parameters()` must draw the weights of the layer anew, but failed: "
+                    f"{error}. Give its arguments defaults."
+                ) from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lightning_backdoor import UltraCleanCallback, attacks, audit
-from tests.callbacks.helpers import LIGHTNING_WARNS, DigitNet, digits, same_state, share_right, train_digits
+from lightning_backdoor.responses import Detection, Report, ResetUnits, Response, Session, Unlearn, WithFallback
+from tests.callbacks.helpers import LIGHTNING_WARNS, DigitNet, digits, fit, same_state, share_right, train_digits
+from tests.responses.helpers import Scripted, Scripts, pictures
 
 pytestmark = LIGHTNING_WARNS
 LABEL = 3
@@ -57,6 +61,37 @@ def test_images_that_the_user_has_approved_are_not_warned_of(recwarn: pytest.War
     assert not [warning for warning in recwarn if WARNS in str(warning.message)]
     with pytest.warns(UserWarning, match=f"The audit warns: “class {LABEL}” {WARNS}"):
         audit(victim(), signaled(), detectors="features", progress=False)
+
+
+def test_an_audit_with_its_own_choice_of_detectors_warns() -> None:
+    """The signal is measured by one of them."""
+    with pytest.warns(UserWarning, match=f"The audit warns: “class {LABEL}” {WARNS}"):
+        audit(victim(), signaled(), diagnose=False, progress=False)
+
+
+class Signaled(Scripted):
+    """Finds the same group, and a signal in all images of a class."""
+
+    def detect(self, session: Session) -> Detection:
+        return replace(super().detect(session), whole_classes=((2, 0.9, 0.1, 0.001),))
+
+
+@pytest.mark.filterwarnings("ignore:.* ends with a model")
+@pytest.mark.parametrize(
+    "response",
+    [Report, lambda: ResetUnits(finetune_epochs=1), lambda: Unlearn(epochs=1), lambda: WithFallback(Unlearn(epochs=1))],
+    ids=["report", "reset", "unlearn", "fallback"],
+)
+def test_a_class_is_warned_of_once_whatever_is_done(
+    response: Callable[[], Response], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_backdoor.responses.explaining.PROBE_STEPS", 60)
+    data, members = pictures(wrong=False)
+    callback = Scripts(members, response())
+    callback._procedure.detector = Signaled(members)
+    with pytest.warns(UserWarning, match=f"Scripts warns: “class 2” {WARNS}") as said:
+        fit([callback], epochs=5, dataset=data)
+    assert sum(WARNS in str(warning.message) for warning in said) == 1
 
 
 def test_a_class_in_a_color_of_its_own_is_quiet() -> None:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_backdoor.responses import Report
+from lightning_backdoor.responses import Report, Response, Unlearn
 from tests.callbacks.helpers import Pictures, make_trainer, state_of
 from tests.contract.problem import EPOCHS, assert_settled, net_of, planted
 from tests.contract.registry import ENTRIES, Entry, given
-from tests.responses.helpers import Scripts, pictures
+from tests.responses.helpers import Scripts, Torn, pictures
 
 SAMPLES, BATCH = 95, 8  # no multiple of two or of four
 BROKEN = 79  # of the share of the last one of two or four processes, and not among the images that are looked at first
@@ -92,11 +92,10 @@ def train(entry: Entry, path: Path, *, learning: bool, **settings: Any) -> None:
     trainer.fit(module, loader_of(planted(SAMPLES)), DataLoader(Pictures(32, seed=1), batch_size=16))
 
 
-def diagnose(path: Path, **settings: Any) -> None:
+def diagnose(path: Path, response: Response, module: Any, **settings: Any) -> None:
     """A fit that learns nothing; a copy that does is trained beside it from the same weights, without a finding."""
     data, members = pictures(wrong=True)
-    torch.manual_seed(0)
-    callback, module = Scripts(members, Report()), net_of()
+    callback = Scripts(members, response)
     module.lr = module.body[1].momentum = 0.0
     trainer = make_trainer([callback], 3, **settings)
     trainer.fit(module, loader_of(data))
@@ -148,7 +147,9 @@ def main(processes: int, folder: Path, strategy: str = "ddp") -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     settings: dict[str, Any] = {} if processes == 1 else {"devices": processes, "strategy": strategy}
-    diagnose(folder / "diagnosed", **settings)
+    diagnose(folder / "diagnosed", Report(), net_of(), **settings)
+    for response in (Report(), Unlearn(epochs=1)):
+        diagnose(folder / f"torn-{response.name}", response, Torn(), **settings)
     for entry in ENTRIES:
         train(entry, folder / f"still-{entry.name}", learning=False, **settings)
         if processes > 1:

@@ -105,6 +105,13 @@ def test_a_copy_that_is_trained_for_a_diagnosis_is_that_of_one_process(world: tu
         assert mine["diagnosis"] == one["diagnosis"]
 
 
+@pytest.mark.parametrize("response", ["report", "unlearn"])
+def test_a_copy_that_fails_in_one_process_ends_no_fit(response: str, world: tuple[int, str, Path]) -> None:
+    for rank in load(world, f"torn-{response}"):
+        (mine,) = rank["findings"]
+        assert mine["diagnosis"] == "unclear"
+
+
 @pytest.mark.case("70")
 @every
 def test_weights_and_state_are_the_same_everywhere(entry: Entry, world: tuple[int, str, Path]) -> None:

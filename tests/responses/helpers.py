@@ -50,3 +50,18 @@ class Uncopied(Net):
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("no copies")
+
+
+class Torn(Net):
+    """Copies of it fail in one process, the last one, with an error that is none of this library's."""
+
+    copied = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.copied = True
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.copied and self.trainer.global_rank == self.trainer.world_size - 1:
+            raise OSError("a file is cut off")
+        return super().forward(images)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from lightning_backdoor.responses import Continue, Report, ResetUnits, Response, WithFallback
-from tests.callbacks.helpers import LIGHTNING_WARNS, Net, fit, loader_of, make_trainer, same_state
-from tests.responses.helpers import Scripts, Uncopied, pictures
+from lightning_backdoor import Finding, Verdict, audit
+from lightning_backdoor._lightning import reset_of
+from lightning_backdoor.responses import Continue, Report, ResetUnits, Response, Unlearn, WithFallback
+from tests.callbacks.helpers import LIGHTNING_WARNS, Net, Pictures, fit, loader_of, make_trainer, same_state
+from tests.responses.helpers import Scripts, Torn, Uncopied, pictures
 
 pytestmark = [*LIGHTNING_WARNS, pytest.mark.filterwarnings("ignore:.* ends with a model")]
 RESPONSES: dict[str, Callable[[], Response]] = {
@@ -112,3 +118,79 @@ def test_a_module_that_cannot_be_copied_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="Scripts cannot find out whether the labels of 20 .*no copies"):
         make_trainer([callback], 4).fit(Uncopied(), loader_of(data))
     assert callback.verdict.findings[0].diagnosis == "unclear"
+
+
+@pytest.mark.parametrize(
+    "response", [Report, ResetUnits, lambda: Unlearn(epochs=1)], ids=["report", "reset", "unlearn"]
+)
+def test_whatever_the_training_of_a_copy_raises_is_a_warning(response: Callable[[], Response]) -> None:
+    data, members = pictures(wrong=True)
+    callback = Scripts(members, response())
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="whether the labels of 20 .*: OSError: a file is cut off$"):
+        make_trainer([callback], 5).fit(Torn(), loader_of(data))
+    assert callback.verdict.findings[0].diagnosis == "unclear"
+
+
+def audited(model: pl.LightningModule, monkeypatch: pytest.MonkeyPatch) -> Finding:
+    """What an audit makes of a group that it finds in any case."""
+    data, members = pictures(wrong=True)
+    keep = torch.ones(len(data), dtype=torch.bool).index_fill(0, members, False)
+    found = Finding(0, members, "scripted", (), torch.tensor([0]), torch.tensor([1.0]), 0.0)
+    verdict = Verdict((~keep).float(), keep, 0.5, "scripted", data.targets, findings=(found,))
+    monkeypatch.setattr(sys.modules["lightning_backdoor.audit"], "join_verdicts", lambda *_, **__: verdict)
+    (finding,) = audit(model, data, detectors=("units",), accelerator="cpu", progress=False).findings
+    return finding
+
+
+@pytest.mark.filterwarnings("ignore:The model gives only")
+def test_whatever_the_copy_of_an_audit_raises_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match="The audit cannot find out .*: OSError: a file is cut off$"):
+        assert audited(Torn(), monkeypatch).diagnosis == "unclear"
+
+
+class Scale(nn.Module):
+    """Draws its weights by an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(1))
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.factor, std=std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.factor * images
+
+
+@pytest.mark.filterwarnings("ignore:The model gives only")
+def test_a_layer_that_cannot_draw_its_weights_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    model.body.append(Scale())
+    said = r"No copy of .*: `Scale.reset_parameters\(\)` must draw the weights of the layer anew, but failed: .*'std'"
+    with pytest.warns(UserWarning, match=said):
+        assert audited(model, monkeypatch).diagnosis == "unclear"
+
+
+def test_attention_draws_its_weights() -> None:
+    layer = nn.MultiheadAttention(4, 2)
+    before, reset = copy.deepcopy(layer.state_dict()), reset_of(layer)
+    assert reset is not None
+    reset()
+    assert not torch.equal(before["in_proj_weight"], layer.in_proj_weight)
+    assert reset_of(nn.ReLU()) is None
+
+
+@pytest.mark.filterwarnings("ignore:The model gives only")
+def test_batches_of_a_batch_sampler_are_counted_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, steps = Pictures(40), []
+    loader = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 8, drop_last=False))
+
+    def note(trainer: Any, module: Any, scanner: Any, verdict: Verdict, **options: Any) -> Verdict:
+        steps.append(options["steps"])
+        return verdict
+
+    monkeypatch.setattr(sys.modules["lightning_backdoor.audit"], "diagnosed_by_copy", note)
+    for one in (loader, DataLoader(data, batch_size=8)):
+        audit(Net(), one, detectors=("units",), accelerator="cpu", progress=False)
+    assert steps == [100, 100]
