@@ -38,12 +38,12 @@ def train_network(
     device: str = "cpu",
     workers: int = 0,
     mixed: bool = True,
-    batch: int = BATCH,
+    batch: int | None = None,
 ) -> model.Classifier:
     """Train the network of a setting with callbacks, from a checkpoint on if there is one; ``mixed``: in bfloat16."""
     pl.seed_everything(seed, verbose=False)
     loader = DataLoader(
-        dataset, batch, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
+        dataset, batch or BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
     )
     network = model.Classifier(setting.epochs * len(loader), setting.model, setting.recipe, setting.classes)
     trainer = pl.Trainer(

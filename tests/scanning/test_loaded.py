@@ -293,13 +293,14 @@ def test_larger_batches_of_scans_do_not_change_those_of_a_detector(
     """As on a GPU, for D-BR, whose copy of the model is trained from images that a scan has kept."""
     monkeypatch.setattr(scanner_module, "scan_batch_size", lambda loader, device_type: 2 * BATCH)
     sizes: dict[bool, list[int]] = {False: [], True: []}
-    outputs = DatasetScanner.outputs
+    for name in ("outputs", "logits"):
+        original = getattr(DatasetScanner, name)
 
-    def noted(*args: Any, gradients: bool = False, **kwargs: Any) -> Any:
-        sizes[gradients].append(len(args[3]["image"]))
-        return outputs(*args, gradients=gradients, **kwargs)
+        def noted(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+            sizes[torch.is_grad_enabled()].append(len(args[3]["image"]))
+            return original(*args, **kwargs)
 
-    monkeypatch.setattr(DatasetScanner, "outputs", noted)
+        monkeypatch.setattr(DatasetScanner, name, noted)
     data = Counted(planted())
     costs = Costs(monkeypatch, data)
     fit([DBRCallback(warmup_epochs=2, detector_steps=2, response="report", batch_size=given)], data)
