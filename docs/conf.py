@@ -32,5 +32,5 @@ nitpick_ignore_regex = [
     # other packages: there is no inventory of theirs without a network
     (r"py:.*", r"(torch|torchmetrics|pytorch_lightning|collections|pickle)\..*"),
     # names in annotations of attributes
-    (r"py:class", r"Tensor|Trainer|LightningModule|DatasetScanner|LoaderFilter|Case|Measured"),
+    (r"py:class|py:data", r"Tensor|Trainer|LightningModule|DatasetScanner|LoaderFilter|Case|Measured|Signaled"),
 ]
