@@ -23,10 +23,9 @@ from torch.utils.data import TensorDataset
 
 from benchmarks import digits, model, rows
 from benchmarks.cost import measured
-from benchmarks.data import cifar10, per_class
 from benchmarks.explained import right, trained
 from benchmarks.finetune import FourPlaces
-from benchmarks.samples import drawn, gtsrb, packed_signs
+from benchmarks.samples import clean_images, drawn, gtsrb, packed_signs
 from benchmarks.table import percent, table
 from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback, attacks
 from lightning_backdoor.callbacks import Defense
@@ -142,10 +141,8 @@ def main() -> None:
 
 def data_of(options: argparse.Namespace) -> tuple[TensorDataset, TensorDataset]:
     """Clean images to train on and to test on; of traffic signs 2,000 of tracks that none is trained on."""
-    if options.source == "digits":
-        return digits.digits()
-    if options.source == "cifar10":
-        return per_class(cifar10(options.data, "train"), options.images // 10), cifar10(options.data, "test")
+    if options.source != "gtsrb":
+        return clean_images(options.source, options.data, options.images)
     found, packed = gtsrb(options.data, options.images, options.seed), packed_signs(options.data)
     labels, track = torch.from_numpy(packed["y"]).long(), torch.from_numpy(packed["track"]).long()
     others = (~torch.isin(labels * (1 + int(track.max())) + track, found.group)).nonzero().flatten()

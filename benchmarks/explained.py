@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks import digits, model, rows
-from benchmarks.data import cifar10, per_class
 from benchmarks.figures import blank_figure, own_style
 from benchmarks.plot import BLUE, DPI, RUST, SOFT
-from benchmarks.samples import KINDS
+from benchmarks.samples import KINDS, clean_images
 from benchmarks.table import table as markdown
 from lightning_backdoor import DBRCallback, Finding, NONECallback, UltraCleanCallback, Verdict, attacks
 from lightning_backdoor.callbacks import Defense, Detector
@@ -281,9 +280,7 @@ def main() -> None:
             if (options.source, name, defence) in done:
                 continue
             if data is None:
-                clean = cifar10(options.data, "train") if options.source == "cifar10" else None
-                data = digits.digits() if clean is None else (per_class(clean, options.images // 10),
-                                                              cifar10(options.data, "test"))  # fmt: skip
+                data = clean_images(options.source, options.data, options.images)
             row = run(options.source, name, defence, data, epochs=options.epochs, device=options.device)
             rows.append(options.out, row)
             print(table([row]).splitlines()[-1], row["seconds"], "s", flush=True)

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from benchmarks import digits, rows
-from benchmarks.data import cifar10, per_class
+from benchmarks import rows
 from benchmarks.explained import percent, right, told, trained
-from benchmarks.samples import KINDS
+from benchmarks.samples import KINDS, clean_images
 from benchmarks.table import table as markdown
 from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback
 from lightning_backdoor.callbacks import Defense
@@ -172,9 +171,7 @@ def main() -> None:
     data: tuple[TensorDataset, TensorDataset] | None = None
     for identity in [] if options.show else wanted(options, rows.read(options.out)):
         if data is None:
-            clean = None if options.digits else cifar10(options.data, "train")
-            data = digits.digits() if clean is None else (per_class(clean, options.images // 10),
-                                                          cifar10(options.data, "test"))  # fmt: skip
+            data = clean_images("digits" if options.digits else "cifar10", options.data, options.images)
         row = run(identity["source"], identity, data, epochs=options.epochs, device=options.device)
         rows.append(options.out, row)
         print(table([row]).splitlines()[-1], row["seconds"], "s", flush=True)

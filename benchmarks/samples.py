@@ -19,8 +19,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from benchmarks import data as packed_images
 from benchmarks.data import unpacked
 from benchmarks.digits import all_digits
+from benchmarks.digits import digits as split_digits
 from benchmarks.training import images_of
 from lightning_backdoor import attacks
 
@@ -122,6 +124,14 @@ def whole_tracks(labels: np.ndarray, track: np.ndarray, count: int, seed: int) -
         taken = numbers[: max(2, round(share * len(numbers)))]
         rows.append(inside[np.isin(track[inside], taken)])
     return np.sort(np.concatenate(rows))
+
+
+def clean_images(source: str, folder: Path, count: int) -> tuple[TensorDataset, TensorDataset]:
+    """Images to train on and to test on: ``"digits"``, or ``count`` training images of ``"cifar10"`` in a folder."""
+    if source == "digits":
+        return split_digits()
+    train, test = (packed_images.cifar10(folder, split) for split in ("train", "test"))
+    return packed_images.per_class(train, count // 10), test
 
 
 def digits(folder: Path, count: int, seed: int) -> Samples:

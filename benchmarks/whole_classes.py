@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import digits, rows
-from benchmarks.data import cifar10, per_class
 from benchmarks.explained import right
-from benchmarks.samples import KINDS
+from benchmarks.samples import KINDS, clean_images
 from benchmarks.table import table as markdown
 from lightning_backdoor import UltraCleanCallback, attacks
 
@@ -111,9 +110,7 @@ def main() -> None:
         if (options.source, name, int(seed or 0)) in done:
             continue
         if data is None:
-            clean = cifar10(options.data, "train") if options.source == "cifar10" else None
-            data = digits.digits() if clean is None else (per_class(clean, options.images // 10),
-                                                          cifar10(options.data, "test"))  # fmt: skip
+            data = clean_images(options.source, options.data, options.images)
         row = run(options.source, name, int(seed or 0), data, options)
         rows.append(options.out, row)
         print(table([row]).splitlines()[-1], row["seconds"], "s", flush=True)
