@@ -131,15 +131,15 @@ def table(found: list[rows.Row]) -> str:
 
 
 def wanted(options: argparse.Namespace, done: list[rows.Row]) -> list[rows.Row]:
-    """What identifies the rows that are asked for and not there; an undefended training approves nothing."""
+    """What identifies the rows that are asked for and not there, those that approve last (with no defence, none)."""
     source = "digits" if options.digits else "cifar10"
     known = {tuple(row[name] for name in IDENTITY) for row in done}
     every = [
         dict(zip(IDENTITY, (source, case, share, defence, approved, options.seed), strict=True))
+        for approved in (False, True)
         for case in options.only
         for share in options.shares
         for defence in options.defences
-        for approved in (False, True)
         if not (approved and DEFENCES[defence] is None)
     ]
     return [one for one in every if tuple(one.values()) not in known]
