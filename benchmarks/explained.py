@@ -3,7 +3,7 @@
 One row for each training set and defence: accuracy, success rate of the attack or accuracy on the kind, and of every
 finding the diagnosis and the estimated success rate. ``truth`` is an undefended training in which the poisons are known
 at the end: what the estimate is for a perfect detector, beside the true success rate of the same network. Rows that are
-there already are not made again. ``figures/estimated.png`` shows the estimates of all rows beside the true rates.
+there already are not made again. ``figures/estimated.png`` shows these estimates beside the true rates.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def table(found: list[rows.Row]) -> str:
     """Rows as a table, the largest finding of each."""
     left, lines = ["images", "case", "defence"], []
     for row in found:
-        most: dict[str, Any] = max(row["findings"], key=lambda one: one["samples"], default={})
+        most = largest(row)
         cells = [f"{row['source']} {row['images']:,}", row["case"], row["defence"]]
         cells += [percent(row.get(name)) for name in ("accuracy", "asr", "accuracy_of_kind")]
         cells += [f"{row['removed']} of {row['poisons']}", str(row["removed_others"]), str(row["unlearned"])]
@@ -232,27 +232,29 @@ def table(found: list[rows.Row]) -> str:
     return markdown([*head, "estimated ASR", "control", "by"], lines, left=[*left, "diagnosis", "by"])
 
 
+def largest(row: rows.Row) -> dict[str, Any]:
+    """The finding of a row with the most samples; an empty one if there is none."""
+    return max(row["findings"], key=lambda one: one["samples"], default={})
+
+
 def draw(found: list[rows.Row], path: Path) -> None:
-    """The estimate beside the true success rate of the same network, and the control below it; rows of ``truth``."""
+    """True success rate, estimate and control of every attack, a line each; rows of ``truth``."""
     shown = [row for row in found if row["defence"] == "truth" and "asr" in row]
-    shown = [row for row in shown if any(one["estimated_asr"] is not None for one in row["findings"])]
+    shown = [row for row in shown if largest(row).get("estimated_asr") is not None]
     with own_style():
-        figure = blank_figure(7, 6)
-        axes = figure.add_axes((0.12, 0.11, 0.84, 0.84))
-        axes.plot([0, 100], [0, 100], color=SOFT, linewidth=0.8)
-        for row in shown:
-            most = max(row["findings"], key=lambda one: one["samples"])
-            if most["estimated_asr"] is None:
-                continue
-            true, marker = 100 * row["asr"], "o" if row["source"] == "cifar10" else "s"
-            ends = [100 * most["control_asr"], 100 * most["estimated_asr"]]
-            axes.plot([true, true], ends, color=SOFT, linewidth=0.8)
-            axes.plot(true, ends[1], marker, color=BLUE)
-            axes.plot(true, ends[0], marker, color=RUST, markersize=4)
-            axes.annotate(f"{row['case']} ({row['source']})", (true, ends[1]), (6, 0), textcoords="offset points",
-                          fontsize=8, ha="left" if true < 70 else "right", va="bottom")  # fmt: skip
-        axes.set(xlim=(0, 103), ylim=(0, 103), xlabel="true attack success rate, %",
-                 ylabel="estimate (blue) and control (red), %")  # fmt: skip
+        figure = blank_figure(8, 1.2 + 0.35 * len(shown))
+        axes = figure.add_axes((0.26, 0.9 / figure.get_figheight(), 0.7, 1 - 1.3 / figure.get_figheight()))
+        for place, row in enumerate(shown):
+            most = largest(row)
+            true, estimate, control = (100 * rate for rate in (row["asr"], most["estimated_asr"], most["control_asr"]))
+            axes.plot([control, estimate], [place, place], color=SOFT, linewidth=0.8)
+            axes.plot(true, place, "|", color=SOFT, markersize=14, markeredgewidth=2, label="true")
+            axes.plot(estimate, place, "o", color=BLUE, label="estimate")
+            axes.plot(control, place, "o", color=RUST, markersize=4, label="the same with ordinary images (control)")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles[:3], labels[:3], loc="upper center", ncols=3, frameon=False)
+        axes.set_yticks(range(len(shown)), [f"{row['case']} ({row['source']})" for row in shown])
+        axes.set(xlim=(-2, 102), ylim=(len(shown) - 0.5, -0.5), xlabel="images of other classes with the label, %")
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=DPI)
 

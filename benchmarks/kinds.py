@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from benchmarks import rows
-from benchmarks.explained import percent, right, told, trained
+from benchmarks.explained import largest, percent, right, told, trained
 from benchmarks.samples import KINDS, clean_images
 from benchmarks.table import table as markdown
 from lightning_backdoor import DBRCallback, NONECallback, UltraCleanCallback
@@ -121,7 +121,7 @@ def table(found: list[rows.Row]) -> str:
     """Rows as a table, with the diagnosis of the largest finding of each."""
     left, lines = ["images", "kind", "share", "defence", "approved"], []
     for row in found:
-        most: dict[str, Any] = max(row["findings"], key=lambda one: one["samples"], default={})
+        most = largest(row)
         cells = [f"{row['source']} {row['images']:,}", row["case"], f"{row['share']} %", row["defence"]]
         cells += ["yes" if row["approved"] else "", percent(row["accuracy"]), percent(row["accuracy_of_kind"])]
         cells += [f"{row['removed']} of {row['kind']}", str(row["removed_others"]), str(row["unlearned"])]
