@@ -19,9 +19,10 @@ from lightning_backdoor.relabeling import RelabeledSubset, checked_dataset
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Diagnosis", "Finding", "GateFigure", "Verdict"]
+__all__ = ["Diagnosis", "Finding", "GateFigure", "ReferenceModel", "Verdict"]
 
 Diagnosis = Literal["wrong labels", "right labels", "unclear"]
+ReferenceModel = Literal["unseen", "repaired"]
 
 TRIGGER = 0.3  # excess of an estimated attack success rate over its control from which on there seems to be a trigger
 
@@ -65,10 +66,10 @@ class Finding:
         threshold: Samples of the label whose weighted sum of these columns is larger belong to the group.
         diagnosis: ``"wrong labels"``: the content of the samples belongs to other classes. ``"right labels"``: it
             belongs to their class: a clean-label attack, or a clean kind of image. ``"unclear"``: not known.
-        suggested_labels: The label that a model which never saw the group gives each of its samples, long ``(M,)`` in
+        suggested_labels: The label that a model without the group gives each of its samples, long ``(M,)`` in
             the order of ``positions``, -1 where none is known; ``None`` without such a model.
         suggested_confidences: The probability that it gives these labels, in ``[0, 1]``, float ``(M,)``.
-        reference_accuracy: Share, in ``[0, 1]``, of other samples that it never saw and gives their label.
+        reference_accuracy: Share, in ``[0, 1]``, of other samples that it gives their label.
         reference_confidence: Mean probability, in ``[0, 1]``, of the labels that it gives those.
         estimated_asr: Estimated attack success rate, in ``[0, 1]``: share of training images of other classes that the
             model gives ``label`` when what the group has in common is put on them; ``None`` if it was not estimated.
@@ -77,6 +78,8 @@ class Finding:
         asr_method: How it was put on them: ``"difference"``, ``"blend"`` or ``"paste"``.
         detectors: In an audit, the names of the detectors that found it, first the one that these figures and this
             direction are of.
+        reference_model: Which model suggests the labels: ``"unseen"``, one that was trained without the group, or
+            ``"repaired"``, one that was fine-tuned without it after the units that the group drives were reset.
     """
 
     label: int
@@ -95,13 +98,14 @@ class Finding:
     control_asr: float | None = None
     asr_method: str | None = None
     detectors: tuple[str, ...] = ()
+    reference_model: ReferenceModel = "unseen"
 
     def __len__(self) -> int:
         return len(self.positions)
 
     @property
     def own_label_rate(self) -> float | None:
-        """Share of the samples that a model which never saw them gives their label; ``None`` without any."""
+        """Share of the samples that a model without them gives their label; ``None`` where there is none."""
         known = None if self.suggested_labels is None else self.suggested_labels[self.suggested_labels >= 0]
         return None if known is None or not len(known) else float((known == self.label).float().mean())
 

@@ -31,7 +31,7 @@ from lightning_backdoor.callbacks.unread import spared, warn_of_unread
 from lightning_backdoor.data.nesting import paths_of
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import unwrapped
-from lightning_backdoor.detection.diagnosis import MIN_SAMPLES
+from lightning_backdoor.detection.diagnosis import MIN_SAMPLES, undiagnosed
 from lightning_backdoor.detection.majorities import without_majorities
 from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.events import Event, repaired
@@ -47,7 +47,12 @@ from lightning_backdoor.report.of_events import (
 from lightning_backdoor.report.of_whole_classes import whole_classes_told
 from lightning_backdoor.responses.base import Detection, Report, Response, Session, representation
 from lightning_backdoor.responses.checkpointing import save_training
-from lightning_backdoor.responses.explaining import diagnosed, diagnosed_by_copy, with_estimated_asr
+from lightning_backdoor.responses.explaining import (
+    diagnosed,
+    diagnosed_by_copy,
+    diagnosed_by_repaired,
+    with_estimated_asr,
+)
 from lightning_backdoor.responses.limits import about_to_end
 from lightning_backdoor.responses.weight_copies import on_cpu, start_of_fit, unwatch_averages, watch_averages
 from lightning_backdoor.scanning.isolation import require_unsharded, warn_of_evaluation_mode
@@ -63,7 +68,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Defense", "Procedure", "diagnosed_by_copy", "examine", "is_due", "require_examinable", "validation_dataset"]
 
-SCHEMA = 5  # of what checkpoints hold of any defense: a release that changes it counts up
+SCHEMA = 6  # of what checkpoints hold of any defense: a release that changes it counts up
 
 
 @guard_inherited_hooks
@@ -211,6 +216,7 @@ class Defense(CallbackBase):
             return
         if self.verdict is None and (why := response.why_not(session)):
             rank_zero_warn(f"{self.title}: {why}")
+        self._procedure.explain_rest()
         response.on_train_end(session)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -279,6 +285,7 @@ class Procedure:
         self._began = 0.0  # of the fit, in seconds since the epoch
         self._seconds = 0.0  # of the last detection
         self._told = ""  # of the findings
+        self._explains_later = False  # whether findings without a diagnosis have one at the end of training
         self._watch: Watch | None = None
         # Weights at the start of the fit, for a copy that is trained from there.
         self._start: dict[str, Any] | None = None
@@ -440,6 +447,8 @@ class Procedure:
         began = time.monotonic()
         detection = self._detect(epochs)
         self.history[-1] = self.response.respond(self.session, detection, self.history[-1])
+        if self._explains_later and self.response.is_over(self.session):
+            self.explain_at_end()
         self._seconds = time.monotonic() - began
         self.tell()
         if not self.detects_again:
@@ -506,7 +515,9 @@ class Procedure:
             return detection
         verdict, before = detection.verdict, self.verdict
         kept = torch.ones_like(verdict.keep) if before is None else before.keep
-        verdict, spared = without_majorities(verdict, kept, self.most_of_label)
+        whole, (verdict, spared) = verdict, without_majorities(verdict, kept, self.most_of_label)
+        if spared and self._explains_later:  # whether they are removed depends on their labels
+            verdict, spared = without_majorities(self._by_copy(whole), kept, self.most_of_label)
         told = 0 if before is None else len(before.findings)
         for place, finding in enumerate(() if self._without_fit else verdict.findings):
             if place >= told and any(finding is one for one in spared):
@@ -534,8 +545,29 @@ class Procedure:
         return removed
 
     def explain(self) -> None:
-        """Say of the findings of the verdict in force what a model that never saw them makes of them."""
-        self.verdict = self._explained(self.session.verdict)
+        """Say of the findings of the verdict in force what a model without them makes of them."""
+        self.verdict, self._explains_later = self._explained(self.session.verdict), False
+
+    def explain_at_end(self) -> None:
+        """The same of findings whose diagnosis was left to the end of training: by the repaired model, else a copy."""
+        session = self.session
+        if not self._explains_later:
+            return
+        verdict, gone = session.verdict, session.in_training
+        if gone is not None:
+            where = session.trainer, session.module, session.scanner
+            verdict = diagnosed_by_repaired(*where, verdict, left_out=~gone)
+        self.verdict, self._explains_later = self._by_copy(verdict), False
+
+    def explain_rest(self) -> None:
+        """The same at the end of a fit that somebody has stopped after its last epoch had ended for this defense."""
+        if not self._explains_later or not undiagnosed(self.session.verdict.findings):
+            return
+        if self.response.unseen is None:
+            self.explain_at_end()
+        else:
+            self.explain()
+        self.tell(logs=False)
 
     def _explained(self, verdict: Verdict) -> Verdict:
         """The verdict with the estimated attack success rate of its findings, and their diagnosis if it is known."""
@@ -545,7 +577,10 @@ class Procedure:
         verdict = with_estimated_asr(session.trainer, session.module, session.scanner, verdict)
         if unseen is not None:
             return diagnosed(session.trainer, session.module, session.scanner, verdict, unseen=unseen)
-        return verdict if self._without_fit or not self.response.copies else self._by_copy(verdict)
+        if self._without_fit or not self.response.copies:
+            return verdict
+        self._explains_later = self.response.explains_at_end and bool(undiagnosed(verdict.findings))
+        return verdict if self.response.explains_at_end else self._by_copy(verdict)
 
     def _by_copy(self, verdict: Verdict) -> Verdict:
         """The verdict with the diagnosis of its findings by a copy of the model that is trained without them."""
@@ -565,22 +600,27 @@ class Procedure:
         """Count the epochs before the next detection from the present one."""
         self._last_detection = 0
 
-    def tell(self) -> None:
-        """Log, print one sentence, and write the report of all events so far."""
+    def tell(self, *, logs: bool = True) -> None:
+        """Log (unless Lightning allows it no more), print one sentence, and write the report of all events so far."""
         session, trainer, defense = self.session, self.session.trainer, self.defense
         metrics = {**self.response.metrics(session), **self.detector.metrics(self.history)}
-        if metrics:
+        if metrics and logs:
             session.module.log_dict({f"backdoor/{defense.method.lower()}/{name}": n for name, n in metrics.items()})
         told = f"{self.title} {sentence(self.history, len(session.verdict), verdict=session.verdict)}"
-        of_findings = findings_told(session.verdict, self._classes, approved=session.takes("approved"))
+        of_findings = findings_told(
+            session.verdict,
+            self._classes,
+            approved=session.takes("approved"),
+            diagnosis_follows=self._explains_later,
+        )
         told, self._told = told + (of_findings if of_findings != self._told else ""), of_findings
         if useless := nothing_learned(self.history[-1], session.verdict):
             rank_zero_warn(f"{self.title} {useless}")
         (rank_zero_warn if unsolved(self.history[-1]) else rank_zero_info)(told)
-        logs = trainer.log_dir  # a broadcast
-        wanted = defense.report_dir is not None or (logs is not None and trainer.loggers)
+        log_dir = trainer.log_dir  # a broadcast
+        wanted = defense.report_dir is not None or (log_dir is not None and trainer.loggers)
         if wanted and trainer.is_global_zero:
-            folder = report_folder(defense.report_dir, defense.name, self.own_name, logs)
+            folder = report_folder(defense.report_dir, defense.name, self.own_name, log_dir)
             rate = getattr(defense, "false_alarm_rate", getattr(self.detector, "false_alarm_rate", None))
             report_verdict(
                 session,
@@ -590,6 +630,7 @@ class Procedure:
                 max_removed=defense.max_removed,
                 callback=type(defense).__name__,
                 false_alarm_rate=rate,
+                diagnosis_follows=self._explains_later,
             )
 
     def save_training(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -625,6 +666,7 @@ class Procedure:
             "approved": self.approved,
             "copies": self._watch.state_dict() if self._watch else {},
             "told": self._told,
+            "explains_later": self._explains_later,
             "start": self._start if self.verdict is None or self.detects_again else None,
             "last_detection": self._last_detection,
             "history": [event.state_dict() for event in self.history],
@@ -646,6 +688,7 @@ class Procedure:
         self.verdict = verdict
         self.approved, self._resumed = state_dict["approved"], True
         self._watched, self._told, self._start = state_dict["copies"], state_dict["told"], state_dict["start"]
+        self._explains_later = state_dict["explains_later"]
         self._last_detection = state_dict["last_detection"]
         self.history = [Event(**event) for event in state_dict["history"]]
         self.detector.load_state_dict(state_dict["detector"])

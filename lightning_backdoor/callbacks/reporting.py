@@ -39,6 +39,7 @@ def report_verdict(
     max_removed: float,
     callback: str = "",
     false_alarm_rate: float | None = None,
+    diagnosis_follows: bool = False,
 ) -> None:
     """Write the report of the verdict in force; a failure is a warning. Call it on one process only.
 
@@ -50,9 +51,10 @@ def report_verdict(
         max_removed: The user's ``max_removed``.
         callback: Name of the class of the defense.
         false_alarm_rate: The user's ``false_alarm_rate``; ``None`` where the defense has none.
+        diagnosis_follows: Whether findings without a diagnosis will have one at the end of training.
     """
     shown = _shown(session, detector, seconds, max_removed)
-    shown = replace(shown, callback=callback, false_alarm_rate=false_alarm_rate)
+    shown = replace(shown, callback=callback, false_alarm_rate=false_alarm_rate, diagnosis_follows=diagnosis_follows)
     with isolated_rng():
         try:
             write_report(folder, session.verdict, method=session.case.title, evidence=shown)

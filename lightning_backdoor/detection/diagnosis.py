@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lightning_backdoor.verdict import Diagnosis, Finding
 
-__all__ = ["MIN_SAMPLES", "diagnose", "same_answer"]
+__all__ = ["MIN_SAMPLES", "diagnose", "same_answer", "undiagnosed"]
 
 # Frozen after seven of the sets of ``benchmarks/values.py`` (digits-badnets-5%, digits-tinted-75, signs-sticker-5%,
 # badnets-5%, sig-80%, kind-drawing-40%, kind-watermark-20%); the other sets judge them. ``SEVERAL`` was raised once
@@ -26,6 +27,11 @@ SURE = 0.7  # of the confidence on ordinary samples; these may have been trained
 # are no evidence: they may be what a strange kind of image looks like to a model. So answers to samples of other labels
 # must differ themselves: two of them are the same with this chance at most, which three classes or fewer hardly reach.
 SEVERAL, AT_MOST = 0.8, 0.5
+
+
+def undiagnosed(findings: Iterable[Finding]) -> list[Finding]:
+    """Findings that are large enough for a diagnosis, and that no model without them has labeled."""
+    return [one for one in findings if one.suggested_labels is None and len(one) >= MIN_SAMPLES]
 
 
 def same_answer(answers: Tensor) -> float:

@@ -36,6 +36,7 @@ class Evidence:
         signals: What is said of classes that may carry a signal in all of their images, and what to do about it; empty
             if there is none.
         treatment: What was done to the model itself, as sentences; empty if nothing was.
+        diagnosis_follows: Whether findings without a diagnosis will have one at the end of training.
         figures: More pictures, title to PNG bytes, each shown in a section of its own after the classes.
         callback: Name of the class of the defense, such as ``"UltraCleanCallback"``, for lines of code to copy; empty
             in an audit.
@@ -58,6 +59,7 @@ class Evidence:
     acted: bool = True
     signals: tuple[str, str] | tuple[()] = ()
     treatment: str = ""
+    diagnosis_follows: bool = False
     callback: str = ""
     false_alarm_rate: float | None = None
     figures: Mapping[str, bytes] = field(default_factory=dict)

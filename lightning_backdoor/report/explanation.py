@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import torch
 
+from lightning_backdoor.detection.diagnosis import undiagnosed
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.sentences import count, listed, number, percent
 from lightning_backdoor.verdict import Finding, GateFigure, Verdict
 
-__all__ = ["approval", "figure_row", "heading", "labels_sentence", "size_sentence", "suggestions", "trigger_sentence"]
+__all__ = [
+    "approval",
+    "figure_row",
+    "heading",
+    "labels_sentence",
+    "model_of",
+    "size_sentence",
+    "suggestions",
+    "trigger_sentence",
+]
 
 MAY_BE_FINE = "These images may be fine"
+NOT_YET = (
+    "It is not known yet whether their labels are right: this is found out at the end of training, by the repaired "
+    "model or by one that is trained without them."
+)
 _NAMED = 3  # classes in a sentence
 _SPELLED = 12  # positions that are written out in a line of code
 _RELATIONS = {">=": "at least", ">": "more than", "<=": "at most", "<": "less than"}
@@ -61,7 +75,8 @@ def labels_sentence(finding: Finding, evidence: Evidence) -> str:
     seen, own, others = _answers(finding, evidence)
     name = f"“{evidence.class_name(finding.label)}”"
     if finding.diagnosis == "wrong labels":
-        by = f" A model that never saw them takes {others}.{_surely(finding)}" if others else ""
+        model = model_of(finding)
+        by = f" {model[0].upper()}{model[1:]} takes {others}.{_surely(finding)}" if others else ""
         return f"Their labels look wrong: their content belongs to other classes.{by}"
     if finding.diagnosis == "right labels":
         by = f": a model that never saw them gives {own:,} of {seen:,} of them this label" if seen else ""
@@ -69,8 +84,15 @@ def labels_sentence(finding: Finding, evidence: Evidence) -> str:
             f"Their labels look right{by}. {MAY_BE_FINE}: a clean kind of image that only {name} has looks like this, "
             "and so do images with a trigger and right labels. Only somebody who looks at them can tell."
         )
+    if evidence.diagnosis_follows and undiagnosed([finding]):
+        return NOT_YET
     by = f" A model that never saw them gives {own:,} of {seen:,} of them this label.{_surely(finding)}" if seen else ""
     return f"It is not known whether their labels are right.{by} {MAY_BE_FINE}: look at them."
+
+
+def model_of(finding: Finding) -> str:
+    """The model that suggests the labels, as a phrase."""
+    return "the repaired model" if finding.reference_model == "repaired" else "a model that never saw them"
 
 
 def _answers(finding: Finding, evidence: Evidence) -> tuple[int, int, str]:

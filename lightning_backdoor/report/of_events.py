@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_backdoor.detection.diagnosis import undiagnosed
 from lightning_backdoor.events import Event, own_label
 from lightning_backdoor.report.evidence import Evidence, Table
 from lightning_backdoor.report.explanation import heading, labels_sentence, trigger_sentence
@@ -99,18 +100,26 @@ def _why_still(event: Event, verdict: Verdict) -> str:
     return "part of the backdoor may still be there, by images with the same trigger that are left in the training set"
 
 
-def findings_told(verdict: Verdict, classes: Sequence[str] | None = None, *, approved: bool) -> str:
+def findings_told(
+    verdict: Verdict, classes: Sequence[str] | None = None, *, approved: bool, diagnosis_follows: bool = False
+) -> str:
     """Say of the largest findings what is known of their labels, after a space; empty where nothing is.
 
     Args:
         verdict: The verdict.
         classes: Class names, indexed by label.
         approved: Whether the defense has an argument of this name, by which images are kept.
+        diagnosis_follows: Whether findings without a diagnosis will have one at the end of training.
     """
-    known = [one for one in verdict.findings if one.own_label_rate is not None or one.estimated_asr is not None]
+    later = undiagnosed(verdict.findings) if diagnosis_follows else []
+    known = [
+        one
+        for one in verdict.findings
+        if one.own_label_rate is not None or one.estimated_asr is not None or any(one is each for each in later)
+    ]
     if not known:
         return ""
-    evidence, parts = Evidence(classes=classes), []
+    evidence, parts = Evidence(classes=classes, diagnosis_follows=diagnosis_follows), []
     for finding in sorted(known, key=len, reverse=True)[:TOLD]:
         parts.append(f"{heading(finding, evidence)}: {labels_sentence(finding, evidence)}")
         if finding.estimated_asr is not None:

@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_backdoor.detection.diagnosis import undiagnosed
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.explanation import (
     approval,
     figure_row,
     heading,
     labels_sentence,
+    model_of,
     size_sentence,
     suggestions,
     trigger_sentence,
@@ -230,7 +232,7 @@ def _findings(portraits: list[Portrait], pixels: dict[int, Tensor], shown: _Show
             f'<a href="#finding-{index}">finding {index}</a>',
             escape(evidence.class_name(finding.label)),
             count(len(finding)),
-            finding.diagnosis,
+            "not known yet" if evidence.diagnosis_follows and undiagnosed([finding]) else finding.diagnosis,
             "" if finding.estimated_asr is None else percent(finding.estimated_asr),
             "" if finding.control_asr is None else percent(finding.control_asr),
         ]
@@ -298,7 +300,7 @@ def _suggested(finding: Finding, evidence: Evidence) -> str:
         return ""
     table = _table(["suggested label", "images", "mean probability"], rows[:_CLASS_ROWS], "narrow", [1, 2])
     more = f"<p>{count(len(rows) - _CLASS_ROWS, 'more label')}.</p>" if len(rows) > _CLASS_ROWS else ""
-    return f"<h3>The labels that a model which never saw them gives them</h3>{table}{more}"
+    return f"<h3>The labels that {model_of(finding)} gives them</h3>{table}{more}"
 
 
 def _gate(finding: Finding, evidence: Evidence) -> str:

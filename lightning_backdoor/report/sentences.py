@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning_backdoor.detection.decision import OF_LABEL
+from lightning_backdoor.detection.diagnosis import undiagnosed
 from lightning_backdoor.detection.majorities import MOST_OF_LABEL
 from lightning_backdoor.report.evidence import Evidence
 from lightning_backdoor.report.table import ClassRow
@@ -247,8 +248,10 @@ def _groups(verdict: Verdict, evidence: Evidence) -> str:
         "right labels": "labels look right",
         "unclear": "labels may be right",
     }
+    later = undiagnosed(findings) if evidence.diagnosis_follows else []
     told = [
-        f"{len(found):,} of “{evidence.class_name(found.label)}” ({phrases[found.diagnosis]})"
+        f"{len(found):,} of “{evidence.class_name(found.label)}” "
+        f"({'labels not checked yet' if any(found is one for one in later) else phrases[found.diagnosis]})"
         for found in findings[:NAMED]
     ]
     if len(findings) > NAMED:

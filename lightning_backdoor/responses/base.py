@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_backdoor.errors import ArgumentError, DataError
 from lightning_backdoor.events import Event, Signaled
 from lightning_backdoor.loading.loader_filter import LoaderFilter
-from lightning_backdoor.responses.limits import planned_end
+from lightning_backdoor.responses.limits import about_to_end, planned_end
 from lightning_backdoor.scanning.scanner import DatasetScanner
 from lightning_backdoor.verdict import Verdict
 
@@ -90,7 +90,10 @@ class Case(Protocol):
         """Run the detector, and the response to what it finds."""
 
     def explain(self) -> None:
-        """Say of the findings of the verdict in force what a model that never saw them makes of them."""
+        """Say of the findings of the verdict in force what a model without them makes of them."""
+
+    def explain_at_end(self) -> None:
+        """Say it of those whose diagnosis was left to the end of training."""
 
     def count_from_zero(self) -> None:
         """Count the epochs before the next detection from the present one, since training has started anew."""
@@ -226,6 +229,8 @@ class Response:
         busy: Whether a treatment is going on or about to begin.
         copies: Whether a copy of the model that is trained without what was found says whether its labels are right.
             Not where the model itself is trained without it, or such a copy is a part of the response.
+        explains_at_end: Whether findings are diagnosed at the end of training instead of at the detection: by the
+            model if it was trained anew without them, else by the repaired model where it can say, else by such a copy.
         keeps_start: Whether it keeps the weights at the start of the fit, for other ends.
     """
 
@@ -241,6 +246,7 @@ class Response:
     replaceable: bool = False
     busy: bool = False
     copies: bool = False
+    explains_at_end: bool = False
     keeps_start: bool = False
 
     def __repr__(self) -> str:
@@ -323,6 +329,10 @@ class Response:
     def latest_detection(self, trainer: Trainer) -> int:
         """Epochs after which the first detection has to come, so that the treatment fits into the plan."""
         return sys.maxsize
+
+    def is_over(self, session: Session) -> bool:
+        """Whether training ends with the present weights: nothing is being treated, and no treatment follows."""
+        return not self.busy and about_to_end(session.trainer)
 
     def release(self) -> None:
         """Give back what belongs to the user, at the end of a fit and after an error."""

@@ -1,4 +1,4 @@
-"""What findings are: their estimated attack success rate, and what a model that never saw them makes of them."""
+"""What findings are: their estimated attack success rate, and what a model without them makes of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_backdoor._lightning import rank_zero_warn
-from lightning_backdoor.detection.diagnosis import MIN_SAMPLES, diagnose
+from lightning_backdoor.detection.diagnosis import MIN_SAMPLES, diagnose, undiagnosed
 from lightning_backdoor.errors import BackdoorDefenseError
+from lightning_backdoor.responses.base import labels_of
 from lightning_backdoor.scanning.estimate_asr import drawn, estimate_asr
 from lightning_backdoor.scanning.probe import trained_without
 from lightning_backdoor.scanning.scanner import DatasetScanner
@@ -19,7 +20,14 @@ from lightning_backdoor.verdict import Finding, Verdict
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["diagnosed", "diagnosed_by_copy", "held_out", "ordinary_samples", "with_estimated_asr"]
+__all__ = [
+    "diagnosed",
+    "diagnosed_by_copy",
+    "diagnosed_by_repaired",
+    "held_out",
+    "ordinary_samples",
+    "with_estimated_asr",
+]
 
 COMPARED, OF_LABEL = 2048, 256  # ordinary samples of all labels, and further ones of the label of each finding
 HELD_OUT = 512, 64  # the same, at most, that a copy is not trained on
@@ -85,24 +93,46 @@ def diagnosed(
         compared: Ordinary samples that it was never trained on either, bool ``(N,)``. ``None``: there are none, and the
             findings are compared with at most 2,048 others, and 256 more of the label of each finding.
     """
-    labels = verdict.labels
     wanted = [finding for finding in verdict.findings if bool(unseen[finding.positions].any())]
-    if labels is None or not wanted:
+    if verdict.labels is None or not wanted:
         return verdict
-    if compared is None:
-        compared = _some(verdict, ordinary_samples(verdict) & ~scanner.unread)
-    members = torch.cat([finding.positions for finding in wanted])
-    positions = compared.index_fill(0, members, True).nonzero().squeeze(1)
-    answers = scanner.answers(trainer, pl_module, description="diagnosis", positions=positions)
-    predicted = torch.full_like(labels, -1).index_copy(0, positions, answers[0].cpu())
-    confidence = torch.zeros(len(labels)).index_copy(0, positions, answers[1].float().cpu())
-    found = [
-        diagnose(finding, labels, predicted, confidence, unseen=unseen, ordinary=compared)
-        if any(finding is one for one in wanted)
-        else finding
-        for finding in verdict.findings
-    ]
+    found = _by_answers(trainer, pl_module, scanner, verdict, wanted, unseen=unseen, compared=compared)
     return replace(verdict, findings=tuple(_doubted(trainer, pl_module, scanner, verdict, found)))
+
+
+def diagnosed_by_repaired(
+    trainer: Trainer, pl_module: LightningModule, scanner: DatasetScanner, verdict: Verdict, *, left_out: Tensor
+) -> Verdict:
+    """The verdict with the diagnosis of the findings that have none and whose labels are wrong to a repaired model.
+
+    The model has learned the findings with their labels before some of its units were reset and it was fine-tuned
+    without them. What is left of that can only make it give them their labels. So if it gives them other ones, as sure
+    and as varied as those of samples of other classes (:func:`~lightning_backdoor.detection.diagnosis.diagnose`), their
+    labels are wrong, and no other model is needed. Where it does not, nothing follows, and findings stay as they are.
+
+    Costs one pass over the findings, at most 2,048 ordinary samples and 256 more of the label of each finding.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The LightningModule with the repaired weights.
+        scanner: Reads the training set.
+        verdict: With labels.
+        left_out: Samples that are out of training, bool ``(N,)``.
+    """
+    wanted = [one for one in undiagnosed(verdict.findings) if bool(left_out[one.positions].any())]
+    if verdict.labels is None or not wanted:
+        return verdict
+    told = _by_answers(trainer, pl_module, scanner, verdict, wanted, unseen=left_out)
+    settled = {
+        place
+        for place, finding in enumerate(verdict.findings)
+        if any(finding is one for one in wanted) and told[place].diagnosis == "wrong labels"
+    }
+    findings = [
+        replace(told[place], reference_model="repaired") if place in settled else finding
+        for place, finding in enumerate(verdict.findings)
+    ]
+    return replace(verdict, findings=tuple(findings))
 
 
 def diagnosed_by_copy(
@@ -139,7 +169,7 @@ def diagnosed_by_copy(
         left_out: Further samples that the copy must not see, bool ``(N,)``.
         consequence: What follows for the findings where there is no copy, for the warning: ``"..., since it "``.
     """
-    missing = [one for one in verdict.findings if one.suggested_labels is None and len(one) >= MIN_SAMPLES]
+    missing = undiagnosed(verdict.findings)
     if not missing or verdict.labels is None:
         return verdict
     compared, unseen = held_out(verdict), ~verdict.keep | (verdict.finding_indices >= 0)
@@ -159,6 +189,33 @@ def diagnosed_by_copy(
             f"out are right. No copy of the model could be trained without them: {why}"
         )
         return verdict
+
+
+def _by_answers(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    scanner: DatasetScanner,
+    verdict: Verdict,
+    wanted: list[Finding],
+    *,
+    unseen: Tensor,
+    compared: Tensor | None = None,
+) -> list[Finding]:
+    """All findings, of which the wanted ones have the diagnosis by the answers of the model."""
+    labels = labels_of(verdict)
+    if compared is None:
+        compared = _some(verdict, ordinary_samples(verdict) & ~scanner.unread)
+    members = torch.cat([finding.positions for finding in wanted])
+    positions = compared.index_fill(0, members, True).nonzero().squeeze(1)
+    answers = scanner.answers(trainer, pl_module, description="diagnosis", positions=positions)
+    predicted = torch.full_like(labels, -1).index_copy(0, positions, answers[0].cpu())
+    confidence = torch.zeros(len(labels)).index_copy(0, positions, answers[1].float().cpu())
+    return [
+        diagnose(finding, labels, predicted, confidence, unseen=unseen, ordinary=compared)
+        if any(finding is one for one in wanted)
+        else finding
+        for finding in verdict.findings
+    ]
 
 
 def held_out(verdict: Verdict) -> Tensor:

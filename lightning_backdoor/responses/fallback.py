@@ -44,7 +44,7 @@ class WithFallback(Response):
         self.repair, self.name = repair, repair.name
         self.drops, self.at_once = repair.drops, repair.at_once
         self.alone, self.features, self.starts_over = repair.alone, repair.features, repair.starts_over
-        self.rereads, self.copies = repair.rereads, repair.copies
+        self.rereads, self.copies, self.explains_at_end = repair.rereads, repair.copies, repair.explains_at_end
         self._forget()
 
     def _forget(self) -> None:

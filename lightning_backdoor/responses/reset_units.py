@@ -113,6 +113,7 @@ class ResetUnits(Response):
         self._reset_fraction, self._reset = reset_fraction, reset
         self._by_quota, self._residual_mode, self._paper_loop, self._seed = by_quota, residual_mode, paper_loop, seed
         self._drop = self.drops = drop
+        self.explains_at_end = not by_quota
         self._forget()
 
     def _forget(self) -> None:
@@ -187,9 +188,12 @@ class ResetUnits(Response):
             if self._before is not None:  # a callback after this one has ended the epoch
                 self._judge(session)
             self._reassign(session)
-            session.case.tell()
             left = epochs_left(trainer, planned_end(trainer), self._extra_epochs)
-            if 0 < self._rounds_done < self._most_rounds and left != 0 and self.ready(session):
+            again = 0 < self._rounds_done < self._most_rounds and left != 0 and self.ready(session)
+            if not again:
+                self._explain(session)
+            session.case.tell()
+            if again:
                 session.case.detect()
         return True
 
@@ -421,7 +425,14 @@ class ResetUnits(Response):
                 of_labels=session.rates_of_labels(correct),
             )
         )
+        self._explain(session)
         session.case.tell()
+
+    def _explain(self, session: Session) -> None:
+        """Have findings diagnosed if training ends with these weights, which no restart follows."""
+        anew = self.replaceable and session.case.history[-1].failed
+        if not anew and self.is_over(session):
+            session.case.explain_at_end()
 
     def release(self) -> None:
         """Give the optimizers and the limits of the Trainer back."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.report.explanation import labels_sentence, trigger_sentence
+from lightning_backdoor.report.explanation import NOT_YET, labels_sentence, trigger_sentence
 from lightning_backdoor.report.of_events import KEEP, findings_told
 from lightning_backdoor.report.sentences import summarize
 from lightning_backdoor.verdict import Diagnosis, Finding, Verdict
@@ -45,6 +45,25 @@ def test_nothing_is_said_that_is_not_known() -> None:
     assert told
     assert "Not estimated" not in told
     assert KEEP not in findings_told(verdict(replace(PLAIN, **TRIED)), approved=True)
+
+
+def test_what_is_found_out_at_the_end_of_training_is_said_to_be_unknown_until_then() -> None:
+    large = replace(PLAIN, positions=torch.arange(8))
+    told = findings_told(verdict(large), approved=True, diagnosis_follows=True)
+    assert told == f" 8 images labeled “class 2”: {NOT_YET}"
+    assert "at the end of training" in NOT_YET
+    assert findings_told(verdict(PLAIN), approved=True, diagnosis_follows=True) == "", "too few for a diagnosis"
+    assert summarize(verdict(large), "NONE", [], Evidence(diagnosis_follows=True)).found.endswith(
+        "8 of “class 2” (labels not checked yet)."
+    )
+
+
+def test_the_repaired_model_is_named_where_it_says_that_labels_are_wrong() -> None:
+    finding = replace(KNOWN, diagnosis="wrong labels")
+    assert "A model that never saw them takes 3 of 4" in labels_sentence(finding, Evidence())
+    assert "The repaired model takes 3 of 4" in labels_sentence(
+        replace(finding, reference_model="repaired"), Evidence()
+    )
 
 
 @pytest.mark.parametrize(
