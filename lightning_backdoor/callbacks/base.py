@@ -211,13 +211,8 @@ class Defense(CallbackBase):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the fit ends with, or that it ended before a detection."""
-        session, response = self._procedure.session, self._procedure.response
-        if is_fast_dev_run(trainer):
-            return
-        if self.verdict is None and (why := response.why_not(session)):
-            rank_zero_warn(f"{self.title}: {why}")
-        self._procedure.explain_rest()
-        response.on_train_end(session)
+        if not is_fast_dev_run(trainer):
+            self._procedure.end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the training loader back."""
@@ -559,15 +554,19 @@ class Procedure:
             verdict = diagnosed_by_repaired(*where, verdict, left_out=~gone)
         self.verdict, self._explains_later = self._by_copy(verdict), False
 
-    def explain_rest(self) -> None:
-        """The same at the end of a fit that somebody has stopped after its last epoch had ended for this defense."""
-        if not self._explains_later or not undiagnosed(self.session.verdict.findings):
-            return
-        if self.response.unseen is None:
-            self.explain_at_end()
-        else:
-            self.explain()
-        self.tell(logs=False)
+    def end(self) -> None:
+        """Say what the fit ends with, or that it ended before a detection."""
+        session, response = self.session, self.response
+        if self.verdict is None and (why := response.why_not(session)):
+            rank_zero_warn(f"{self.title}: {why}")
+        # Somebody has stopped the fit after its last epoch had ended for this defense.
+        if self._explains_later and undiagnosed(session.verdict.findings):
+            if response.unseen is None:
+                self.explain_at_end()
+            else:
+                self.explain()
+            self.tell(logs=False)
+        response.on_train_end(session)
 
     def _explained(self, verdict: Verdict) -> Verdict:
         """The verdict with the estimated attack success rate of its findings, and their diagnosis if it is known."""
