@@ -73,6 +73,10 @@ class ResetUnits(Response):
     Training anew without the removed images gives 98.7 / 0.0 and 63.7 / 1.9. So a round that a restart can follow must
     not cost more than a point of accuracy on the training images (here 4.1), and any other one not more than five.
 
+    Nothing of this depends on whether the labels of what was found are right. So this is found out at the end of a fit
+    (``explains_at_end``): by the model that a fallback has trained anew, or by the repaired one, if it takes the images
+    for other classes. Only what neither of them settles needs a copy that is trained without the images.
+
     Args:
         rounds: Most rounds; ``None``: 3, or 1 with ``by_quota``.
         finetune_epochs: Epochs after a reset; ``None``: a tenth of all, and 100 steps at least.
