@@ -26,15 +26,18 @@ from benchmarks.samples import Samples
 from benchmarks.values import CASES, CLEAN_TRAININGS, case_of, file_name, load, run
 from lightning_backdoor import functional
 
-PARTS = {"half": ("half", "half_shift"), "end": ("end", "end_shift"), "units": ("units",)}
-"""UltraClean's decision half way and at the end, and NONE's."""
+PARTS = {
+    "half": ("half", "half_shift"), "end": ("end", "end_shift"), "units": ("units",), "early units": ("units", "early"),
+}  # fmt: skip
+"""UltraClean's decision half way and at the end, NONE's, and D-BR's, which has early neighbors beside units: of the
+model at the end here, not of its copy."""
 RESULTS = Path(__file__).parent / "judged.jsonl"
 
 
 def decided(values: Tensor, found: dict[str, Tensor], pictures: Tensor, name: str, rate: float) -> rows.Row:
     """Poisons and others that a decision removes, and the label and the gate of each subpopulation."""
     agreement = None
-    if "early" in found and name != "units":
+    if "early" in found and name != "units":  # NONE measures none
         everything = torch.ones_like(found["poisoned"])
         agreement = functional.neighbor_agreement(found["early"], found["labels"], everything, gpu=False)
     decision = functional.decide(
@@ -56,7 +59,7 @@ def judged(case: str, found: dict[str, Tensor], samples: Samples, rate: float) -
     taught = found["end_predicted"][poisoned] == found["labels"][poisoned]
     for name, columns in PARTS.items():
         if all(column in found for column in columns):
-            values = torch.cat([found[column] for column in columns], dim=1).half()
+            values = torch.cat([found[column] for column in columns if column != "early"], dim=1).half()
             yield {
                 "case": case,
                 "measured": name,

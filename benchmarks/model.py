@@ -45,6 +45,7 @@ RECIPES = {
     "D-BR": Recipe(0.01, 5e-4, "steps", (0.5, 0.75)),  # 200 epochs, at 100 and 150
     "UltraClean": Recipe(0.1, 5e-4, "steps"),  # 200 epochs, constant
     "BackdoorBench": Recipe(0.01, 5e-4, "cosine"),  # 100 epochs
+    "small": Recipe(2e-3, 0.0, "steps", optimizer="adamw"),  # that is Adam
     "adamw": Recipe(1e-3, 0.05, "one-cycle", optimizer="adamw"),
     "adamw-signs": Recipe(1e-3, 0.05, "one-cycle", optimizer="adamw", mirror=False),
 }

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.digits import Classifier as DigitsClassifier
 from benchmarks.model import RECIPE, Classifier, crop_and_flip
 from benchmarks.networks import preact_gelu, resnet9, resnet18, small_vit
 from benchmarks.samples import (
@@ -46,7 +47,15 @@ from benchmarks.samples import (
 )
 from lightning_backdoor import attacks, functional
 
-NETWORKS = {"resnet9": resnet9, "gelu": preact_gelu, "vit": small_vit, "resnet18": resnet18}
+
+def small(classes: int) -> nn.Sequential:
+    """The three convolutions of :mod:`benchmarks.digits`."""
+    return DigitsClassifier(classes).layers
+
+
+NETWORKS = {"resnet9": resnet9, "gelu": preact_gelu, "vit": small_vit, "resnet18": resnet18, "small": small}
+RECIPES = {"vit": "adamw", "small": "small"}
+"""Of networks that are not trained with the usual one."""
 BATCH = 128
 WIDTH = 128  # columns of a feature layer that are stored, at most
 UNITS = 96  # of all layers, those that some class drives furthest out of their usual range
@@ -72,6 +81,8 @@ class Case:
         seed: Of images, weights and batches.
         classes: Classes of CIFAR-10.
         parts: Names of the stored parts, of :data:`ALL`.
+        batch: Samples of a step.
+        augmented: Whether images are shifted and mirrored.
     """
 
     source: str = "cifar10"
@@ -82,6 +93,8 @@ class Case:
     seed: int = 0
     classes: tuple[int, ...] | None = None
     parts: tuple[str, ...] = BOTH
+    batch: int = BATCH
+    augmented: bool = True
 
     def samples(self, folder: Path) -> Samples:
         """The training set."""
@@ -94,6 +107,8 @@ SIGNS: dict[str, Any] = {"source": "gtsrb", "count": 8000, "epochs": 12}
 DIGITS: dict[str, Any] = {"source": "digits", "count": 1400, "epochs": 20, "parts": ALL}
 FEW: dict[str, Any] = {"count": 3000}
 TWO: dict[str, Any] = {"count": 2000, "classes": (1, 9)}
+SMALL: dict[str, Any] = {"network": "small", "epochs": 10, "parts": ALL, "batch": 64, "augmented": False}
+SMALL_DIGITS: dict[str, Any] = DIGITS | SMALL
 STRIPES = attacks.AdaptiveBlend(pattern="stripe")
 
 CASES: dict[str, Case] = {
@@ -150,6 +165,25 @@ CASES: dict[str, Case] = {
     "badnets-5%-resnet18": Case(**FEW, network="resnet18", change=attack(attacks.BadNets(), 0.05)),
     "digits-clean-1": Case(**DIGITS, seed=1),
     "digits-all-to-all-10%": Case(**DIGITS, change=attack(attacks.BadNets(), 0.1, labels="all_to_all")),
+    "small-clean": Case(**SMALL_DIGITS),
+    "small-tinted": Case(**SMALL_DIGITS, change=tinted(0)),
+    "small-tinted-75": Case(**SMALL_DIGITS, change=tinted(75)),
+    "small-stripe-2%": Case(**SMALL_DIGITS, change=attack(STRIPES, 0.02, covers=0.02)),
+    "small-stripe-4%": Case(**SMALL_DIGITS, change=attack(STRIPES, 0.04, covers=0.04)),
+    "small-noise-10%": Case(**SMALL_DIGITS, change=label_noise(0.1)),
+    "small-noise-20%": Case(**SMALL_DIGITS, change=label_noise(0.2)),
+    "small-called-20%": Case(**SMALL_DIGITS, change=called(3, 5, 0.2)),
+    "small-pairs": Case(**SMALL_DIGITS, change=pairs),
+    "small-long-tail": Case(**SMALL_DIGITS, change=long_tail(6)),
+    "small-near-duplicates": Case(**SMALL_DIGITS, change=near_duplicates(7, 3, 20)),
+    "small-kind-watermark-40%": Case(**SMALL_DIGITS, change=kind("watermark", 0.4)),
+    "small-kind-drawing-40%": Case(**SMALL_DIGITS, change=kind("drawing", 0.4)),
+    "small-kind-camera-40%": Case(**SMALL_DIGITS, change=kind("camera", 0.4)),
+    "small-kind-border-40%": Case(**SMALL_DIGITS, change=kind("border", 0.4)),
+    "small-photos": Case(**FEW | SMALL),
+    "small-photos-cats-dogs-20%": Case(**FEW | SMALL, change=called(3, 5, 0.2)),
+    "small-photos-drawing-40%": Case(**FEW | SMALL, change=kind("drawing", 0.4)),
+    "small-two": Case(**TWO | SMALL),
 }
 """All cases, the most telling first."""
 
@@ -181,18 +215,19 @@ def train(samples: Samples, case: Case, device: str) -> Iterator[tuple[int, Clas
     """Train the network of a case; yields after every epoch how many there were, and the network."""
     torch.manual_seed(case.seed)
     images, labels = samples.images.to(device), samples.labels.to(device)
-    steps = max(len(samples) // BATCH, 1)
-    classifier = Classifier(case.epochs * steps, recipe="adamw" if case.network == "vit" else RECIPE)
+    steps = max(len(samples) // case.batch, 1)
+    classifier = Classifier(case.epochs * steps, recipe=RECIPES.get(case.network, RECIPE))
     classifier.network = NETWORKS[case.network](classes=samples.classes).to(memory_format=torch.channels_last)
     classifier.to(device).train()
     configured = classifier.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for epoch in range(case.epochs):
         order = torch.randperm(len(samples), device=device)
-        for rows in order[: steps * BATCH].split(BATCH):
+        for rows in order[: steps * case.batch].split(case.batch):
             optimizer.zero_grad()
             with mixed(device):
-                loss = F.cross_entropy(classifier(crop_and_flip(images[rows])), labels[rows])
+                shown = crop_and_flip(images[rows]) if case.augmented else images[rows]
+                loss = F.cross_entropy(classifier(shown), labels[rows])
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()

@@ -164,6 +164,10 @@ class Split:
         """The figures ``(L, C)`` at ``places``, long ``(L, C)``, of figures ``(L, U)``."""
         return Split(*(figure.gather(1, places) for figure in self._figures()))
 
+    def joined(self, other: Split) -> Split:
+        """The figures of both, one row each."""
+        return Split(*(torch.cat(pair) for pair in zip(self._figures(), other._figures(), strict=True)))
+
     def _figures(self) -> tuple[Tensor, ...]:
         return self.threshold, self.low, self.high, self.standardized_gap, self.members
 
@@ -274,6 +278,7 @@ def _sorted(values: Tensor) -> Tensor:
 MIN_SHARE = 0.01  # of the label in either group; fewer samples are outliers
 CANDIDATES = 3  # units per label from which the search for a direction starts
 ROUNDS = 3  # of split and discriminant
+EARLY_ROUNDS = 6  # the same from early neighbors, which name a part of a group and some others
 ERRORS = 2.0  # standard errors that are allowed for chance in figures of small groups
 RIDGE = 0.1
 MAX_UNITS = 512  # of a direction
@@ -486,6 +491,7 @@ class Direction:
         fitted: Columns on which the discriminants of the label are fitted, long ``(M,)``.
         threshold, low, high, members: See :class:`~lightning_backdoor.detection.directions.Split`.
         standardized_gap: With the allowance of :func:`allowed_gap`.
+        early: Whether the search began with the samples whose early neighbors have other labels.
     """
 
     label: int
@@ -498,6 +504,7 @@ class Direction:
     high: float
     members: int
     standardized_gap: float
+    early: bool = False
 
 
 def smallest_group(counts: Tensor) -> Tensor:
@@ -543,16 +550,20 @@ def split_labels(positions: Tensor, groups: LabelGroups) -> dict[int, LabelSplit
     return found
 
 
-def sharpened_directions(values: Tensor, groups: LabelGroups, least: float) -> dict[int, list[Direction]]:
+def sharpened_directions(
+    values: Tensor, groups: LabelGroups, least: float, agreement: Tensor | None = None
+) -> dict[int, list[Direction]]:
     """Directions along which the samples of a label fall into two groups, for every label.
 
-    They start from the best separated units of the label. Each is sharpened in turns of a discriminant and a split of
-    the positions, as long as the gap grows.
+    They start from the best separated units of the label, and from the exact split of the agreement of its samples with
+    their early neighbors. Each is sharpened in turns of a discriminant and a split of the positions, as long as the gap
+    grows.
 
     Args:
         values: Response of every unit to every sample, float, shape ``(N, U)``.
         groups: The samples by label.
         least: Smallest standardized gap of a direction that is returned.
+        agreement: Share of every sample's early neighbors that had its label, float ``(N,)``.
 
     Returns:
         For every label that has any, its directions, largest gap first.
@@ -563,11 +574,13 @@ def sharpened_directions(values: Tensor, groups: LabelGroups, least: float) -> d
     found: dict[int, list[Direction]] = {}
     with full_precision():
         for batch in groups.batches(2 * MIN_MEMBERS, values.shape[1], min(values.shape[1], MAX_UNITS)):
-            found |= _directions_of_batch(values, batch, least)
+            found |= _directions_of_batch(values, batch, least, agreement)
     return found
 
 
-def _directions_of_batch(values: Tensor, batch: LabelBatch, least: float) -> dict[int, list[Direction]]:
+def _directions_of_batch(
+    values: Tensor, batch: LabelBatch, least: float, agreement: Tensor | None
+) -> dict[int, list[Direction]]:
     counts, smallest = batch.counts, smallest_group(batch.counts)
     columns = values[batch.rows].mT.float().contiguous()  # (L, U, n)
     single = split_rows(columns, counts, smallest)
@@ -579,37 +592,65 @@ def _directions_of_batch(values: Tensor, batch: LabelBatch, least: float) -> dic
     split = single.at(starts).flatten()
     positions = columns.gather(1, starts[..., None].expand(-1, -1, columns.shape[2])).flatten(0, 1)
     pair = torch.arange(starts.numel(), device=values.device)
-    of, best = pair // starts.shape[1], torch.zeros_like(split.standardized_gap)
+    of = pair // starts.shape[1]
+    if agreement is not None:  # as one more unit, on which the samples lie high whose neighbors had other labels
+        against = -agreement[batch.rows].float()
+        split = split.joined(split_rows(against[:, None], counts, smallest).flatten())
+        positions = torch.cat([positions, against])
+        pair = torch.arange(len(positions), device=values.device)
+        of = torch.cat([of, torch.arange(len(against), device=values.device)])
+    best = torch.zeros_like(split.standardized_gap)
     standardized: Standardized | None = None
     turns: list[tuple[Tensor, Tensor | None]] = []
     weights, upper = None, torch.zeros_like(positions, dtype=torch.bool)
-    for turn in range(ROUNDS + 1):
+    for turn in range((ROUNDS if agreement is None else EARLY_ROUNDS) + 1):
+        early = pair >= starts.numel()
         grown = split.standardized_gap > best
         gap = allowed_gap(split, counts[of])
-        figures = pair, grown & (gap >= least), split.threshold, split.low, split.high, split.members, gap
+        far = grown & (gap >= least) & ~(early & (turn == 0))
+        figures = pair, far, split.threshold, split.low, split.high, split.members, gap
         turns.append((torch.stack([figure.double() for figure in figures], dim=1), weights))
         divided, upper = upper, (positions.double() > split.threshold[:, None]) & batch.inside[of]
-        (still,) = (grown & (upper != divided).any(dim=1)).nonzero(as_tuple=True)
-        if turn == ROUNDS or not len(still):
+        more = turn < torch.where(early, EARLY_ROUNDS, ROUNDS)
+        (still,) = (grown & more & (upper != divided).any(dim=1)).nonzero(as_tuple=True)
+        if not len(still):
             break
         if standardized is None:
             if units.shape[1] < columns.shape[1]:
                 columns = columns.gather(1, units[..., None].expand(-1, -1, columns.shape[2]))
             standardized = standardize(columns, counts, batch.inside)
-        pair, of, upper, best = pair[still], of[still], upper[still], split.standardized_gap[still]
+        best = split.standardized_gap.masked_fill(early & (turn == 0), 0)[still]  # the gap of the values counts
+        pair, of, upper = pair[still], of[still], upper[still]
         weights, positions = discriminants(standardized, upper, of)
         split = split_rows(positions[:, None], counts[of], smallest[of]).flatten()
+    return _listed(turns, batch, starts, units)
+
+
+def _listed(
+    turns: list[tuple[Tensor, Tensor | None]], batch: LabelBatch, starts: Tensor, units: Tensor
+) -> dict[int, list[Direction]]:
+    """The directions of all turns that are far enough, by label, largest gap first.
+
+    Args:
+        turns: Of each turn the figures of its pairs, double ``(P, 7)``: number of the pair, whether it is far enough,
+            threshold, low, high, members, gap; and their weights, ``(P, M)``, none in the first turn.
+        batch: The labels.
+        starts: Units from which the search started, long ``(L, C)``; pairs above their number started from neighbors.
+        units: On which the discriminants are fitted, long ``(L, M)``.
+    """
     found: dict[int, list[Direction]] = {}
     lengths = [len(figures) for figures, _ in turns]
     told = torch.cat([figures for figures, _ in turns]).tolist()
     places = ((turn, place) for turn, length in enumerate(lengths) for place in range(length))
     passed = [(int(row[0]), *place, row) for place, row in zip(places, told, strict=True) if row[1]]
     for of_pair, turn, place, row in sorted(passed, key=lambda one: (-one[3][6], one[0], one[1])):
-        at, candidate = divmod(of_pair, starts.shape[1])
+        early_pair = of_pair >= starts.numel()
+        at, candidate = (of_pair - starts.numel(), 0) if early_pair else divmod(of_pair, starts.shape[1])
         fitted = turns[turn][1]
         chosen = units[at].clone() if fitted is not None else starts[at, candidate : candidate + 1].clone()
-        along = fitted[place].clone() if fitted is not None else columns.new_ones(1)
+        along = fitted[place].clone() if fitted is not None else torch.ones(1, device=units.device)
         threshold, low, high, members, gap = row[2:]
         which = batch.labels[at], batch.sizes[at], chosen, along, units[at].clone()
-        found.setdefault(batch.labels[at], []).append(Direction(*which, threshold, low, high, int(members), gap))
+        one = Direction(*which, threshold, low, high, int(members), gap, early=early_pair)
+        found.setdefault(batch.labels[at], []).append(one)
     return found

@@ -1,4 +1,4 @@
-"""Do groups of samples that many labels have look like samples of other labels? An exact test of wrong labels.
+"""Do groups of samples look like samples of other labels? Exact tests of wrong labels, from the pictures alone.
 
 A direction that splits most labels shows that they share something: the trigger of an all-to-all attack, or a clean
 kind of image, such as that of a second camera. What the images show tells these apart. Under the attack, the members of
@@ -19,12 +19,14 @@ from torch import Tensor
 from lightning_backdoor.detection.directions import full_precision
 from lightning_backdoor.detection.near_duplicates import BLOCK, NEAR, near_duplicates
 
-__all__ = ["wrong_labels_p_value"]
+__all__ = ["LikeOthers", "like_others", "wrong_labels_p_value"]
 
 NEIGHBORS, PART = 20, 4  # whose most frequent label is taken: at most a quarter of what a label has on average
 CHOOSING = 3  # every third member has a part in the choice of the other label; the rest are tested
 MEMBERS, REST, COMPARED = 2000, 6000, 20_000  # at most, drawn at random where there are more: members, others, and
 # those of the lower groups among which neighbors are sought
+FIRM = 0.5  # of the neighbors, more than that, have one label: the image looks like that label
+ORDINARY = 2000  # samples of other labels, at most, that the members of a single label are compared with
 
 
 def wrong_labels_p_value(pictures: Tensor, labels: Tensor, upper: Tensor, usual: float) -> float:
@@ -76,6 +78,73 @@ def wrong_labels_p_value(pictures: Tensor, labels: Tensor, upper: Tensor, usual:
         most = int(chosen.argmax())
         other.append(found.compared(nearest[mine & ~choosing] == most, most, 2).reversed())
     return max(few_p_value(own), few_p_value(other))
+
+
+@dataclass(frozen=True)
+class LikeOthers:
+    """Whether a group in one label looks like images of other labels.
+
+    Attributes:
+        p_value: Probability of so many members that do, if they were no more than half way between ordinary samples
+            that look like another label than theirs, and those that look like their own.
+        excess: Members that look like another label, over the samples of an ordinary label that do: of as many samples
+            as this label has, or as other labels have on average, if these are more.
+        labels: Effective number of labels that the members look like, by Simpson's index.
+    """
+
+    p_value: float
+    excess: float
+    labels: float
+
+
+def like_others(pictures: Tensor, labels: Tensor, members: Tensor, usual: float) -> LikeOthers:
+    """Compare a group in one label with images of other labels.
+
+    A picture looks like a label if more than half of its nearest ones have it. Small grey pictures of digits or traffic
+    signs do, those of most photographs look like no label, and then nothing follows. What the group has in common is
+    taken out of all pictures before; near-duplicates count once.
+
+    Where labels are wrong throughout the data, as many samples of ordinary labels look like other labels, or as large a
+    share of them.
+
+    Args:
+        pictures: From :func:`~lightning_backdoor.detection.near_duplicates.thumbnails`, ``(N, 144)``.
+        labels: Labels as given, long ``(N,)``, on the device of the pictures; two at least.
+        members: The group, bool ``(N,)``; neither empty nor all of its label.
+        usual: Distance of two pictures of a label, from
+            :func:`~lightning_backdoor.detection.near_duplicates.usual_distance`.
+    """
+    present, labels = torch.unique(labels, return_inverse=True)
+    own = labels == labels[members][0]
+    rest = own & ~members
+    common = F.normalize(pictures[members].float().mean(dim=0) - pictures[rest].float().mean(dim=0), dim=0)
+    pictures = pictures.float()
+    pictures = F.normalize(pictures - (pictures @ common)[:, None] * common, dim=1)
+    some, ordinary = (_different(pictures, _drawn(*of), usual) for of in ((members, MEMBERS), (~own, ORDINARY)))
+    among = _drawn(torch.ones_like(own), COMPARED)
+    of_members, of_ordinary = (_neighbors(pictures, labels, rows, among, usual) for rows in (some, ordinary))
+    (_, firm_other), nearest = _firm(of_members, labels[some]), _others(of_members, labels[some]).argmax(dim=1)
+    firm_own, wrong = _firm(of_ordinary, labels[ordinary])
+    half = len(ordinary) // 2
+    hits, mixed = int(firm_other.sum()), int(firm_own[:half].sum()) + int(wrong[half : 2 * half].sum())
+    counts = torch.bincount(nearest[firm_other], minlength=len(present)).double()
+    size = max(int(own.sum()), int((~own).sum()) / (len(present) - 1))
+    usually = size * max(int(wrong.sum()), 1) / len(wrong)
+    return LikeOthers(
+        p_value=few_p_value([Counts(hits, len(some), mixed, 2 * half).reversed()]),
+        excess=int(members.sum()) * hits / len(some) / usually,
+        labels=float(counts.sum().square() / counts.square().sum().clamp(min=1)),
+    )
+
+
+def _others(shares: Tensor, own: Tensor) -> Tensor:
+    """Shares of labels among neighbors, ``(n, labels)``, without those of the samples' own labels, long ``(n,)``."""
+    return shares.scatter(1, own[:, None], 0)
+
+
+def _firm(shares: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples that look like their own label, and like another one, bool ``(n,)`` each."""
+    return shares.gather(1, own[:, None]).squeeze(1) > FIRM, _others(shares, own).amax(dim=1) > FIRM
 
 
 @dataclass(frozen=True)

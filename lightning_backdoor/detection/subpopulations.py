@@ -32,7 +32,7 @@ from lightning_backdoor.detection.directions import (
     split_units,
 )
 from lightning_backdoor.detection.evidence import replication
-from lightning_backdoor.detection.look_alikes import wrong_labels_p_value
+from lightning_backdoor.detection.look_alikes import like_others, wrong_labels_p_value
 from lightning_backdoor.detection.near_duplicates import closed_share, near_duplicates, usual_distance
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.verdict import GateFigure
@@ -69,7 +69,7 @@ class Subpopulation:
             with an allowance for the sampling error of small groups.
         enrichment: Share of the label's samples above the threshold over the share of all others above it.
         members: Samples of the label above the threshold.
-        gate: Name of the gate that was passed: ``"strict"``, ``"overlap"``, ``"early_neighbors"`` or
+        gate: Name of the gate that was passed: ``"strict"``, ``"overlap"``, ``"early_neighbors"``, ``"look_alikes"`` or
             ``"all_to_all"``; empty before any.
         figures: What this gate measured, with its bounds.
     """
@@ -106,7 +106,7 @@ def project(values: Tensor, units: Tensor, weights: Tensor) -> Tensor:
         return torch.cat([part[:, units].float() @ weights for part in rows])
 
 
-# The gates. A direction splits off a subpopulation if it passes one of three gates. For each of them the lower group
+# The gates. A direction splits off a subpopulation if it passes one of four gates. For each of them the lower group
 # must be the class itself (`own_auroc`): where many labels are wrong, the class is the upper group.
 
 OWN_AUROC = 0.75  # of the lower group against all other labels, at least; a mixture of other classes has 0.5
@@ -234,11 +234,24 @@ def early_neighbor_gate(
     Early in training, before a weak backdoor is learned, poisoned samples lie among those of their true classes, while
     a clean kind of image lies among its label. Two standard errors are allowed for chance.
     """
+    if found.enrichment < EARLY_ENRICHMENT:
+        return None
+    figures = early_figures(found, values, groups, agreement)
+    if figures is None:
+        return None
+    gap, *others = figures
+    return found.passed(
+        "early_neighbors", gap, GateFigure("enrichment", found.enrichment, ">=", EARLY_ENRICHMENT), *others
+    )
+
+
+def early_figures(
+    found: Subpopulation, values: Tensor, groups: LabelGroups, agreement: Tensor
+) -> tuple[GateFigure, ...] | None:
+    """Gap, share of the label, and how often early neighbors agree; None if one of them misses its bound."""
     inside = groups.positions(found.label)
     agree = agreement[inside].float()
-    if found.standardized_gap < EARLY_GAP or found.enrichment < EARLY_ENRICHMENT:
-        return None
-    if found.members > EARLY_MEMBERS * len(agree):
+    if found.standardized_gap < EARLY_GAP or found.members > EARLY_MEMBERS * len(agree):
         return None
     upper = found.project(values[inside]) > found.threshold
     sizes = [int(upper.sum()), len(upper) - int(upper.sum())]
@@ -248,12 +261,43 @@ def early_neighbor_gate(
     of_upper, of_lower = float(agree[upper].mean()) + chance, float(agree[~upper].mean())
     if not of_upper < EARLY_AGREEMENT * of_lower:
         return None
-    return found.passed(
-        "early_neighbors",
+    return (
         GateFigure("standardized_gap", found.standardized_gap, ">=", EARLY_GAP),
-        GateFigure("enrichment", found.enrichment, ">=", EARLY_ENRICHMENT),
         GateFigure("member_share", found.members / len(agree), "<=", EARLY_MEMBERS),
         GateFigure("early_agreement_ratio", of_upper / of_lower, "<", EARLY_AGREEMENT),
+    )
+
+
+ALIKE_EXCESS = 3.0  # times as many members look like another label as samples of an ordinary label do, at least: labels
+# that are wrong throughout the data are no attack on one of them
+
+
+def look_alike_gate(found: Subpopulation, search: Search) -> Subpopulation | None:
+    """Pass a subpopulation whose early neighbors had other labels, and whose pictures look like many other labels.
+
+    Covers, and whole labels that what is attacked has in common with it, can lie above the threshold: the enrichment
+    says nothing then. Instead the pictures must speak for wrong labels (an exact test, see
+    ``lightning_backdoor/detection/look_alikes.py``): of many classes, as poisons are, and more often than elsewhere in
+    the data.
+    """
+    others = [size for label, size in search.groups.sizes.items() if label != found.label and size >= 2 * MIN_MEMBERS]
+    if search.pictures is None or search.agreement is None or len(others) < OVERLAP_OTHERS:
+        return None
+    figures = early_figures(found, search.values, search.groups, search.agreement)
+    if figures is None:
+        return None
+    members = members_of(search.values, search.groups, [found])
+    alike = like_others(search.pictures, search.groups.labels, members, search.usual_distance)
+    least = min(OVERLAP_LABELS, max(2.0, sum(others) ** 2 / sum(size**2 for size in others) / 2))
+    bound = min(search.bound, 1.0)
+    if alike.p_value > bound or alike.excess < ALIKE_EXCESS or alike.labels < least:
+        return None
+    return found.passed(
+        "look_alikes",
+        *figures,
+        GateFigure("other_label_p_value", alike.p_value, "<=", bound),
+        GateFigure("other_label_excess", alike.excess, ">=", ALIKE_EXCESS),
+        GateFigure("effective_labels", alike.labels, ">=", least),
     )
 
 
@@ -362,6 +406,7 @@ class Search:
         values: Response of every unit to every sample, float, shape ``(N, U)``.
         groups: The samples by label, on the device of the values.
         directions: For every label that has any, the directions that are far enough for a gate, largest gap first.
+        early: For every label that has any, the best direction to which its early neighbors led.
         agreement: Share of every sample's early neighbours that had its label, float ``(N,)``, on that device.
         pictures: Small pictures of the samples, half ``(N, 144)``, on that device.
         false_alarm_rate: Of a training; see :func:`find_subpopulations`.
@@ -370,6 +415,7 @@ class Search:
     values: Tensor
     groups: LabelGroups
     directions: dict[int, list[Direction]]
+    early: dict[int, Direction]
     agreement: Tensor | None
     pictures: Tensor | None
     false_alarm_rate: float
@@ -422,13 +468,18 @@ def search_labels(
     groups = group_by_label(labels.to(values.device))
     if least is None:
         least = min(STRICT_GAP, OVERLAP_GAP) if agreement is None else EARLY_GAP
-    directions = sharpened_directions(values, groups, least) if len(groups.sizes) > 1 else {}
     device = values.device
+    agreement = None if agreement is None else agreement.to(device)
+    useful = agreement if pictures is not None else None
+    directions = sharpened_directions(values, groups, least, useful) if len(groups.sizes) > 1 else {}
+    by_unit = {label: [one for one in some if not one.early] for label, some in directions.items()}
+    by_neighbors = {label: [one for one in some if one.early] for label, some in directions.items()}
     return Search(
         values,
         groups,
-        directions,
-        agreement=None if agreement is None else agreement.to(device),
+        {label: some for label, some in by_unit.items() if some},
+        {label: some[0] for label, some in by_neighbors.items() if some},
+        agreement=agreement,
         pictures=None if pictures is None else pictures.to(device),
         false_alarm_rate=false_alarm_rate,
     )
@@ -438,9 +489,12 @@ def search_labels(
 def own_subpopulations(search: Search) -> list[Subpopulation]:
     """The subpopulations of single labels: see :func:`find_subpopulations`."""
     found, tested = [], cache(search.tested)
-    for label, candidates in _candidates(search).items():
-        inside, units = search.groups.labels == label, search.directions[label][0].fitted
-        for candidate in _through_gates(candidates, search, units):
+    by_unit = _candidates(search, [one for label in sorted(search.directions) for one in search.directions[label]])
+    by_neighbors = _candidates(search, list(search.early.values()))
+    for label in sorted({*by_unit, *by_neighbors}):
+        inside = search.groups.labels == label
+        units = search.early[label].fitted if label not in by_unit else search.directions[label][0].fitted
+        for candidate in _through_gates(by_unit.get(label, []), by_neighbors.get(label, []), search, units):
             auroc = own_auroc(candidate, search.values, inside, units)
             if auroc < OWN_AUROC:
                 continue
@@ -460,7 +514,8 @@ def _replicated(
         return ()
     rows, things = tested(found.label)
     values = search.values[rows]
-    seen = replication(values, found.project(values) > found.threshold, things)
+    agreement = None if search.agreement is None or found.gate != "look_alikes" else search.agreement[rows]
+    seen = replication(values, found.project(values) > found.threshold, things, agreement=agreement)
     if seen.p_value > search.bound or seen.distinct < MIN_MEMBERS:
         return None
     figures = [GateFigure("replication_p_value", seen.p_value, "<=", search.bound)]
@@ -473,9 +528,8 @@ def _replicated(
     return (*figures, GateFigure("different_things", seen.distinct, ">=", MIN_MEMBERS))
 
 
-def _candidates(search: Search) -> dict[int, list[Subpopulation]]:
+def _candidates(search: Search, directions: Sequence[Direction]) -> dict[int, list[Subpopulation]]:
     """The samples above the threshold of every direction, with the share of other labels that lie above it, too."""
-    directions = [one for label in sorted(search.directions) for one in search.directions[label]]
     found: dict[int, list[Subpopulation]] = {}
     for first in range(0, len(directions), TOGETHER):
         some = directions[first : first + TOGETHER]
@@ -519,12 +573,22 @@ def _outside_above(search: Search, directions: Sequence[Direction]) -> list[int]
     return above.tolist()
 
 
-def _through_gates(candidates: list[Subpopulation], search: Search, units: Tensor) -> Iterator[Subpopulation]:
-    """The candidates that pass a gate; those of the gate of early neighbours after all others."""
+def _through_gates(
+    by_unit: list[Subpopulation], by_neighbors: list[Subpopulation], search: Search, units: Tensor
+) -> Iterator[Subpopulation]:
+    """The candidates that pass a gate; those of the gates that need early neighbors after all others.
+
+    Args:
+        by_unit: Candidates to which single units led.
+        by_neighbors: Those to which early neighbors led, for the gate of look-alikes alone.
+        search: The search that led to them.
+        units: Columns in which the variation is compared, long ``(M,)``.
+    """
     values, groups, agreement = search.values, search.groups, search.agreement
-    plain = (strict_gate(one) or overlap_gate(one, values, groups, units) for one in candidates)
-    early = (early_neighbor_gate(one, values, groups, agreement) for one in candidates if agreement is not None)
-    return (one for one in chain(plain, early) if one is not None)
+    plain = (strict_gate(one) or overlap_gate(one, values, groups, units) for one in by_unit)
+    early = (early_neighbor_gate(one, values, groups, agreement) for one in by_unit if agreement is not None)
+    alike = (look_alike_gate(one, search) for one in by_neighbors)
+    return (one for one in chain(plain, alike, early) if one is not None)
 
 
 # Scores.
