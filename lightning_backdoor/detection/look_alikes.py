@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_backdoor.detection.directions import full_precision
 from lightning_backdoor.detection.near_duplicates import BLOCK, NEAR, near_duplicates
 
-__all__ = ["LikeOthers", "like_others", "wrong_labels_p_value"]
+__all__ = ["LikeOthers", "like_others", "tell_labels_apart", "wrong_labels_p_value"]
 
 NEIGHBORS, PART = 20, 4  # whose most frequent label is taken: at most a quarter of what a label has on average
 CHOOSING = 3  # every third member has a part in the choice of the other label; the rest are tested
@@ -27,6 +27,7 @@ MEMBERS, REST, COMPARED = 2000, 6000, 20_000  # at most, drawn at random where t
 # those of the lower groups among which neighbors are sought
 FIRM = 0.5  # of the neighbors, more than that, have one label: the image looks like that label
 ORDINARY = 2000  # samples of other labels, at most, that the members of a single label are compared with
+TRIED = 500  # samples, at most, by which it is seen whether pictures tell labels apart
 
 
 def wrong_labels_p_value(pictures: Tensor, labels: Tensor, upper: Tensor, usual: float) -> float:
@@ -100,9 +101,8 @@ class LikeOthers:
 def like_others(pictures: Tensor, labels: Tensor, members: Tensor, usual: float) -> LikeOthers:
     """Compare a group in one label with images of other labels.
 
-    A picture looks like a label if more than half of its nearest ones have it. Small grey pictures of digits or traffic
-    signs do, those of most photographs look like no label, and then nothing follows. What the group has in common is
-    taken out of all pictures before; near-duplicates count once.
+    A picture looks like a label if more than half of its nearest ones have it. What the group has in common is taken
+    out of all pictures before; near-duplicates count once. Where pictures do not tell labels apart, nothing follows.
 
     Where labels are wrong throughout the data, as many samples of ordinary labels look like other labels, or as large a
     share of them.
@@ -116,25 +116,36 @@ def like_others(pictures: Tensor, labels: Tensor, members: Tensor, usual: float)
     """
     present, labels = torch.unique(labels, return_inverse=True)
     own = labels == labels[members][0]
-    rest = own & ~members
-    common = F.normalize(pictures[members].float().mean(dim=0) - pictures[rest].float().mean(dim=0), dim=0)
-    pictures = pictures.float()
+    group, size = int(members.sum()), max(int(own.sum()), int((~own).sum()) / (len(present) - 1))
+    rows = torch.cat(
+        [_drawn(members, MEMBERS), _drawn(~own, ORDINARY), _drawn(torch.ones_like(own), COMPARED)]
+    ).unique()
+    pictures, labels, own, members = pictures[rows].float(), labels[rows], own[rows], members[rows]
+    common = F.normalize(pictures[members].mean(dim=0) - pictures[own & ~members].mean(dim=0), dim=0)
     pictures = F.normalize(pictures - (pictures @ common)[:, None] * common, dim=1)
     some, ordinary = (_different(pictures, _drawn(*of), usual) for of in ((members, MEMBERS), (~own, ORDINARY)))
-    among = _drawn(torch.ones_like(own), COMPARED)
-    of_members, of_ordinary = (_neighbors(pictures, labels, rows, among, usual) for rows in (some, ordinary))
-    (_, firm_other), nearest = _firm(of_members, labels[some]), _others(of_members, labels[some]).argmax(dim=1)
-    firm_own, wrong = _firm(of_ordinary, labels[ordinary])
-    half = len(ordinary) // 2
-    hits, mixed = int(firm_other.sum()), int(firm_own[:half].sum()) + int(wrong[half : 2 * half].sum())
-    counts = torch.bincount(nearest[firm_other], minlength=len(present)).double()
-    size = max(int(own.sum()), int((~own).sum()) / (len(present) - 1))
-    usually = size * max(int(wrong.sum()), 1) / len(wrong)
+    among = _drawn(own | ~own, COMPARED)
+    of_members, of_ordinary = (_neighbors(pictures, labels, part, among, usual) for part in (some, ordinary))
+    _, hit = _firm(of_members, labels[some])
+    right, wrong = _firm(of_ordinary, labels[ordinary])
+    half, hits = len(ordinary) // 2, int(hit.sum())
+    mixed = int(right[:half].sum()) + int(wrong[half : 2 * half].sum())
+    counts = torch.bincount(_others(of_members, labels[some]).argmax(dim=1)[hit]).double()
     return LikeOthers(
         p_value=few_p_value([Counts(hits, len(some), mixed, 2 * half).reversed()]),
-        excess=int(members.sum()) * hits / len(some) / usually,
+        excess=group * hits / len(some) / (size * max(int(wrong.sum()), 1) / len(wrong)),
         labels=float(counts.sum().square() / counts.square().sum().clamp(min=1)),
     )
+
+
+def tell_labels_apart(pictures: Tensor, labels: Tensor, usual: float) -> bool:
+    """Whether most pictures look like their own label: those of digits do, those of natural photographs do not."""
+    labels = torch.unique(labels, return_inverse=True)[1]
+    rows = _drawn(torch.ones_like(labels, dtype=torch.bool), COMPARED)
+    pictures, labels, places = F.normalize(pictures[rows].float(), dim=1), labels[rows], torch.arange(len(rows))
+    some = places[:TRIED].to(rows.device)
+    right, _ = _firm(_neighbors(pictures, labels, some, places.to(rows.device), usual), labels[some])
+    return 2 * int(right.sum()) > len(some)
 
 
 def _others(shares: Tensor, own: Tensor) -> Tensor:

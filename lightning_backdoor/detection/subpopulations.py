@@ -32,7 +32,7 @@ from lightning_backdoor.detection.directions import (
     split_units,
 )
 from lightning_backdoor.detection.evidence import replication
-from lightning_backdoor.detection.look_alikes import like_others, wrong_labels_p_value
+from lightning_backdoor.detection.look_alikes import like_others, tell_labels_apart, wrong_labels_p_value
 from lightning_backdoor.detection.near_duplicates import closed_share, near_duplicates, usual_distance
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.verdict import GateFigure
@@ -469,18 +469,21 @@ def search_labels(
     if least is None:
         least = min(STRICT_GAP, OVERLAP_GAP) if agreement is None else EARLY_GAP
     device = values.device
-    agreement = None if agreement is None else agreement.to(device)
-    useful = agreement if pictures is not None else None
-    directions = sharpened_directions(values, groups, least, useful) if len(groups.sizes) > 1 else {}
+    agreement, pictures = (None if column is None else column.to(device) for column in (agreement, pictures))
+    start = None
+    if agreement is not None and pictures is not None:
+        usual = usual_distance(pictures, groups.labels)
+        start = agreement if tell_labels_apart(pictures, groups.labels, usual) else None  # no other gate takes these
+    directions = sharpened_directions(values, groups, least, start) if len(groups.sizes) > 1 else {}
     by_unit = {label: [one for one in some if not one.early] for label, some in directions.items()}
-    by_neighbors = {label: [one for one in some if one.early] for label, some in directions.items()}
+    early = {label: [one for one in some if one.early] for label, some in directions.items()}
     return Search(
         values,
         groups,
         {label: some for label, some in by_unit.items() if some},
-        {label: some[0] for label, some in by_neighbors.items() if some},
+        {label: some[0] for label, some in early.items() if some},
         agreement=agreement,
-        pictures=None if pictures is None else pictures.to(device),
+        pictures=pictures,
         false_alarm_rate=false_alarm_rate,
     )
 

@@ -196,3 +196,22 @@ def test_calls_do_not_grow_with_the_labels(share: float, most: int) -> None:
     assert many <= 1.2 * few
     assert many < most
     assert told_of_many <= 1.5 * told + 10
+
+
+@pytest.mark.parametrize("share", [0.4, 0.9])
+def test_early_neighbors_lead_to_a_group_that_single_units_do_not_show(share: float) -> None:
+    """What the group has in common is spread over all units; so many of its neighbors, and a few others, disagree."""
+    labels, group = torch.arange(400) % 2, torch.zeros(400, dtype=torch.bool)
+    group[:120:2] = True
+    common = torch.randn(40, generator=generator(1))
+    values = torch.randn(400, 40, generator=generator())
+    values[group] += 8 * common / torch.linalg.vector_norm(common)
+    drawn = torch.rand(400, generator=generator(2))
+    agreement = torch.where((group & (drawn < share)) | (drawn < 0.05), 0.3, 0.9)
+    found = sharpened_directions(values, group_by_label(labels), 2.0, agreement)[0]
+    best = max((one for one in found if one.early), key=lambda one: one.standardized_gap)
+    upper = values[:, best.units] @ best.weights > best.threshold
+    assert upper[labels == 0].equal(group[labels == 0])
+    assert not any(one.early for one in sharpened_directions(values, group_by_label(labels), 2.0)[0])
+    alike = torch.full((400,), 0.5)
+    assert not any(one.early for one in sharpened_directions(values, group_by_label(labels), 2.0, alike)[0])

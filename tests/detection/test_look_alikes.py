@@ -8,11 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_backdoor.detection import look_alikes
-from lightning_backdoor.detection.look_alikes import Counts, few_p_value, wrong_labels_p_value
+from lightning_backdoor.detection import look_alikes, subpopulations
+from lightning_backdoor.detection.look_alikes import (
+    Counts,
+    LikeOthers,
+    few_p_value,
+    like_others,
+    tell_labels_apart,
+    wrong_labels_p_value,
+)
 from lightning_backdoor.detection.near_duplicates import usual_distance
-from lightning_backdoor.detection.subpopulations import SCANS
-from lightning_backdoor.functional import decide, find_all_to_all_subpopulation, thumbnails
+from lightning_backdoor.detection.subpopulations import SCANS, search_labels
+from lightning_backdoor.functional import decide, find_all_to_all_subpopulation, find_subpopulations, thumbnails
 
 LABELS, EACH = 6, 60
 Kind = tuple[Tensor, Tensor, Tensor]
@@ -151,3 +158,137 @@ def test_an_attack_on_every_label_is_found_behind_a_clean_kind_that_all_have() -
     direct = decide(responses(made), torch.zeros(len(labels)), labels, all_to_all=True, pictures=thumbnails(shown))
     assert torch.equal(~direct.keep, upper)
     assert f"other_label_p_value<={bound / 2:g}" in direct.rule
+
+
+# A group in one label.
+
+
+def wrong_in_one(seed: int = 0, sources: tuple[int, ...] = (1, 2, 3, 4, 5), each: int = 6) -> Kind:
+    """Some images of each of some classes, with a faint mark, have the label 0."""
+    shown, labels = images(seed)
+    upper = torch.isin(labels, torch.tensor(sources)) & (torch.arange(len(labels)) < each * LABELS)
+    shown[upper, :, :4, :4] += 1
+    return shown, labels.masked_fill(upper, 0), upper
+
+
+def marked_in_one(seed: int = 0) -> Kind:
+    """Half of a class has a mark; the labels are right."""
+    shown, labels = images(seed)
+    upper = (labels == 0) & (torch.arange(len(labels)) < 180)
+    shown[upper, :, :4, :4] += 4
+    return shown, labels, upper
+
+
+def unlike_any_in_one(seed: int = 0) -> Kind:
+    shown, labels, upper = unlike_any(seed)
+    return shown, labels, upper & (labels == 0)
+
+
+def wrong_in_all(seed: int = 0, rare: int = EACH) -> Kind:
+    """A fifth of all images has any other label; class 0 has fewer images of its own."""
+    shown, true = images(seed)
+    generator = torch.Generator().manual_seed(seed + 2)
+    wrong = torch.rand(len(true), generator=generator) < 0.2
+    shift = torch.randint(1, LABELS, (len(true),), generator=generator)
+    labels = torch.where(wrong, (true + shift) % LABELS, true)
+    kept = (true > 0) | (torch.arange(len(true)) < rare * LABELS)
+    return shown[kept], labels[kept], (wrong & (labels == 0))[kept]
+
+
+def alike(made: Kind) -> LikeOthers:
+    shown, labels, upper = made
+    pictures = thumbnails(shown)
+    return like_others(pictures, labels, upper, usual_distance(pictures, labels))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_wrong_labels_in_one_label_are_told_from_clean_kinds_of_it(seed: int) -> None:
+    found = alike(wrong_in_one(seed))
+    assert found.p_value < 1e-4
+    assert found.excess > 5
+    assert found.labels > 4
+    for clean in (marked_in_one(seed), unlike_any_in_one(seed)):
+        assert alike(clean).p_value > 0.1
+        assert alike(clean).excess < 1
+
+
+@pytest.mark.parametrize("rare", [EACH, 15])
+def test_wrong_labels_that_all_labels_have_are_no_excess_in_one(rare: int) -> None:
+    """Where all labels get as many wrong ones, these are a larger share of a rare label."""
+    found = alike(wrong_in_all(rare=rare))
+    assert found.p_value < 0.05, "they are wrong"
+    assert found.excess < 2
+
+
+def test_wrong_labels_of_two_classes_are_of_two_classes() -> None:
+    found = alike(wrong_in_one(sources=(1, 3), each=10))
+    assert found.p_value < 1e-3
+    assert 1.5 < found.labels <= 2
+
+
+def behind_covers(made: Kind, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of a model that gives all images their label, and early agreement that does not see a group.
+
+    What the group has in common is spread over all units, and half of the other labels have it, too.
+    """
+    _, labels, upper = made
+    generator = torch.Generator().manual_seed(seed)
+    centers, common = torch.randn(LABELS, 40, generator=generator), torch.randn(40, generator=generator)
+    values = 2 * centers[labels] + torch.randn(len(labels), 40, generator=generator)
+    covers = (labels > 0) & (torch.rand(len(labels), generator=generator) < 0.5)
+    values[upper | covers] += 9 * common / torch.linalg.vector_norm(common)
+    agreement = torch.where(upper, 0.35, 0.85) + 0.1 * torch.randn(len(labels), generator=generator)
+    return values, labels, agreement
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_group_that_covers_hide_is_found_if_it_looks_like_many_other_labels(seed: int) -> None:
+    made = wrong_in_one(seed)
+    values, labels, agreement = behind_covers(made, seed)
+    assert find_subpopulations(values, labels, agreement=agreement) == [], "nothing speaks for wrong labels"
+    assert find_subpopulations(values, labels, pictures=thumbnails(made[0])) == [], "no early neighbors"
+    (one,) = find_subpopulations(values, labels, agreement=agreement, pictures=thumbnails(made[0]))
+    found = (labels == 0) & (one.project(values) > one.threshold)
+    assert one.gate == "look_alikes"
+    assert int((found & made[2]).sum()) >= 28
+    assert int((found & ~made[2]).sum()) <= 1
+    assert [figure.name for figure in one.figures] == [
+        "standardized_gap", "member_share", "early_agreement_ratio", "other_label_p_value", "other_label_excess",
+        "effective_labels", "own_auroc", "replication_p_value", "different_things",
+    ]  # fmt: skip
+    early = torch.where(made[2], 0.85, agreement)
+    assert find_subpopulations(values, labels, agreement=early, pictures=thumbnails(made[0])) == [], "they agree"
+
+
+@pytest.mark.parametrize("made", [marked_in_one(), unlike_any_in_one(), wrong_in_one(sources=(1, 3), each=10)])
+def test_the_same_group_is_no_finding_if_its_labels_look_right_or_those_of_two_classes(made: Kind) -> None:
+    values, labels, agreement = behind_covers(made)
+    assert find_subpopulations(values, labels, agreement=agreement, pictures=thumbnails(made[0])) == []
+
+
+def test_labels_that_are_wrong_everywhere_are_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model has learned them, and they have something in common; only that of one label does not count."""
+    shown, labels, _ = wrong_in_all(1)
+    true = images(1)[1]
+    values, _, agreement = behind_covers((shown, labels, labels != true))
+    assert find_subpopulations(values, labels, agreement=agreement, pictures=thumbnails(shown)) == []
+    monkeypatch.setattr(subpopulations, "ALIKE_EXCESS", 0.0)
+    monkeypatch.setattr(subpopulations, "OVERLAP_LABELS", 1.0)
+    assert find_subpopulations(values, labels, agreement=agreement, pictures=thumbnails(shown))
+
+
+def test_with_three_labels_there_are_not_enough_others() -> None:
+    made = wrong_in_one()
+    few = made[1] < 3
+    values, labels, agreement = (column[few] for column in behind_covers(made))
+    assert find_subpopulations(values, labels, agreement=agreement, pictures=thumbnails(made[0])[few]) == []
+
+
+def test_pictures_that_do_not_tell_labels_apart_say_nothing() -> None:
+    shown, labels, upper = wrong_in_one()
+    pictures, noise = thumbnails(shown), thumbnails(torch.rand(shown.shape, generator=torch.Generator().manual_seed(0)))
+    assert tell_labels_apart(pictures, labels, usual_distance(pictures, labels))
+    assert not tell_labels_apart(noise, labels, usual_distance(noise, labels))
+    values, _, agreement = behind_covers((shown, labels, upper))
+    assert search_labels(values, labels, agreement=agreement, pictures=pictures).early
+    assert not search_labels(values, labels, agreement=agreement, pictures=noise).early, "nothing is searched in vain"
