@@ -117,14 +117,14 @@ def like_others(pictures: Tensor, labels: Tensor, members: Tensor, usual: float)
     present, labels = torch.unique(labels, return_inverse=True)
     own = labels == labels[members][0]
     group, size = int(members.sum()), max(int(own.sum()), int((~own).sum()) / (len(present) - 1))
-    rows = torch.cat(
-        [_drawn(members, MEMBERS), _drawn(~own, ORDINARY), _drawn(torch.ones_like(own), COMPARED)]
-    ).unique()
+    everything = torch.ones_like(own)
+    taken = [_drawn(members, MEMBERS), _drawn(~own, ORDINARY), _drawn(everything, COMPARED)]
+    rows = torch.unique(torch.cat(taken))
     pictures, labels, own, members = pictures[rows].float(), labels[rows], own[rows], members[rows]
     common = F.normalize(pictures[members].mean(dim=0) - pictures[own & ~members].mean(dim=0), dim=0)
     pictures = F.normalize(pictures - (pictures @ common)[:, None] * common, dim=1)
     some, ordinary = (_different(pictures, _drawn(*of), usual) for of in ((members, MEMBERS), (~own, ORDINARY)))
-    among = _drawn(own | ~own, COMPARED)
+    among = _drawn(everything[rows], COMPARED)
     of_members, of_ordinary = (_neighbors(pictures, labels, part, among, usual) for part in (some, ordinary))
     _, hit = _firm(of_members, labels[some])
     right, wrong = _firm(of_ordinary, labels[ordinary])
