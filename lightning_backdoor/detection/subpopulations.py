@@ -349,10 +349,12 @@ def find_subpopulations(
     label's other samples, and no other label falls into two groups there (the idea of a neuron that cuts a label in two
     is that of NONE, `Wang et al., 2022 <https://arxiv.org/abs/2202.06382>`_). The search starts from the best separated
     single units of a label, and sharpens each split in turns of Fisher's linear discriminant and an exact two-group
-    split of the projections. Every sample is projected with a discriminant that was fitted without it, so that many
+    split of the projections. With ``agreement`` and ``pictures`` it starts from the samples whose early neighbors have
+    other labels, too, which leads to groups that no single unit shows; these count by the gate of look-alikes alone.
+    Every sample is projected with a discriminant that was fitted without it, so that many
     units and few samples do not lead to a gap by chance.
 
-    A direction counts if it passes one of three gates:
+    A direction counts if it passes one of four gates:
 
     - ``strict``: The gap is large, and hardly any sample of another label lies above the threshold.
     - ``overlap``: The gap is large, samples of many other labels lie above the threshold, and the direction splits none
@@ -363,6 +365,10 @@ def find_subpopulations(
       gap can be smaller and other labels may lie above the threshold, if the neighbours of the upper group had its
       label much less often early in training than those of the lower group. Some attacks add triggered images with
       their own labels, which the other gates do not pass.
+    - ``look_alikes``: As ``early_neighbors``, however many samples of other labels lie above the threshold, if the
+      pictures of the upper group look like many other labels: an exact test, for data in which small pictures tell
+      labels apart. So many of them must, three times as many as in an ordinary label: labels that are wrong throughout
+      the data, or those of one class, are no attack.
 
     With every gate the lower group must be the class itself, told from all other labels by its features (of many
     units): where some labels are wrong, the class is the *upper* group and the lower one is a mixture of other classes;

@@ -122,6 +122,19 @@ def test_a_case_is_trained_and_measured(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["end_predicted"].shape == found["without_predicted"].shape == (60,)
 
 
+def test_the_small_network_of_the_digits_is_trained_without_augmentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(values, "crop_and_flip", None)
+    small = values.SMALL_DIGITS | {"count": 60, "epochs": 4, "parts": ("early", "units")}
+    monkeypatch.setitem(values.CASES, "small-clean", Case(**small))
+    found = load(run("small-clean", tmp_path, tmp_path, "cpu")[0])
+    assert found["early"].shape == (60, 64)
+    assert found["units"].shape[0] == 60
+    rows_of = list(judged.judged("small-clean", found, Case(**small).samples(tmp_path), 0.01))
+    assert [row["measured"] for row in rows_of] == ["units", "early units"]
+
+
 def test_names_of_cases_are_names_of_files() -> None:
     assert len({values.file_name(name) for name in values.CASES}) == len(values.CASES)
 

@@ -11,8 +11,11 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.digits import Classifier
+from benchmarks.samples import digits as samples_of_digits
+from benchmarks.samples import tinted
 from lightning_backdoor import UltraCleanCallback, Verdict, attacks
 from lightning_backdoor.scanning.early_neighbors import EarlyNeighbors
 from tests.callbacks.helpers import (
@@ -59,6 +62,23 @@ def test_finds_planted_poisons_and_trains_a_model_without_the_backdoor() -> None
     assert finding.reference_accuracy > 0.9
     assert finding.estimated_asr > 0.6
     assert finding.control_asr < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("relabeled", [75, 0])
+def test_an_attack_by_labels_alone_is_found_and_its_clean_twin_is_quiet(relabeled: int) -> None:
+    """The reddest digits have the label 0: no single unit shows them, and all other labels lie beside them."""
+    samples = tinted(relabeled)(samples_of_digits(Path(), 1400, 1), 1)
+    loader = DataLoader(TensorDataset(samples.images, samples.labels), 64, shuffle=True, drop_last=True)
+    callback = UltraCleanCallback()
+    pl.seed_everything(1, verbose=False)
+    pl.Trainer(max_epochs=10, accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False).fit(
+        Classifier(), loader
+    )
+    removed = ~callback.verdict.keep
+    assert int((removed & samples.poisoned).sum()) >= 0.95 * relabeled
+    assert int((removed & ~samples.poisoned).sum()) <= 0.05 * relabeled
+    assert [finding.gate for finding in callback.verdict.findings] == ["look_alikes"] * bool(relabeled)
 
 
 def test_labels_of_a_clean_label_attack_are_not_called_wrong() -> None:
