@@ -80,7 +80,8 @@ def commit() -> str | None:
 
 
 def circumstances(module: str, device: str) -> Row:
-    """Versions, hardware and command."""
+    """Versions, hardware and command, in which absolute paths are cut to their last name."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     threads = f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
     return {
         "versions": {
@@ -91,7 +92,7 @@ def circumstances(module: str, device: str) -> Row:
         },
         "hardware": torch.cuda.get_device_name() if device == "cuda" else threads,
         "names": NAMES,
-        "command": " ".join(["python -m", module, *sys.argv[1:]]),
+        "command": " ".join(["python -m", module, *words]),
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks import rows
 from benchmarks.older import CHANGED, older
 from benchmarks.results import page
@@ -36,6 +38,11 @@ def test_rows_of_now_are_not() -> None:
     assert older([row("clean", "undefended", 0.8, 0.02), row("clean", "NONE", 0.8, 0.02)]) == ""
     assert set(rows.circumstances("x", "cpu")) >= {"names"}
     assert all(since <= rows.NAMES for since, _ in CHANGED.values())
+
+
+def test_a_row_names_its_command_without_folders_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["x", "--data", "/home/me/data", "--weights", "../data/net.pt", "--only", "a/b/"])
+    assert rows.circumstances("x", "cpu")["command"] == "python -m x --data data --weights ../data/net.pt --only a/b/"
 
 
 def test_the_page_in_the_repository_tells_its_own() -> None:
