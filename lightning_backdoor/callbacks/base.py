@@ -58,7 +58,7 @@ from lightning_backdoor.responses.weight_copies import on_cpu, start_of_fit, unw
 from lightning_backdoor.scanning.isolation import require_unsharded, warn_of_evaluation_mode
 from lightning_backdoor.scanning.scan import raise_on_all_ranks
 from lightning_backdoor.scanning.scanner import DatasetScanner, open_scanner
-from lightning_backdoor.verdict import Verdict
+from lightning_backdoor.verdict import Finding, Verdict
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -281,6 +281,7 @@ class Procedure:
         self._seconds = 0.0  # of the last detection
         self._told = ""  # of the findings
         self._explains_later = False  # whether findings without a diagnosis have one at the end of training
+        self._anew_without: Tensor | None = None  # out of training when another defense began it anew, bool ``(N,)``
         self._watch: Watch | None = None
         # Weights at the start of the fit, for a copy that is trained from there.
         self._start: dict[str, Any] | None = None
@@ -323,6 +324,7 @@ class Procedure:
                 require_compatible(self, other)
         self.detector.setup(trainer, pl_module)
         self._acts, self._began, self._watched, self._resumed = False, time.time(), {}, False
+        self._explains_later, self._anew_without = False, None
         self._start = on_cpu(pl_module.state_dict()) if self._needs_start else None
         if self.response.starts_over:
             self.history = []
@@ -377,6 +379,7 @@ class Procedure:
         session = self.session
         if self._last_detection is not None and session.trainer.current_epoch < self._last_detection:
             self.response.on_other_restart(session)
+            self._anew_without = None if session.in_training is None else ~session.in_training
             self._last_detection = None if self.response.starts_over else 0
             if self._needs_start:
                 self._start = on_cpu(session.module.state_dict())  # the module is at the start of the fit again
@@ -448,7 +451,7 @@ class Procedure:
         self.tell()
         if not self.detects_again:
             self.detector.close()
-            self._start = None
+            self._start = self._start if self._explains_later else None
 
     def _detect(self, epochs: int) -> Detection:
         """Detect, put the verdict in force, and add an event."""
@@ -541,17 +544,24 @@ class Procedure:
 
     def explain(self) -> None:
         """Say of the findings of the verdict in force what a model without them makes of them."""
-        self.verdict, self._explains_later = self._explained(self.session.verdict), False
+        later, verdict = self._explains_later, self._explained(self.session.verdict)
+        # A finding that stayed in training is left to a copy.
+        self.verdict, self._explains_later = self._by_copy(verdict) if later else verdict, False
 
     def explain_at_end(self) -> None:
-        """The same of findings whose diagnosis was left to the end of training: by the repaired model, else a copy."""
+        """The same of findings whose diagnosis was left to the end of training: by the model itself, else a copy.
+
+        The model can say it if another defense had it trained anew without them, or if it was repaired without them.
+        """
         session = self.session
         if not self._explains_later:
             return
-        verdict, gone = session.verdict, session.in_training
-        if gone is not None:
-            where = session.trainer, session.module, session.scanner
-            verdict = diagnosed_by_repaired(*where, verdict, left_out=~gone)
+        verdict, training, where = session.verdict, session.in_training, (session.trainer, session.module)
+        if training is not None and self._anew_without is not None:
+            unseen = self._anew_without & ~training
+            verdict = diagnosed(*where, session.scanner, verdict, unseen=unseen, again=False)
+        if training is not None and (without := self.response.repaired_without) is not None:
+            verdict = diagnosed_by_repaired(*where, session.scanner, verdict, left_out=without & ~training)
         self.verdict, self._explains_later = self._by_copy(verdict), False
 
     def end(self) -> None:
@@ -560,7 +570,7 @@ class Procedure:
         if self.verdict is None and (why := response.why_not(session)):
             rank_zero_warn(f"{self.title}: {why}")
         # Somebody has stopped the fit after its last epoch had ended for this defense.
-        if self._explains_later and undiagnosed(session.verdict.findings):
+        if self._explains_later and self.history and undiagnosed(session.verdict.findings):
             if response.unseen is None:
                 self.explain_at_end()
             else:
@@ -596,8 +606,15 @@ class Procedure:
         )
 
     def count_from_zero(self) -> None:
-        """Count the epochs before the next detection from the present one."""
+        """Count the epochs before the next detection from the present one, at the start of the fit."""
         self._last_detection = 0
+        if self._explains_later and self._needs_start and self._in_training(undiagnosed(self.session.verdict.findings)):
+            self._start = on_cpu(self.session.module.state_dict())
+
+    def _in_training(self, findings: Sequence[Finding]) -> bool:
+        """Whether one of them is in training as a whole, so that no model is without it."""
+        training = self.session.in_training
+        return any(training is None or bool(training[one.positions].all()) for one in findings)
 
     def tell(self, *, logs: bool = True) -> None:
         """Log (unless Lightning allows it no more), print one sentence, and write the report of all events so far."""
@@ -666,7 +683,8 @@ class Procedure:
             "copies": self._watch.state_dict() if self._watch else {},
             "told": self._told,
             "explains_later": self._explains_later,
-            "start": self._start if self.verdict is None or self.detects_again else None,
+            "anew_without": self._anew_without,
+            "start": self._start if self.verdict is None or self.detects_again or self._explains_later else None,
             "last_detection": self._last_detection,
             "history": [event.state_dict() for event in self.history],
             "detector": self.detector.state_dict(),
@@ -687,7 +705,7 @@ class Procedure:
         self.verdict = verdict
         self.approved, self._resumed = state_dict["approved"], True
         self._watched, self._told, self._start = state_dict["copies"], state_dict["told"], state_dict["start"]
-        self._explains_later = state_dict["explains_later"]
+        self._explains_later, self._anew_without = state_dict["explains_later"], state_dict["anew_without"]
         self._last_detection = state_dict["last_detection"]
         self.history = [Event(**event) for event in state_dict["history"]]
         self.detector.load_state_dict(state_dict["detector"])

@@ -91,6 +91,7 @@ def diagnose(
         suggested_confidences=sure,
         reference_accuracy=float((predicted == labels)[ordinary].float().mean()),
         reference_confidence=float(confidence[ordinary].float().mean()),
+        reference_model="unseen",
     )
 
 

@@ -348,6 +348,11 @@ class Response:
         return None
 
     @property
+    def repaired_without(self) -> Tensor | None:
+        """Samples that a repair which is over and holds was fine-tuned without, bool ``(N,)``; ``None``: none is."""
+        return None
+
+    @property
     def start(self) -> dict[str, Any] | None:
         """The weights of the module at the start of the fit, if it keeps them still."""
         return None

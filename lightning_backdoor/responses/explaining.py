@@ -77,8 +77,9 @@ def diagnosed(
     *,
     unseen: Tensor,
     compared: Tensor | None = None,
+    again: bool = True,
 ) -> Verdict:
-    """The verdict with the diagnosis of every finding, by a model that was trained without some samples.
+    """The verdict with the diagnosis of its findings, by a model that was trained without some samples.
 
     A group that gets its label is no group with right labels if what it has in common
     still turns images of other classes into the label: then the model has learned the backdoor from samples that were
@@ -92,8 +93,10 @@ def diagnosed(
         unseen: Samples that it was never trained on, bool ``(N,)``.
         compared: Ordinary samples that it was never trained on either, bool ``(N,)``. ``None``: there are none, and the
             findings are compared with at most 2,048 others, and 256 more of the label of each finding.
+        again: Whether findings that have a diagnosis get that of this model instead.
     """
-    wanted = [finding for finding in verdict.findings if bool(unseen[finding.positions].any())]
+    findings = verdict.findings if again else undiagnosed(verdict.findings)
+    wanted = [finding for finding in findings if bool(unseen[finding.positions].any())]
     if verdict.labels is None or not wanted:
         return verdict
     found = _by_answers(trainer, pl_module, scanner, verdict, wanted, unseen=unseen, compared=compared)
@@ -117,7 +120,7 @@ def diagnosed_by_repaired(
         pl_module: The LightningModule with the repaired weights.
         scanner: Reads the training set.
         verdict: With labels.
-        left_out: Samples that are out of training, bool ``(N,)``.
+        left_out: Samples that it was fine-tuned without, bool ``(N,)``.
     """
     wanted = [one for one in undiagnosed(verdict.findings) if bool(left_out[one.positions].any())]
     if verdict.labels is None or not wanted:
@@ -181,7 +184,7 @@ def diagnosed_by_copy(
     options: dict[str, Any] = {"left_out": unseen | compared, "initial": initial, "steps": steps, "seed": seed}
     try:
         twin, data = trained_without(trainer, pl_module, scanner, **options)
-        return diagnosed(trainer, twin, data, verdict, unseen=unseen, compared=compared)
+        return diagnosed(trainer, twin, data, verdict, unseen=unseen, compared=compared, again=False)
     except Exception as error:  # out of memory, an image that cannot be read, and whatever the user's code raises
         why = str(error) if isinstance(error, BackdoorDefenseError) else f"{type(error).__name__}: {error}"
         rank_zero_warn(
@@ -252,8 +255,9 @@ def _doubted(
     verdict: Verdict,
     findings: list[Finding],
 ) -> list[Finding]:
-    """The findings, of which those are unclear whose labels seem right to a model that still has the backdoor."""
-    right = [place for place, found in enumerate(findings) if found.diagnosis == "right labels"]
+    """The findings, of which those are unclear whose labels seem right to this model, which still has the backdoor."""
+    told = [place for place, found in enumerate(findings) if found is not verdict.findings[place]]
+    right = [place for place in told if findings[place].diagnosis == "right labels"]
     places = [place for place in right if findings[place].works_as_trigger]
     if not places or verdict.labels is None:
         return findings

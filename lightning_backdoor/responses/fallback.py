@@ -208,9 +208,14 @@ class WithFallback(Response):
         return self._restart.unseen if self._fell_back else None
 
     @property
+    def repaired_without(self) -> Tensor | None:
+        """Before a restart, what the repair was fine-tuned without."""
+        return None if self._fell_back else self.repair.repaired_without
+
+    @property
     def keeps_start(self) -> bool:  # type: ignore[override]
         """Whether a restart may come, which goes back to it."""
-        return not self._ruled_out
+        return not self._ruled_out and not self._restart.count
 
     @property
     def start(self) -> dict[str, Any] | None:

@@ -127,6 +127,7 @@ class ResetUnits(Response):
         self._keep: Tensor | None = None  # samples that were kept before the last round
         self._due = False  # whether units are to be reset at the start of the next epoch
         self._before: dict[str, Any] | None = None  # until a round is judged, the weights to go back to
+        self._left_out: Tensor | None = None  # of training when the last round began, unless that was undone
         self.changed_at = 0.0
         self._tuning = FineTuning()
         self._layers: list[UnitLayer] = []
@@ -294,6 +295,7 @@ class ResetUnits(Response):
         if reset:
             self._rounds_done, self._due, self._keep = self._rounds_done + 1, True, detection.kept_before
             self._before = weights(trainer, session.module)
+            self._left_out = None if session.in_training is None else ~session.in_training
             self._correct = correct if self._correct is None else self._correct
             wanted = self._finetune_epochs or enough_epochs(trainer)
             epochs = wanted if left is None else min(wanted, left)
@@ -357,6 +359,7 @@ class ResetUnits(Response):
         conclude(trainer, session.module, self._before if judged.undone else None)
         self._judged, self._before = session.epochs_done, None
         self._rounds_done = 0 if judged.undone else self._rounds_done
+        self._left_out = None if judged.undone else self._left_out
         self.changed_at = time.time()
 
     def _judged_event(self, session: Session, event: Event, predicted: Tensor) -> Event:
@@ -447,6 +450,11 @@ class ResetUnits(Response):
         """Until a round is judged, the weights that it began with."""
         return self._before
 
+    @property
+    def repaired_without(self) -> Tensor | None:
+        """After a round that was kept, what it was fine-tuned without."""
+        return self._left_out if self._before is None else None
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; while a round lasts, with the weights to go back to."""
         return {
@@ -456,6 +464,7 @@ class ResetUnits(Response):
             "keep": self._keep,
             "due": self._due,
             "before": self._before,
+            "left_out": self._left_out,
             "tuning": self._tuning.state_dict(),
         }
 
@@ -463,7 +472,7 @@ class ResetUnits(Response):
         """Continue where the checkpoint was written."""
         self._rounds_done, self._judged = state_dict["rounds"], state_dict["judged"]
         self._correct, self._keep = state_dict["correct"], state_dict["keep"]
-        self._due, self._before = state_dict["due"], state_dict["before"]
+        self._due, self._before, self._left_out = (state_dict[name] for name in ("due", "before", "left_out"))
         self._tuning.load_state_dict(state_dict["tuning"])
 
     def __getstate__(self) -> dict[str, Any]:

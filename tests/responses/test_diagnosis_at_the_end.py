@@ -9,11 +9,22 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
-from lightning_backdoor import Finding
-from lightning_backdoor.responses import ResetUnits, Response, WithFallback, explaining
+from lightning_backdoor import Finding, Verdict
+from lightning_backdoor.detection.diagnosis import diagnose
+from lightning_backdoor.responses import (
+    Detection,
+    ResetUnits,
+    Response,
+    Restart,
+    Session,
+    WithFallback,
+    explaining,
+    reset_units,
+)
 from tests.callbacks.helpers import LIGHTNING_WARNS, Net, fit, loader_of, make_trainer, same_state
-from tests.responses.helpers import Scripts, pictures
+from tests.responses.helpers import Scripted, Scripts, pictures
 
 pytestmark = [*LIGHTNING_WARNS, pytest.mark.filterwarnings("ignore:.* (ends with a model|cost too much|takes most)")]
 ALL_STEPS = 3 * 10 + 9  # of four epochs, the last of them without twenty images
@@ -140,3 +151,165 @@ def test_resumed_before_it_is_known_a_run_says_the_same(restart: bool, copies: l
     assert len(copies) == (0 if restart else 2)
     assert same_state(module, again)
     assert [event.response for event in whole.history] == [event.response for event in resumed.history]
+
+
+class Groups(Scripted):
+    """Finds several groups, of which some stay in training."""
+
+    def __init__(self, *groups: Tensor, kept: int = 0) -> None:
+        super().__init__(torch.cat(groups[: len(groups) - kept]))
+        self.groups = groups
+
+    def detect(self, session: Session) -> Detection:
+        found = super().detect(session)
+        (one,) = found.verdict.findings
+        findings = tuple(replace(one, positions=group) for group in self.groups)
+        return replace(found, verdict=replace(found.verdict, findings=findings))
+
+
+def with_groups(response: Response, *groups: Tensor, kept: int = 0) -> Scripts:
+    callback = Scripts(groups[0], response)
+    callback._procedure.detector = Groups(*groups, kept=kept)
+    return callback
+
+
+def test_a_copy_leaves_alone_what_the_repaired_model_has_said(
+    copies: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, members = pictures(wrong=True)
+    original = explaining._by_answers
+
+    def first(*args: Any, **options: Any) -> list[Finding]:
+        found = original(*args, **options)
+        return found if copies else [found[0], replace(found[1], diagnosis="unclear")]
+
+    monkeypatch.setattr(explaining, "_by_answers", first)
+    told: list[Finding] = []
+    by_repaired = explaining.diagnosed_by_repaired
+
+    def note(*args: Any, **options: Any) -> Verdict:
+        verdict = by_repaired(*args, **options)
+        told.extend(verdict.findings)
+        return verdict
+
+    monkeypatch.setattr("lightning_backdoor.callbacks.base.diagnosed_by_repaired", note)
+    callback = with_groups(ResetUnits(), members[:10], members[10:])
+    fit([callback], epochs=4, dataset=data)
+    one, other = callback.verdict.findings
+    assert one is told[0]
+    assert [found.reference_model for found in (one, other)] == ["repaired", "unseen"]
+    assert other.suggested_labels is not None
+    assert len(copies) == 1
+
+
+def test_a_later_model_without_the_images_takes_the_place_of_the_repaired_one() -> None:
+    labels = torch.arange(40) % 2
+    finding = Finding(0, torch.arange(5), "scripted", (), torch.tensor([0]), torch.tensor([1.0]), 0.0)
+    unseen, ordinary = torch.arange(40) < 5, torch.arange(40) >= 5
+    said = diagnose(
+        replace(finding, reference_model="repaired"), labels, labels, torch.ones(40), unseen=unseen, ordinary=ordinary
+    )
+    assert said.reference_model == "unseen"
+
+
+def test_the_next_fit_promises_nothing_of_the_one_before() -> None:
+    """The first one ends by an error, so that nothing was said."""
+
+    class Break(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 3:
+                raise RuntimeError("broken")
+
+    data, members = pictures(wrong=True)
+    callback = Scripts(members, ResetUnits())
+    with pytest.raises(RuntimeError, match="broken"):
+        fit([callback, Break()], epochs=6, dataset=data)
+    callback.warmup_epochs = 5
+
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.should_stop = True
+
+    fit([callback, Stop()], epochs=6, dataset=data)
+    assert not callback.history
+
+
+@pytest.mark.filterwarnings("ignore:Scripts looked at 160 training images.*no unit reset")
+@pytest.mark.parametrize("case", ["no epoch is left", "the round was undone"])
+def test_without_a_repair_no_repaired_model_says_it(
+    case: str, copies: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Tensor] = []
+    original = explaining.diagnosed_by_repaired
+
+    def note(*args: Any, left_out: Tensor, **options: Any) -> Verdict:
+        asked.append(left_out)
+        return original(*args, left_out=left_out, **options)
+
+    monkeypatch.setattr("lightning_backdoor.callbacks.base.diagnosed_by_repaired", note)
+    undone = case == "the round was undone"
+    if undone:
+        monkeypatch.setattr("lightning_backdoor.responses.reset_units.MAX_LOSS", -1.0)
+    finding, callback = run(ResetUnits(rounds=1), wrong=True, epochs=4 if undone else 3)
+    assert any(event.undone if undone else event.no_room for event in callback.history)
+    assert (finding.diagnosis, finding.reference_model) == ("wrong labels", "unseen")
+    assert not asked
+    assert len(copies) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Scripts looked at 160 training images.*no unit reset")
+def test_the_repaired_model_says_nothing_of_images_that_it_was_fine_tuned_with(
+    copies: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The detection after the last round finds further ones, which drive no unit that can be reset."""
+    data, members = pictures(wrong=True)
+    callback = with_groups(ResetUnits(rounds=2, finetune_epochs=1), members[:10])
+    choose = reset_units.choose_units
+
+    def once(*args: Any, **options: Any) -> list[reset_units.Chosen]:
+        if callback.history[1:]:
+            return []
+        callback._procedure.detector = Groups(members[:10], members[10:])
+        return choose(*args, **options)
+
+    monkeypatch.setattr(reset_units, "choose_units", once)
+    fit([callback], epochs=5, dataset=data)
+    first, last = callback.verdict.findings
+    assert (first.reference_model, last.reference_model) == ("repaired", "unseen")
+    assert last.diagnosis == "wrong labels"
+    assert len(copies) == 1
+
+
+def test_another_defense_that_trains_anew_makes_the_model_one_that_never_saw_them(copies: list[int]) -> None:
+    data, members = pictures(wrong=True)
+    callback, other = Scripts(members, ResetUnits()), Scripts(members, Restart(last_detection=False))
+    other.name = "other"
+    fit([callback, other], epochs=4, dataset=data)
+    (finding,) = callback.verdict.findings
+    assert (finding.diagnosis, finding.reference_model) == ("wrong labels", "unseen")
+    assert not copies
+
+
+def test_after_a_restart_a_copy_says_it_of_what_stayed_in_training(
+    copies: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[Any] = []
+    trained = explaining.trained_without
+
+    def note(*args: Any, initial: Any, **options: Any) -> Any:
+        starts.append(initial)
+        return trained(*args, initial=initial, **options)
+
+    monkeypatch.setattr(explaining, "trained_without", note)
+    data, members = pictures(wrong=False)
+    others = (data.targets == 1).nonzero().squeeze(1)[:10]
+    data.targets[others] = 0
+    callback = with_groups(WithFallback(ResetUnits()), members, others, kept=1)
+    fit([callback], epochs=4, dataset=data)
+    assert [event.response for event in callback.history] == ["reset", "fallback", "fallback"]
+    removed, kept = callback.verdict.findings
+    assert removed.diagnosis == "right labels"
+    assert kept.suggested_labels is not None
+    assert len(copies) == 1
+    first = Net().state_dict()
+    assert starts[0].keys() == first.keys(), "from the weights at the start"
