@@ -516,6 +516,7 @@ class Procedure:
         whole, (verdict, spared) = verdict, without_majorities(verdict, kept, self.most_of_label)
         if spared and self._explains_later:  # whether they are removed depends on their labels
             verdict, spared = without_majorities(self._by_copy(whole), kept, self.most_of_label)
+            self._explains_later = False
         told = 0 if before is None else len(before.findings)
         for place, finding in enumerate(() if self._without_fit else verdict.findings):
             if place >= told and any(finding is one for one in spared):
@@ -575,7 +576,9 @@ class Procedure:
                 self.explain_at_end()
             else:
                 self.explain()
-            self.tell(logs=False)
+            if told := self._news_of_findings():
+                rank_zero_info(f"{self.title}:{told}")
+            self._report()
         response.on_train_end(session)
 
     def _explained(self, verdict: Verdict) -> Verdict:
@@ -616,23 +619,33 @@ class Procedure:
         training = self.session.in_training
         return any(training is None or bool(training[one.positions].all()) for one in findings)
 
-    def tell(self, *, logs: bool = True) -> None:
-        """Log (unless Lightning allows it no more), print one sentence, and write the report of all events so far."""
-        session, trainer, defense = self.session, self.session.trainer, self.defense
+    def tell(self) -> None:
+        """Log, print one sentence, and write the report of all events so far."""
+        session, defense = self.session, self.defense
         metrics = {**self.response.metrics(session), **self.detector.metrics(self.history)}
-        if metrics and logs:
+        if metrics:
             session.module.log_dict({f"backdoor/{defense.method.lower()}/{name}": n for name, n in metrics.items()})
         told = f"{self.title} {sentence(self.history, len(session.verdict), verdict=session.verdict)}"
-        of_findings = findings_told(
+        told += self._news_of_findings()
+        if useless := nothing_learned(self.history[-1], session.verdict):
+            rank_zero_warn(f"{self.title} {useless}")
+        (rank_zero_warn if unsolved(self.history[-1]) else rank_zero_info)(told)
+        self._report()
+
+    def _news_of_findings(self) -> str:
+        """What is known of the labels of the findings, after a space; empty if that has been said."""
+        before, session = self._told, self.session
+        self._told = findings_told(
             session.verdict,
             self._classes,
             approved=session.takes("approved"),
             diagnosis_follows=self._explains_later,
         )
-        told, self._told = told + (of_findings if of_findings != self._told else ""), of_findings
-        if useless := nothing_learned(self.history[-1], session.verdict):
-            rank_zero_warn(f"{self.title} {useless}")
-        (rank_zero_warn if unsolved(self.history[-1]) else rank_zero_info)(told)
+        return self._told if self._told != before else ""
+
+    def _report(self) -> None:
+        """Write the report of all events so far, if one is wanted."""
+        session, trainer, defense = self.session, self.session.trainer, self.defense
         log_dir = trainer.log_dir  # a broadcast
         wanted = defense.report_dir is not None or (log_dir is not None and trainer.loggers)
         if wanted and trainer.is_global_zero:

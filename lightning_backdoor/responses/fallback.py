@@ -98,6 +98,7 @@ class WithFallback(Response):
         self._restart.release()
         self._restart.is_due = self._fell_back = False
         self._since, self._measured_at = len(session.case.history), 0
+        self.repair.replaceable = not self._ruled_out and self._restart.can_return
 
     def on_train_epoch_start(self, session: Session) -> None:
         """Go back to the start if that was decided, or let the repair begin its epoch."""

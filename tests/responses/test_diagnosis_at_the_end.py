@@ -46,6 +46,12 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return trained
 
 
+class Once(ResetUnits):
+    """No detection follows one that led to nothing."""
+
+    repeats = False
+
+
 def run(response: Response, *callbacks: pl.Callback, wrong: bool, epochs: int = 4) -> tuple[Finding, Scripts]:
     data, members = pictures(wrong=wrong)
     callback = Scripts(members, response)
@@ -110,12 +116,30 @@ def test_what_the_repaired_model_leaves_open_is_said_by_a_copy(
 def test_whether_most_of_a_label_is_removed_is_said_at_once(copies: list[int]) -> None:
     """They are removed only if their labels are wrong, so that this cannot wait."""
     data, members = pictures(wrong=False)
-    callback = Scripts(members, WithFallback(ResetUnits()))
+    callback = Scripts(members, WithFallback(Once()))
     callback._procedure.most_of_label = 0.3
     fit([callback], epochs=4, dataset=data)
     assert callback.verdict.findings[0].diagnosis == "right labels"
-    assert copies[0] == 30, "after three epochs"
+    assert copies == [30], "after three epochs, and never again"
     assert not len(callback.verdict.removed)
+
+
+@pytest.mark.filterwarnings("ignore:Scripts keeps 20 of the 40 images with label 0")
+def test_a_copy_that_fails_at_once_is_not_tried_again_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def fail(trainer: pl.Trainer, *args: Any, **options: Any) -> Any:
+        tried.append(trainer.global_step)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(explaining, "trained_without", fail)
+    data, members = pictures(wrong=False)
+    callback = Scripts(members, Once())
+    callback._procedure.most_of_label = 0.3
+    with pytest.warns(UserWarning, match="No copy of the model could be trained") as warned:
+        fit([callback], epochs=4, dataset=data)
+    assert tried == [30]
+    assert sum("No copy" in str(one.message) for one in warned) == 1
 
 
 def test_a_fit_that_somebody_stops_says_it_last(caplog: pytest.LogCaptureFixture) -> None:
@@ -127,7 +151,11 @@ def test_a_fit_that_somebody_stops_says_it_last(caplog: pytest.LogCaptureFixture
 
     finding, _ = run(ResetUnits(finetune_epochs=1, rounds=1), Stop(), wrong=True, epochs=8)
     assert finding.diagnosis == "wrong labels"
-    assert "Their labels look wrong" in caplog.text
+    found, treated, ended = (record.getMessage() for record in caplog.records if "Scripts" in record.getMessage())
+    assert NOT_YET in found
+    assert "after fine-tuning" in treated
+    assert ended.startswith("Scripts: 20 images labeled")
+    assert "Their labels look wrong" in ended
 
 
 @pytest.mark.parametrize("restart", [True, False])
@@ -313,3 +341,37 @@ def test_after_a_restart_a_copy_says_it_of_what_stayed_in_training(
     assert len(copies) == 1
     first = Net().state_dict()
     assert starts[0].keys() == first.keys(), "from the weights at the start"
+
+
+def test_weights_at_the_start_are_kept_until_it_is_known(copies: list[int]) -> None:
+    """Whether or not another detection may follow."""
+
+    kept: list[bool] = []
+
+    class Look(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if callback.verdict is not None:
+                kept.extend(state["start"] is not None for state in [callback.state_dict()])
+
+    data, members = pictures(wrong=False)
+    callback = Scripts(members, Once())
+    fit([callback, Look()], epochs=4, dataset=data)
+    assert kept == [True]
+    assert callback.state_dict()["start"] is None
+    assert copies == [ALL_STEPS]
+
+
+@pytest.mark.filterwarnings("ignore:Scripts looked at 160 training images.*no unit reset")
+def test_a_repair_that_no_restart_can_follow_any_more_is_not_called_replaceable() -> None:
+    """Another defense begins anew after the only restart of the fallback."""
+    data, members = pictures(wrong=False)
+    response = WithFallback(ResetUnits())
+    callback = Scripts(members, response)
+
+    class Other(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 1 and response._restart.count:
+                response.on_other_restart(callback._procedure.session)
+
+    fit([callback, Other()], epochs=4, dataset=data)
+    assert not response.repair.replaceable
