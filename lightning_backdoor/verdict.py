@@ -80,6 +80,7 @@ class Finding:
             direction are of.
         reference_model: Which model suggests the labels: ``"unseen"``, one that was trained without the group, or
             ``"repaired"``, one that was fine-tuned without it after the units that the group drives were reset.
+            ``"unseen"`` where no labels are suggested, too.
     """
 
     label: int

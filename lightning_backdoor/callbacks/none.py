@@ -109,12 +109,13 @@ class NONECallback(Defense):
     Assumes nothing: no clean data, no poison rate, no target class. Costs one forward pass per detection, another if a
     class has no confident sample; for each round two more; if something is found, a pass over a few thousand images at
     the end, by which the repaired model, or the one that was trained anew, says whether labels are right; only where
-    the repaired model cannot say it, a copy of the model that is trained without what was found, as many steps as the
-    fit has had, 200 to 1,000; for that the weights at the start of the fit, in memory and in checkpoints; two bytes per
-    image and unit (of up to 512 units where all together take over 256 MiB, and one more pass then); a copy of weights
-    and optimizer, to which training returns if a round brings what all have cost to over 1 point of accuracy on the
-    training images (5 where no restart can follow), or over 10 of that of one class. Fine-tuning takes epochs of the
-    plan (``max_epochs``, ``max_steps``, ``max_time``), unless ``extra_epochs`` are allowed.
+    the repaired model cannot say it, and for a group that is most of its label, a copy of the model that is trained
+    without what was found, as many steps as the fit has had, 200 to 1,000; for that the weights at the start of the
+    fit, in memory and in checkpoints; two bytes per image and unit (of up to 512 units where all together take over 256
+    MiB, and one more pass then); a copy of weights and optimizer, to which training returns if a round brings what all
+    have cost to over 1 point of accuracy on the training images (5 where no restart can follow), or over 10 of that of
+    one class. Fine-tuning takes epochs of the plan (``max_epochs``, ``max_steps``, ``max_time``), unless
+    ``extra_epochs`` are allowed.
 
     Units are reset at the start of an epoch, and rounds are judged and undone with the last batch of one, before
     validation: what monitors a score, saves a checkpoint or averages weights sees both of one state.

@@ -1,4 +1,4 @@
-"""Whether the labels of a group that stands out are right, by the answers of a model that never saw the group."""
+"""Whether the labels of a group that stands out are right, by the answers of a model that was trained without it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def diagnose(
     unseen: Tensor,
     ordinary: Tensor,
 ) -> Finding:
-    """Say by the answers of a model that never saw a group whether its labels are right.
+    """Say by the answers of a model that was trained, or repaired, without a group whether its labels are right.
 
     ``"wrong labels"``: the group gets its label about as seldom as samples of other labels do, the model is about as
     sure as on ordinary samples, and its answers are about as varied as those to samples of other labels.
@@ -71,7 +71,8 @@ def diagnose(
         labels: Labels as given, long ``(N,)``, -1 where there is none.
         predicted: The model's answer to every sample, long ``(N,)``, -1 where there is none.
         confidence: The probability that it gives its answer, float ``(N,)``.
-        unseen: Samples that it never saw, bool ``(N,)``; others of the group have no part in the diagnosis.
+        unseen: Samples that it was trained or repaired without, bool ``(N,)``; others of the group have no part in the
+            diagnosis.
         ordinary: Samples that the group is compared with, bool ``(N,)``: best such that the model never saw either.
 
     Returns:
