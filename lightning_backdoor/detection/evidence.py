@@ -6,7 +6,8 @@ that was found in one half says which samples of the other half belong to the gr
 too, from its own values alone. Where the values of a label are noise without a common axis, the two are independent,
 and as many samples in common as were seen have a known probability (Fisher's exact test), whatever the distribution of
 the noise is. An axis on which a label varies continuously (brightness, size) is found by both halves, too: that its
-samples fall into two groups is for the gates to say.
+samples fall into two groups is for the gates to say. So is an axis along which early agreement falls, where the search
+starts from that.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ NEIGHBORS, PART = 20, 4  # whose most frequent label is taken: at most a quarter
 CHOOSING = 3  # every third member has a part in the choice of the other label; the rest are tested
 MEMBERS, REST, COMPARED = 2000, 6000, 20_000  # at most, drawn at random where there are more: members, others, and
 # those of the lower groups among which neighbors are sought
-FIRM = 0.5  # of the neighbors, more than that, have one label: the image looks like that label
+FIRM = 0.5  # of the neighbors, more than that, have one label, which no other can have as well: the image looks like it
 ORDINARY = 2000  # samples of other labels, at most, that the members of a single label are compared with
 TRIED = 500  # samples, at most, by which it is seen whether pictures tell labels apart
 
@@ -102,7 +102,8 @@ def like_others(pictures: Tensor, labels: Tensor, members: Tensor, usual: float)
     """Compare a group in one label with images of other labels.
 
     A picture looks like a label if more than half of its nearest ones have it. What the group has in common is taken
-    out of all pictures before; near-duplicates count once. Where pictures do not tell labels apart, nothing follows.
+    out of all pictures before. Near-duplicates among the group count once, but not among the neighbors. Where pictures
+    do not tell labels apart, nothing follows.
 
     Where labels are wrong throughout the data, as many samples of ordinary labels look like other labels, or as large a
     share of them.
@@ -118,13 +119,14 @@ def like_others(pictures: Tensor, labels: Tensor, members: Tensor, usual: float)
     own = labels == labels[members][0]
     group, size = int(members.sum()), max(int(own.sum()), int((~own).sum()) / (len(present) - 1))
     everything = torch.ones_like(own)
-    taken = [_drawn(members, MEMBERS), _drawn(~own, ORDINARY), _drawn(everything, COMPARED)]
-    rows = torch.unique(torch.cat(taken))
+    compared = _drawn(everything, COMPARED)
+    drawn = [_drawn(members, MEMBERS), _drawn(own & ~members, MEMBERS), _drawn(~own, ORDINARY), compared]
+    rows = torch.unique(torch.cat(drawn))
     pictures, labels, own, members = pictures[rows].float(), labels[rows], own[rows], members[rows]
     common = F.normalize(pictures[members].mean(dim=0) - pictures[own & ~members].mean(dim=0), dim=0)
     pictures = F.normalize(pictures - (pictures @ common)[:, None] * common, dim=1)
     some, ordinary = (_different(pictures, _drawn(*of), usual) for of in ((members, MEMBERS), (~own, ORDINARY)))
-    among = _drawn(everything[rows], COMPARED)
+    among = torch.searchsorted(rows, compared)  # in which labels have the shares that they have in the data
     of_members, of_ordinary = (_neighbors(pictures, labels, part, among, usual) for part in (some, ordinary))
     _, hit = _firm(of_members, labels[some])
     right, wrong = _firm(of_ordinary, labels[ordinary])
@@ -246,6 +248,6 @@ def _neighbors(pictures: Tensor, labels: Tensor, positions: Tensor, among: Tenso
             alike = pictures[rows] @ pictures[among].T
             alike = alike.masked_fill((alike > 1 - NEAR * usual) | (rows[:, None] == among), -1)
             labeled = labels[among[alike.topk(nearest, dim=1).indices]]
-            shares = torch.zeros(len(rows), count, device=rows.device)
-            found.append(shares.scatter_add_(1, labeled, torch.full_like(labeled, 1 / nearest, dtype=shares.dtype)))
+            counts = torch.zeros(len(rows), count, device=rows.device)  # whole, so that a half is exactly 0.5
+            found.append(counts.scatter_add_(1, labeled, torch.ones_like(labeled, dtype=counts.dtype)) / nearest)
     return torch.cat(found)

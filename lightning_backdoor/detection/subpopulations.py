@@ -269,7 +269,7 @@ def early_figures(
 
 
 ALIKE_EXCESS = 3.0  # times as many members look like another label as samples of an ordinary label do, at least: labels
-# that are wrong throughout the data are no attack on one of them
+# that are wrong throughout the data are no attack on one of them (10 and 20 % of label noise reach 0.4 to 1.3)
 
 
 def look_alike_gate(found: Subpopulation, search: Search) -> Subpopulation | None:
@@ -279,6 +279,10 @@ def look_alike_gate(found: Subpopulation, search: Search) -> Subpopulation | Non
     says nothing then. Instead the pictures must speak for wrong labels (an exact test, see
     ``lightning_backdoor/detection/look_alikes.py``): of many classes, as poisons are, and more often than elsewhere in
     the data.
+
+    The test of both halves is weaker here than for other gates: early agreement, where the search starts, is measured
+    on all samples, so both halves find any axis along which it falls. What such an axis lacks is a gap. A class that
+    holds many kinds by design ("other", "background") is told from an attack by none of these.
     """
     others = [size for label, size in search.groups.sizes.items() if label != found.label and size >= 2 * MIN_MEMBERS]
     if search.pictures is None or search.agreement is None or len(others) < OVERLAP_OTHERS:
@@ -297,7 +301,7 @@ def look_alike_gate(found: Subpopulation, search: Search) -> Subpopulation | Non
         *figures,
         GateFigure("other_label_p_value", alike.p_value, "<=", bound),
         GateFigure("other_label_excess", alike.excess, ">=", ALIKE_EXCESS),
-        GateFigure("effective_labels", alike.labels, ">=", least),
+        GateFigure("looks_like_labels", alike.labels, ">=", least),
     )
 
 
@@ -361,7 +365,7 @@ def find_subpopulations(
       of these labels. At most 55 % of the label are above it. There must be three other labels of at least 20 samples;
       smaller ones, which cannot be split, count against the subpopulation if they lie above the threshold. Its samples
       must vary more than the rest of the label, beyond chance: poisons are images of many classes, the rest of one.
-    - ``early_neighbors``: Used with ``agreement`` and only where no direction of the label passes the other two. The
+    - ``early_neighbors``: Used with ``agreement`` and only where no direction of the label passes another gate. The
       gap can be smaller and other labels may lie above the threshold, if the neighbours of the upper group had its
       label much less often early in training than those of the lower group. Some attacks add triggered images with
       their own labels, which the other gates do not pass.
@@ -394,7 +398,8 @@ def find_subpopulations(
             ``math.inf`` leaves the test out.
 
     Returns:
-        At most one subpopulation per label, the one with the largest gap that passes a gate. Empty when nothing stands
+        At most one subpopulation per label: of the first gate that one passes (strict or overlap, look_alikes,
+        early_neighbors), the one with the largest gap. Empty when nothing stands
         out.
 
     Raises:

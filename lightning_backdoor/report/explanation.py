@@ -43,7 +43,8 @@ _FIGURES = {
     "different_things": "different things in the images (near-duplicates count as one)",
     "split_labels": "share of the other labels that the same direction splits, too",
     "other_label_p_value": "probability that images with right labels look so much like images of another label",
-    "other_label_excess": "share of the label that looks like images of another label, over that of other labels",
+    "other_label_excess": "images of the group that look like another label, over those of an ordinary label",
+    "looks_like_labels": "effective number of labels that these images look like",
 }
 _WAYS = {
     "difference": "by adding the difference of the mean images",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -254,7 +255,7 @@ def test_a_group_that_covers_hide_is_found_if_it_looks_like_many_other_labels(se
     assert int((found & ~made[2]).sum()) <= 1
     assert [figure.name for figure in one.figures] == [
         "standardized_gap", "member_share", "early_agreement_ratio", "other_label_p_value", "other_label_excess",
-        "effective_labels", "own_auroc", "replication_p_value", "different_things",
+        "looks_like_labels", "own_auroc", "replication_p_value", "different_things",
     ]  # fmt: skip
     early = torch.where(made[2], 0.85, agreement)
     assert find_subpopulations(values, labels, agreement=early, pictures=thumbnails(made[0])) == [], "they agree"
@@ -292,3 +293,30 @@ def test_pictures_that_do_not_tell_labels_apart_say_nothing() -> None:
     values, _, agreement = behind_covers((shown, labels, upper))
     assert search_labels(values, labels, agreement=agreement, pictures=pictures).early
     assert not search_labels(values, labels, agreement=agreement, pictures=noise).early, "nothing is searched in vain"
+
+
+def test_half_of_the_neighbors_are_not_more_than_half() -> None:
+    labels = torch.full((240,), 2)
+    labels[:20] = torch.arange(2).repeat_interleave(10)  # of the 20 nearest, ten have each label
+    pictures = torch.eye(2)[torch.ones(240, dtype=torch.long)]
+    pictures[:21] = torch.eye(2)[0]
+    shares = look_alikes._neighbors(pictures, labels, torch.tensor([20]), torch.arange(240), -1.0)
+    firm = look_alikes._firm(shares, torch.tensor([0]))
+    assert not bool(firm[0])
+    assert not bool(firm[1])
+
+
+def test_what_a_group_has_in_common_is_measured_where_few_of_all_images_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(look_alikes, "COMPARED", 1)
+    compared = []
+
+    def neighbors(pictures: Tensor, *rest: Any) -> Tensor:
+        compared.append(pictures)
+        return found(pictures, *rest)
+
+    found = look_alikes._neighbors
+    monkeypatch.setattr(look_alikes, "_neighbors", neighbors)
+    alike(wrong_in_one())
+    assert all(bool(one.isfinite().all()) for one in compared)
