@@ -16,8 +16,9 @@ MAX_REMOVED_OF_CLASS = 0.5
 MOST_OF_LABEL = "most_of_label("
 """Stands in a rule where :func:`without_majorities` kept a finding."""
 
-ABOUT_OTHERS = {"overlap", "look_alikes", "early_neighbors"}
-"""Gates whose evidence is that the samples belong to other classes."""
+ABOUT_OTHERS = {"overlap", "early_neighbors"}
+"""Gates whose evidence is that the samples belong to other classes. A class that holds many kinds by design passes
+``look_alikes``, too."""
 
 
 def without_majorities(

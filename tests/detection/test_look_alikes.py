@@ -278,10 +278,13 @@ def test_labels_that_are_wrong_everywhere_are_no_finding(monkeypatch: pytest.Mon
     assert find_subpopulations(values, labels, agreement=agreement, pictures=thumbnails(shown))
 
 
-def test_with_three_labels_there_are_not_enough_others() -> None:
-    made = wrong_in_one()
-    few = made[1] < 3
+def test_a_group_needs_three_other_labels_to_look_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = wrong_in_one(sources=(1, 2, 3), each=12)
+    few = made[1] < 4
     values, labels, agreement = (column[few] for column in behind_covers(made))
+    found = find_subpopulations(values, labels, agreement=agreement, pictures=thumbnails(made[0])[few])
+    assert [one.gate for one in found] == ["look_alikes"]
+    monkeypatch.setattr(subpopulations, "OVERLAP_OTHERS", 4)
     assert find_subpopulations(values, labels, agreement=agreement, pictures=thumbnails(made[0])[few]) == []
 
 

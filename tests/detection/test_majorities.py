@@ -41,6 +41,7 @@ WRONG: dict[str, dict[str, Any]] = {
 CLEAN: dict[str, dict[str, Any]] = {
     "nothing known": {},
     "right labels": {"diagnosis": "right labels"},
+    "a class of many kinds looks like others, too": {"gate": "look_alikes"},
     "a look that the model does not obey": {"estimated_asr": 0.22, "control_asr": 0.07},
     "as ordinary images do": {"estimated_asr": 0.8, "control_asr": 0.7},
 }
