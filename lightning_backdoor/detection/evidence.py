@@ -6,8 +6,7 @@ that was found in one half says which samples of the other half belong to the gr
 too, from its own values alone. Where the values of a label are noise without a common axis, the two are independent,
 and as many samples in common as were seen have a known probability (Fisher's exact test), whatever the distribution of
 the noise is. An axis on which a label varies continuously (brightness, size) is found by both halves, too: that its
-samples fall into two groups is for the gates to say. So is an axis along which early agreement falls, where the search
-starts from that.
+samples fall into two groups is for the gates to say.
 """
 
 from __future__ import annotations
@@ -18,15 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_backdoor.detection.directions import (
-    EARLY_ROUNDS,
-    MAX_UNITS,
-    MIN_SHARE,
-    ROUNDS,
-    allowed_gap,
-    discriminant,
-    split_units,
-)
+from lightning_backdoor.detection.directions import MAX_UNITS, MIN_SHARE, ROUNDS, allowed_gap, discriminant, split_units
 from lightning_backdoor.detection.near_duplicates import effective_number
 
 __all__ = ["Replication", "replication"]
@@ -59,14 +50,7 @@ class _Direction:
     upper: Tensor
 
 
-def replication(
-    values: Tensor,
-    members: Tensor,
-    groups: Tensor | None = None,
-    *,
-    agreement: Tensor | None = None,
-    seed: int = 0,
-) -> Replication:
+def replication(values: Tensor, members: Tensor, groups: Tensor | None = None, *, seed: int = 0) -> Replication:
     """Search both halves of a label for a group, and test whether they find the same.
 
     Groups that are far smaller than the one in question are not sought: among thousands of units that are mostly
@@ -78,8 +62,6 @@ def replication(
             like it is taken.
         groups: Samples with the same number are near-duplicates, long ``(n,)``; they come into the same half. ``None``:
             there are none.
-        agreement: Share of every sample's early neighbors that had its label, float ``(n,)``, from which the search in
-            a half starts, too.
         seed: Of the halves.
 
     Returns:
@@ -92,7 +74,7 @@ def replication(
     smallest, tried = _smallest(members)
     found = []
     for side in sides:
-        candidates = _search(values[side].float(), smallest, None if agreement is None else agreement[side].float())
+        candidates = _search(values[side].float(), smallest)
         if not candidates:
             return Replication(1.0, distinct)
         found.append(max(candidates, key=lambda one: _likeness(one.upper, members[side])))
@@ -128,7 +110,7 @@ def first_half(groups: Tensor, seed: int) -> Tensor:
     return chosen[numbers].to(groups.device)
 
 
-def _search(values: Tensor, smallest: int, agreement: Tensor | None) -> list[_Direction]:
+def _search(values: Tensor, smallest: int) -> list[_Direction]:
     """The search of :func:`~lightning_backdoor.detection.directions.sharpened_directions`, in half of a label."""
     n = len(values)
     smallest = max(smallest, math.ceil(MIN_SHARE * n))
@@ -139,28 +121,17 @@ def _search(values: Tensor, smallest: int, agreement: Tensor | None) -> list[_Di
     ranked = allowed_gap(single, counts).argsort(descending=True, stable=True)
     units, found = ranked[:MAX_UNITS], []
     for unit in ranked[:STARTS]:
-        found += _sharpened(values, units, values[:, unit], unit, smallest)
-    if agreement is not None:
-        found += _sharpened(values, units, -agreement, None, smallest)
-    return found
-
-
-def _sharpened(
-    values: Tensor, units: Tensor, positions: Tensor, unit: Tensor | None, smallest: int
-) -> list[_Direction]:
-    """The directions to which a start leads: one unit, or positions that are none, which count as no direction."""
-    found, best, weights = [], 0.0, torch.ones(1, device=values.device)
-    chosen = units[:0] if unit is None else unit[None]
-    for turn in range((EARLY_ROUNDS if unit is None else ROUNDS) + 1):
-        split = split_units(positions[:, None], smallest)
-        upper = positions.double() > split.threshold
-        if not float(split.standardized_gap) > best:
-            break
-        if turn > 0 or unit is not None:
+        chosen, weights = unit[None], torch.ones(1, device=values.device)
+        positions, best = values[:, unit], 0.0
+        for _ in range(ROUNDS + 1):
+            split = split_units(positions[:, None], smallest)
+            upper = positions.double() > split.threshold
+            if float(split.standardized_gap) <= best:
+                break
             best = float(split.standardized_gap)
             found.append(_Direction(chosen, weights, float(split.threshold), upper))
-        weights, positions = discriminant(values[:, units], upper)
-        chosen = units
+            weights, positions = discriminant(values[:, units], upper)
+            chosen = units
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -280,9 +280,9 @@ def look_alike_gate(found: Subpopulation, search: Search) -> Subpopulation | Non
     ``lightning_backdoor/detection/look_alikes.py``): of many classes, as poisons are, and more often than elsewhere in
     the data.
 
-    The test of both halves is weaker here than for other gates: early agreement, where the search starts, is measured
-    on all samples, so both halves find any axis along which it falls. What such an axis lacks is a gap. A class that
-    holds many kinds by design ("other", "background") is told from an attack by none of these.
+    The test of both halves searches them without early agreement, which is measured on all samples: with it as a start
+    both halves would find any axis along which it falls. A class that holds many kinds by design ("other",
+    "background") passes this gate.
     """
     others = [size for label, size in search.groups.sizes.items() if label != found.label and size >= 2 * MIN_MEMBERS]
     if search.pictures is None or search.agreement is None or len(others) < OVERLAP_OTHERS:
@@ -355,8 +355,8 @@ def find_subpopulations(
     single units of a label, and sharpens each split in turns of Fisher's linear discriminant and an exact two-group
     split of the projections. With ``agreement`` and ``pictures`` it starts from the samples whose early neighbors have
     other labels, too, which leads to groups that no single unit shows; these count by the gate of look-alikes alone.
-    Every sample is projected with a discriminant that was fitted without it, so that many
-    units and few samples do not lead to a gap by chance.
+    Every sample is projected with a discriminant that was fitted without it, so that many units and few samples do not
+    lead to a gap by chance.
 
     A direction counts if it passes one of four gates:
 
@@ -399,8 +399,7 @@ def find_subpopulations(
 
     Returns:
         At most one subpopulation per label: of the first gate that one passes (strict or overlap, look_alikes,
-        early_neighbors), the one with the largest gap. Empty when nothing stands
-        out.
+        early_neighbors), the one with the largest gap. Empty when nothing stands out.
 
     Raises:
         ArgumentError: ``agreement`` or ``pictures`` are not as many as ``labels``, or the rate is not positive.
@@ -420,6 +419,7 @@ class Search:
         early: For every label that has any, the best direction to which its early neighbors led.
         agreement: Share of every sample's early neighbours that had its label, float ``(N,)``, on that device.
         pictures: Small pictures of the samples, half ``(N, 144)``, on that device.
+        usual_distance: Of two pictures of a label; 0 without pictures.
         false_alarm_rate: Of a training; see :func:`find_subpopulations`.
     """
 
@@ -429,6 +429,7 @@ class Search:
     early: dict[int, Direction]
     agreement: Tensor | None
     pictures: Tensor | None
+    usual_distance: float
     false_alarm_rate: float
 
     def tested(self, label: int) -> tuple[Tensor, Tensor | None]:
@@ -442,14 +443,7 @@ class Search:
     @property
     def bound(self) -> float:
         """Of the p-value of one test: one in each label that can be split, and one of what labels share, in a scan."""
-        return self.false_alarm_rate / (
-            SCANS * (sum(size >= 2 * MIN_MEMBERS for size in self.groups.sizes.values()) + 1)
-        )
-
-    @cached_property
-    def usual_distance(self) -> float:
-        """Of two pictures of a label; 0 without pictures."""
-        return 0.0 if self.pictures is None else usual_distance(self.pictures, self.groups.labels)
+        return self.false_alarm_rate / (SCANS * (_large(self.groups) + 1))
 
 
 def search_labels(
@@ -481,9 +475,8 @@ def search_labels(
         least = min(STRICT_GAP, OVERLAP_GAP) if agreement is None else EARLY_GAP
     device = values.device
     agreement, pictures = (None if column is None else column.to(device) for column in (agreement, pictures))
-    start = None
-    if agreement is not None and pictures is not None:
-        usual = usual_distance(pictures, groups.labels)
+    usual, start = 0.0 if pictures is None else usual_distance(pictures, groups.labels), None
+    if agreement is not None and pictures is not None and _large(groups) > OVERLAP_OTHERS:
         start = agreement if tell_labels_apart(pictures, groups.labels, usual) else None  # no other gate takes these
     directions = sharpened_directions(values, groups, least, start) if len(groups.sizes) > 1 else {}
     by_unit = {label: [one for one in some if not one.early] for label, some in directions.items()}
@@ -495,8 +488,14 @@ def search_labels(
         {label: some[0] for label, some in early.items() if some},
         agreement=agreement,
         pictures=pictures,
+        usual_distance=usual,
         false_alarm_rate=false_alarm_rate,
     )
+
+
+def _large(groups: LabelGroups) -> int:
+    """How many labels can be split."""
+    return sum(size >= 2 * MIN_MEMBERS for size in groups.sizes.values())
 
 
 @full_precision()
@@ -528,8 +527,7 @@ def _replicated(
         return ()
     rows, things = tested(found.label)
     values = search.values[rows]
-    agreement = None if search.agreement is None or found.gate != "look_alikes" else search.agreement[rows]
-    seen = replication(values, found.project(values) > found.threshold, things, agreement=agreement)
+    seen = replication(values, found.project(values) > found.threshold, things)
     if seen.p_value > search.bound or seen.distinct < MIN_MEMBERS:
         return None
     figures = [GateFigure("replication_p_value", seen.p_value, "<=", search.bound)]

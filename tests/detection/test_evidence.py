@@ -13,7 +13,7 @@ from benchmarks.false_alarms import cases, made
 from lightning_backdoor import DBRCallback, DSTCallback, NONECallback, UltraCleanCallback
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.detection import subpopulations
-from lightning_backdoor.detection.evidence import _search, first_half, overlap_log_p, replication
+from lightning_backdoor.detection.evidence import first_half, overlap_log_p, replication
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.functional import decide, find_subpopulations, thumbnails
 from lightning_backdoor.scanning.measure_units import Measured
@@ -62,20 +62,6 @@ def test_a_group_shows_in_both_halves_beside_units_that_are_silent_but_for_a_few
     assert replication(torch.cat([values, silent], dim=1), upper).p_value < 1e-5
     clean = torch.cat([noise(200, 64, seed), silent], dim=1)
     assert replication(clean, upper).p_value > 1e-3, "the clean twin"
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_early_neighbors_lead_both_halves_to_a_group_that_single_units_do_not_show(seed: int) -> None:
-    """Beside units each of which divides the label in its own way, on which every search from single units ends."""
-    values, upper, spread = noise(300, 24, seed), torch.arange(300) < 100, noise(24, 1, 9).squeeze(1)
-    divided = 10 * (noise(300, 6, 5 + seed) > 0) + noise(300, 6, 11 + seed)
-    agreement = torch.where(upper, 0.3, 0.8) + 0.2 * noise(300, 1, 7 + seed).squeeze(1)
-    marked = values + 7 * upper[:, None] * spread / torch.linalg.vector_norm(spread)
-    both = torch.cat([marked, divided], dim=1)
-    assert all(float((one.upper == upper).float().mean()) < 0.8 for one in _search(both, 25, None))
-    assert any(float((one.upper == upper).float().mean()) > 0.98 for one in _search(both, 25, agreement))
-    assert replication(both, upper, agreement=agreement).p_value < 1e-8
-    assert replication(values, upper, agreement=agreement).p_value > 1e-3, "the clean twin"
 
 
 def test_what_is_found_in_noise_does_not_show_again() -> None:
