@@ -212,9 +212,9 @@ def run(
     }
 
 
-def percent(value: float | None) -> str:
+def percent(value: float | None, digits: int = 0) -> str:
     """A share for a table."""
-    return "" if value is None else f"{100 * value:.0f}"
+    return "" if value is None else f"{100 * value:.{digits}f}"
 
 
 def table(found: list[rows.Row]) -> str:

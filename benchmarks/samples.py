@@ -242,14 +242,19 @@ def pairs(samples: Samples, seed: int) -> Samples:
     return replace(samples, labels=samples.labels // 2, true=samples.true // 2)
 
 
+def in_hue(images: Tensor, hue: Tensor) -> Tensor:
+    """Images in a color each, uint8 ``(N, 3, H, W)``; hue 0 is red, ``(N,)`` in ``[0, 1)``."""
+    phases = 2 * torch.pi * (hue[:, None] - torch.tensor([0, 1 / 3, 2 / 3]))
+    colour = 0.4 + 0.6 * (0.5 + 0.5 * phases.cos())
+    return (images * colour[:, :, None, None]).round().to(torch.uint8)
+
+
 def tinted(relabelled: int) -> Change:
     """Every digit in a random hue; the reddest so many get the label 0, without any other change."""
 
     def change(samples: Samples, seed: int) -> Samples:
         hue = torch.rand(len(samples), generator=torch.Generator().manual_seed(seed))
-        phases = 2 * torch.pi * (hue[:, None] - torch.tensor([0, 1 / 3, 2 / 3]))
-        colour = 0.4 + 0.6 * (0.5 + 0.5 * phases.cos())
-        images = (samples.images * colour[:, :, None, None]).round().to(torch.uint8)
+        images = in_hue(samples.images, hue)
         redness = (hue - 0.5).abs()
         rows = redness.masked_fill(samples.labels == 0, -1).argsort(descending=True)[:relabelled]
         labels, poisoned = samples.labels.clone(), samples.poisoned.clone()
