@@ -1,9 +1,9 @@
 """``python -m benchmarks.hidden``: attacks that no single unit shows, on digits, in whole trainings.
 
 Digits in random hues, of which the 75 reddest are labeled 0 without any other change (an attack by labels alone), and
-Adap-Blend with stripes, behind as many covers as poisons; each with its clean twin. One row for each training: accuracy,
-attack success rate (red digits of other classes, or triggered ones, that are taken for a 0), and what was removed. Rows
-that are there already are not made again.
+Adap-Blend with stripes, behind as many covers as poisons; each with its clean twin. One row for each training:
+accuracy, attack success rate (red digits of other classes, or triggered ones, that are taken for a 0), and what was
+removed. Rows that are there already are not made again.
 """
 
 from __future__ import annotations
