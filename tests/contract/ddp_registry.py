@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_backdoor.responses import Report, Response, Unlearn
+from lightning_backdoor.responses import Report, ResetUnits, Response, Unlearn
 from tests.callbacks.helpers import Pictures, make_trainer, state_of
 from tests.contract.problem import EPOCHS, assert_settled, net_of, planted
 from tests.contract.registry import ENTRIES, Entry, given
@@ -147,7 +147,8 @@ def main(processes: int, folder: Path, strategy: str = "ddp") -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     settings: dict[str, Any] = {} if processes == 1 else {"devices": processes, "strategy": strategy}
-    diagnose(folder / "diagnosed", Report(), net_of(), **settings)
+    for when, response in (("at-once", Report()), ("at-the-end", ResetUnits())):
+        diagnose(folder / f"diagnosed-{when}", response, net_of(), **settings)
     for response in (Report(), Unlearn(epochs=1)):
         diagnose(folder / f"torn-{response.name}", response, Torn(), **settings)
     for entry in ENTRIES:

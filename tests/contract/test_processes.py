@@ -95,10 +95,11 @@ def test_the_verdict_is_that_of_one_process(entry: Entry, world: tuple[int, str,
             assert [unit[3] for unit in mine] == pytest.approx([unit[3] for unit in theirs], abs=1e-6)
 
 
-def test_a_copy_that_is_trained_for_a_diagnosis_is_that_of_one_process(world: tuple[int, str, Path]) -> None:
-    (one,) = torch.load(world[2] / "diagnosed-1-0.pt", weights_only=True)["findings"]
+@pytest.mark.parametrize("when", ["at-once", "at-the-end"])
+def test_a_copy_that_is_trained_for_a_diagnosis_is_that_of_one_process(when: str, world: tuple[int, str, Path]) -> None:
+    (one,) = torch.load(world[2] / f"diagnosed-{when}-1-0.pt", weights_only=True)["findings"]
     assert one["diagnosis"] == "wrong labels"
-    for rank in load(world, "diagnosed"):
+    for rank in load(world, f"diagnosed-{when}"):
         (mine,) = rank["findings"]
         assert torch.equal(mine["suggested_labels"], one["suggested_labels"])
         assert torch.equal(mine["suggested_confidences"], one["suggested_confidences"])
