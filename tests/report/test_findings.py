@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_backdoor.detection import subpopulations
 from lightning_backdoor.report.explanation import (
     approval,
     figure_row,
@@ -75,6 +78,13 @@ def test_figures_have_a_meaning_and_their_bound() -> None:
     assert (value, bound) == ("5.125", "at least 2.5")
     assert figure_row(WRONG.figures[1])[2] == "less than 1.6"
     assert figure_row(GateFigure("a_new_figure", 3.0, "≈", 1.0)) == ("a new figure", "3", "≈ 1")
+
+
+def test_every_figure_of_a_gate_has_a_meaning() -> None:
+    sources = "".join(path.read_text() for path in Path(subpopulations.__file__).parent.glob("*.py"))
+    names = set(re.findall(r'GateFigure\(\s*"(\w+)"', sources))
+    assert len(names) >= 14
+    assert not [name for name in names if figure_row(GateFigure(name, 1.0, ">=", 1.0))[0] == name.replace("_", " ")]
 
 
 def test_the_line_that_approves_a_finding() -> None:
