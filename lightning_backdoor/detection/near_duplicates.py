@@ -8,13 +8,22 @@ from torch import Tensor
 
 from lightning_backdoor.detection.directions import full_precision
 
-__all__ = ["SIDE", "closed_share", "effective_number", "near_duplicates", "thumbnails", "usual_distance"]
+__all__ = [
+    "SIDE",
+    "closed_share",
+    "effective_number",
+    "near_duplicates",
+    "repeated_share",
+    "thumbnails",
+    "usual_distance",
+]
 
 SIDE = 12  # of a thumbnail, in pixels: coarse enough for a shift by a pixel or two, fine enough to tell things apart
 NEAR = 0.1  # of the usual distance of two images of a label, at most
 BLOCK = 2**22  # correlations that are computed at once
 PAIRS = 2000  # of a label and in all, from which the usual distance is taken
 LOOKED_UP = 1000  # members of a group whose nearest image is sought, drawn at random where there are more
+SOUGHT = 300  # samples, at most, by which it is seen whether the data hold near-duplicates
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -86,6 +95,28 @@ def near_duplicates(pictures: Tensor, usual: float) -> Tensor:
             numbers = _joined(numbers, one + start, other + start)
     found: Tensor = torch.unique(numbers, return_inverse=True)[1]
     return found
+
+
+def repeated_share(pictures: Tensor, labels: Tensor, usual: float) -> float:
+    """Share of the samples that have a near-duplicate in their label, among a few that are drawn at random.
+
+    It says whether data are tracks of things that were taken many times, as the frames of a video are.
+
+    Args:
+        pictures: From :func:`thumbnails`, ``(N, 144)``.
+        labels: Labels as given, long ``(N,)``, on the device of the pictures.
+        usual: Of two images of a label, from :func:`usual_distance`.
+    """
+    drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:SOUGHT].to(labels.device)
+    if not len(drawn):
+        return 0.0
+    some, found = pictures[drawn].float(), torch.zeros_like(drawn, dtype=torch.bool)
+    with full_precision():
+        for places in torch.split(torch.arange(len(labels), device=labels.device), max(BLOCK // len(drawn), 1)):
+            near = some @ pictures[places].float().T >= 1 - NEAR * usual
+            near &= (labels[drawn, None] == labels[places]) & (drawn[:, None] != places)
+            found |= near.any(dim=1)
+    return float(found.float().mean())
 
 
 def _joined(numbers: Tensor, one: Tensor, other: Tensor) -> Tensor:

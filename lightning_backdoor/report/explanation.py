@@ -39,7 +39,7 @@ _FIGURES = {
     "early_agreement_ratio": "early in training, share of neighbors with the same label: the group's over the rest's",
     "own_auroc": "how well the rest of the label is told from all other labels (AUROC)",
     "replication_p_value": "probability that both halves of the label find the group if there is none",
-    "closed_share": "share of these things whose nearest image is another one of the group, beyond chance",
+    "closed_share": "things whose nearest image is another one of the group: share beyond chance, two errors added",
     "different_things": "different things in the images (near-duplicates count as one)",
     "split_labels": "share of the other labels that the same direction splits, too",
     "other_label_p_value": "probability that images with right labels look so much like images of another label",

@@ -124,6 +124,25 @@ def test_a_group_of_tracks_is_not_found_and_marked_images_are(monkeypatch: pytes
     assert found.figures[-1].value == 30, "shots of one track are not near-duplicates, but for pairs"
 
 
+def test_where_data_are_tracks_two_of_them_are_no_finding_however_much_their_shots_differ() -> None:
+    values, labels, _ = planted(copies=1)
+    sample, group = torch.arange(600), torch.arange(600) < 60
+
+    def pictures_of(thing: Tensor, changes: Tensor) -> Tensor:
+        return thumbnails((noise(600, 144, 1)[thing] + changes * noise(600, 144, 2)).view(600, 12, 12))
+
+    two_tracks, changes = torch.where(group, sample // 30, sample), torch.where(group, 0.5, 0.05)[:, None]
+    pairs = torch.where(group, two_tracks, sample // 2)
+    (found,) = find_subpopulations(values, labels, pictures=pictures_of(two_tracks, changes))
+    assert found.figures[-1].value == 60, "no two shots of the group are near-duplicates"
+    assert find_subpopulations(values, labels, pictures=pictures_of(pairs, changes)) == []
+    chosen = torch.where(group, 300 + 2 * sample, pairs)  # of the tracks of other labels
+    (found,) = find_subpopulations(values, labels, pictures=pictures_of(chosen, changes))
+    closed, things = found.figures[-2:]
+    assert (closed.name, things.value) == ("closed_share", 60)
+    assert closed.value < 0.1
+
+
 def test_a_rate_decides_how_much_evidence_is_needed() -> None:
     values, labels, _ = planted(copies=1)
     assert len(find_subpopulations(values, labels, false_alarm_rate=1e-6)) == 1

@@ -15,6 +15,7 @@ from lightning_backdoor.detection.near_duplicates import (
     closed_share,
     effective_number,
     near_duplicates,
+    repeated_share,
     thumbnails,
     usual_distance,
 )
@@ -141,3 +142,24 @@ def test_whole_tracks_are_nearest_to_themselves_and_images_drawn_from_them_are_n
     marked = images + 2.0 * with_right_labels[:, None, None] * torch.arange(24).remainder(6).lt(3)
     assert closed(marked, labels, with_right_labels)[1] < 0.15, "most of a label, and nearest to each other by that"
     assert closed(images, labels, labels == 0)[1] == 0, "all of a label cannot be told from its rest"
+
+
+@pytest.mark.parametrize("block", [1, 10**6])
+def test_tracks_repeat_their_images_within_a_label_and_other_data_do_not(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "BLOCK", block)
+
+    def share(things: Tensor, labels: Tensor) -> float:
+        coarse = torch.randn(len(things), 1, 6, 6, generator=torch.Generator().manual_seed(0))[things]
+        pictures = thumbnails(F.interpolate(coarse, size=24, mode="bicubic"))
+        return repeated_share(pictures, labels, usual_distance(pictures, labels))
+
+    samples = torch.arange(200)
+    assert share(samples, samples // 50) == 0
+    assert share(samples // 4, samples // 50 % 4) == 1
+    assert share(samples % 100, samples // 50) == 0, "copies with another label"
+    assert share(samples.clamp(max=130), samples // 50) == pytest.approx(0.35), (
+        "a third of the data are shots of one thing"
+    )
+    assert repeated_share(torch.zeros(0, 144), torch.zeros(0, dtype=torch.long), 0.0) == 0
