@@ -218,7 +218,8 @@ def wanted_cells(options: argparse.Namespace) -> list[Cell]:
     """The cells that were asked for and have no row, with the changes that were asked for."""
     changes = {name: getattr(options, name) for name in ("images", "epochs") if getattr(options, name) is not None}
     done = set(map(rows.key, rows.read(options.results)))
-    found = [replace(cell, setting=replace(cell.setting, **changes)) for cell in CELLS]
+    settings = [replace(cell, setting=replace(cell.setting, **changes)) for cell in CELLS]
+    found = [replace(cell, seed=seed) for seed in options.seeds for cell in settings]
     words = options.only or [""]
     return [
         cell
@@ -262,13 +263,23 @@ def markdown(found: list[rows.Row]) -> str:
         perfect = known.get(rows.cell_key(Cell(setting, row["attack"], PERFECT, row["seed"])), {})
         lines.append([
             f"{row['model']}, {row['dataset']}, {row['images']:,}, {row['epochs']}", row["attack"], row["defence"],
-            percent([row["clean_accuracy"]]), percent([row["asr"]]),
+            str(row["seed"]), percent([row["clean_accuracy"]]), percent([row["asr"]]),
             percent([perfect.get("clean_accuracy")]), percent([clean.get("asr_under", {}).get(row["attack"])]),
             percent([row.get("tpr")], 1), percent([row.get("fpr")], 2),
             "restarted" if row.get("fell_back") else "", number([row["epoch_equivalents"]], 1),
         ])  # fmt: skip
     left = ["network, data, images, epochs", "attack", "defence"]
-    header = [*left, "accuracy", "ASR", "accuracy, perfect filter", "ASR, clean model", "TPR", "FPR", "after a repair"]
+    header = [
+        *left,
+        "seed",
+        "accuracy",
+        "ASR",
+        "accuracy, perfect filter",
+        "ASR, clean model",
+        "TPR",
+        "FPR",
+        "after a repair",
+    ]
     return table([*header, "epochs' work"], lines, left=(*left, "after a repair"))
 
 
@@ -284,6 +295,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="ImageNet weights of EfficientNet-Lite0; without, none is tuned")
     parser.add_argument("--images", type=int, help="training images, in place of those of the cells")
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of poisons, weights and batches")
     parser.add_argument("--test-images", type=int, default=TEST_IMAGES)
     parser.add_argument("--only", nargs="*", help="only cells whose data/model/attack/defence/seed-N/ contains one")
     options = parser.parse_args()

@@ -242,6 +242,21 @@ def pairs(samples: Samples, seed: int) -> Samples:
     return replace(samples, labels=samples.labels // 2, true=samples.true // 2)
 
 
+def catch_all(share: float) -> Change:
+    """The last two classes, and a share of every other one, have one label, as "other" has; the share is the kind."""
+
+    def change(samples: Samples, seed: int) -> Samples:
+        last = samples.classes - 2
+        labels, kind = samples.labels.clamp(max=last), torch.zeros_like(samples.kind)
+        for label in range(last):
+            rows = (samples.labels == label).nonzero().squeeze(1)
+            kind[rows[: round(share * len(rows))]] = True
+        labels = labels.masked_fill(kind, last)
+        return replace(samples, labels=labels, true=labels, kind=kind)
+
+    return change
+
+
 def in_hue(images: Tensor, hue: Tensor) -> Tensor:
     """Images in a color each, uint8 ``(N, 3, H, W)``; hue 0 is red, ``(N,)`` in ``[0, 1)``."""
     phases = 2 * torch.pi * (hue[:, None] - torch.tensor([0, 1 / 3, 2 / 3]))

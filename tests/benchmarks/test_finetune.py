@@ -84,8 +84,8 @@ def test_the_table_shows_a_restart_and_what_a_cell_is_compared_with() -> None:
         row("clean", "undefended", 0.72, 0.01, asr_under={"badnets-5%": 0.015}, **known),
     ]
     *_, none, perfect = finetune.markdown(found).splitlines()
-    assert "| NONE | 70.0 | 2.0 | 71.0 | 1.5 | 100.0 | 0.10 | restarted |" in none
-    assert "| perfect | 71.0 | 3.0 | 71.0 | 1.5 | – | – |  |" in perfect
+    assert "| NONE | 0 | 70.0 | 2.0 | 71.0 | 1.5 | 100.0 | 0.10 | restarted |" in none
+    assert "| perfect | 0 | 71.0 | 3.0 | 71.0 | 1.5 | – | – |  |" in perfect
 
 
 def test_a_row_says_what_a_defense_did() -> None:

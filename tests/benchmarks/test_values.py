@@ -17,6 +17,7 @@ from benchmarks.samples import (
     Samples,
     attack,
     called,
+    catch_all,
     kind,
     label_noise,
     long_tail,
@@ -82,6 +83,10 @@ def test_copies_of_an_image_are_of_one_group() -> None:
 def test_classes_can_be_rare_or_joined() -> None:
     assert torch.bincount(long_tail(1.5)(pictures(), 0).labels).tolist() == [30, 26, 23, 20]
     assert torch.bincount(pairs(pictures(), 0).labels).tolist() == [60, 60]
+    joined = catch_all(0.1)(pictures(), 0)
+    assert torch.bincount(joined.labels).tolist() == [27, 27, 66]
+    assert joined.kind.sum() == 6
+    assert joined.true.equal(joined.labels), "the labels are right"
 
 
 def test_values_come_back_from_a_file_nearly_as_they_were(tmp_path: Path) -> None:
