@@ -15,7 +15,7 @@ from lightning_backdoor.callbacks.arguments import (
 )
 from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.callbacks.consistency import ConsistencyDetector
-from lightning_backdoor.callbacks.options import DETECTOR_DEFAULTS, DetectorArguments, without_detector
+from lightning_backdoor.callbacks.options import DETECTOR_DEFAULTS, DetectorArguments, scan_arguments
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.base import Continue, Report, Response
 from lightning_backdoor.responses.by_name import ResponseName, chosen_response
@@ -138,7 +138,7 @@ class DBRCallback(Defense):
             warmup_epochs=0 if now else require_positive("warmup_epochs", warmup_epochs),
             max_removed=max_removed,
             max_removed_of_class=1.0 if arguments["verdict"] is not None else arguments["max_removed_of_class"],
-            **without_detector(scan),
+            **scan_arguments(scan, DETECTOR_DEFAULTS),
         )
 
     @classmethod

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from lightning_backdoor.callbacks.arguments import require_fraction, require_positive, require_rate
 from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.callbacks.consistency import ConsistencyDetector
-from lightning_backdoor.callbacks.options import DETECTOR_DEFAULTS, DetectorArguments, without_detector
+from lightning_backdoor.callbacks.options import DETECTOR_DEFAULTS, DetectorArguments, scan_arguments
 from lightning_backdoor.errors import ArgumentError
 from lightning_backdoor.responses.base import Continue, Report, Response
 from lightning_backdoor.responses.by_name import chosen_response
@@ -128,7 +128,7 @@ class DSTCallback(Defense):
             max_removed_of_class=1.0
             if self.arguments["verdict"] is not None
             else self.arguments["max_removed_of_class"],
-            **without_detector(scan),
+            **scan_arguments(scan, DETECTOR_DEFAULTS),
         )
 
     @classmethod

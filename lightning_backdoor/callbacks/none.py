@@ -15,7 +15,7 @@ from lightning_backdoor.callbacks.arguments import (
 )
 from lightning_backdoor.callbacks.base import Defense
 from lightning_backdoor.callbacks.detector import Detector
-from lightning_backdoor.callbacks.options import DECISION_DEFAULTS, DecisionArguments, without_rate
+from lightning_backdoor.callbacks.options import DECISION_DEFAULTS, DecisionArguments, scan_arguments
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.detection.decision import verdict_of
 from lightning_backdoor.detection.majorities import MAX_REMOVED_OF_CLASS
@@ -251,7 +251,7 @@ class NONECallback(Defense):
             warmup_epochs=require_positive("warmup_epochs", warmup_epochs),
             max_removed=max_removed,
             max_removed_of_class=self.max_removed_of_class,
-            **without_rate(scan),
+            **scan_arguments(scan, DECISION_DEFAULTS),
         )
 
     @classmethod

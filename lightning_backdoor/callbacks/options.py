@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -25,8 +25,7 @@ __all__ = [
     "ScanArguments",
     "ScanOptions",
     "document_scan",
-    "without_detector",
-    "without_rate",
+    "scan_arguments",
 ]
 
 
@@ -116,13 +115,6 @@ DECISION_DEFAULTS: dict[str, Any] = {
 }
 
 
-def without_rate(arguments: DecisionArguments) -> ScanArguments:
-    """Those of the arguments that concern the scan."""
-    given: Any = {name: value for name, value in arguments.items() if name in DEFAULTS}
-    scan: ScanArguments = given
-    return scan
-
-
 class DetectorArguments(DecisionArguments, total=False):
     """How D-BR and D-ST tell suspects and trusted samples; and all of :class:`DecisionArguments`.
 
@@ -167,13 +159,17 @@ DETECTOR_DEFAULTS: dict[str, Any] = {
 }
 
 
-def without_detector(arguments: DetectorArguments) -> ScanArguments:
+def scan_arguments(arguments: DecisionArguments, known: Collection[str]) -> ScanArguments:
     """Those of the arguments that concern the scan.
+
+    Args:
+        arguments: Of a constructor.
+        known: Names of all arguments that it has.
 
     Raises:
         TypeError: There is no such argument.
     """
-    if unknown := sorted(arguments.keys() - DETECTOR_DEFAULTS.keys()):
+    if unknown := sorted(arguments.keys() - known):
         raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}")
     given: Any = {name: value for name, value in arguments.items() if name in DEFAULTS}
     scan: ScanArguments = given

@@ -558,11 +558,6 @@ def test_wrong_arguments(wrong: dict[str, Any]) -> None:
         DBRCallback(**wrong)
 
 
-def test_an_argument_that_does_not_exist_is_no_argument() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'detector_step'"):
-        DBRCallback(detector_step=3)
-
-
 def test_representation_and_pickling() -> None:
     assert repr(DBRCallback(warmup_epochs=0, lr=0.1)) == "DBRCallback(warmup_epochs=0, lr=0.1)"
     assert "verdict=Verdict(" in repr(acting())

@@ -525,11 +525,6 @@ def test_wrong_arguments(wrong: dict[str, Any]) -> None:
         DSTCallback(**wrong)
 
 
-def test_an_argument_that_does_not_exist_is_no_argument() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'detector_step'"):
-        DSTCallback(detector_step=3)
-
-
 def test_representation_and_pickling() -> None:
     assert repr(DSTCallback(suspect_weight=0.1, suspect=0.05)) == "DSTCallback(suspect_weight=0.1, suspect=0.05)"
     assert DSTCallback.from_paper().arguments["suspect"] == 0.05

@@ -139,6 +139,13 @@ def test_what_a_message_advises_can_be_passed(entry: Entry) -> None:
     assert not unknown
 
 
+@every_kind_of_defense
+def test_a_misspelled_argument_is_an_error(entry: Entry) -> None:
+    """Of `approved`, such a slip would remove images that the user has declared to be fine."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'aproved'"):
+        entry.cls(aproved=[1])  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize("cls", [UltraCleanCallback, NONECallback, DBRCallback, DSTCallback])
 @pytest.mark.parametrize("response", [Restart(last_detection=True), ResetUnits(), Unlearn()], ids=lambda r: r.name)
 def test_what_a_response_advises_can_be_passed_to_the_defense(cls: type[Defense], response: Response) -> None:
