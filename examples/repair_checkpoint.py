@@ -27,9 +27,11 @@ class Classifier(pl.LightningModule):
     def __init__(self, model: str, classes: int) -> None:
         super().__init__()
         self.network = timm.create_model(model, num_classes=classes)
+        given = timm.data.resolve_model_data_config(self.network)
+        self.normalize = v2.Normalize(given["mean"], given["std"])
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network((images.float() / 255 - 0.5) / 0.5)
+        return self.network(self.normalize(images.float() / 255))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch

@@ -114,7 +114,11 @@ def _parser() -> argparse.ArgumentParser:
         default=MAX_REMOVED_OF_CLASS,
         help="largest share of a class that is flagged without further evidence (%(default)s)",
     )
-    add("--no-diagnosis", action="store_true", help="train no copy without what is found, to tell if labels are right")
+    add(
+        "--no-diagnosis",
+        action="store_true",
+        help="do not train a second model that tells whether the labels of found images are right",
+    )
     add("--approved", metavar="FILE", help="reviewed table (.csv) or verdict (.pt): these images are fine")
     add("--report-dir", metavar="DIR", type=Path, help="folder for the report and the verdict")
     add(
@@ -124,9 +128,26 @@ def _parser() -> argparse.ArgumentParser:
         help="outputs of the model; as many as there are subfolders if not given",
     )
     add("--image-size", metavar="PIXELS", type=int, help="height and width; if not given, as timm has it for the model")
-    add("--crop-pct", metavar="SHARE", type=float, help="share of the height that is cut out; the same")
-    add("--mean", metavar="X", nargs="+", type=float, help="mean of the normalization, in 0..1, per channel; the same")
-    add("--std", metavar="X", nargs="+", type=float, help="standard deviation of the normalization; the same")
+    add(
+        "--crop-pct",
+        metavar="SHARE",
+        type=float,
+        help="share of the side that the center crop keeps; if not given, as timm has it",
+    )
+    add(
+        "--mean",
+        metavar="X",
+        nargs="+",
+        type=float,
+        help="mean of the normalization, in 0..1, per channel; if not given, as timm has it",
+    )
+    add(
+        "--std",
+        metavar="X",
+        nargs="+",
+        type=float,
+        help="its standard deviation, per channel; if not given, as timm has it",
+    )
     add("--feature-layer", metavar="NAME", help="layer whose output are the features; found if not given")
     add("--batch-size", metavar="N", type=int, default=128, help="images per forward pass (%(default)s)")
     add(
@@ -142,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="where the model runs: auto, cpu, gpu or mps (%(default)s)",
     )
-    add("--seed", metavar="N", type=int, default=0, help="of what a detector draws (%(default)s)")
+    add("--seed", metavar="N", type=int, default=0, help="seed of random draws (%(default)s)")
     add("--quiet", action="store_true", help="show no progress")
 
     showing = commands.add_parser("show", help="print the findings of a saved verdict", parents=[common])
