@@ -13,7 +13,7 @@ from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.callbacks.unread import spared
 from lightning_backdoor.detection.decision import Decision, add_removed, decide, verdict_of
 from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
-from lightning_backdoor.errors import ArgumentError, TrainerError
+from lightning_backdoor.errors import TrainerError
 from lightning_backdoor.functional.consistency import select_trusted
 from lightning_backdoor.responses.base import Detection, Session
 from lightning_backdoor.responses.weight_copies import on_cpu, start_of_fit
@@ -88,8 +88,7 @@ class ConsistencyDetector(Detector):
 
         Raises:
             TrainerError: It cannot have any, since the weights that training started from are not known.
-            ArgumentError: ``trusted`` leaves less than one sample for each class, or the user's own detector cannot
-                take the place of the model.
+            ArgumentError: The user's own detector cannot take the place of the model.
             DataError: The verdict is on other data.
             ModelError: The model has no units that could be measured.
         """
@@ -106,11 +105,6 @@ class ConsistencyDetector(Detector):
                 )
         if self.external_verdict is not None:
             session.require_same_data(self.external_verdict)
-        elif self.trusted * len(scanner) < scanner.num_classes:
-            raise ArgumentError(
-                f"`trusted` must leave at least one image for each of {scanner.num_classes} classes, got "
-                f"{self.trusted} of {len(scanner)} images. Pass a larger share, or the `verdict` of another defence."
-            )
         else:
             require_detector(session.trainer, session.module, scanner, self._settings, units=self.suspect == "auto")
 

@@ -217,7 +217,8 @@ class Unlearn(Response):
             self._judge(session)
         self._judged = False
         lost = self._accuracies[0] - self._accuracies[-1]
-        forgotten = lost <= TOLERANCE and self._rates[-1] <= self._by_mistake(session)
+        kept = not self._undone[-1]  # the figures of an epoch that was undone are of weights that are gone
+        forgotten = kept and lost <= TOLERANCE and self._rates[-1] <= self._by_mistake(session)
         if not (self._tuning.count_epoch() or (forgotten and not self._paper_loop)):
             self._draw(session)
             return True
@@ -418,7 +419,8 @@ class Unlearn(Response):
 
     def _by_mistake(self, session: Session) -> float:
         """Twice the share of images that get some wrong label by mistake: forgotten suspects get theirs as seldom."""
-        return 2 * (1 - self._accuracies[-1]) / (session.scanner.num_classes - 1)
+        labels = (self._split if self._split is not None else self._split_of(session)).labels
+        return 2 * (1 - self._accuracies[-1]) / max(len(torch.unique(labels[labels >= 0])) - 1, 1)
 
     def _measure_at_end(self, session: Session) -> None:
         """At the end of training, measure what the model makes of suspects that were unlearned epochs ago."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lightning_backdoor.callbacks.consistency import detection_of
 from lightning_backdoor.callbacks.unit_decision import decide_by_units
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError, TrainerError
 from lightning_backdoor.responses import Unlearn
+from lightning_backdoor.responses.unlearn import split_of
 from lightning_backdoor.scanning.measure_fct import Distinguished
 from lightning_backdoor.scanning.measure_units import Measured, UnitScan
 from tests.callbacks.helpers import (
@@ -335,6 +337,36 @@ def test_an_epoch_that_does_harm_is_undone(monkeypatch: pytest.MonkeyPatch) -> N
     assert callback._procedure.response._rate == 0.125
 
 
+def test_an_epoch_that_is_undone_has_forgotten_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_backdoor.responses.unlearn.TOLERANCE", 2.0)
+    monkeypatch.setattr(Unlearn, "_by_mistake", lambda *_: 2.0)
+    callback = acting(paper_loop=False)
+    fit([callback])
+    assert callback.history[0].undone_steps == (False,), "forgotten after an epoch, by this measure"
+    monkeypatch.setattr("lightning_backdoor.responses.unlearn.MAX_LOSS", -2.0)
+    callback = acting(paper_loop=False)
+    fit([callback])
+    assert callback.history[0].undone_steps == (True, True, True)
+
+
+class Wide(Net):
+    """With the thousand outputs of a pretrained head, for four labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(self.head.in_features, 1000)
+
+
+def test_outputs_without_a_label_are_no_reason_to_refuse_and_count_for_no_mistakes() -> None:
+    callback = DBRCallback(detector_steps=1, epochs=1)
+    make_trainer([callback], 1).fit(Wide(), loader_of(Pictures()))
+    assert callback.verdict is not None
+    response: Any = acting(paper_loop=False)._procedure.response
+    response._accuracies, response._split = [0.91], split_of(replace(GIVEN, labels=torch.arange(64) % 4), 0)
+    session: Any = SimpleNamespace(scanner=SimpleNamespace(num_classes=1000))
+    assert response._by_mistake(session) == pytest.approx(2 * 0.09 / 3)
+
+
 @pytest.mark.parametrize("extra_epochs", [0, 3])
 def test_a_schedule_made_for_the_plan_takes_no_more_steps_than_it_has(extra_epochs: int) -> None:
     class OneCycle(Net):
@@ -527,8 +559,6 @@ def test_manual_optimization_is_refused_before_anything_happens() -> None:
 
 
 def test_what_cannot_work_is_said_at_the_start() -> None:
-    with pytest.raises(ArgumentError, match="`trusted` must leave at least one image for each of 4 classes"):
-        fit([DBRCallback(trusted=0.05)])
     with pytest.raises(DataError, match="another dataset"):
         fit([acting(verdict=replace(GIVEN, scores=torch.zeros(3), keep=torch.ones(3, dtype=torch.bool)))])
 

@@ -434,8 +434,6 @@ def test_transfer_hooks_work_as_in_evaluation() -> None:
 
 
 def test_what_cannot_work_is_said_at_the_start() -> None:
-    with pytest.raises(ArgumentError, match="`trusted` must leave at least one image for each of 4 classes"):
-        fit([DSTCallback(trusted=0.05)])
     with pytest.raises(DataError, match="another dataset"):
         fit([acting(verdict=replace(GIVEN, scores=torch.zeros(3), keep=torch.ones(3, dtype=torch.bool)))])
     with pytest.raises(TrainerError, match="cannot share a Trainer with UltraCleanCallback"):
