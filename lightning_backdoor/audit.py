@@ -35,7 +35,7 @@ from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.errors import ArgumentError, ModelError
 from lightning_backdoor.events import Event
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.report.of_events import LITTLE, evidence, kept_majority, majorities
+from lightning_backdoor.report.of_events import LITTLE, class_names, evidence, kept_majority, majorities
 from lightning_backdoor.report.of_whole_classes import signaled, signals_told
 from lightning_backdoor.report.writer import write_report
 from lightning_backdoor.scanning.idle import CHILD, with_idle_trainer
@@ -211,7 +211,7 @@ def audit(
                 )
         verdict, _ = without_majorities(verdict, torch.ones_like(verdict.keep), max_removed_of_class)
         _warn_of_little(events)
-        if signals := signals_told(signaled(events), getattr(scanner.loader.dataset, "classes", None)):
+        if signals := signals_told(signaled(events), class_names(scanner.loader.dataset)):
             rank_zero_warn(f"The audit warns: {' '.join(signals)}")
         _warn_of_kept(verdict, max_removed_of_class)
         _warn_of_removed(verdict)
@@ -321,7 +321,7 @@ def _shown(
         images=scanner.images,
         denoised=lambda indices: [denoise(scanner.images(indices)) for denoise in DENOISERS],
         read_with=scanner.transform.description,
-        classes=getattr(scanner.loader.dataset, "classes", None),
+        classes=class_names(scanner.loader.dataset),
         meaning=MEANING,
         by_subpopulations=True,
         seconds=seconds,

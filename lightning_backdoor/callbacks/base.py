@@ -37,6 +37,7 @@ from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.events import Event, repaired
 from lightning_backdoor.loading.loader_filter import LoaderFilter, loader_filter_of
 from lightning_backdoor.report.of_events import (
+    class_names,
     findings_told,
     kept_majority,
     majorities,
@@ -489,9 +490,9 @@ class Procedure:
             rank_zero_warn(f"{self.title} warns: {signals}")
 
     @property
-    def _classes(self) -> Any:
+    def _classes(self) -> Sequence[str] | None:
         """Names of the classes, where the training dataset has them."""
-        return getattr(self.session.scanner.loader.dataset, "classes", None)
+        return class_names(self.session.scanner.loader.dataset)
 
     @property
     def _needs_start(self) -> bool:

@@ -9,7 +9,7 @@ from lightning_backdoor._lightning import rank_zero_warn
 from lightning_backdoor.callbacks.detector import Detector
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.report.of_events import evidence
+from lightning_backdoor.report.of_events import class_names, evidence
 from lightning_backdoor.report.writer import write_report
 from lightning_backdoor.responses.base import Session
 
@@ -53,10 +53,14 @@ def report_verdict(
         false_alarm_rate: The user's ``false_alarm_rate``; ``None`` where the defense has none.
         diagnosis_follows: Whether findings without a diagnosis will have one at the end of training.
     """
-    shown = _shown(session, detector, seconds, max_removed)
-    shown = replace(shown, callback=callback, false_alarm_rate=false_alarm_rate, diagnosis_follows=diagnosis_follows)
     with isolated_rng():
         try:
+            shown = replace(
+                _shown(session, detector, seconds, max_removed),
+                callback=callback,
+                false_alarm_rate=false_alarm_rate,
+                diagnosis_follows=diagnosis_follows,
+            )
             write_report(folder, session.verdict, method=session.case.title, evidence=shown)
         except Exception as error:  # a picture must never end somebody's training
             rank_zero_warn(f"The report in {folder} is incomplete: {type(error).__name__}: {error}")
@@ -70,7 +74,7 @@ def _shown(session: Session, detector: Detector, seconds: float, max_removed: fl
         images=scanner.images,
         denoised=detector.denoised_for(session),
         read_with=scanner.transform.description,
-        classes=getattr(scanner.loader.dataset, "classes", None),
+        classes=class_names(scanner.loader.dataset),
         meaning=detector.meaning,
         by_subpopulations=detector.by_subpopulations,
         seconds=seconds,

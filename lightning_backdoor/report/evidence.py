@@ -19,7 +19,7 @@ class Evidence:
     """Pictures, names and facts that the report shows beside a verdict. Everything is optional.
 
     Args:
-        classes: Class names, indexed by label. Labels without a name appear as ``class 7``.
+        classes: Class names, indexed by label. Labels without a name, or with an empty one, appear as ``class 7``.
         images: Function from dataset positions to their pixels, uint8, shape ``(n, C, H, W)``. Called several times,
             with at most 64 positions each, and about 540 in all; most of them are of findings.
         denoised: Function from dataset positions to the denoised variants of these images, each uint8,
@@ -82,6 +82,5 @@ class Evidence:
 
     def class_name(self, label: int) -> str:
         """Return the name of a label; ``class 7`` where no name is known."""
-        if self.classes is not None and 0 <= label < len(self.classes):
-            return str(self.classes[label])
-        return f"class {label}"
+        name = str(self.classes[label]) if self.classes is not None and 0 <= label < len(self.classes) else ""
+        return name or f"class {label}"

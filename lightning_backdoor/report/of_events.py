@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from lightning_backdoor.report.sentences import LIMIT
 from lightning_backdoor.verdict import Finding, Verdict
 
 __all__ = [
+    "class_names",
     "evidence",
     "findings_told",
     "kept_majority",
@@ -388,6 +390,18 @@ def _little_learned(accuracies: Sequence[float]) -> str:
     )
 
 
+def class_names(dataset: Any) -> Sequence[str] | None:
+    """Return the names in ``dataset.classes``, indexed by label, empty where one is missing.
+
+    Other datasets use this attribute for other things: a count, a method, a dict. ``None`` where it is no sequence.
+    """
+    names: Any = getattr(dataset, "classes", None)
+    names = names.tolist() if hasattr(names, "tolist") else names  # of numpy, pandas or torch
+    if not isinstance(names, Sequence) or isinstance(names, str | bytes):
+        return None
+    return ["" if name is None else str(name) for name in names]
+
+
 def evidence(
     history: Sequence[Event],
     verdict: Verdict,
@@ -507,7 +521,7 @@ def evidence(
 
 
 def _class_name(classes: Sequence[str] | None, label: int) -> str | int:
-    return str(classes[label]) if classes is not None and label < len(classes) else label
+    return (str(classes[label]) if classes is not None and 0 <= label < len(classes) else "") or label
 
 
 def _treatment(history: Sequence[Event]) -> str:

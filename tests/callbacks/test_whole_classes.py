@@ -94,6 +94,37 @@ def test_a_class_is_warned_of_once_whatever_is_done(
     assert sum(WARNS in str(warning.message) for warning in said) == 1
 
 
+@pytest.mark.parametrize("classes", [10, {"cat": 0}], ids=["count", "dict"])
+def test_a_dataset_whose_classes_are_no_names_is_trained_on(
+    classes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_backdoor.responses.explaining.PROBE_STEPS", 5)
+    data, members = pictures(wrong=False)
+    data.classes = classes
+    callback = Scripts(members, Report())
+    callback.report_dir = str(tmp_path)
+    callback._procedure.detector = Signaled(members)
+    with pytest.warns(UserWarning, match=f"Scripts warns: “class 2” {WARNS}") as said:
+        trainer, _ = fit([callback], epochs=4, dataset=data)
+    assert trainer.current_epoch == 4
+    assert not [warning for warning in said if "is incomplete" in str(warning.message)]
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_report_that_cannot_be_prepared_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise KeyError("no evidence")
+
+    monkeypatch.setattr("lightning_backdoor.callbacks.reporting.evidence", fails)
+    monkeypatch.setattr("lightning_backdoor.responses.explaining.PROBE_STEPS", 5)
+    data, members = pictures(wrong=False)
+    callback = Scripts(members, Report())
+    callback.report_dir = str(tmp_path)
+    with pytest.warns(UserWarning, match=r"report in .* is incomplete: KeyError: 'no evidence'"):
+        trainer, _ = fit([callback], epochs=4, dataset=data)
+    assert trainer.current_epoch == 4
+
+
 def test_a_class_in_a_color_of_its_own_is_quiet() -> None:
     """Gentle denoising takes no color out of an image."""
     images, labels = digits()[0].tensors
