@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_backdoor.data.nesting import copied
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ModelError
 from lightning_backdoor.scanning.isolation import isolated_eval
@@ -54,9 +55,7 @@ def parts_of(trainer: Trainer, pl_module: LightningModule, data: DatasetScanner)
         raise_on_all_ranks(trainer, "search for the classifier"),
         torch.enable_grad(),
     ):
-        with data.read(range(min(len(data), 2)), 0) as loader:
-            _, batch = next(iter(loader))
-        logits, features = data.outputs(trainer, pl_module, batch, gradients=True, cut=True)
+        logits, features = data.outputs(trainer, pl_module, copied(data.some), gradients=True, cut=True)
         backbone, classifier = reached(features), reached(logits)
     if not backbone or not classifier:
         remedy = (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_backdoor.data.nesting import copied
 from lightning_backdoor.data.random_state import isolated_rng, seed_all
 from lightning_backdoor.errors import ArgumentError, DataError, ModelError
 from lightning_backdoor.functional.consistency import center_repulsion_loss, fct_scores
@@ -161,7 +162,7 @@ def distinguish(
 
 def trained_copy(
     trainer: Trainer,
-    copied: Callable[[], tuple[LightningModule, DatasetScanner]],
+    make: Callable[[], tuple[LightningModule, DatasetScanner]],
     detector: Detector,
     order: Tensor,
 ) -> tuple[LightningModule, DatasetScanner]:
@@ -169,7 +170,7 @@ def trained_copy(
 
     Args:
         trainer: The running Trainer.
-        copied: Returns the copy, and how the training set goes through it.
+        make: Returns the copy, and how the training set goes through it.
         detector: The settings.
         order: Positions of the samples of all steps.
 
@@ -177,7 +178,7 @@ def trained_copy(
         The copy, the same in all processes, and how the training set goes through it.
     """
     with raise_on_all_ranks(trainer, "training of the detector"):
-        twin, data = copied()
+        twin, data = make()
         with quiet(trainer, twin), torch.enable_grad(), isolated_rng(detector.seed):
             _train(trainer, twin, data, detector, order)  # batch norms keep what they learn: not `isolated_eval`
     _agree(trainer, twin)
@@ -325,9 +326,7 @@ def _by_classes(labels: Tensor, size: int, batches: int, generator: torch.Genera
 def _features_learn(trainer: Trainer, module: LightningModule, data: DatasetScanner) -> bool:
     """Whether a loss on the features has a gradient."""
     with quiet(trainer, module), evaluation_mode(module), isolated_rng(), torch.enable_grad():
-        with data.read(range(min(len(data), 2)), 0) as loader:
-            _, batch = next(iter(loader))
-        _, features = data.outputs(trainer, module, batch, gradients=True)
+        _, features = data.outputs(trainer, module, copied(data.some), gradients=True)
     return features.requires_grad
 
 

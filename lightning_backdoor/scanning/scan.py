@@ -53,10 +53,17 @@ def raise_on_all_ranks(trainer: Trainer, what: str) -> Iterator[None]:
 
     Raises:
         BackdoorDefenseError: Another process failed; its own error is raised there, and quoted here.
+        RuntimeError: In place of a StopIteration, by which Lightning would end the fit without a word.
     """
     failure: Exception | None = None
     try:
         yield
+    except StopIteration as error:
+        failure = RuntimeError(
+            f"{what} failed with a StopIteration, from `next` of an iterator that had ended. If the traceback leads to "
+            "your own code (dataset, `collate_fn`, `batch_fn`, `forward_fn`), write `next(iterator, None)` there."
+        )
+        failure.__traceback__ = error.__traceback__  # as its `__cause__`, contextlib would let the StopIteration pass
     except Exception as error:
         failure = error
     failed = all_gather(trainer, torch.tensor([failure is not None])).flatten()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_backdoor.data.views import scan_loader
 from lightning_backdoor.errors import DataError, ModelError
 from lightning_backdoor.scanning import scan as scan_module
-from lightning_backdoor.scanning.scan import progress, scan, shard
+from lightning_backdoor.scanning.scan import progress, raise_on_all_ranks, scan, shard
 from tests.scanning.ddp_scan import free_port, work
 from tests.scanning.helpers import (
     LIGHTNING_WARNS,
@@ -314,3 +314,16 @@ def test_failure_on_one_rank_ends_both(two_ranks: list[dict[str, Any]]) -> None:
     said = "BackdoorDefenseError: fails on rank 1 failed in the process of rank 1: KeyError: 'only here'"
     assert two_ranks[0]["failure"] == said
     assert two_ranks[1]["failure"] == "KeyError: 'only here'"
+
+
+def test_stop_iteration_of_a_defense_does_not_end_a_fit_silently() -> None:
+    """Lightning takes it for the end of the training data."""
+
+    class Stopping(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            with raise_on_all_ranks(trainer, "look at the images"):
+                next(iter(()))
+
+    with pytest.raises(RuntimeError, match=r"look at the images.*StopIteration.*`next\(iterator, None\)`") as told:
+        make_trainer([Stopping()]).fit(Trap(), train_loader(NoisyData()))
+    assert told.traceback[-1].name == "on_train_epoch_start"
