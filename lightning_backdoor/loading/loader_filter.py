@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, proxy
@@ -410,7 +411,7 @@ def require_enough(keep: Tensor, loader: DataLoader[Any], twin: DataLoader[Any],
     if limited(batches, limit) < 1 <= limited(batch_count(loader), limit):
         raise TrainerError(
             f"`limit_train_batches={limit}` of the {batches} batches that would be kept is less than one batch. Raise "
-            f"it to at least {1 / batches:.3g}, or pass a number of batches (an int)."
+            f"it to at least {math.ceil(1000 / batches) / 1000:g}, or pass a number of batches (an int)."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,9 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from lightning_backdoor._lightning import limited
 from lightning_backdoor.errors import ArgumentError, DataError, TrainerError
+from lightning_backdoor.loading.loader_filter import require_enough
 from tests.loading.recording import (
     BATCH,
     KEEP,
@@ -171,6 +174,16 @@ def test_masks_that_leave_nothing_or_do_not_fit(
 def assert_words(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=words):
         raise ValueError(message)
+
+
+def test_the_batch_limit_that_is_proposed_leaves_a_batch() -> None:
+    for batches in range(1, 201):
+        left, whole = (DataLoader(range(count)) for count in (batches, 3 * batches))  # type: ignore[arg-type]
+        with pytest.raises(TrainerError) as refused:
+            require_enough(torch.ones(3 * batches), whole, left, 0.5 / batches)
+        (proposed,) = re.findall(r"at least (\S+),", str(refused.value))
+        assert limited(batches, float(proposed)) >= 1
+        assert float(proposed) < 1 / batches + 0.001
 
 
 def test_a_batch_limit_that_was_nothing_before_is_lightnings_affair() -> None:
