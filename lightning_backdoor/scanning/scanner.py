@@ -537,7 +537,6 @@ def _open(
         indices, batch = first
         some = indices[:_PROBE_FORWARD]
         _, few = next(iter(scan_loader(source, some, batch_size=len(some), **settings)))
-        untouched = copied(few)  # transfer hooks may change a batch in place
         transforms = [*transforms_of(source.dataset), *([] if finish is None else [finish])]
     positions = positions_in(source.dataset, indices)
     layout = find_layout(batch, options.batch_fn, positions).traced(batch)
@@ -546,7 +545,7 @@ def _open(
     found: list[Tensor] = []
 
     def run() -> Tensor:
-        found.append(_logits(trainer, pl_module, layout, options, few))
+        found.append(_logits(trainer, pl_module, layout, options, copied(few)))  # transfer hooks may change it in place
         if not bool(found[-1].isfinite().all()):
             raise ModelError(
                 "The model answers NaN or infinity to the first training images, so nothing can be told from its "
@@ -577,13 +576,13 @@ def _open(
         head,
         logits.shape[1],
         (indices, indices),
-        untouched,
+        few,
         finish,
         torch.zeros(size, dtype=torch.bool),
         None if source is loader else source,
     )
     if head is not None:
-        training_set.outputs(trainer, pl_module, few)  # raises now if the feature layer does not run
+        training_set.outputs(trainer, pl_module, copied(few))  # raises now if the feature layer does not run
     labels = training_set.labels(batch)
     if options.eval_dataset is not None:
         require_same_labels(

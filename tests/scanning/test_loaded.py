@@ -34,6 +34,7 @@ from lightning_backdoor.scanning.measure_fct import Detector, _look
 from lightning_backdoor.scanning.measure_units import UnitScan, find_layers
 from lightning_backdoor.scanning.scanner import DatasetScanner
 from tests.contract.problem import BATCH, IMAGES, WARNS, clean, fit, net_of, planted
+from tests.contract.registry import of
 
 pytestmark = WARNS
 
@@ -333,6 +334,23 @@ def test_hooks_may_change_a_batch_in_place(monkeypatch: pytest.MonkeyPatch, name
     )
     assert set(found[0].reads) == {IMAGES}
     assert same(found, again)
+
+
+def pop(batch: Any, dataloader_idx: int) -> Any:
+    """A hook that cannot run twice on one batch."""
+    batch.pop("index")
+    return batch
+
+
+@pytest.mark.parametrize("name", ["UltraCleanCallback", "DBRCallback", "DSTCallback"])
+def test_hooks_may_take_a_key_from_a_batch(name: str) -> None:
+    entry, module = of(name), net_of()
+    module.training_step = lambda batch, batch_idx: torch.nn.functional.cross_entropy(
+        module(batch["image"]), batch["label"]
+    )
+    module.on_before_batch_transfer = pop
+    callback = entry.make()
+    assert entry.acted(callback, fit([callback], module=module).trainer)
 
 
 class Point(NamedTuple):
