@@ -2,7 +2,8 @@
 
 ``judged FOLDER`` reads the files of :mod:`benchmarks.values`. ``judged --train NAMES`` trains the networks itself, in
 several processes, and keeps the decisions alone, one row for each case and measurement, in ``--results``; ``clean``
-stands for the sixty clean trainings, ``name@3`` for a case with another seed. ``judged --summary`` prints the rows.
+stands for the sixty clean trainings, ``name@3`` for a case with another seed. ``judged --summary`` prints the rows, of
+each case and measurement the newest.
 
 A decision is made by the gates alone and with the test of both halves and of near-duplicates.
 """
@@ -153,7 +154,8 @@ def main() -> None:
         names = [each for name in options.train for each in (CLEAN_TRAININGS if name == "clean" else [name])]
         train_all(names, options)
     if options.summary:
-        found = rows.read(options.results)
+        read = rows.read(options.results)
+        found = list({(row["case"], row["measured"]): row for row in read}.values())  # of each the newest
         print_table([row for row in found if row["case"] not in CLEAN_TRAININGS])
         print_alarms(found)
     if options.folder is not None:
