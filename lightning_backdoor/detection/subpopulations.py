@@ -548,9 +548,9 @@ def _replicated(
     figures = [GateFigure("replication_p_value", seen.p_value, "<=", search.bound)]
     repeated = seen.distinct <= REPEATED * found.members or search.in_tracks
     if search.pictures is not None and things is not None and repeated:
-        outside = search.pictures[search.groups.labels != found.label]
-        closed = closed_share(search.pictures[rows], found.project(values) > found.threshold, things, outside)
-        closed += ERRORS * math.sqrt(closed * (1 - closed) / seen.distinct)
+        upper, outside = found.project(values) > found.threshold, search.pictures[search.groups.labels != found.label]
+        closed = closed_share(search.pictures[rows], upper, things, outside)
+        closed += ERRORS * math.sqrt(closed * (1 - closed) / len(torch.unique(things[upper])))
         if closed >= CLOSED:
             return None
         figures.append(GateFigure("closed_share", closed, "<", CLOSED))

@@ -143,6 +143,23 @@ def test_where_data_are_tracks_two_of_them_are_no_finding_however_much_their_sho
     assert closed.value < 0.1
 
 
+def test_how_sure_the_share_is_follows_from_the_things_that_were_counted_each_once() -> None:
+    """A sign that the attacker has chosen often makes the effective number small, not the share uncertain."""
+    sample = torch.arange(1200)
+    labels, group = sample // 400, sample < 300
+    values = 6 * torch.nn.functional.one_hot(labels, 32) + noise(1200, 32)
+    values[group, 10:13] += 9
+    often, chosen = sample < 60, group & (sample % 4 > 0)  # of tracks of other labels; the rest are pairs of its own
+    thing = torch.where(group, sample // 8 + 5000, sample // 2)
+    thing = torch.where(chosen, 200 + sample, thing).masked_fill(often, 550)
+    images = noise(6000, 144, 1)[thing] + torch.where(group & ~often, 0.5, 0.05)[:, None] * noise(1200, 144, 2)
+    (found,) = find_subpopulations(values, labels, pictures=thumbnails(images.view(1200, 12, 12)))
+    closed, things = found.figures[-2:]
+    assert closed.name == "closed_share"
+    assert 0.2 < closed.value < 0.35
+    assert things.value < 25, "241 things, of which one is there 60 times"
+
+
 def test_a_rate_decides_how_much_evidence_is_needed() -> None:
     values, labels, _ = planted(copies=1)
     assert len(find_subpopulations(values, labels, false_alarm_rate=1e-6)) == 1
