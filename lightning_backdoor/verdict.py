@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import MISSING, astuple, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -142,7 +142,25 @@ class Finding:
 
     @classmethod
     def from_state_dict(cls, record: dict[str, Any]) -> Finding:
-        """Read what :meth:`state_dict` returned."""
+        """Read what :meth:`state_dict` returned; fields that have a default may be absent.
+
+        Raises:
+            ArgumentError: It is of another kind, or has fields of another release.
+        """
+        known, held = {field.name for field in fields(cls)}, record.keys() if isinstance(record, dict) else set()
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        size = len(fields(GateFigure))
+        if not needed <= held <= known or any(len(figure) != size for figure in record["figures"]):
+            differences = (
+                ("missing", ", ".join(sorted(needed - held))),
+                ("unknown", ", ".join(sorted(map(str, held - known)))),
+            )
+            told = "; ".join(f"{kind}: {names}" for kind, names in differences if names)
+            told = told or f"`figures` must have {size} values each"
+            raise ArgumentError(
+                f"`findings` have fields of another release ({told}). Read them with the release that wrote them, or "
+                "detect again."
+            )
         figures = tuple(GateFigure(*figure) for figure in record["figures"])
         return cls(**{**record, "figures": figures, "detectors": tuple(record.get("detectors", ()))})
 
@@ -351,4 +369,8 @@ class Verdict:
         if not isinstance(record, dict) or not {"scores", "keep", "threshold", "rule"} <= record.keys() <= names:
             held = f"a dict with {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__
             raise ArgumentError(f"`path` must be a file that `Verdict.save` wrote, got {held} in {path}.")
-        return cls.from_state_dict(record)
+        try:
+            return cls.from_state_dict(record)
+        except ArgumentError as error:
+            told = f"`path` must be a file that `Verdict.save` of this release wrote, got {path}: {error}"
+            raise ArgumentError(told) from error

@@ -135,6 +135,40 @@ def test_comes_back_from_disk(tmp_path: Path, extra: dict[str, Any], threshold: 
             assert ours == theirs
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda finding: finding.update(novelty=1), "unknown: novelty"),
+        (lambda finding: finding.pop("units"), "missing: units"),
+        (lambda finding: finding.pop("figures"), "missing: figures"),
+        (lambda finding: finding["figures"][0].append(1), "`figures` must have 4 values"),
+        (lambda finding: finding["figures"][0].pop(), "`figures` must have 4 values"),
+    ],
+)
+def test_findings_of_another_release_are_refused_with_what_to_do(tmp_path: Path, change: Any, words: str) -> None:
+    record = verdict(findings=(FOUND,)).state_dict()
+    change(record["findings"][0])
+    torch.save(record, tmp_path / "verdict.pt")
+    with pytest.raises(ArgumentError, match=rf"`path`.*verdict\.pt.*another release.*{words}.*release that wrote"):
+        Verdict.load(tmp_path / "verdict.pt")
+
+
+def test_findings_that_are_no_records_are_refused(tmp_path: Path) -> None:
+    torch.save(verdict().state_dict() | {"findings": [3]}, tmp_path / "verdict.pt")
+    with pytest.raises(ArgumentError, match=r"`path` must be .* of this release wrote"):
+        Verdict.load(tmp_path / "verdict.pt")
+
+
+def test_a_finding_without_optional_fields_loads(tmp_path: Path) -> None:
+    """As an earlier release wrote it."""
+    record = verdict(findings=(FOUND,)).state_dict()
+    for name in ("detectors", "reference_model", "estimated_asr"):
+        del record["findings"][0][name]
+    torch.save(record, tmp_path / "verdict.pt")
+    (found,) = Verdict.load(tmp_path / "verdict.pt").findings
+    assert found.reference_model == "unseen"
+
+
 def test_an_interrupted_save_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verdict().save(str(tmp_path / "verdict.pt"))
 
