@@ -13,6 +13,7 @@ from lightning_backdoor.data.nesting import copied
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.errors import ModelError
 from lightning_backdoor.scanning.isolation import isolated_eval
+from lightning_backdoor.scanning.measure_fct import eps_of
 from lightning_backdoor.scanning.scan import raise_on_all_ranks
 from lightning_backdoor.scanning.scanner import DatasetScanner
 
@@ -114,7 +115,8 @@ class OwnOptimizer:
             groups.append({"params": [*(parameters[name] for name in parts.backbone), *projection.parameters()]})
         normed = any("BatchNorm" in type(module).__name__ for module in pl_module.modules())
         self._peak = lr or (LR_CONV if normed else LR)
-        self._optimizer = torch.optim.AdamW(groups, self._peak)
+        eps = eps_of(parameter for group in groups for parameter in group["params"])
+        self._optimizer = torch.optim.AdamW(groups, self._peak, eps=eps)
         trainer.optimizers = [self._optimizer]
         trainer.strategy.lr_scheduler_configs = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +31,7 @@ __all__ = [
     "Detector",
     "Distinguished",
     "distinguish",
+    "eps_of",
     "order_of_samples",
     "order_of_steps",
     "require_detector",
@@ -245,7 +246,8 @@ def _train(trainer: Trainer, twin: LightningModule, data: DatasetScanner, detect
     parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
     for part in twin.modules():
         part.training = True  # not `train()`, which a module may override
-    optimizer = torch.optim.AdamW(parameters, lr=LR_OF_COPY if detector.start == "copy" else LR)
+    lr = LR_OF_COPY if detector.start == "copy" else LR
+    optimizer = torch.optim.AdamW(parameters, lr=lr, eps=eps_of(parameters))
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     scaler = torch.amp.GradScaler(twin.device.type, enabled=scaled)
     with data.read(order) as loader:
@@ -262,6 +264,11 @@ def _train(trainer: Trainer, twin: LightningModule, data: DatasetScanner, detect
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
+
+
+def eps_of(parameters: Iterable[nn.Parameter]) -> float:
+    """The ``eps`` of an AdamW: its default, except for float16, where that is 0 and the first step would give NaN."""
+    return 1e-4 if any(parameter.dtype == torch.float16 for parameter in parameters) else 1e-8
 
 
 def order_of_steps(
