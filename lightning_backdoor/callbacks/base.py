@@ -387,7 +387,7 @@ class Procedure:
 
     @contextmanager
     def acting(self) -> Iterator[Session]:
-        """While the defense measures or decides: an exception is none of the training's."""
+        """While the defense measures or decides: an exception in here was raised by the defense."""
         self._acts = True
         yield self.session
         self._acts = False

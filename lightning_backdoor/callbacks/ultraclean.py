@@ -158,7 +158,8 @@ class DenoisedFeatures(Detector):
         labels = None if by_fraction else found["labels"]
         if self._early is not None:
             found = {**found, "agreement": self._early.agreement}
-        # beside what was removed, the clean rest of a class is a mode; a mask that keeps all would copy a gigabyte
+        # Removed samples are left out: beside them the clean rest of a class looks like a second group. Without any,
+        # there is no indexing, which would copy all responses.
         if old is not None and not by_fraction and not bool(old.keep.all()):
             found = {name: column[old.keep] for name, column in found.items()}
         decision = decide(

@@ -103,7 +103,7 @@ class FineTuning:
         return fresh and self.left > 0
 
     def keep_open(self, trainer: Trainer) -> None:
-        """Continue a phase that was interrupted; a checkpoint from beyond the plan is none too many."""
+        """Continue a phase that was interrupted, also where the checkpoint was written after the planned last epoch."""
         if self._until:
             self._hold(trainer)
 

@@ -67,7 +67,7 @@ class FlaggedBatches:
     def draw(self, trainer: Trainer, drawn: Tensor) -> None:
         """Draw these samples, bool ``(N,)``, from the next epoch on."""
         self._phases = Phases(
-            [(drawn & ~self._data.unread).nonzero().squeeze(1)],  # of these a batch would hold fewer
+            [(drawn & ~self._data.unread).nonzero().squeeze(1)],  # `collate_fn` drops the others
             size=batch_size_of(self._data.loader),
             least=(0,),
             mixed=False,

@@ -45,7 +45,7 @@ __all__ = ["Chosen", "ResetMode", "ResetUnits", "choose_units", "frozen_layers"]
 MAX_LOSS = 0.05  # of accuracy on the training images, by all rounds, beyond which the last one is undone
 REPLACEABLE = 0.2  # of that, where training anew follows, which costs no accuracy
 MOST_KEPT = 0.75  # of the flagged label rate before a round: beyond that another round would not help
-KNOWN = 0.75  # of the accuracy: that share of images that all labels gave up get their labels, which must be right
+KNOWN = 0.75  # of the accuracy: a group of all labels is put back if so large a share of it gets its labels
 ROUNDS = 3
 MIN_SHIFT = 1.0  # distance of two means over the sum of both standard deviations
 

@@ -157,7 +157,7 @@ class Restart(Response):
                 "without this callback and the model is built in `configure_model`. Build it in `__init__`, or pass "
                 'response="continue".'
             )
-        before["module"] = trainer.strategy.broadcast(before["module"])  # a checkpoint was what made ranks agree
+        before["module"] = trainer.strategy.broadcast(before["module"])  # loading one made ranks equal
         now = snapshot(trainer, pl_module)
         self._start = {**now, **before, "counters": _of_setup(trainer, pl_module, now["counters"], before["counters"])}
 

@@ -178,7 +178,7 @@ def start_of_fit(trainer: Trainer, pl_module: LightningModule, at_setup: dict[st
         return cast(dict[str, Any], on_cpu(pl_module.state_dict()))
     if at_setup.keys() != pl_module.state_dict().keys():
         return None
-    return trainer.strategy.broadcast(at_setup)  # a checkpoint was what made ranks agree
+    return trainer.strategy.broadcast(at_setup)  # only loading the checkpoint made ranks equal
 
 
 def on_cpu(value: Any) -> Any:

@@ -24,7 +24,7 @@ IMAGES = 256  # of all classes, on which it is tried: a standard error of 3 poin
 MEMBERS = 64  # of a group, and as many ordinary images of its label
 GROUPS = 10  # the largest ones; each costs as much as six passes over those images
 OTHER_LABELS = 6  # those with the most ordinary images
-QUARTILE = 0.75  # of what these labels reach is no sign of a trigger
+QUARTILE = 0.75  # of the rates that patterns of other labels reach: a trigger must reach more
 LEARNED = 0.5  # of the members get their label: else the model has not learned what they have in common
 DESCRIPTION = "estimate of the attack success rate"
 
