@@ -8,6 +8,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -292,6 +293,10 @@ def _sequential(sampler: SequentialSampler, kept: Kept) -> Draws:
 
 
 def _subset(sampler: SubsetRandomSampler, kept: Kept) -> Draws:
+    return _Anew(partial(_of_subset, sampler, kept))
+
+
+def _of_subset(sampler: SubsetRandomSampler, kept: Kept) -> Draws:
     return SubsetRandomSampler([index for index in sampler.indices if kept.allows(index)], sampler.generator)
 
 
@@ -309,15 +314,28 @@ def _random(sampler: RandomSampler, kept: Kept) -> Draws:
 
 
 def _weighted(sampler: WeightedRandomSampler, kept: Kept) -> Draws:
-    weights = sampler.weights * kept.mask[: len(sampler.weights)]
+    weights = _kept_weights(sampler, kept)
     possible = int((weights > 0).sum())
     if not possible:
         return []
-    twin = copy.copy(sampler)
     samples = _share(sampler.num_samples, float(weights.sum() / sampler.weights.sum()))
     if not sampler.replacement:
         samples = min(samples, possible) if sampler.num_samples < int((sampler.weights > 0).sum()) else possible
-    twin.weights, twin.num_samples = weights, samples
+    return _Anew(partial(_by_weight, sampler, kept, samples))
+
+
+def _kept_weights(sampler: WeightedRandomSampler, kept: Kept) -> Tensor:
+    weights = sampler.weights
+    return weights * kept.mask[: len(weights)].to(weights.device)
+
+
+def _by_weight(sampler: WeightedRandomSampler, kept: Kept, samples: int) -> Draws:
+    twin = copy.copy(sampler)
+    twin.weights = _kept_weights(sampler, kept)
+    possible = int((twin.weights > 0).sum())
+    if not possible:
+        return []
+    twin.num_samples = samples if sampler.replacement else min(samples, possible)
     return twin
 
 
@@ -332,6 +350,23 @@ RULES: dict[type, Callable[[Any, Kept], Draws]] = {
 
 def _share(samples: int, share: float) -> int:
     return max(1, round(samples * share))
+
+
+class _Anew:
+    """Draws by what the user's sampler holds at the start of each epoch; the length is that of the first one.
+
+    Args:
+        twin: Returns a sampler of kept samples, made from the user's own.
+    """
+
+    def __init__(self, twin: Callable[[], Draws]) -> None:
+        self._twin, self._length = twin, len(twin())
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._twin())
 
 
 class _Looked:

@@ -28,6 +28,7 @@ from torch.utils.data import (
 from lightning_backdoor.data.views import BY_POSITION
 from lightning_backdoor.errors import DataError
 from lightning_backdoor.loading.samplers import RULES, KeepState, Kept, dry_count, filtered
+from tests.gpu import strict
 
 MASKS = st.lists(st.booleans(), min_size=1, max_size=40).filter(any)
 fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -189,6 +190,39 @@ def test_weighted_draws_without_replacement_never_repeat() -> None:
     wrapped = filtered(sampler, KeepState(Kept(torch.arange(40) % 4 > 0)), Data(40))
     drawn = list(wrapped)
     assert len(drawn) == len(set(drawn)) == 15
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_weights_that_change_between_epochs_are_followed(replacement: bool) -> None:
+    sampler = WeightedRandomSampler(torch.ones(40), 20, replacement=replacement)
+    wrapped = filtered(sampler, KeepState(Kept(torch.arange(40) % 4 > 0)), Data(40))
+    torch.manual_seed(3)
+    first = list(wrapped)
+    torch.manual_seed(3)
+    assert list(wrapped) == first, "nothing changed"
+    sampler.weights[:20] = 0  # in place
+    assert set(wrapped) <= set(range(20, 40))
+    sampler.weights = torch.eye(40)[[1, 2]].sum(0).double()
+    assert set(wrapped) == {1, 2}
+    sampler.weights = torch.eye(40)[0].double()  # of a removed sample
+    assert list(wrapped) == []
+
+
+def test_a_subset_that_changes_between_epochs_is_followed() -> None:
+    sampler = SubsetRandomSampler(range(8))
+    wrapped = filtered(sampler, KeepState(Kept(torch.arange(20) % 4 > 0)), Data(20))
+    assert sorted(wrapped) == [1, 2, 3, 5, 6, 7]
+    sampler.indices = range(8, 16)
+    assert sorted(wrapped) == [9, 10, 11, 13, 14, 15]
+
+
+def test_weights_on_another_device_are_masked_there() -> None:
+    with strict.second_device():
+        weights = torch.ones(8, device=strict.DEVICE)
+        sampler = WeightedRandomSampler(weights, 8)
+        assert sampler.weights.device.type == strict.DEVICE.type
+        wrapped = filtered(sampler, KeepState(Kept(torch.arange(8) > 3)), Data(8))
+        assert set(wrapped) <= {4, 5, 6, 7}
 
 
 def test_no_possible_draw_is_an_empty_epoch() -> None:
