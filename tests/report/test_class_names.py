@@ -29,9 +29,8 @@ from lightning_backdoor.report.of_events import class_names
         (b"cat", None),
         ({"cat": 0}, None),
         ({"cat"}, None),
-        (lambda: ["cat"], None),
+        pytest.param(lambda: ["cat"], None, id="a method"),
     ],
-    ids=repr,
 )
 def test_names_are_texts_of_a_sequence_or_there_are_none(classes: Any, names: list[str] | None) -> None:
     assert class_names(SimpleNamespace(classes=classes)) == names
