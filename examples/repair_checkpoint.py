@@ -27,15 +27,13 @@ class Classifier(pl.LightningModule):
     def __init__(self, model: str, classes: int) -> None:
         super().__init__()
         self.network = timm.create_model(model, num_classes=classes)
-        given = timm.data.resolve_model_data_config(self.network)
-        self.normalize = v2.Normalize(given["mean"], given["std"])
+        self.normalize = v2.Normalize(*map(timm.data.resolve_model_data_config(self.network).get, ("mean", "std")))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(self.normalize(images.float() / 255))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        return nn.functional.cross_entropy(self(images), labels)
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> dict[str, Any]:
         adamw = torch.optim.AdamW(self.parameters(), 2e-3, weight_decay=0.02)
