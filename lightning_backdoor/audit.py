@@ -27,6 +27,7 @@ from lightning_backdoor.callbacks.dbr import DBRCallback
 from lightning_backdoor.callbacks.none import NONECallback
 from lightning_backdoor.callbacks.options import Approved, ScanOptions
 from lightning_backdoor.callbacks.ultraclean import UltraCleanCallback
+from lightning_backdoor.data.nesting import class_names
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import batch_size_of, unwrapped
 from lightning_backdoor.detection.joining import join_verdicts
@@ -35,7 +36,7 @@ from lightning_backdoor.detection.subpopulations import FALSE_ALARM_RATE
 from lightning_backdoor.errors import ArgumentError, ModelError
 from lightning_backdoor.events import Event
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.report.of_events import LITTLE, class_names, evidence, kept_majority, majorities
+from lightning_backdoor.report.of_events import LITTLE, evidence, kept_majority, majorities
 from lightning_backdoor.report.of_whole_classes import signaled, signals_told
 from lightning_backdoor.report.writer import write_report
 from lightning_backdoor.scanning.idle import CHILD, with_idle_trainer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -283,7 +283,8 @@ def _choose(name: str, rate: float, base: Tensor, eligible: Tensor, *, seed: int
 
 
 def _count_classes(source: RawSource) -> int:
-    return max(len(source.classes or ()), int(source.labels.max()) + 1)
+    named = len(source.classes) if isinstance(source.classes, Sized) else 0  # it may be a count, or a method
+    return max(named, int(source.labels.max()) + 1)
 
 
 def _check_target(target: int, classes: int) -> None:

@@ -28,7 +28,7 @@ from lightning_backdoor.callbacks.fabric import guard_hooks, guard_inherited_hoo
 from lightning_backdoor.callbacks.options import DEFAULTS, ScanArguments, ScanOptions
 from lightning_backdoor.callbacks.reporting import report_folder, report_verdict
 from lightning_backdoor.callbacks.unread import spared, warn_of_unread
-from lightning_backdoor.data.nesting import paths_of
+from lightning_backdoor.data.nesting import class_names, paths_of
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.data.views import unwrapped
 from lightning_backdoor.detection.diagnosis import MIN_SAMPLES, undiagnosed
@@ -37,7 +37,6 @@ from lightning_backdoor.errors import ArgumentError, TrainerError
 from lightning_backdoor.events import Event, repaired
 from lightning_backdoor.loading.loader_filter import LoaderFilter, loader_filter_of
 from lightning_backdoor.report.of_events import (
-    class_names,
     findings_told,
     kept_majority,
     majorities,

@@ -120,7 +120,7 @@ class DetectorArguments(DecisionArguments, total=False):
 
     Args:
         verdict: Verdict of another defense: what it removed is suspect. No detector is trained then.
-        trusted: Share of the images of every class that are trusted, in ``(0, 1)``.
+        trusted: Share of the images of every class that are trusted, in ``(0, 1)``; one of each at least.
         suspect: ``"auto"`` looks for subpopulations; a number in ``(0, 1)`` is the share of all images, those whose
             features move most, that is suspect in any case.
         detector: ``"copy"`` starts from the model, ``"fresh"`` from the weights before training (kept in checkpoints).

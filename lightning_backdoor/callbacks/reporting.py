@@ -7,9 +7,10 @@ from pathlib import Path
 
 from lightning_backdoor._lightning import rank_zero_warn
 from lightning_backdoor.callbacks.detector import Detector
+from lightning_backdoor.data.nesting import class_names
 from lightning_backdoor.data.random_state import isolated_rng
 from lightning_backdoor.report.evidence import Evidence
-from lightning_backdoor.report.of_events import class_names, evidence
+from lightning_backdoor.report.of_events import evidence
 from lightning_backdoor.report.writer import write_report
 from lightning_backdoor.responses.base import Session
 

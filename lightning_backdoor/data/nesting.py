@@ -26,6 +26,7 @@ __all__ = [
     "as_kind_of",
     "attributes_of",
     "chains_of",
+    "class_names",
     "copied",
     "get_at",
     "image_transform",
@@ -181,6 +182,18 @@ def paths_of(dataset: Any) -> tuple[str, ...] | None:
     except Exception:  # of a class of the user's: a fit without paths is better than none
         return None
     return tuple(found) if found is not None and any(found) else None
+
+
+def class_names(dataset: Any) -> Sequence[str] | None:
+    """Return the names in ``dataset.classes``, indexed by label, empty where one is missing.
+
+    Other datasets use this attribute for other things: a count, a method, a dict. ``None`` where it is no sequence.
+    """
+    names: Any = getattr(dataset, "classes", None)
+    names = names.tolist() if hasattr(names, "tolist") else names  # of numpy, pandas or torch
+    if not isinstance(names, Sequence) or isinstance(names, str | bytes):
+        return None
+    return ["" if name is None else str(name) for name in names]
 
 
 def _paths(node: Any, depth: int = 0) -> Sequence[str] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from lightning_backdoor.report.sentences import LIMIT
 from lightning_backdoor.verdict import Finding, Verdict
 
 __all__ = [
-    "class_names",
     "evidence",
     "findings_told",
     "kept_majority",
@@ -388,18 +386,6 @@ def _little_learned(accuracies: Sequence[float]) -> str:
         f" The model gives only {accuracies[0]:.0%} of the training images their label: it may not have learned a "
         "backdoor yet. Look again after more training."
     )
-
-
-def class_names(dataset: Any) -> Sequence[str] | None:
-    """Return the names in ``dataset.classes``, indexed by label, empty where one is missing.
-
-    Other datasets use this attribute for other things: a count, a method, a dict. ``None`` where it is no sequence.
-    """
-    names: Any = getattr(dataset, "classes", None)
-    names = names.tolist() if hasattr(names, "tolist") else names  # of numpy, pandas or torch
-    if not isinstance(names, Sequence) or isinstance(names, str | bytes):
-        return None
-    return ["" if name is None else str(name) for name in names]
 
 
 def evidence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import IterableDataset, Subset, TensorDataset
@@ -82,6 +83,13 @@ def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     poison(DATA, BadNets())[0]
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("classes", [10, np.array(["cat", "dog"]), {"cat": 0}, lambda: ["cat"]], ids=range(4))
+def test_a_dataset_may_use_the_attribute_classes_for_anything(classes):
+    data = TensorDataset(IMAGES, LABELS)
+    data.classes = classes
+    assert poison(data, BadNets(), rate=0.05).poisoned.equal(poison(DATA, BadNets(), rate=0.05).poisoned)
 
 
 def test_clean_twin():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_backdoor.data.nesting import class_names
 from lightning_backdoor.report import Evidence
-from lightning_backdoor.report.of_events import class_names
 
 
 @pytest.mark.parametrize(
