@@ -26,12 +26,17 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return found
 
 
-def begin(options: argparse.Namespace) -> None:
-    """Say little, note which code runs, and make the cache."""
+def quiet(threads: int, module: str = "") -> None:
+    """Note which code runs, use so many threads, and say little: no warning of modules whose names begin so."""
     rows.commit()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", module=module)
+    torch.set_num_threads(threads)
+
+
+def begin(options: argparse.Namespace) -> None:
+    """Say little, note which code runs, and make the cache."""
+    quiet(options.threads, "pytorch_lightning")
     options.cache.mkdir(exist_ok=True)
 
 

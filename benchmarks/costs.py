@@ -10,9 +10,7 @@ table.
 from __future__ import annotations
 
 import argparse
-import logging
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import TensorDataset
 
-from benchmarks import digits, model, rows
+from benchmarks import command, digits, model, rows
 from benchmarks.cost import measured
 from benchmarks.explained import right, trained
 from benchmarks.finetune import FourPlaces
@@ -131,9 +129,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--show", action="store_true", help="print the table of what is there, and end")
     options = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(options.threads)
+    command.quiet(options.threads)
     if not options.show:
         fill(options)
     print(costs_table(rows.read(options.out)))

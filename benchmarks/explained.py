@@ -9,9 +9,7 @@ there already are not made again. ``figures/estimated.png`` shows these estimate
 from __future__ import annotations
 
 import argparse
-import logging
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from benchmarks import digits, model, rows
+from benchmarks import command, digits, model, rows
 from benchmarks.figures import blank_figure, own_style
 from benchmarks.plot import BLUE, DPI, RUST, SOFT
 from benchmarks.samples import KINDS, clean_images
@@ -272,9 +270,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--show", action="store_true", help="print and draw what is there, and end")
     options = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(options.threads)
+    command.quiet(options.threads)
     done = {(row["source"], row["case"], row["defence"]) for row in rows.read(options.out)}
     data: tuple[TensorDataset, TensorDataset] | None = None
     for name in [] if options.show else options.only:

@@ -9,9 +9,7 @@ removed. Rows that are there already are not made again.
 from __future__ import annotations
 
 import argparse
-import logging
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from benchmarks import digits, rows
+from benchmarks import command, digits, rows
 from benchmarks.explained import percent, right
 from benchmarks.samples import Change, Samples, attack, drawn, in_hue, tinted
 from benchmarks.table import table as markdown
@@ -109,9 +107,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--show", action="store_true", help="print what is there, and end")
     options = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(options.threads)
+    command.quiet(options.threads)
     done = {tuple(row[name] for name in IDENTITY) for row in rows.read(options.out)}
     for training in [] if options.show else options.trainings:
         name, _, seed = training.partition("@")

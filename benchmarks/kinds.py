@@ -9,9 +9,7 @@ test images and on those of the kind, what is found, and its diagnosis. Rows tha
 from __future__ import annotations
 
 import argparse
-import logging
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from benchmarks import rows
+from benchmarks import command, rows
 from benchmarks.explained import largest, percent, right, told, trained
 from benchmarks.samples import KINDS, clean_images
 from benchmarks.table import table as markdown
@@ -165,9 +163,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(options.threads)
+    command.quiet(options.threads)
     data: tuple[TensorDataset, TensorDataset] | None = None
     for identity in [] if options.show else wanted(options, rows.read(options.out)):
         if data is None:

@@ -7,9 +7,7 @@ seed. Rows that are there already are not made again.
 from __future__ import annotations
 
 import argparse
-import logging
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import digits, rows
+from benchmarks import command, digits, rows
 from benchmarks.explained import right
 from benchmarks.samples import KINDS, clean_images
 from benchmarks.table import table as markdown
@@ -100,9 +98,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--show", action="store_true", help="print what is there, and end")
     options = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(options.threads)
+    command.quiet(options.threads)
     done = {(row["source"], row["case"], row["seed"]) for row in rows.read(options.out)}
     data: tuple[TensorDataset, TensorDataset] | None = None
     for training in [] if options.show else options.trainings:
